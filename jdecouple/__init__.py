@@ -1,0 +1,18 @@
+"""jdecouple: decoupled training of deep networks, pipelined over a mesh of devices."""
+
+from jdecouple import data, methods, models, objectives, optim, schedules
+from jdecouple.models import Model
+from jdecouple.pipeline import make_mesh
+from jdecouple.trainer import Trainer
+
+__all__ = [
+    "Model",
+    "Trainer",
+    "data",
+    "make_mesh",
+    "methods",
+    "models",
+    "objectives",
+    "optim",
+    "schedules",
+]

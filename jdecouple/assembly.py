@@ -1,0 +1,254 @@
+"""From a model and a method to the units of a run; checks of what the caller gave."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jdecouple.methods import Method
+from jdecouple.models import Model
+from jdecouple.objectives import Site
+from jdecouple.pipeline.partition import (
+    balance,
+    check_boundaries,
+    check_num_stages,
+    program_cost,
+)
+from jdecouple.routes import Message, Route, Stage, Unit
+from jdecouple.routes.stage import Transform
+
+
+class Shapes(NamedTuple):
+    """Shapes of what crosses stage boundaries, and names of what is measured."""
+
+    messages: tuple[Message, ...]
+    metrics: tuple[str, ...]
+
+
+def abstract(tree: Any) -> Any:
+    """The `jax.ShapeDtypeStruct`s of a tree of arrays, in JAX's own dtypes."""
+
+    def shape(leaf: Any) -> jax.ShapeDtypeStruct:
+        dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
+        return jax.ShapeDtypeStruct(leaf.shape, dtype)
+
+    return jax.tree.map(shape, tree)
+
+
+def model_input(example: Message, transform: Transform | None) -> Message:
+    """Shapes of a batch after the transform."""
+    batch = abstract(dict(example))
+    if transform is None:
+        return batch
+    count = batch["label"].shape[0]
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count))
+    return jax.eval_shape(lambda batch, keys: transform(batch, keys, True), batch, keys)
+
+
+def block_output(index: int, block: nnx.Module, x: Any, dtype: Any) -> Any:
+    """Shapes of a block's output for the shapes of its input.
+
+    Raises:
+        ValueError: the block fails on this input.
+    """
+    unit = Unit.build(index, block, None, dtype)
+    message = {"x": x, "label": None}
+    try:
+        return jax.eval_shape(
+            lambda params, stats, x: unit.train(
+                params, stats, {**message, "x": x}, jax.random.key(0)
+            )[0],
+            *abstract(unit.initial()),
+            x,
+        )
+    except (TypeError, ValueError) as error:
+        shape = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", x)
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"block {index} ({type(block).__name__}) fails on an input of {shape}: {reason}"
+        ) from error
+
+
+def infer_num_classes(model: Model, method: Method, outputs: Sequence[Any], dtype: Any) -> int:
+    """Width of the model's logits.
+
+    Raises:
+        ValueError: the model has no classifier and the method trains none.
+    """
+    logits = outputs[-1]
+    if model.classifier is not None:
+        logits = block_output(len(model.blocks), model.classifier, logits, dtype)
+    elif not method.objective.trains_classifier:
+        raise ValueError("num_classes is needed: the model has no classifier to read it from")
+    return logits.shape[-1]
+
+
+def build_units(
+    model: Model,
+    method: Method,
+    message: Message,
+    num_classes: int | None,
+    seed: int,
+    dtype: Any,
+) -> tuple[tuple[Unit, ...], int]:
+    """Gives every block its head.
+
+    The key of a head depends on the seed and the block alone, never on the partition.
+
+    Returns:
+        The units, and the number of classes.
+
+    Raises:
+        ValueError: a block that fails on its input, a missing classifier, or a block that a
+            local method leaves without a loss.
+    """
+    objective = method.objective
+    if objective.needs_classifier and model.classifier is None:
+        raise ValueError(
+            f"method {method.name} needs a classifier: give one as Model(blocks, classifier)"
+        )
+    outputs: list[Any] = []
+    for index, block in enumerate(model.blocks):
+        x = outputs[-1] if outputs else message["x"]
+        outputs.append(block_output(index, block, x, dtype))
+    if num_classes is None:
+        num_classes = infer_num_classes(model, method, outputs, dtype)
+    # The last key of the 32-bit range: steps count up from 0 and never reach it.
+    root = jax.random.fold_in(jax.random.key(seed), np.uint32(2**32 - 1))
+    units = []
+    for index, (block, features) in enumerate(zip(model.blocks, outputs, strict=True)):
+        site = Site(
+            index=index,
+            num_blocks=len(model.blocks),
+            features=features,
+            num_classes=num_classes,
+            classifier=model.classifier,
+            init=method.init,
+            param_dtype=_param_dtype(block),
+        )
+        head = objective.head(site, nnx.Rngs(jax.random.fold_in(root, index)))
+        if head is None and method.route.local:
+            raise ValueError(f"method {method.name} gives block {index} no loss of its own")
+        units.append(Unit.build(index, block, head, dtype))
+    return tuple(units), num_classes
+
+
+def split_blocks(
+    units: tuple[Unit, ...],
+    route: Route,
+    message: Message,
+    num_stages: int,
+    boundaries: Sequence[int] | None,
+) -> tuple[int, ...]:
+    """Index of the first block of every stage: given, or balanced by cost.
+
+    Raises:
+        ValueError: more stages than blocks, or boundaries that do not fit.
+    """
+    check_num_stages(num_stages, len(units))
+    if boundaries is not None:
+        return check_boundaries(boundaries, num_stages, len(units))
+    if num_stages == 1:
+        return (0,)
+    if num_stages == len(units):
+        return tuple(range(num_stages))
+    return balance(unit_costs(units, route, message), num_stages)
+
+
+def unit_costs(units: tuple[Unit, ...], route: Route, message: Message) -> list[float]:
+    """Floating-point operations of one forward and backward of every unit."""
+    costs = []
+    message = dict(message)
+    for unit in units:
+
+        def work(params, stats, message, unit=unit):
+            def loss(params, x):
+                features, output, _ = unit.train(
+                    params, stats, {**message, "x": x}, jax.random.key(0)
+                )
+                total = jnp.zeros((), jnp.float32) if output is None else output.loss
+                if not route.local:
+                    total += sum(jnp.sum(leaf) for leaf in jax.tree.leaves(features))
+                return total, features
+
+            if route.local or unit.index == 0:
+                return jax.grad(loss, has_aux=True)(params, message["x"])
+            return jax.grad(loss, (0, 1), has_aux=True)(params, message["x"])
+
+        arguments = (*abstract(unit.initial()), message)
+        costs.append(program_cost(work, *arguments))
+        message["x"] = jax.eval_shape(work, *arguments)[1]
+    return costs
+
+
+def message_shapes(stages: Sequence[Stage], route: Route, batch: Message) -> Shapes:
+    """Shapes of the message that every stage receives, by abstract evaluation alone."""
+    message = abstract(dict(batch))
+    messages, names = [], []
+    tick = jax.ShapeDtypeStruct((2,), jnp.int32)
+    for stage in stages:
+        messages.append(message)
+
+        def forward(state, message, tick, stage=stage):
+            prepared = stage.prepare(message, tick, True)
+            _, metrics, _, out = route.forward(stage, state, prepared, tick)
+            return metrics, out
+
+        metrics, message = jax.eval_shape(forward, jax.eval_shape(stage.initial), message, tick)
+        names += [name for name in metrics if name.startswith("block_")]
+    return Shapes(tuple(messages), tuple(names))
+
+
+def check_batch(batch: Any, num_classes: int | None = None, like: Any = None) -> None:
+    """Checks a global batch on the host.
+
+    Args:
+        batch: mapping with "x" [batch, ...] and "label" [batch] (integers).
+        num_classes: upper bound of the labels, if known.
+        like: a batch whose shapes and keys it must have.
+
+    Raises:
+        TypeError: not a mapping of arrays.
+        ValueError: missing keys, wrong shapes, labels out of range, non-finite numbers.
+    """
+    if not isinstance(batch, Mapping) or not {"x", "label"} <= batch.keys():
+        found = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
+        raise TypeError(f"a batch is a mapping with 'x' and 'label': given {found}")
+    labels = batch["label"]
+    if not hasattr(labels, "dtype") or not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError("batch['label'] must be an array of integers")
+    if labels.ndim != 1 or not labels.shape[0]:
+        raise ValueError(f"batch['label'] has shape {labels.shape}: [batch] is needed")
+    for name, leaf in jax.tree_util.tree_leaves_with_path(dict(batch)):
+        where = f"batch{jax.tree_util.keystr(name)}"
+        if not hasattr(leaf, "shape") or leaf.shape[:1] != labels.shape:
+            given = getattr(leaf, "shape", type(leaf).__name__)
+            raise ValueError(f"{where} has shape {given}: {labels.shape[0]} labels were given")
+        if not isinstance(leaf, np.ndarray) or not np.issubdtype(leaf.dtype, np.floating):
+            continue
+        # The sum is finite unless an entry is not (or it overflows: then look closer).
+        if not np.isfinite(leaf.sum()) and not np.isfinite(leaf).all():
+            row = int(np.argwhere(~np.isfinite(leaf))[0][0])
+            raise ValueError(f"{where} is not finite at example {row}")
+    if isinstance(labels, np.ndarray) and num_classes is not None:
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= num_classes:
+            wrong = low if low < 0 else high
+            raise ValueError(f"label {wrong} is out of range: 0 to {num_classes - 1} is allowed")
+    if like is not None:
+        given, wanted = (
+            {str(key): leaf.shape for key, leaf in jax.tree_util.tree_leaves_with_path(dict(each))}
+            for each in (batch, like)
+        )
+        if given != wanted:
+            raise ValueError(f"batch has shapes {given}: the example had {wanted}")
+
+
+def _param_dtype(block: nnx.Module) -> Any:
+    for leaf in jax.tree.leaves(nnx.state(block, nnx.Param)):
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            return leaf.dtype
+    return jnp.float32

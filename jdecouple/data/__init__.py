@@ -1,0 +1,23 @@
+"""Data: sets by name, batches by grain, prefetch to devices, augmentation on the device."""
+
+from jdecouple.data import augment
+from jdecouple.data.batches import evaluation_batches, steps_per_epoch, train_batches
+from jdecouple.data.noise import symmetric_label_noise
+from jdecouple.data.prefetch import Prefetcher
+from jdecouple.data.sources import channel_statistics, load
+from jdecouple.data.splits import Dataset, Source, Split, from_arrays
+
+__all__ = [
+    "Dataset",
+    "Prefetcher",
+    "Source",
+    "Split",
+    "augment",
+    "channel_statistics",
+    "evaluation_batches",
+    "from_arrays",
+    "load",
+    "steps_per_epoch",
+    "symmetric_label_noise",
+    "train_batches",
+]

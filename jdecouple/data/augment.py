@@ -1,0 +1,168 @@
+"""Image augmentation on the device: pure functions of a batch and one key per example."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import dm_pix as pix
+import jax
+import jax.numpy as jnp
+
+Batch = dict[str, Any]
+
+JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
+JITTER_PROBABILITY = 0.8
+GRAYSCALE_PROBABILITY = 0.2
+
+
+class Transform(Protocol):
+    """What `get` returns."""
+
+    def __call__(self, batch: Batch, keys: jax.Array | None, train: bool) -> Batch:
+        """Augments (if `train`) and normalises `batch["x"]`; see `get`."""
+
+
+def get(name: str, *, mean: Sequence[float], std: Sequence[float]) -> Transform:
+    """Returns an augmentation by name.
+
+    - `none`: normalisation only.
+    - `basic`: pad by an eighth of the size with zeros (4 pixels for 32) and crop at random, then
+      flip left-right with probability 1/2. The padding is done before the normalisation.
+    - `strong`: `basic`, then colour jitter with probability 0.8 and grayscale with probability
+      0.2. The jitter is that of torchvision's `ColorJitter(0.4, 0.4, 0.4, 0.1)`, as the
+      published contrastive and local-learning code uses it, in the fixed order brightness,
+      contrast, saturation, hue (torchvision draws the order). Images of one channel get
+      brightness and contrast only.
+    - `two_views`: the batch twice along its first axis, first a `basic` view of every example,
+      then a `strong` one (SCPL, arXiv 2602.00062); labels and other entries of the batch that
+      have one row per example are repeated in the same way.
+
+    The transform takes a batch (`x`: uint8, or float in 0..1, [n, H, W, C]), typed PRNG keys [n]
+    and `train`, a Python bool, and returns the batch with `x` as float32, `(x - mean) / std`. The
+    view of an example depends on its image and its key only, so microbatches and sharding do not
+    change it. Without `train` images are only normalised, never doubled, and keys may be None.
+
+    Args:
+        name: one of the names above.
+        mean: per-channel mean of the images on the scale 0..1.
+        std: per-channel standard deviation on the same scale, all positive.
+
+    Raises:
+        ValueError: an unknown name, or `mean` and `std` that are not as many positive figures.
+    """
+    if name not in _VIEWS:
+        raise ValueError(f"augmentation {name!r} given; one of {', '.join(names())} wanted")
+    if len(mean) != len(std) or not all(value > 0 for value in std):
+        raise ValueError(
+            f"mean={tuple(mean)} and std={tuple(std)} given; as many of each, and std above 0"
+        )
+    views = _VIEWS[name]
+    # Python floats stay constants of whatever is compiled, whichever device that is for.
+    offset, scale = tuple(map(float, mean)), tuple(map(float, std))
+
+    def transform(batch: Batch, keys: jax.Array | None, train: bool) -> Batch:
+        images = batch["x"]
+        if images.ndim != 4 or images.shape[-1] != len(offset):
+            raise ValueError(
+                f"images of shape {images.shape} given; [n, H, W, {len(offset)}] wanted"
+            )
+        if not train or not views:
+            return batch | {"x": _normalise(_to_unit(images), offset, scale)}
+        if keys is None or keys.shape != images.shape[:1]:
+            raise ValueError(
+                f"keys of shape {getattr(keys, 'shape', None)} given; one key for each of "
+                f"{images.shape[0]} examples wanted"
+            )
+        drawn = [
+            jax.vmap(view)(jax.vmap(jax.random.fold_in, (0, None))(keys, number), images)
+            for number, view in enumerate(views)
+        ]
+        augmented = drawn[0] if len(drawn) == 1 else jnp.concatenate(drawn)
+        rest = {key: value for key, value in batch.items() if key != "x"}
+        if len(views) > 1:
+            rest = _repeat_rows(rest, images.shape[0], len(views))
+        return rest | {"x": _normalise(augmented, offset, scale)}
+
+    return transform
+
+
+def names() -> tuple[str, ...]:
+    """The names that `get` knows."""
+    return tuple(_VIEWS)
+
+
+def basic_view(key: jax.Array, image: jax.Array) -> jax.Array:
+    """Random pad-and-crop and flip of one image [H, W, C]; float32 in 0..1."""
+    height, width, channels = image.shape
+    crop_key, flip_key = jax.random.split(key)
+    vertical, horizontal = height // 8, width // 8
+    padded = jnp.pad(image, ((vertical, vertical), (horizontal, horizontal), (0, 0)))
+    cropped = pix.random_crop(crop_key, padded, (height, width, channels))
+    return _to_unit(pix.random_flip_left_right(flip_key, cropped))
+
+
+def strong_view(key: jax.Array, image: jax.Array) -> jax.Array:
+    """`basic_view`, then colour jitter and grayscale, each by chance; float32 in 0..1."""
+    view_key, jitter_key, apply_key, gray_key = jax.random.split(key, 4)
+    image = basic_view(view_key, image)
+    apply = jax.random.bernoulli(apply_key, JITTER_PROBABILITY)
+    image = jnp.where(apply, colour_jitter(jitter_key, image), image)
+    gray = jax.random.bernoulli(gray_key, GRAYSCALE_PROBABILITY)
+    return jnp.where(gray, _luma(image), image)
+
+
+def colour_jitter(key: jax.Array, image: jax.Array) -> jax.Array:
+    """Changes brightness, contrast, saturation and hue of one image by random amounts.
+
+    Each of the first three blends the image with black, with its mean luma or with its own luma,
+    by a factor from `1 +- strength`; hue is shifted by up to 0.1 of a turn. The result is clipped
+    to 0..1 after each, as torchvision does.
+
+    Args:
+        key: typed PRNG key.
+        image: float32 [H, W, 1 or 3] in 0..1.
+
+    Returns:
+        An image of the same shape and range.
+    """
+    brightness, contrast, saturation, hue = jax.random.uniform(key, (4,), jnp.float32, -1.0)
+    image = _blend(image, jnp.zeros(()), 1 + JITTER["brightness"] * brightness)
+    image = _blend(image, _luma(image).mean(), 1 + JITTER["contrast"] * contrast)
+    if image.shape[-1] == 1:
+        return image
+    image = _blend(image, _luma(image), 1 + JITTER["saturation"] * saturation)
+    return pix.adjust_hue(image, JITTER["hue"] * hue)
+
+
+_VIEWS: dict[str, tuple[Callable[[jax.Array, jax.Array], jax.Array], ...]] = {
+    "none": (),
+    "basic": (basic_view,),
+    "strong": (strong_view,),
+    "two_views": (basic_view, strong_view),
+}
+
+
+def _blend(image: jax.Array, other: jax.Array, factor: jax.Array) -> jax.Array:
+    return jnp.clip(other + factor * (image - other), 0.0, 1.0)
+
+
+def _luma(image: jax.Array) -> jax.Array:
+    return image if image.shape[-1] == 1 else pix.rgb_to_grayscale(image)
+
+
+def _to_unit(images: jax.Array) -> jax.Array:
+    scaled = images.astype(jnp.float32)
+    return scaled / 255 if images.dtype == jnp.uint8 else scaled
+
+
+def _normalise(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
+    return (images - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
+
+
+def _repeat_rows(tree: Batch, rows: int, times: int) -> Batch:
+    def repeat(leaf: Any) -> Any:
+        has_rows = jnp.ndim(leaf) > 0 and jnp.shape(leaf)[0] == rows
+        return jnp.concatenate([leaf] * times) if has_rows else leaf
+
+    return jax.tree.map(repeat, tree)

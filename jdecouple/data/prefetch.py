@@ -1,0 +1,135 @@
+"""A thread that reads and uploads batches while the devices compute."""
+
+from __future__ import annotations
+
+import collections
+import copy
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Any, Generic, TypeVar
+
+Read = TypeVar("Read")
+Placed = TypeVar("Placed")
+
+
+class Prefetcher(Generic[Read, Placed]):
+    """Iterates over `place(batch)` for the batches of an iterator, some ahead.
+
+    A daemon thread calls `next(iterator)` and `place`; an error in either is raised by `next()`
+    after the batches before it, as is the end of the iterator. From then on the iterator belongs
+    to the prefetcher.
+
+    Args:
+        iterator: where batches come from; its `get_state()`, if any, makes `state`, and its
+            `close()`, if any, is called when the prefetcher is closed.
+        place: uploads a batch, e.g. by `jax.device_put`; runs in the thread.
+        depth: placed batches that may wait, at least 1.
+
+    Raises:
+        ValueError: `depth` is less than 1.
+    """
+
+    def __init__(self, iterator: Iterator[Read], place: Callable[[Read], Placed], depth: int = 2):
+        if depth < 1:
+            raise ValueError(f"depth={depth} given; at least 1 wanted")
+        self._iterator, self._place, self._depth = iterator, place, depth
+        self._waiting: collections.deque[tuple[Placed, Any]] = collections.deque()
+        self._changed = threading.Condition()
+        self._error: BaseException | None = None
+        self._closed = False
+        self._wait_seconds = 0.0
+        self._state = self._iterator_state()
+        self._thread = threading.Thread(target=self._fill, name="prefetch", daemon=True)
+        self._thread.start()
+
+    @property
+    def state(self) -> Any:
+        """The iterator's state just after the batch that `next()` returned last.
+
+        Batches read ahead do not count. None where the iterator has no `get_state()`.
+        """
+        return self._state
+
+    @property
+    def wait_seconds(self) -> float:
+        """Seconds that `next()` has been blocked, all calls together."""
+        return self._wait_seconds
+
+    def wait_share(self, elapsed: float) -> float:
+        """The share of `elapsed` seconds that was spent waiting for input; 0 if none elapsed."""
+        return self._wait_seconds / elapsed if elapsed > 0 else 0.0
+
+    def __iter__(self) -> Prefetcher[Read, Placed]:
+        return self
+
+    def __next__(self) -> Placed:
+        """The next placed batch.
+
+        Raises:
+            StopIteration: the iterator has ended.
+            RuntimeError: the prefetcher is closed.
+            Exception: whatever the iterator or `place` raised.
+        """
+        began = time.perf_counter()
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._error or self._closed)
+            self._wait_seconds += time.perf_counter() - began
+            if self._closed:
+                raise RuntimeError("the prefetcher is closed")
+            if not self._waiting:
+                assert self._error is not None
+                raise self._error
+            placed, self._state = self._waiting.popleft()
+            self._changed.notify_all()
+        return placed
+
+    def close(self, timeout: float = 5.0) -> None:
+        """Stops the thread and drops what it has read; may be called more than once.
+
+        A thread that is inside the iterator or `place` stops when that call returns; it is
+        waited for at most `timeout` seconds.
+        """
+        with self._changed:
+            self._closed = True
+            self._waiting.clear()
+            self._changed.notify_all()
+        self._thread.join(timeout)
+        if not self._thread.is_alive() and hasattr(self._iterator, "close"):
+            self._iterator.close()
+
+    def __enter__(self) -> Prefetcher[Read, Placed]:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _iterator_state(self) -> Any:
+        get_state = getattr(self._iterator, "get_state", None)
+        # Copied because an iterator may hand out the dict that it goes on changing.
+        return copy.deepcopy(get_state()) if get_state else None
+
+    def _fill(self) -> None:
+        try:
+            while self._wait_for_room():
+                batch = next(self._iterator)
+                item = (self._place(batch), self._iterator_state())
+                with self._changed:
+                    if not self._closed:
+                        self._waiting.append(item)
+                        self._changed.notify_all()
+        except BaseException as error:
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+
+    def _wait_for_room(self) -> bool:
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or len(self._waiting) < self._depth)
+            return not self._closed

@@ -1,0 +1,322 @@
+"""Data sets and their splits: rows gathered by index, checked where they are read."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+CACHE_BYTES = 4 << 30
+_FIXED_ORDER_SEED = 0
+
+
+class Source(Protocol):
+    """Rows by index: what a `Split` reads from."""
+
+    def __len__(self) -> int:
+        """Number of rows."""
+
+    def gather(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Images [n, H, W, C] (uint8, or float32 in 0..1) and int32 labels [n] of `indices`."""
+
+
+class Records(Protocol):
+    """Random access to examples on disk, as TFDS data sources give it."""
+
+    def __len__(self) -> int:
+        """Number of examples."""
+
+    def __getitem__(self, index: int, /) -> Mapping[str, Any]:
+        """One decoded example."""
+
+    def __getitems__(self, indices: Sequence[int], /) -> Sequence[Mapping[str, Any]]:
+        """Several decoded examples, read together."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Split:
+    """Some rows of a source, in a fixed order.
+
+    Attributes:
+        name: `train`, `validation` or `test`; used in error messages.
+        source: where rows are read.
+        indices: int64 [n], the rows of the source that belong to the split.
+        overrides: int32 [n] or None; a value >= 0 replaces the label of that row (label noise).
+    """
+
+    name: str
+    source: Source
+    indices: np.ndarray
+    overrides: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """Reads the examples at `indices` of this split.
+
+        Args:
+            indices: integers [n] in 0..len(self)-1, in any order.
+
+        Returns:
+            `x`, uint8 (or float32 in 0..1) [n, H, W, C], and `label`, int32 [n].
+
+        Raises:
+            ValueError: an example cannot be decoded, or a label or pixel is out of range.
+        """
+        images, labels = self.source.gather(self.indices[indices])
+        if self.overrides is not None:
+            replacements = self.overrides[indices]
+            labels = np.where(replacements >= 0, replacements, labels)
+        return {"x": images, "label": labels}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+    """An image classification set with its fixed splits.
+
+    Attributes:
+        name: the name it was loaded by.
+        train: training split, label noise included.
+        validation: split held out of the training examples (or the set's own).
+        test: test split, never altered.
+        num_classes: labels are 0..num_classes-1.
+        image_shape: (H, W, C).
+        mean: per-channel mean of the images scaled to 0..1, length C.
+        std: per-channel standard deviation on the same scale, length C.
+    """
+
+    name: str
+    train: Split
+    validation: Split
+    test: Split
+    num_classes: int
+    image_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+class ArraySource:
+    """Images and labels that are already in memory.
+
+    Args:
+        images: uint8 or float [n, H, W, C]; float images are in 0..1.
+        labels: integers [n].
+        num_classes: labels must lie in 0..num_classes-1.
+        name: name of the split, for error messages.
+
+    Raises:
+        ValueError: a wrong shape or dtype, no rows, a label out of range or a pixel that is
+            not finite; the example is named.
+    """
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, *, num_classes: int, name: str):
+        images, labels = np.asarray(images), np.asarray(labels)
+        if images.ndim != 4 or labels.shape != images.shape[:1]:
+            raise ValueError(
+                f"split {name!r}: images of shape {images.shape} and labels of shape "
+                f"{labels.shape} given; [n, H, W, C] and [n] wanted"
+            )
+        if not len(images):
+            raise ValueError(f"split {name!r} is empty")
+        if not np.issubdtype(labels.dtype, np.integer):
+            raise ValueError(f"split {name!r}: labels are {labels.dtype}, not integers")
+        check_labels(labels, num_classes, name, np.arange(len(labels)))
+        if np.issubdtype(images.dtype, np.floating):
+            images = images.astype(np.float32, copy=False)
+            check_finite(images, name, np.arange(len(images)))
+        elif images.dtype != np.uint8:
+            raise ValueError(f"split {name!r}: images are {images.dtype}, not uint8 or float")
+        self._images, self._labels = images, labels.astype(np.int32)
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def gather(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See `Source.gather`."""
+        return self._images[indices], self._labels[indices]
+
+
+class DecodedSource:
+    """Records that are decoded at first use and then kept in memory.
+
+    Rows are written once each, always with the same bytes, and marked only afterwards, so that
+    threads may gather at the same time without a lock.
+
+    Args:
+        records: random access to examples, each a mapping that holds an image and a label.
+        keys: the names of the image and the label in an example.
+        image_shape: (H, W, C) of the rows returned.
+        dtype: uint8 or float32.
+        num_classes: labels must lie in 0..num_classes-1.
+        name: name of the split, for error messages.
+        resize: bring each image to `image_shape` with `resize_image`.
+        cache_bytes: the decoded images are kept only if they need no more than this.
+    """
+
+    def __init__(
+        self,
+        records: Records,
+        *,
+        keys: tuple[str, str],
+        image_shape: tuple[int, int, int],
+        dtype: np.dtype,
+        num_classes: int,
+        name: str,
+        resize: bool = False,
+        cache_bytes: int = CACHE_BYTES,
+    ):
+        self._records, self._keys = records, keys
+        self._shape, self._dtype = image_shape, np.dtype(dtype)
+        self._num_classes, self._name, self._resize = num_classes, name, resize
+        rows = len(records)
+        self.cached = rows * int(np.prod(image_shape)) * self._dtype.itemsize <= cache_bytes
+        if self.cached:
+            self._images = np.empty((rows, *image_shape), self._dtype)
+            self._labels = np.empty(rows, np.int32)
+            self._ready = np.zeros(rows, bool)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def gather(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See `Source.gather`."""
+        indices = np.asarray(indices)
+        if not self.cached:
+            return self._decode(indices)
+        missing = np.unique(indices[~self._ready[indices]])
+        if missing.size:
+            self._images[missing], self._labels[missing] = self._decode(missing)
+            self._ready[missing] = True
+        return self._images[indices], self._labels[indices]
+
+    def _decode(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        images = np.empty((len(indices), *self._shape), self._dtype)
+        labels = np.empty(len(indices), np.int64)
+        for row, example in enumerate(self._read([int(index) for index in indices])):
+            image = np.asarray(example[self._keys[0]])
+            images[row] = resize_image(image, self._shape) if self._resize else image
+            labels[row] = example[self._keys[1]]
+        check_labels(labels, self._num_classes, self._name, indices)
+        if self._dtype != np.uint8:
+            check_finite(images, self._name, indices)
+        return images, labels.astype(np.int32)
+
+    def _read(self, indices: list[int]) -> Sequence[Any]:
+        try:
+            return self._records.__getitems__(indices)
+        except Exception:
+            for index in indices:
+                self._read_one(index)
+            raise
+
+    def _read_one(self, index: int) -> Any:
+        try:
+            return self._records[index]
+        except Exception as error:
+            raise ValueError(
+                f"split {self._name!r}: example {index} cannot be read ({first_line(error)})"
+            ) from error
+
+
+def from_arrays(
+    images: np.ndarray, labels: np.ndarray, *, num_classes: int, name: str = "train"
+) -> Split:
+    """Makes a split of arrays in memory; see `ArraySource` for shapes and errors."""
+    source = ArraySource(images, labels, num_classes=num_classes, name=name)
+    return Split(name, source, np.arange(len(source)))
+
+
+def check_labels(labels: np.ndarray, num_classes: int, name: str, indices: np.ndarray) -> None:
+    """Raises ValueError at the first label outside 0..num_classes-1, naming the example."""
+    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if wrong.size:
+        raise ValueError(
+            f"split {name!r}: example {indices[wrong[0]]} has label {labels[wrong[0]]}; "
+            f"labels must lie in 0..{num_classes - 1}"
+        )
+
+
+def check_finite(images: np.ndarray, name: str, indices: np.ndarray) -> None:
+    """Raises ValueError at the first image that holds a NaN or an infinity, naming it."""
+    flat = images.reshape(len(images), -1)
+    wrong = np.flatnonzero(~np.isfinite(flat).all(axis=1))
+    if wrong.size:
+        row = flat[wrong[0]]
+        raise ValueError(
+            f"split {name!r}: example {indices[wrong[0]]} has a pixel that is "
+            f"{row[~np.isfinite(row)][0]}; pixels must be finite"
+        )
+
+
+def resize_image(image: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+    """Resizes the shorter side (bilinear, antialiased), then crops the centre.
+
+    Args:
+        image: uint8 [h, w, C].
+        shape: (H, W, C) wanted.
+
+    Returns:
+        uint8 [H, W, C].
+    """
+    height, width, channels = shape
+    if image.shape == shape:
+        return image
+    picture = Image.fromarray(image[..., 0] if channels == 1 else image)
+    scale = max(height / picture.height, width / picture.width)
+    wide = max(width, round(picture.width * scale))
+    high = max(height, round(picture.height * scale))
+    left, top = (wide - width) // 2, (high - height) // 2
+    picture = picture.resize((wide, high), Image.Resampling.BILINEAR)
+    return np.asarray(picture.crop((left, top, left + width, top + height))).reshape(shape)
+
+
+def fixed_order(size: int) -> np.ndarray:
+    """A permutation of 0..size-1 that depends on `size` alone.
+
+    It sorts raw PCG64 output, whose stream NumPy guarantees across versions.
+    """
+    raw = np.random.PCG64(_FIXED_ORDER_SEED).random_raw(size)
+    return np.argsort(raw, kind="stable")
+
+
+def stratified_order(labels: np.ndarray) -> np.ndarray:
+    """A fixed permutation of which every prefix holds the classes in proportion."""
+    order = fixed_order(len(labels))
+    shuffled = labels[order]
+    position = np.empty(len(labels))
+    for label in np.unique(labels):
+        rows = np.flatnonzero(shuffled == label)
+        position[rows] = (np.arange(len(rows)) + 0.5) / len(rows)
+    return order[np.argsort(position, kind="stable")]
+
+
+def held_out(order: np.ndarray, amount: float | int) -> tuple[np.ndarray, np.ndarray]:
+    """Cuts the first part of a permutation off.
+
+    Args:
+        order: a permutation of rows, [n].
+        amount: how much to hold out: a fraction in [0, 1) as float, or a number of rows as int.
+
+    Returns:
+        Sorted indices of the rows that stay and of those held out.
+
+    Raises:
+        ValueError: the amount is not one of these or leaves nothing.
+    """
+    size = len(order)
+    count = round(amount * size) if isinstance(amount, float) and 0 <= amount < 1 else amount
+    if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count < size:
+        raise ValueError(
+            f"validation={amount!r} given; a fraction in [0, 1) or a count below "
+            f"{size} (the training examples) wanted"
+        )
+    return np.sort(order[count:]), np.sort(order[:count])
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,33 @@
+"""Models cut into blocks: builders that return a :class:`Model` of plain nnx modules.
+
+Every builder takes `num_classes`, `image_size`, `channels`, `init`, `param_dtype` and `rngs`, and
+arguments of its own with defaults, so that a configuration can call any of them by name.
+"""
+
+from collections.abc import Callable
+
+from jdecouple.models import layers
+from jdecouple.models.base import Model
+from jdecouple.models.mlp import mlp
+from jdecouple.models.vgg import vgg, vgg8
+
+_BUILDERS: dict[str, Callable[..., Model]] = {"mlp": mlp, "vgg": vgg, "vgg8": vgg8}
+
+
+def names() -> tuple[str, ...]:
+    """Names that :func:`get` knows, sorted."""
+    return tuple(sorted(_BUILDERS))
+
+
+def get(name: str) -> Callable[..., Model]:
+    """Model builder called `name`.
+
+    Raises:
+        ValueError: No builder has that name.
+    """
+    if name not in _BUILDERS:
+        raise ValueError(f"unknown model {name!r}: expected one of {', '.join(names())}")
+    return _BUILDERS[name]
+
+
+__all__ = ["Model", "get", "layers", "mlp", "names", "vgg", "vgg8"]

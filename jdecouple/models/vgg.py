@@ -1,0 +1,145 @@
+"""VGG nets: blocks of 3x3 convolution, BatchNorm, ReLU, and 2x2 maximum pooling."""
+
+import math
+from collections.abc import Callable, Sequence
+from numbers import Real
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jdecouple.models import layers
+from jdecouple.models.base import Model
+
+# Four blocks each, as printed in DeInfoReg (arXiv 2506.18193) and SCPL (arXiv 2602.00062).
+LAYOUTS = {
+    "deinforeg": "128,128,128,256,M|256,512,M|512,512,M|512,M",
+    "scpl": "128,256,M|256,512,M|512,M|512,M",
+}
+
+Blocks = Sequence[Sequence[int | str]]
+
+
+def vgg(
+    num_classes: int,
+    *,
+    blocks: str | Blocks = LAYOUTS["deinforeg"],
+    width: float = 1.0,
+    image_size: int = 32,
+    channels: int = 3,
+    init: str = "flax",
+    param_dtype: Any = jnp.float32,
+    rngs: nnx.Rngs,
+) -> Model:
+    """VGG of any layout, on square NHWC images.
+
+    Args:
+        num_classes: Number of logits.
+        blocks: What each block holds, in order: channel counts (convolution without bias,
+            BatchNorm, ReLU) and "M" (2x2 maximum pooling). As text, "32,32,M|64,M"; or as nested
+            sequences, `((32, 32, "M"), (64, "M"))`.
+        width: Factor on all channel counts; each is rounded and at least 1.
+        image_size: Height and width of an image, in pixels.
+        channels: Channels of an image.
+        init: "flax" or "torch", see :mod:`jdecouple.models.layers`.
+        param_dtype: Dtype of the parameters.
+        rngs: Source of initial weights.
+
+    Returns:
+        A model whose blocks map `[batch, height, width, channels]` to the same with fewer pixels,
+        and whose classifier flattens and is one dense layer.
+
+    Raises:
+        ValueError: A size is not positive, the layout is malformed, or the image is too small for
+            the poolings.
+    """
+    layers.require_positive(num_classes=num_classes, image_size=image_size, channels=channels)
+    if isinstance(width, bool) or not isinstance(width, Real) or not 0 < width < math.inf:
+        raise ValueError(f"width must be a positive number, got {width!r}")
+    layout = _parse(blocks)
+    pools = sum(item == "M" for block in layout for item in block)
+    if image_size < 2**pools:
+        raise ValueError(
+            f"image_size={image_size} is too small: {pools} poolings need at least {2**pools}"
+        )
+    modules = []
+    for block in layout:
+        stack: list[Callable[..., jax.Array]] = []
+        for item in block:
+            if isinstance(item, str):
+                stack.append(layers.MaxPool())
+                continue
+            features = max(1, round(item * width))
+            conv = layers.conv3x3(channels, features, init=init, param_dtype=param_dtype, rngs=rngs)
+            norm = layers.BatchNorm(features, param_dtype=param_dtype, rngs=rngs)
+            stack += [conv, norm, nnx.relu]
+            channels = features
+        modules.append(nnx.Sequential(*stack))
+    features = channels * (image_size >> pools) ** 2
+    classifier = layers.perceptron(
+        features, (num_classes,), init=init, param_dtype=param_dtype, rngs=rngs
+    )
+    return Model(modules, classifier)
+
+
+def vgg8(
+    num_classes: int,
+    *,
+    layout: str = "deinforeg",
+    width: float = 1.0,
+    image_size: int = 32,
+    channels: int = 3,
+    init: str = "flax",
+    param_dtype: Any = jnp.float32,
+    rngs: nnx.Rngs,
+) -> Model:
+    """VGG in four blocks, in the layout of one of the papers.
+
+    Args:
+        num_classes: Number of logits.
+        layout: "deinforeg" ([128, 128, 128, 256, M] [256, 512, M] [512, 512, M] [512, M]) or "scpl"
+            ([128, 256, M] [256, 512, M] [512, M] [512, M]).
+        width: Factor on all channel counts; each is rounded and at least 1.
+        image_size: Height and width of an image, in pixels; at least 16.
+        channels: Channels of an image.
+        init: "flax" or "torch", see :mod:`jdecouple.models.layers`.
+        param_dtype: Dtype of the parameters.
+        rngs: Source of initial weights.
+
+    Raises:
+        ValueError: The layout is unknown, a size is not positive, or the image is too small.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"unknown layout {layout!r}: expected one of {', '.join(LAYOUTS)}")
+    return vgg(
+        num_classes,
+        blocks=LAYOUTS[layout],
+        width=width,
+        image_size=image_size,
+        channels=channels,
+        init=init,
+        param_dtype=param_dtype,
+        rngs=rngs,
+    )
+
+
+def _parse(blocks: str | Blocks) -> list[list[int | str]]:
+    if isinstance(blocks, str):
+        layout = [[_item(text.strip()) for text in block.split(",")] for block in blocks.split("|")]
+    else:
+        layout = [[_item(item) for item in block] for block in blocks]
+    if not layout or not all(layout):
+        raise ValueError(f"blocks={blocks!r} has an empty block")
+    if not any(isinstance(item, int) for block in layout for item in block):
+        raise ValueError(f"blocks={blocks!r} has no convolution")
+    return layout
+
+
+def _item(value: int | str) -> int | str:
+    if value == "M":
+        return "M"
+    text = str(value)
+    if not (text.isascii() and text.isdigit()) or int(text) < 1:
+        raise ValueError(f"a block holds positive channel counts and 'M', got {value!r}")
+    return int(text)

@@ -1,0 +1,32 @@
+"""Objectives: what each block minimises, as pure losses and as the heads that carry them.
+
+The route, not the objective, decides what is stopped between blocks; a head handles only the stops
+inside itself.
+"""
+
+from jdecouple.objectives.base import Head, HeadOutput, Objective, Site
+from jdecouple.objectives.cross_entropy import CrossEntropy, cross_entropy
+from jdecouple.objectives.information_regularization import (
+    InformationRegularization,
+    information_regularization,
+)
+from jdecouple.objectives.similarity_matching import similarity_matching, similarity_matrix
+from jdecouple.objectives.supervised_contrastive import (
+    SupervisedContrastive,
+    supervised_contrastive,
+)
+
+__all__ = [
+    "CrossEntropy",
+    "Head",
+    "HeadOutput",
+    "InformationRegularization",
+    "Objective",
+    "Site",
+    "SupervisedContrastive",
+    "cross_entropy",
+    "information_regularization",
+    "similarity_matching",
+    "similarity_matrix",
+    "supervised_contrastive",
+]

@@ -1,0 +1,140 @@
+"""The contract between objectives and routes, and the arithmetic that the losses share."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """Where a head is attached.
+
+    Attributes:
+        index: Index of the block, from 0.
+        num_blocks: Number of blocks of the model.
+        features: Shape and dtype (`jax.ShapeDtypeStruct`, or a pytree of them) of the block's
+            output, batch axis first.
+        num_classes: Number of classes of the labels.
+        classifier: The model's classifier, or None.
+        init: Initial weights of the head's layers, "flax" or "torch".
+        param_dtype: Dtype of the head's parameters.
+    """
+
+    index: int
+    num_blocks: int
+    features: Any
+    num_classes: int
+    classifier: nnx.Module | None = None
+    init: str = "flax"
+    param_dtype: Any = jnp.float32
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the block is the model's last."""
+        return self.index == self.num_blocks - 1
+
+    @property
+    def size(self) -> int:
+        """Numbers in one example's flattened features; TypeError if they are not one array."""
+        if not hasattr(self.features, "shape"):
+            raise TypeError(
+                f"the output of block {self.index} must be one array for this objective, "
+                f"got {type(self.features).__name__}"
+            )
+        return math.prod(self.features.shape[1:])
+
+
+class HeadOutput(NamedTuple):
+    """What a head computes from its block's output in training.
+
+    Attributes:
+        loss: Scalar that block and head minimise, float32 at least.
+        metrics: Terms of the loss by name, unweighted scalars.
+        logits: `[batch, classes]` if the head is an exit, else None.
+    """
+
+    loss: jax.Array
+    metrics: dict[str, jax.Array]
+    logits: jax.Array | None
+
+
+@runtime_checkable
+class Head(Protocol):
+    """Module that an objective adds to a block."""
+
+    def __call__(self, features: Any, message: Mapping[str, Any]) -> HeadOutput:
+        """Loss of the block's output; `message["label"]` holds int labels `[batch]`."""
+        ...
+
+    def logits(self, features: Any) -> jax.Array | None:
+        """Logits `[batch, classes]` for evaluation; None if the head is no exit."""
+        ...
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """What each block minimises.
+
+    Attributes:
+        needs_classifier: The objective cannot do without the model's classifier.
+        trains_classifier: Its last head trains the model's classifier, where there is one, and
+            holds it as its attribute `classifier`.
+    """
+
+    @property
+    def needs_classifier(self) -> bool:  # noqa: D102
+        ...
+
+    @property
+    def trains_classifier(self) -> bool:  # noqa: D102
+        ...
+
+    def head(self, site: Site, rngs: nnx.Rngs) -> nnx.Module | None:
+        """The :class:`Head` for a block, or None if the block has no loss of its own."""
+        ...
+
+
+def at_least_float32(x: jax.Array) -> jax.Array:
+    """`x` in its own dtype or float32, whichever is wider: losses are not for half precision."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def normalized_rows(x: jax.Array, *, floor: float = 0.0, epsilon: float = 0.0) -> jax.Array:
+    """Rows of `x` `[rows, dim]` divided by `max(norm, floor) + epsilon`, with a finite gradient.
+
+    A row of zeros stays zeros and, having no direction, gets the gradient zero.
+    """
+    squares = jnp.sum(x * x, axis=1, keepdims=True)
+    nonzero = squares > 0
+    norm = jnp.sqrt(jnp.where(nonzero, squares, 1))
+    return jnp.where(nonzero, x / (jnp.maximum(norm, floor) + epsilon), 0)
+
+
+def inner_products(x: jax.Array) -> jax.Array:
+    """`x x'` for `x` `[rows, dim]`, in full precision on accelerators too."""
+    return jnp.matmul(x, x.T, precision=jax.lax.Precision.HIGHEST)
+
+
+def check_batch(z: jax.Array, labels: jax.Array, *, least: int = 1) -> None:
+    """Raise ValueError unless `z` is `[batch, dim]`, `labels` `[batch]` and batch >= `least`."""
+    if z.ndim != 2 or labels.shape != z.shape[:1]:
+        raise ValueError(
+            f"expected z [batch, dim] and labels [batch], got {z.shape} and {labels.shape}"
+        )
+    if z.shape[0] < least:
+        raise ValueError(f"the loss needs a batch of at least {least}, got {z.shape[0]}")
+
+
+def require_number(*, positive: bool = False, **values: Any) -> None:
+    """Raise ValueError, naming it, for the first of `values` not finite and >= 0 (> 0)."""
+    for name, value in values.items():
+        is_number = isinstance(value, Real) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value) or value < 0 or (positive and value == 0):
+            kind = "positive" if positive else "non-negative"
+            raise ValueError(f"{name} must be a finite {kind} number, got {value!r}")

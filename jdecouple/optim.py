@@ -1,0 +1,239 @@
+"""Optimisers and learning-rate schedules of the papers, from optax parts.
+
+A learning rate is a number or a schedule, a function of the count of steps taken (as in optax).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from numbers import Integral, Real
+from typing import Any, TypeAlias
+
+import jax
+import optax
+
+Schedule: TypeAlias = Callable[[Any], Any]
+LearningRate: TypeAlias = float | Schedule
+
+
+def lars(
+    learning_rate: LearningRate,
+    *,
+    weight_decay: float = 1e-4,
+    momentum: float = 0.9,
+    trust_coefficient: float = 0.001,
+) -> optax.GradientTransformation:
+    """LARS (arXiv 1708.03888) as DeInfoReg's authors define it.
+
+    A parameter p of two or more axes with gradient g moves along q (g + weight_decay p), where
+    q = trust_coefficient |p| / |g + weight_decay p|, or 1 where either norm is 0. Parameters of
+    fewer axes (biases, BatchNorm) get neither decay nor adaptation. Momentum accumulates these, and
+    the learning rate multiplies last (in `optax.lars` it comes before the momentum).
+
+    Args:
+        learning_rate: Number or schedule.
+        weight_decay: L2 coefficient.
+        momentum: Decay of the accumulated update, in [0, 1).
+        trust_coefficient: The factor eta of q.
+
+    Raises:
+        ValueError: A number is out of range.
+    """
+    _check_rate(learning_rate)
+    _check_numbers(weight_decay=weight_decay)
+    _check_numbers(positive=True, trust_coefficient=trust_coefficient)
+    _check_fractions(momentum=momentum)
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay, mask=_is_matrix),
+        optax.masked(optax.scale_by_trust_ratio(trust_coefficient=trust_coefficient), _is_matrix),
+        optax.trace(momentum),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def adam(
+    learning_rate: LearningRate,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> optax.GradientTransformation:
+    """Adam (arXiv 1412.6980); with `weight_decay` > 0 AdamW (arXiv 1711.05101).
+
+    The decay is decoupled: it is added after the scaling by the moments and multiplied by the
+    learning rate. (The papers' code ignored weight decay under Adam.)
+
+    Args:
+        learning_rate: Number or schedule.
+        b1: Decay of the first moment, in [0, 1).
+        b2: Decay of the second moment, in [0, 1).
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled decay coefficient.
+
+    Raises:
+        ValueError: A number is out of range.
+    """
+    _check_rate(learning_rate)
+    _check_numbers(weight_decay=weight_decay, eps=eps)
+    _check_fractions(b1=b1, b2=b2)
+    if weight_decay == 0:
+        return optax.adam(learning_rate, b1=b1, b2=b2, eps=eps)
+    return optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+
+
+def sgd(
+    learning_rate: LearningRate,
+    *,
+    momentum: float = 0.0,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+) -> optax.GradientTransformation:
+    """Stochastic gradient descent; the decay is L2, added to the gradient before the momentum.
+
+    Args:
+        learning_rate: Number or schedule.
+        momentum: Decay of the accumulated gradient, in [0, 1).
+        nesterov: Whether the step looks ahead along the momentum.
+        weight_decay: L2 coefficient, on every parameter.
+
+    Raises:
+        ValueError: A number is out of range, or `nesterov` without momentum.
+    """
+    _check_rate(learning_rate)
+    _check_numbers(weight_decay=weight_decay)
+    _check_fractions(momentum=momentum)
+    if nesterov and momentum == 0:
+        raise ValueError("nesterov needs a momentum above 0")
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay),
+        optax.trace(momentum, nesterov=nesterov) if momentum else optax.identity(),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def constant(value: float) -> Schedule:
+    """The same learning rate at every step."""
+    _check_numbers(positive=True, value=value)
+    return optax.constant_schedule(value)
+
+
+def cosine(base: float, end: float, steps: int) -> Schedule:
+    """Half a cosine from `base` at step 0 to `end` at step `steps` and after.
+
+    Raises:
+        ValueError: `base` or `steps` is not positive, or `end` is negative.
+    """
+    _check_numbers(positive=True, base=base)
+    _check_numbers(end=end)
+    _check_steps(steps=steps)
+    return optax.cosine_decay_schedule(base, steps, alpha=end / base)
+
+
+def step_decay(base: float, boundaries: Sequence[int], factor: float) -> Schedule:
+    """`base`, multiplied by `factor` once for each boundary (a count of steps) reached.
+
+    Raises:
+        ValueError: `base` or `factor` is not positive, or the boundaries do not increase.
+    """
+    _check_numbers(positive=True, base=base, factor=factor)
+    boundaries = list(boundaries)
+    for boundary in boundaries:
+        _check_steps(boundary=boundary)
+    if boundaries != sorted(set(boundaries)):
+        raise ValueError(f"boundaries must increase, got {boundaries}")
+    return optax.piecewise_constant_schedule(base, dict.fromkeys(boundaries, factor))
+
+
+def per_epoch(schedule: Schedule, steps_per_epoch: int) -> Schedule:
+    """`schedule` read at the start of each epoch and held, as the papers' code does.
+
+    Raises:
+        ValueError: `steps_per_epoch` is not a positive integer.
+    """
+    _check_steps(steps_per_epoch=steps_per_epoch)
+    return lambda count: schedule(count // steps_per_epoch * steps_per_epoch)
+
+
+_OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "adam": adam,
+    "lars": lars,
+    "sgd": sgd,
+}
+_SCHEDULES: dict[str, Callable[..., Schedule]] = {
+    "constant": constant,
+    "cosine": cosine,
+    "step_decay": step_decay,
+}
+
+
+def names() -> tuple[str, ...]:
+    """Names of optimisers that :func:`get` knows, sorted."""
+    return tuple(sorted(_OPTIMIZERS))
+
+
+def get(name: str) -> Callable[..., optax.GradientTransformation]:
+    """Optimiser called `name`; ValueError names those known."""
+    return _look_up("optimizer", _OPTIMIZERS, name)
+
+
+def schedule_names() -> tuple[str, ...]:
+    """Names of schedules that :func:`get_schedule` knows, sorted."""
+    return tuple(sorted(_SCHEDULES))
+
+
+def get_schedule(name: str) -> Callable[..., Schedule]:
+    """Learning-rate schedule called `name`; ValueError names those known."""
+    return _look_up("learning-rate schedule", _SCHEDULES, name)
+
+
+def _look_up(kind: str, table: dict[str, Any], name: str) -> Any:
+    if name not in table:
+        raise ValueError(f"unknown {kind} {name!r}: expected one of {', '.join(sorted(table))}")
+    return table[name]
+
+
+def _is_matrix(params: Any) -> Any:
+    return jax.tree.map(lambda p: p.ndim > 1, params)
+
+
+def _check_rate(learning_rate: object) -> None:
+    if not callable(learning_rate):
+        _check_numbers(positive=True, learning_rate=learning_rate)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_numbers(*, positive: bool = False, **values: Any) -> None:
+    for name, value in values.items():
+        if not _is_number(value) or value < 0 or (positive and value == 0):
+            kind = "positive" if positive else "non-negative"
+            raise ValueError(f"{name} must be a finite {kind} number, got {value!r}")
+
+
+def _check_fractions(**values: Any) -> None:
+    for name, value in values.items():
+        if not _is_number(value) or not 0 <= value < 1:
+            raise ValueError(f"{name} must be a number in [0, 1), got {value!r}")
+
+
+def _check_steps(**values: Any) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"{name} must be a positive integer, got {value!r}")
+
+
+__all__ = [
+    "adam",
+    "constant",
+    "cosine",
+    "get",
+    "get_schedule",
+    "lars",
+    "names",
+    "per_epoch",
+    "schedule_names",
+    "sgd",
+    "step_decay",
+]

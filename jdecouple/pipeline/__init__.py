@@ -1,0 +1,23 @@
+"""Mesh and placement, partitioning of blocks, and the executor that runs a schedule."""
+
+from jdecouple.pipeline.executor import Executor
+from jdecouple.pipeline.gather import gather
+from jdecouple.pipeline.placement import (
+    Seat,
+    StageMesh,
+    as_stage_mesh,
+    make_mesh,
+    spread,
+    transfer,
+)
+
+__all__ = [
+    "Executor",
+    "Seat",
+    "StageMesh",
+    "as_stage_mesh",
+    "gather",
+    "make_mesh",
+    "spread",
+    "transfer",
+]

@@ -1,0 +1,172 @@
+"""Which devices a stage owns."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class StageMesh:
+    """The `stage` x `data` mesh: one row of devices a stage.
+
+    Unlike `jax.sharding.Mesh` it may name a device in several rows, because more stages
+    than devices is legal.
+
+    Attributes:
+        rows: devices of every stage; all rows of one length, the size of the data axis.
+    """
+
+    rows: tuple[tuple[jax.Device, ...], ...]
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """Sizes of the axes `stage` and `data`."""
+        return {"stage": len(self.rows), "data": len(self.rows[0])}
+
+    @property
+    def devices(self) -> np.ndarray:
+        """Devices as an array [stage, data]."""
+        return np.array(self.rows)
+
+
+def make_mesh(
+    stages: int = 1, data: int = 1, *, devices: Sequence[jax.Device] | None = None
+) -> StageMesh:
+    """Lays devices out as `stages` rows of `data` replicas.
+
+    With fewer devices than stages x data, neighbouring stages share a row; the numbers that
+    training yields are the same.
+
+    Args:
+        stages: K, at least 1.
+        data: D, devices that hold a replica of each stage; at least 1.
+        devices: devices to use; by default all, of all processes, in JAX's order.
+
+    Returns:
+        The mesh.
+
+    Raises:
+        ValueError: a size below 1, or fewer than `data` devices.
+    """
+    for label, size in (("stages", stages), ("data", data)):
+        if size < 1:
+            raise ValueError(f"mesh axis {label} is {size}: at least 1 is needed")
+    available = list(jax.devices() if devices is None else devices)
+    if data > len(available):
+        raise ValueError(
+            f"mesh axis data is {data}, but only {len(available)} device(s) are present"
+        )
+    count = min(stages, len(available) // data)
+    distinct = [tuple(available[row * data : (row + 1) * data]) for row in range(count)]
+    return StageMesh(spread(distinct, stages))
+
+
+def spread(rows: Sequence[tuple], num_stages: int) -> tuple[tuple, ...]:
+    """Gives `num_stages` stages their rows, in order, as evenly as possible."""
+    return tuple(rows[stage * len(rows) // num_stages] for stage in range(num_stages))
+
+
+def as_stage_mesh(mesh: Any) -> StageMesh:
+    """Accepts a `StageMesh` or a `jax.sharding.Mesh` with the axes `stage` and `data`.
+
+    Raises:
+        TypeError: something else.
+        ValueError: other axes.
+    """
+    if isinstance(mesh, StageMesh):
+        return mesh
+    if not isinstance(mesh, Mesh):
+        raise TypeError(f"mesh is a {type(mesh).__name__}: jdecouple.make_mesh(...) gives one")
+    if sorted(mesh.axis_names) not in (["data", "stage"], ["stage"]):
+        raise ValueError(f"mesh axes are {mesh.axis_names}: 'stage' and 'data' are needed")
+    devices = mesh.devices
+    if mesh.axis_names == ("data", "stage"):
+        devices = devices.T
+    return StageMesh(tuple(tuple(row) for row in devices.reshape(devices.shape[0], -1)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Seat:
+    """The devices of one stage, and how arrays lie on them.
+
+    Attributes:
+        devices: one a replica.
+        batched: sharding of arrays [batch, ...].
+        replicated: sharding of weights and scalars.
+        mine: whether this process runs the stage.
+        whole: whether no other process takes part.
+    """
+
+    devices: tuple[jax.Device, ...]
+    batched: NamedSharding
+    replicated: NamedSharding
+    mine: bool
+    whole: bool
+
+    @classmethod
+    def on(cls, devices: tuple[jax.Device, ...]) -> "Seat":
+        """Seat on a row of the mesh."""
+        mesh = Mesh(np.array(devices), ("data",))
+        here = [each.process_index == jax.process_index() for each in devices]
+        return cls(
+            devices,
+            NamedSharding(mesh, PartitionSpec("data")),
+            NamedSharding(mesh, PartitionSpec()),
+            mine=any(here),
+            whole=all(here),
+        )
+
+    def sharding(self, leaf: Any) -> NamedSharding:
+        """Sharding of a message's leaf: [batch, ...] over `data`, scalars everywhere."""
+        return self.batched if np.ndim(leaf) else self.replicated
+
+    def place(self, tree: Any, *, own: bool = False) -> Any:
+        """Uploads a tree of host or device arrays as a message is laid out.
+
+        Args:
+            tree: arrays with the batch first.
+            own: replicate every leaf and never share memory with the source, as the
+                donated state of a stage needs.
+        """
+
+        def put(leaf: Any) -> jax.Array:
+            sharding = self.replicated if own else self.sharding(leaf)
+            if self.whole:
+                return jax.device_put(leaf, sharding, may_alias=False if own else None)
+            value = np.asarray(leaf)
+            return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+        return jax.tree.map(put, tree)
+
+
+def transfer(message: Any, shapes: Any, source: Seat, target: Seat) -> Any:
+    """Moves a message to another stage's devices without waiting.
+
+    Every process that takes part in either stage calls it, in the same order.
+
+    Args:
+        message: the tree; None where this process does not run the source.
+        shapes: its `jax.ShapeDtypeStruct`s.
+        source: seat of the stage that sends.
+        target: seat of the stage that receives.
+
+    Returns:
+        The tree on the target's devices; None where this process does not run the target.
+    """
+    if source.devices == target.devices:
+        return message
+    if not (source.mine or target.mine):
+        return None
+    if not source.mine:
+        message = jax.tree.map(
+            lambda shape: jax.make_array_from_single_device_arrays(
+                shape.shape, source.sharding(shape), [], dtype=shape.dtype
+            ),
+            shapes,
+        )
+    moved = jax.device_put(message, jax.tree.map(target.sharding, message))
+    return moved if target.mine else None

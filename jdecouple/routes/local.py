@@ -1,0 +1,51 @@
+"""Local route: every block trains on its own loss behind a stop_gradient."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jdecouple.routes.stage import Metrics, Stage, StageState, block_metrics, totals
+from jdecouple.routes.unit import Message
+
+
+@dataclasses.dataclass(frozen=True)
+class Local:
+    """No error crosses a block boundary, so a stage needs nothing from the stages above it.
+
+    The staleness of weights and of error is zero for any number of stages: pipelined
+    training equals sequential training.
+    """
+
+    schedule: str = dataclasses.field(default="local", init=False)
+    local: bool = dataclasses.field(default=True, init=False)
+
+    def forward(
+        self, stage: Stage, state: StageState, message: Message, tick: jax.Array
+    ) -> tuple[Any, Metrics, Any, Message]:
+        """Forward of every unit with its loss; the backward waits in the residuals."""
+        stats, residuals = [], []
+        metrics: Metrics = {}
+        for unit, params, unit_stats in zip(
+            stage.units, state["params"], state["stats"], strict=True
+        ):
+
+            def loss(params, unit=unit, unit_stats=unit_stats, message=message):
+                features, output, moved = unit.train(
+                    params, unit_stats, message, stage.key(unit, tick)
+                )
+                return output.loss, (features, output, moved)
+
+            _, pullback, (features, output, moved) = jax.vjp(loss, params, has_aux=True)
+            stats.append(moved)
+            residuals.append((pullback, output.loss))
+            metrics |= block_metrics(unit, output, message)
+            message = {**message, "x": jax.lax.stop_gradient(features)}
+        metrics, message["loss"] = totals(message, metrics)
+        return tuple(stats), metrics, residuals, message
+
+    def backward(self, residuals: Any, cotangent: Any) -> tuple[Any, Any]:
+        """Gradient of every unit's own loss; nothing is sent back."""
+        del cotangent
+        return tuple(pullback(jnp.ones_like(loss))[0] for pullback, loss in residuals), None

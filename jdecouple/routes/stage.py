@@ -1,0 +1,157 @@
+"""What the routes share: the stage, its keys, its metrics and its optimiser step."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jdecouple.objectives import HeadOutput
+from jdecouple.routes.unit import Message, Unit
+
+# "params", "stats" and "opt": each a tuple with one entry a unit.
+StageState = dict[str, Any]
+Metrics = dict[str, jax.Array]
+Transform = Callable[[Message, jax.Array, bool], Message]
+
+
+class Accumulated(NamedTuple):
+    """What a stage adds up over the microbatches of one batch."""
+
+    gradients: Any
+    metrics: Metrics
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stage:
+    """Consecutive units that live on one device group.
+
+    Attributes:
+        index: k, 0 to K-1.
+        num_stages: K.
+        units: the blocks of the stage with their heads.
+        optimizer: the transformation that every unit has a state of.
+        seed: root of all random keys.
+        num_microbatches: M; gradients and metrics are means over it.
+        transform: augmentation, run by the first stage alone.
+    """
+
+    index: int
+    num_stages: int
+    units: tuple[Unit, ...]
+    optimizer: optax.GradientTransformation
+    seed: int
+    num_microbatches: int
+    transform: Transform | None
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the model ends here."""
+        return self.index == self.num_stages - 1
+
+    def initial(self) -> StageState:
+        """Fresh state: weights of the modules, optimiser states of the units."""
+        pairs = [unit.initial() for unit in self.units]
+        params = tuple(params for params, _ in pairs)
+        return {
+            "params": params,
+            "stats": tuple(stats for _, stats in pairs),
+            "opt": tuple(self.optimizer.init(each) for each in params),
+        }
+
+    def prepare(self, message: Message, tick: jax.Array, train: bool) -> Message:
+        """Applies the transform to what enters the first stage.
+
+        Keys are folded from (seed, step, index in the global batch), so that an example is
+        augmented alike whatever the microbatches and the sharding are.
+        """
+        if self.index or self.transform is None:
+            return message
+        count = jax.tree.leaves(message["x"])[0].shape[0]
+        root = jax.random.fold_in(jax.random.key(self.seed), tick[0])
+        indices = tick[1] * count + jnp.arange(count)
+        keys = jax.vmap(lambda index: jax.random.fold_in(root, index))(indices)
+        return self.transform(message, keys, train)
+
+    def key(self, unit: Unit, tick: jax.Array) -> jax.Array:
+        """Key of a unit for (step, microbatch); independent of the schedule and of K."""
+        key = jax.random.fold_in(jax.random.key(self.seed), tick[0])
+        # Offset so that no unit shares a key with an example of `prepare`.
+        key = jax.random.fold_in(key, np.uint32(2**32 - 1 - unit.index))
+        return jax.random.fold_in(key, tick[1])
+
+    def update(self, state: StageState, gradients: Any) -> StageState:
+        """One optimiser step of every unit with the mean of the microbatches' gradients."""
+        scale = 1.0 / self.num_microbatches
+        params, opt = [], []
+        for gradient, unit_params, unit_opt in zip(
+            gradients, state["params"], state["opt"], strict=True
+        ):
+            if self.num_microbatches > 1:
+                gradient = jax.tree.map(lambda g: g * scale, gradient)
+            updates, new_opt = self.optimizer.update(gradient, unit_opt, unit_params)
+            params.append(optax.apply_updates(unit_params, updates))
+            opt.append(new_opt)
+        return {**state, "params": tuple(params), "opt": tuple(opt)}
+
+    def mean(self, metrics: Metrics) -> Metrics:
+        """Turns sums over the microbatches into means."""
+        if self.num_microbatches == 1:
+            return metrics
+        return {name: value / self.num_microbatches for name, value in metrics.items()}
+
+
+class Route(Protocol):
+    """How error reaches the blocks of a stage: three pure functions, one an action."""
+
+    schedule: str
+    """Name of the default schedule."""
+
+    local: bool
+    """Whether every block needs a loss of its own."""
+
+    def forward(
+        self, stage: Stage, state: StageState, message: Message, tick: jax.Array
+    ) -> tuple[Any, Metrics, Any, Message]:
+        """Returns (moved statistics, metrics, residuals for the backward, message on)."""
+
+    def backward(self, residuals: Any, cotangent: Any) -> tuple[Any, Any]:
+        """Returns (gradients of the units' parameters, message back)."""
+
+
+def add(first: Any, second: Any) -> Any:
+    """Sum of two trees; None is zero."""
+    if first is None:
+        return second
+    return jax.tree.map(jnp.add, first, second)
+
+
+def block_metrics(unit: Unit, output: HeadOutput, message: Message) -> Metrics:
+    """Metrics of one block: its loss, the loss's terms, its exit's training accuracy."""
+    prefix = f"block_{unit.index}/"
+    metrics = {prefix + "loss": output.loss}
+    metrics |= {prefix + name: value for name, value in output.metrics.items()}
+    if output.logits is not None:
+        metrics[prefix + "accuracy"] = accuracy(output.logits, message["label"])
+    return {name: value.astype(jnp.float32) for name, value in metrics.items()}
+
+
+def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Fraction of arg-maxes that hit."""
+    return jnp.mean(jnp.argmax(logits, axis=-1) == labels, dtype=jnp.float32)
+
+
+def totals(message: Message, metrics: Metrics) -> tuple[Metrics, jax.Array]:
+    """Adds the sums over all blocks so far; they travel with the message.
+
+    Returns:
+        The metrics with "loss" (and "accuracy" where the stage has an exit), and the loss
+        that the message takes along.
+    """
+    losses = [value for name, value in metrics.items() if name.endswith("/loss")]
+    loss = sum(losses, message.get("loss", jnp.zeros((), jnp.float32)))
+    exits = [value for name, value in metrics.items() if name.endswith("/accuracy")]
+    return {**metrics, "loss": loss, **({"accuracy": exits[-1]} if exits else {})}, loss

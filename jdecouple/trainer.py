@@ -1,0 +1,310 @@
+"""The Trainer: a model, a method, an optimiser and a mesh, joined."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from jdecouple import schedules
+from jdecouple.assembly import (
+    Shapes,
+    abstract,
+    build_units,
+    check_batch,
+    message_shapes,
+    model_input,
+    split_blocks,
+)
+from jdecouple.evaluation import Evaluator
+from jdecouple.methods import Method
+from jdecouple.models import Model
+from jdecouple.pipeline import Executor, Seat, as_stage_mesh, gather, make_mesh, spread
+from jdecouple.routes import Message, Stage
+from jdecouple.routes.stage import Transform
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """Everything that training changes.
+
+    Attributes:
+        step: batches dispatched so far.
+        stages: state of every stage ("params", "stats", "opt"); None for the stages of other
+            processes. `Trainer.step` donates it: keep the returned state, not the old one.
+    """
+
+    step: int
+    stages: tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class PlacedBatch:
+    """A global batch on the devices, one message a microbatch; made by `Trainer.put`."""
+
+    parts: tuple[Message | None, ...]
+
+
+class Trainer:
+    """Trains a model by a method on the stages of a mesh.
+
+    Under `jax.distributed` every process builds the same Trainer and makes the same calls;
+    each compiles and runs only the stages that touch its own devices.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        method: Method,
+        optimizer: optax.GradientTransformation,
+        *,
+        num_stages: int | None = None,
+        boundaries: Sequence[int] | None = None,
+        mesh: Any = None,
+        microbatches: int = 1,
+        schedule: str = "auto",
+        example: Mapping[str, Any],
+        num_classes: int | None = None,
+        seed: int = 0,
+        transform: Transform | None = None,
+        dtype: Any = None,
+        fuse: bool | None = None,
+        max_in_flight: int | None = None,
+    ):
+        """Places the stages and prepares their functions; compiles at the first step.
+
+        Args:
+            model: blocks with their initial weights, and a classifier.
+            method: a row of `jdecouple.methods`.
+            optimizer: an optax transformation; every block gets a state of its own.
+            num_stages: K; by default the number of boundaries, else the mesh's.
+            boundaries: block indices at which a stage begins; by default a split that
+                balances the stages' floating-point operations.
+            mesh: `jdecouple.make_mesh(...)`, or a `jax.sharding.Mesh` with the axes `stage`
+                and `data`; by default the first `num_stages` devices.
+            microbatches: M; parts that the batch is cut into. Losses and BatchNorm
+                statistics are those of the part, gradients the mean over the parts.
+            schedule: name of a schedule, or "auto" for the route's own.
+            example: a global batch {"x": [batch, ...], "label": [batch]}; read for its
+                shapes and dtypes.
+            num_classes: by default the width of the model's logits.
+            seed: root of the keys of heads, dropout and augmentation.
+            transform: `(message, keys, train) -> message`, run inside the first stage's
+                compiled call; see `jdecouple.data.augment`.
+            dtype: compute dtype of blocks and heads, such as `jnp.bfloat16`; parameters,
+                statistics and losses keep theirs. None leaves everything as it is.
+            fuse: compile all stages into one call; by default where they share their
+                devices.
+            max_in_flight: batches that may be dispatched and unfinished; by default 2K.
+
+        Raises:
+            TypeError: an argument of a wrong type.
+            ValueError: sizes that do not fit one another, or a method that needs what the
+                model lacks.
+        """
+        _check_types(model, method, microbatches, max_in_flight)
+        if num_stages is None and boundaries is not None:
+            num_stages = len(boundaries) + (not boundaries or boundaries[0] != 0)
+        grid = as_stage_mesh(make_mesh(num_stages or 1) if mesh is None else mesh)
+        if num_stages is None:
+            num_stages = grid.shape["stage"]
+        check_batch(example, num_classes)
+        self.model = model
+        self.method = method
+        self.microbatches = microbatches
+        self._replicas = grid.shape["data"]
+        self._example = abstract(dict(example))
+        prepared = model_input(self._split(self._example)[0], transform)
+        units, self.num_classes = build_units(model, method, prepared, num_classes, seed, dtype)
+        check_batch(example, self.num_classes)
+        self.boundaries = split_blocks(units, method.route, prepared, num_stages, boundaries)
+        self.stages = tuple(
+            Stage(
+                index=k,
+                num_stages=num_stages,
+                units=units[start:end],
+                optimizer=optimizer,
+                seed=seed,
+                num_microbatches=microbatches,
+                transform=transform,
+            )
+            for k, (start, end) in enumerate(itertools.pairwise((*self.boundaries, len(units))))
+        )
+        self.seats = tuple(Seat.on(row) for row in spread(grid.rows, num_stages))
+        self.schedule = schedules.build(
+            method.route.schedule if schedule == "auto" else schedule, num_stages, microbatches
+        )
+        if self.schedule.local != method.route.local:
+            raise ValueError(
+                f"schedule {schedule!r} does not fit method {method.name}: "
+                f"its route runs {method.route.schedule!r}"
+            )
+        together = all(seat.devices == self.seats[0].devices for seat in self.seats)
+        if fuse and not together:
+            raise ValueError("fuse=True needs all stages on the same devices")
+        fuse = together if fuse is None else fuse
+        max_in_flight = max_in_flight or 2 * num_stages
+        self._executor = Executor(
+            stages=self.stages,
+            seats=self.seats,
+            route=method.route,
+            schedule=self.schedule,
+            shapes=lambda: self._shapes.messages,
+            fuse=fuse,
+            max_in_flight=max_in_flight,
+        )
+        self._evaluator = Evaluator(
+            self.stages, self.seats, self._example, fuse=fuse, max_in_flight=max_in_flight
+        )
+
+    def init(self) -> State:
+        """Initial state: the weights of the model's blocks and of the heads, step 0."""
+        return State(
+            0,
+            tuple(
+                seat.place(stage.initial(), own=True) if seat.mine else None
+                for stage, seat in zip(self.stages, self.seats, strict=True)
+            ),
+        )
+
+    def put(self, batch: Mapping[str, Any]) -> PlacedBatch:
+        """Uploads a global batch to the first stage, so that a later step need not.
+
+        Args:
+            batch: host (NumPy) or device arrays; under several processes each passes the
+                same global batch, and only what the process's own devices need is uploaded.
+
+        Raises:
+            TypeError: not a mapping with integer labels.
+            ValueError: other shapes than the example's, labels out of range, or numbers
+                that are not finite.
+        """
+        check_batch(batch, self.num_classes, like=self._example)
+        seat = self.seats[0]
+        parts = self._split(batch)
+        return PlacedBatch(tuple(seat.place(part) if seat.mine else None for part in parts))
+
+    def step(
+        self, state: State, batch: Mapping[str, Any] | PlacedBatch
+    ) -> tuple[State, dict[str, jax.Array]]:
+        """Trains on one global batch; returns as soon as all calls are dispatched.
+
+        Args:
+            state: current state; donated.
+            batch: {"x": [batch, ...], "label": [batch]} on the host, or what `put` returned.
+
+        Returns:
+            The new state, and metrics as futures: "loss" (sum over the blocks), "accuracy"
+            (of the last exit) and per block "block_{i}/loss", its terms and
+            "block_{i}/accuracy". Under several processes they cover the process's stages.
+        """
+        placed = batch if isinstance(batch, PlacedBatch) else self.put(batch)
+        stages, found = self._executor.run(state.stages, placed.parts, state.step)
+        metrics: dict[str, jax.Array] = {}
+        for each in found:
+            metrics |= each or {}
+        return State(state.step + 1, stages), metrics
+
+    def wait(self, state: State) -> None:
+        """Blocks until everything that was dispatched has run."""
+        self._executor.wait(state.stages)
+
+    def evaluate(
+        self, state: State, data: Iterable[Mapping[str, Any]] | Mapping[str, Any]
+    ) -> dict[str, float]:
+        """Evaluates every exit; batches of any size, each example counted once.
+
+        Args:
+            state: state; not changed.
+            data: batches, or one batch.
+
+        Returns:
+            "loss" (mean cross-entropy) and "accuracy" of the final exit, and
+            "exit_{i}/loss", "exit_{i}/accuracy" of the exit at block i. Under several
+            processes all call it and all get the whole.
+
+        Raises:
+            ValueError: no examples, or labels out of range.
+        """
+        return self._evaluator(state.stages, data, self.num_classes)
+
+    def gather_metrics(self, metrics: Mapping[str, Any]) -> dict[str, float]:
+        """Metrics of all processes as floats; every process calls it."""
+        values = {name: float(value) for name, value in metrics.items()}
+        blocks = gather(values, self._shapes.metrics)
+        losses = [value for name, value in blocks.items() if name.endswith("/loss")]
+        exits = [value for name, value in blocks.items() if name.endswith("/accuracy")]
+        return {"loss": sum(losses), **({"accuracy": exits[-1]} if exits else {}), **blocks}
+
+    def modules(self, state: State) -> list[nnx.Module | None]:
+        """Trained nnx modules: one per block, then the classifier if the model has one.
+
+        A classifier that the method does not train is returned as it was given; blocks of
+        other processes are None.
+        """
+        pairs = self._pairs(state)
+        blocks = [block for block, _ in pairs]
+        if self.model.classifier is None:
+            return blocks
+        trained = self.method.objective.trains_classifier
+        head = pairs[-1][1]
+        return [*blocks, getattr(head, "classifier", None) if trained else self.model.classifier]
+
+    def heads(self, state: State) -> list[nnx.Module | None]:
+        """Trained heads, one per block; None where a block has none."""
+        return [head for _, head in self._pairs(state)]
+
+    @cached_property
+    def _shapes(self) -> Shapes:
+        part = self._split(self._example)[0]
+        return message_shapes(self.stages, self.method.route, part)
+
+    def _pairs(self, state: State) -> list[tuple[nnx.Module | None, nnx.Module | None]]:
+        pairs: list[tuple[nnx.Module | None, nnx.Module | None]] = []
+        for stage, values in zip(self.stages, state.stages, strict=True):
+            for number, unit in enumerate(stage.units):
+                if values is None:
+                    pairs.append((None, None))
+                    continue
+                # Copies: the next step donates the state's own buffers.
+                copy = jax.tree.map(jnp.copy, (values["params"][number], values["stats"][number]))
+                pairs.append(unit.modules(*copy))
+        return pairs
+
+    def _split(self, batch: Mapping[str, Any]) -> list[Message]:
+        """Cuts a batch (of arrays or of shapes) into microbatches."""
+        count = batch["label"].shape[0]
+        parts = self.microbatches
+        if count % (parts * self._replicas):
+            raise ValueError(
+                f"a batch of {count} does not divide into {parts} microbatch(es) on "
+                f"{self._replicas} replica(s)"
+            )
+        size = count // parts
+
+        def cut(leaf: Any, part: int) -> Any:
+            if isinstance(leaf, jax.ShapeDtypeStruct):
+                return jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype)
+            return leaf if parts == 1 else leaf[part * size : (part + 1) * size]
+
+        return [
+            jax.tree.map(lambda leaf, part=part: cut(leaf, part), dict(batch))
+            for part in range(parts)
+        ]
+
+
+def _check_types(model: Any, method: Any, microbatches: Any, max_in_flight: Any) -> None:
+    for label, value, wanted in (("model", model, Model), ("method", method, Method)):
+        if not isinstance(value, wanted):
+            raise TypeError(
+                f"{label} is a {type(value).__name__}: a jdecouple {wanted.__name__} is needed"
+            )
+    for label, value in (("microbatches", microbatches), ("max_in_flight", max_in_flight or 1)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{label} is {value!r}: a whole number of at least 1 is needed")

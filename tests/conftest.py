@@ -1,0 +1,32 @@
+"""Eight CPU devices, a persistent compilation cache and the fixtures that tests share."""
+
+import os
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPOSITORY / ".cache" / "xla"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+
+@pytest.fixture
+def x64():
+    """Double precision for the length of one test."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def tfds_dir() -> Path:
+    """Folder of prepared TFDS data sets; tests that need it are skipped without it."""
+    assets = Path(os.environ.get("JDECOUPLE_TEST_ASSETS", REPOSITORY.parent / "shared"))
+    folder = assets / "data" / "tfds"
+    if not folder.is_dir():
+        pytest.skip(f"no prepared data sets under {folder} (set JDECOUPLE_TEST_ASSETS)")
+    return folder

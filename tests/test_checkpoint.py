@@ -1,0 +1,556 @@
+"""Checkpoints come back bit for bit, or are refused; nothing that was saved is lost."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from absl import logging
+
+from jdecouple import _checkpoint_format as form
+from jdecouple.checkpoint import Checkpointer, CheckpointError
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+DTYPES = [
+    "float32",
+    "float64",
+    "float16",
+    "bfloat16",
+    "int8",
+    "int32",
+    "uint32",
+    "bool",
+    "complex64",
+]
+
+
+def small_tree(value: float = 1.0) -> dict:
+    return {
+        "stages": {
+            "0": {"params": {"layers/0/kernel": np.full((3, 4), value, np.float32)}, "queue": {}},
+            "1": {"params": {"a.b": np.arange(6).astype(ml_dtypes.bfloat16)}},
+        },
+        "step": np.uint32(value),
+    }
+
+
+def shapes(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype), tree)
+
+
+def assert_same(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        e = np.asarray(e)
+        assert type(a) is np.ndarray
+        assert (a.dtype, a.shape) == (e.dtype, e.shape)
+        assert a.tobytes() == e.tobytes()
+
+
+def filled(directory, steps=(100, 200, 300), **kwargs) -> Path:
+    with Checkpointer(directory, **kwargs) as checkpointer:
+        for step in steps:
+            checkpointer.save(step, small_tree(step), {"step": step})
+    return Path(directory)
+
+
+@pytest.fixture
+def warnings_logged(monkeypatch):
+    lines = []
+    monkeypatch.setattr(logging, "warning", lambda text, *args: lines.append(text % args))
+    return lines
+
+
+def test_nothing_saved_restores_none(tmp_path):
+    with Checkpointer(tmp_path / "new") as checkpointer:
+        (tmp_path / "new" / "notes").mkdir()
+        assert checkpointer.restore(small_tree()) is None
+        assert checkpointer.steps() == []
+        assert checkpointer.latest_step is None
+        assert checkpointer.best_step is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_dtype_is_bit_equal(tmp_path, dtype):
+    values = np.random.default_rng(0).normal(size=(5, 3)) * 100
+    tree = {"x": values.astype(dtype), "scalar": values[0, 0].astype(dtype)}
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, tree, {})
+        assert_same(checkpointer.restore(shapes(tree)).tree, tree)
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"nan": np.array([np.nan, -0.0, np.inf, 1e-310])},
+        {"no rows": np.zeros((0, 3), np.float32), "x": np.ones(2)},
+        {"only empty": np.zeros((0,), np.int32)},
+        {"int": 3, "float": 0.1, "bool": True, "np": np.float32(2)},
+        {"a/b": {"c": np.ones(1)}, "a": {"b/c": np.zeros(1), "b": {"c": np.full(1, 2.0)}}},
+        {"": {"": np.ones(1)}, "%": np.zeros(1), "..": {".": np.ones(2)}, "é ": np.ones(3)},
+        {"0": {"1": np.ones(1), "2": {}}, "empty": {}, "10": np.ones(2)},
+        {"fortran": np.asfortranarray(np.arange(6.0).reshape(2, 3)), "strided": np.arange(9)[::2]},
+    ],
+    ids=lambda tree: next(iter(tree)) or "odd keys",
+)
+def test_odd_trees_round_trip(tmp_path, tree):
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(0, tree, {"a": [1, None, {"b": 0.1}]})
+        restored = checkpointer.restore(tree)
+    assert_same(restored.tree, tree)
+    assert restored.step == 0
+    assert restored.extra == {"a": [1, None, {"b": 0.1}]}
+
+
+def test_keeps_dictionary_order_of_the_template(tmp_path):
+    tree = {"b": np.ones(1), "a": {"z": np.zeros(2), "y": np.ones(3)}}
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, tree, {})
+        restored = checkpointer.restore(tree).tree
+    assert list(restored) == ["b", "a"]
+    assert list(restored["a"]) == ["z", "y"]
+    assert_same(restored, tree)
+
+
+def test_numpy_leaves_may_be_overwritten_after_save(tmp_path):
+    tree = {"w": np.ones((400, 400)), "b": np.zeros(3)}
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, tree, {})
+        tree["w"][:] = -1
+        tree["b"][:] = -1
+        restored = checkpointer.restore(shapes(tree)).tree
+    assert_same(restored, {"w": np.ones((400, 400)), "b": np.zeros(3)})
+
+
+@pytest.mark.parametrize("leaf", [np.ones((3, 2)), jnp.ones((3, 2)), np.ones((4, 4))[::2]])
+def test_host_copies_share_no_memory(leaf):
+    copy = form.host_copies({"x": leaf})["x"]
+    assert not np.shares_memory(copy, np.asarray(leaf))
+    assert copy.flags.owndata
+    assert copy.flags.c_contiguous
+
+
+def test_donated_buffers_do_not_reach_the_checkpoint(tmp_path):
+    step = jax.jit(lambda w: w + 1, donate_argnums=0)
+    w = jnp.zeros((300, 300))
+    with Checkpointer(tmp_path, keep=9) as checkpointer:
+        for i in range(1, 6):
+            w = step(w)
+            checkpointer.save(i, {"w": w}, {})
+            before = w
+            w = step(w)
+            w = step(w)
+            assert before.is_deleted()
+        checkpointer.wait()
+        for i in range(1, 6):
+            restored = checkpointer.restore({"w": w}, step=i).tree["w"]
+            np.testing.assert_array_equal(restored, np.full((300, 300), 3 * i - 2))
+
+
+def test_keeps_the_last_and_the_best(tmp_path):
+    metrics = {1: 0.5, 2: 0.9, 3: None, 4: float("nan"), 5: 0.9, 6: 0.1, 7: None}
+    with Checkpointer(tmp_path, keep=2) as checkpointer:
+        for step, metric in metrics.items():
+            checkpointer.save(step, small_tree(step), {}, metric)
+        checkpointer.wait()
+        assert checkpointer.steps() == [2, 6, 7]
+        assert checkpointer.best_step == 2
+        assert checkpointer.latest_step == 7
+    with Checkpointer(tmp_path, keep=2) as checkpointer:
+        assert checkpointer.best_step == 2
+        checkpointer.save(8, small_tree(8), {}, metric=np.float32(0.95))
+        checkpointer.save(9, small_tree(9), {})
+        checkpointer.save(10, small_tree(10), {})
+        checkpointer.wait()
+        assert checkpointer.steps() == [8, 9, 10]
+        assert checkpointer.best_step == 8
+        assert_same(checkpointer.restore(small_tree(), step=8).tree, small_tree(8))
+    assert sorted(os.listdir(tmp_path)) == ["10", "8", "9"]
+
+
+def test_without_metrics_there_is_no_best(tmp_path):
+    with Checkpointer(filled(tmp_path, keep=2)) as checkpointer:
+        assert checkpointer.steps() == [200, 300]
+        assert checkpointer.best_step is None
+
+
+def needed_files(checkpoint: Path) -> list[Path]:
+    files = (path for path in checkpoint.rglob("*") if path.is_file())
+    return sorted(path for path in files if path.name != "commit_success.txt")
+
+
+def cut(path: Path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path: Path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0x40
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [cut, Path.unlink, flip], ids=["cut", "missing", "flipped"])
+def test_any_damaged_file_is_refused_and_the_one_before_is_used(tmp_path, damage, warnings_logged):
+    tree = small_tree() | {"big": np.random.default_rng(0).normal(size=(64, 64))}
+    with Checkpointer(tmp_path / "a") as checkpointer:
+        checkpointer.save(1, tree, {"good": True})
+        checkpointer.save(2, tree, {"good": False})
+    files = needed_files(tmp_path / "a" / "2")
+    assert len(files) >= 6
+    reader = Checkpointer(tmp_path / "a", read_only=True)
+    assert reader.restore(tree).step == 2
+    for file in files:
+        if damage is flip and file.name == "_CHECKPOINT_METADATA":
+            continue  # Orbax's time stamps; nothing of it is read back.
+        whole = file.read_bytes()
+        damage(file)
+        warnings_logged.clear()
+        restored = Checkpointer(tmp_path / "a", read_only=True).restore(tree)
+        assert restored.extra == {"good": True}, file
+        assert_same(restored.tree, tree)
+        assert len(warnings_logged) == 1
+        assert warnings_logged[0].startswith("checkpoint 2 refused: ")
+        assert warnings_logged[0].endswith("; trying 1")
+        assert "\n" not in warnings_logged[0]
+        file.write_bytes(whole)
+
+
+def test_altered_info_is_refused(tmp_path):
+    info = filled(tmp_path, steps=(1,)) / "1" / "info" / "metadata"
+    text = info.read_text()
+    info.write_text(text.replace('"extra": {"step": 1}', '"extra": {"step": 7}'))
+    assert info.read_text() != text
+    with pytest.raises(CheckpointError, match="info/metadata is damaged"):
+        Checkpointer(tmp_path, read_only=True).restore(small_tree())
+
+
+def test_leaf_checksum_names_the_leaf(tmp_path, monkeypatch):
+    """Corruption that the checksums of the files cannot see (it happened before the write)."""
+    genuine = form.stored
+    monkeypatch.setattr(form, "stored", lambda leaves: genuine(leaves) | {"x": np.zeros(3)})
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, {"x": np.ones(3)}, {})
+        with pytest.raises(CheckpointError, match="leaf x is corrupted"):
+            checkpointer.restore({"x": np.ones(3)})
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda t: t["stages"].pop("1"), "leaf stages/1/params/a.b is bfloat16[6], expected none"),
+        (lambda t: t.update(z=np.ones(1)), "leaf z is absent, expected float64[1]"),
+        (lambda t: t.update(step=np.int32(0)), "leaf step is uint32[], expected int32[]"),
+        (
+            lambda t: t["stages"]["0"]["params"].update({"layers/0/kernel": np.ones((4, 3), "f4")}),
+            "leaf stages/0/params/layers/0/kernel is float32[3,4], expected float32[4,3]",
+        ),
+        (
+            lambda t: t["stages"]["0"].update(queue=np.ones(2)),
+            "leaf stages/0/queue is {}, expected float64[2]",
+        ),
+    ],
+)
+def test_foreign_structure_names_the_first_leaf_that_differs(tmp_path, change, reason):
+    template = small_tree()
+    change(template)
+    with (
+        Checkpointer(filled(tmp_path, steps=(1,))) as checkpointer,
+        pytest.raises(CheckpointError) as error,
+    ):
+        checkpointer.restore(template)
+    assert str(error.value).endswith(f"refused 1; 1: {reason}")
+    assert "\n" not in str(error.value)
+    assert os.listdir(tmp_path) == ["1"]
+
+
+def test_foreign_checkpoint_gives_way_to_the_one_before(tmp_path, warnings_logged):
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, small_tree(1), {})
+        checkpointer.save(2, {"other": np.ones(2)}, {})
+        assert checkpointer.restore(small_tree()).step == 1
+    assert warnings_logged == [
+        "checkpoint 2 refused: leaf other is float64[2], expected none; trying 1"
+    ]
+
+
+def make_file(path: Path):
+    path.write_text("a file")
+
+
+def make_orbax(path: Path):
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path, {"x": np.ones(2)})
+
+
+def make_renamed(path: Path):
+    os.rename(path.parent / "300", path)
+
+
+@pytest.mark.parametrize("make", [make_file, Path.mkdir, make_orbax, make_renamed])
+def test_what_is_no_checkpoint_is_refused_set_aside_and_replaced(tmp_path, make, warnings_logged):
+    directory = filled(tmp_path / "checkpoints")
+    make(directory / "500")
+    with Checkpointer(directory) as checkpointer:
+        restored = checkpointer.restore(small_tree())
+        assert len(warnings_logged) == 1
+        assert (directory / "500").exists()
+        latest = restored.step
+        assert latest == (200 if make is make_renamed else 300)
+        assert_same(restored.tree, small_tree(latest))
+        assert checkpointer.latest_step == latest
+        checkpointer.save(500, small_tree(500), {"again": True})
+        assert_same(checkpointer.restore(small_tree()).tree, small_tree(500))
+        assert (tmp_path / "checkpoints_refused" / "500").exists()
+        make_file(directory / "600")
+    with Checkpointer(directory) as checkpointer:
+        assert checkpointer.restore(small_tree()).extra == {"again": True}
+    assert len(warnings_logged) == 2
+
+
+def test_a_second_refusal_of_the_same_step_keeps_the_first(tmp_path):
+    directory = filled(tmp_path / "c", steps=(1, 2))
+    for _ in range(3):
+        cut(directory / "2" / "info" / "metadata")
+        with Checkpointer(directory) as checkpointer:
+            assert checkpointer.restore(small_tree()).step == 1
+            checkpointer.save(2, small_tree(2), {})
+    assert sorted(os.listdir(tmp_path / "c_refused")) == ["2", "2-1", "2-2"]
+
+
+def test_damaged_older_checkpoints_are_never_deleted(tmp_path):
+    directory = filled(tmp_path, keep=2)
+    cut(directory / "200" / "info" / "metadata")
+    with Checkpointer(directory, keep=2) as checkpointer:
+        for step in (400, 500, 600):
+            checkpointer.save(step, small_tree(step), {})
+        checkpointer.wait()
+        assert checkpointer.steps() == [200, 500, 600]
+
+
+def test_all_refused_is_an_error_and_touches_nothing(tmp_path):
+    directory = filled(tmp_path / "c")
+    with Checkpointer(directory) as checkpointer:
+        with pytest.raises(CheckpointError) as error:
+            checkpointer.restore({"x": np.ones(1)})
+        assert "refused 300, 200, 100; 300: leaf" in str(error.value)
+        with pytest.raises(CheckpointError, match="step 250 is not after the latest"):
+            checkpointer.save(250, small_tree(), {})
+        assert checkpointer.steps() == [100, 200, 300]
+    assert os.listdir(tmp_path) == ["c"]
+
+
+def test_explicit_step(tmp_path, warnings_logged):
+    with Checkpointer(filled(tmp_path)) as checkpointer:
+        assert_same(checkpointer.restore(small_tree(), step=200).tree, small_tree(200))
+        with pytest.raises(CheckpointError, match=r"no checkpoint 250 in .*\[100, 200, 300\]"):
+            checkpointer.restore(small_tree(), step=250)
+        cut(tmp_path / "200" / "info" / "metadata")
+        with pytest.raises(CheckpointError, match="200: info/metadata is damaged"):
+            checkpointer.restore(small_tree(), step=200)
+    assert warnings_logged == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((1, {"x": np.ones(1)}, {}), CheckpointError, "step 1 is not after"),
+        ((-1, {"x": np.ones(1)}, {}), ValueError, "negative"),
+        ((2.0, {"x": np.ones(1)}, {}), TypeError, "step must be an integer"),
+        ((2, {"x": "text"}, {}), TypeError, "leaf x is no numeric array but str"),
+        ((2, {"x": None}, {}), TypeError, "leaf x is no numeric array but NoneType"),
+        ((2, {1: np.ones(1)}, {}), TypeError, "keys of a checkpoint are strings"),
+        ((2, [np.ones(1)], {}), TypeError, "nested dict, got list"),
+        ((2, {"x": {}}, {}), ValueError, "at least one array"),
+        ((2, {"x": np.ones(1)}, {"a": np.ones(1)}), TypeError, "extra must be writable as JSON"),
+        ((2, {"x": np.ones(1)}, [1]), TypeError, "extra must be a dict"),
+    ],
+)
+def test_bad_input_is_one_line_and_saves_nothing(tmp_path, arguments, error, message):
+    with Checkpointer(filled(tmp_path, steps=(1,))) as checkpointer:
+        with pytest.raises(error, match=message) as caught:
+            checkpointer.save(*arguments)
+        assert "\n" not in str(caught.value)
+        assert checkpointer.steps() == [1]
+
+
+def test_typed_keys_are_named(tmp_path):
+    with Checkpointer(tmp_path) as c, pytest.raises(TypeError, match="key_data"):
+        c.save(1, {"key": jax.random.key(0)}, {})
+
+
+@pytest.mark.parametrize("keep", [0, -1, 1.5, True])
+def test_keep_is_checked(tmp_path, keep):
+    with pytest.raises(ValueError, match="keep must be a positive integer"):
+        Checkpointer(tmp_path, keep=keep)
+
+
+def test_unwritable_directory(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"cannot write checkpoints to .*/file/c") as error:
+        Checkpointer(tmp_path / "file" / "c")
+    assert "\n" not in str(error.value)
+
+
+def test_failure_in_the_background_is_reported_and_the_next_save_works(tmp_path, monkeypatch):
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, small_tree(1), {}, metric=0.1)
+        checkpointer.wait()
+        with monkeypatch.context() as patch:
+            patch.setattr(form, "seal", lambda state: (_ for _ in ()).throw(OSError("disk full")))
+            checkpointer.save(2, small_tree(2), {}, metric=0.9)
+            with pytest.raises(CheckpointError, match=r"checkpoint 2 could not .* disk full"):
+                checkpointer.wait()
+        assert checkpointer.steps() == [1]
+        assert checkpointer.best_step == 1
+        checkpointer.save(2, small_tree(2), {})
+        assert checkpointer.restore(small_tree()).step == 2
+    assert sorted(os.listdir(tmp_path)) == ["1", "2"]
+
+
+def test_read_only_changes_nothing(tmp_path):
+    directory = filled(tmp_path / "c", steps=(1,))
+    (directory / "2.orbax-checkpoint-tmp").mkdir()
+    (directory / "3").mkdir()
+    with Checkpointer(directory, read_only=True) as reader:
+        assert reader.restore(small_tree()).step == 1
+        with pytest.raises(CheckpointError, match="reading only"):
+            reader.save(4, small_tree(), {})
+    assert sorted(os.listdir(directory)) == ["1", "2.orbax-checkpoint-tmp", "3"]
+    missing = Checkpointer(tmp_path / "missing", read_only=True)
+    assert missing.restore(small_tree()) is None
+    assert not (tmp_path / "missing").exists()
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+
+
+def python(code: str, *arguments: object, **kwargs) -> subprocess.Popen:
+    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        command, env=environment(), stdout=pipe, stderr=pipe, text=True, **kwargs
+    )
+
+
+SAVE_FOREVER = """
+    import sys
+    import numpy as np
+    from jdecouple.checkpoint import Checkpointer
+
+    checkpointer = Checkpointer(sys.argv[1], keep=2)
+    template = {f"w{i}": np.zeros((256, 1024), np.float32) for i in range(12)}
+    restored = checkpointer.restore(template)
+    step = restored.step if restored else 0
+    rng = np.random.default_rng(0)
+    noise = {name: rng.random(value.shape, np.float32) for name, value in template.items()}
+    while True:
+        step += 1
+        checkpointer.save(step, {k: v + step for k, v in noise.items()}, {"step": step})
+        print(step, flush=True)
+"""
+
+
+def test_sigkill_leaves_whole_checkpoints_only(tmp_path):
+    rng = np.random.default_rng(0)
+    noise = {f"w{i}": rng.random((256, 1024), np.float32) for i in range(12)}
+    latest, partial = 0, 0
+    for delay in (0.0, 0.011, 0.03, 0.057):
+        process = python(SAVE_FOREVER, tmp_path)
+        for _ in range(3):
+            started = int(process.stdout.readline())
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        partial += any("tmp" in name for name in os.listdir(tmp_path))
+        restored = Checkpointer(tmp_path, read_only=True).restore(noise)
+        assert restored.step >= max(started - 1, latest)
+        latest = restored.step
+        assert restored.extra == {"step": latest}
+        assert_same(restored.tree, {name: value + latest for name, value in noise.items()})
+    assert partial, "no kill fell into a save"
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(latest + 1, noise, {})
+    assert not [name for name in os.listdir(tmp_path) if not name.isdecimal()]
+
+
+def test_the_console_stays_empty_in_normal_use(tmp_path):
+    process = python(
+        """
+        import sys
+        from absl import app, logging
+        def main(argv):
+            import jax.numpy as jnp
+            from jdecouple.checkpoint import Checkpointer
+            assert "orbax" not in sys.modules
+            logging.set_verbosity(logging.INFO)
+            tree = {"x": jnp.ones((3, 3)), "e": {}}
+            for step in range(3):
+                with Checkpointer(argv[1], keep=1) as checkpointer:
+                    checkpointer.restore(tree)
+                    checkpointer.save(step, tree, {}, metric=-step)
+            (checkpointer.directory / "9").mkdir()
+            Checkpointer(argv[1]).restore(tree)
+        app.run(main)
+        """,
+        tmp_path,
+    )
+    out, err = process.communicate(timeout=60)
+    lines = [line for line in err.splitlines() if "jax" not in line]
+    assert out == ""
+    assert len(lines) == 1, err
+    assert lines[0].endswith(
+        "checkpoint 9 refused: not a checkpoint of this program (no info/metadata); trying 2"
+    )
+
+
+def test_one_process_of_two_writes_and_both_read(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    code = """
+        import sys, time, pathlib
+        import jax, numpy as np
+        from jdecouple.checkpoint import Checkpointer
+        directory, port, process = sys.argv[1], sys.argv[2], int(sys.argv[3])
+        jax.distributed.initialize(f"127.0.0.1:{port}", 2, process)
+        assert jax.process_count() == 2
+        tree = {"x": np.arange(5.0), "empty": {}}
+        done = pathlib.Path(directory) / "done"
+        if process == 0:
+            with Checkpointer(directory, keep=1) as checkpointer:
+                for step in range(4):
+                    checkpointer.save(step, tree, {"step": step})
+                assert checkpointer.restore(tree).step == 3
+            done.touch()
+        while not done.exists():
+            time.sleep(0.02)
+        restored = Checkpointer(directory, read_only=True).restore(tree)
+        assert restored.tree["x"].tobytes() == tree["x"].tobytes()
+        print("restored", restored.step)
+    """
+    processes = [python(code, tmp_path, port, index) for index in range(2)]
+    results = [process.communicate(timeout=60) for process in processes]
+    assert [out for out, _ in results] == ["restored 3\n"] * 2, results
+
+
+def test_a_plain_orbax_reader_sees_named_arrays(tmp_path):
+    import orbax.checkpoint as ocp
+
+    filled(tmp_path, steps=(7,))
+    with ocp.StandardCheckpointer() as checkpointer:
+        state = checkpointer.restore(tmp_path / "7" / "state")
+    assert set(state) == {"stages/0/params/layers%2F0%2Fkernel", "stages/1/params/a.b", "step"}
+    assert json.loads((tmp_path / "7" / "info" / "metadata").read_text())["document"]["step"] == 7

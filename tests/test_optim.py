@@ -1,0 +1,163 @@
+import golden_vectors as gv
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jdecouple import optim
+
+TOLERANCE = {64: 1e-10, 32: 1e-5}
+
+
+def run(tx, params, gradients):
+    """Parameters after each step, in a plain nested dict, through one jitted update."""
+
+    @jax.jit
+    def step(params, state, gradient):
+        updates, state = tx.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    history = []
+    for gradient in gradients:
+        params, state = step(params, state, gradient)
+        history.append(params)
+    return history
+
+
+@pytest.mark.parametrize("bits", [64, 32])
+@pytest.mark.parametrize("schedule", [False, True])
+def test_lars_golden(bits, schedule):
+    golden = gv.load("lars")
+    settings = golden.settings
+    tx = optim.lars(
+        optim.constant(settings["lr"]) if schedule else settings["lr"],
+        weight_decay=settings["wd"],
+        momentum=settings["momentum"],
+        trust_coefficient=settings["eta"],
+    )
+    with jax.enable_x64(bits == 64):
+        dtype = f"float{bits}"
+        initial, grads = golden.group("w.init"), golden.group("in.grads")
+        params = {"outer": {name: jnp.asarray(w, dtype) for name, w in initial.items()}}
+        gradients = [
+            {"outer": {name: jnp.asarray(g[i], dtype) for name, g in grads.items()}}
+            for i in range(settings["steps"])
+        ]
+        history = run(tx, params, gradients)
+        for name, expected in golden.group("out64.params_after_each_step").items():
+            actual = np.stack([params["outer"][name] for params in history])
+            assert actual.dtype == dtype
+            assert gv.relative_error(actual, expected) < TOLERANCE[bits], name
+
+
+GRADIENTS = [np.array([[0.5, -2.0], [1.0, 0.1]]) * scale for scale in (1.0, -0.3, 2.0, 0.7)]
+WEIGHT = np.array([[1.0, -0.5], [0.25, 2.0]])
+
+
+@pytest.mark.parametrize(
+    ("momentum", "nesterov", "weight_decay"),
+    [(0.0, False, 0.0), (0.9, False, 0.01), (0.9, True, 0.01), (0.0, False, 0.1)],
+)
+def test_sgd_is_torchs(momentum, nesterov, weight_decay, x64):
+    tx = optim.sgd(0.1, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
+    history = run(tx, {"w": jnp.asarray(WEIGHT)}, [{"w": jnp.asarray(g)} for g in GRADIENTS])
+    weight, buffer = WEIGHT.copy(), np.zeros_like(WEIGHT)
+    for gradient, params in zip(GRADIENTS, history, strict=True):
+        gradient = gradient + weight_decay * weight
+        buffer = momentum * buffer + gradient
+        weight = weight - 0.1 * (gradient + momentum * buffer if nesterov else buffer)
+        np.testing.assert_allclose(params["w"], weight, rtol=1e-12)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_adam_decays_decoupled(weight_decay, x64):
+    tx = optim.adam(0.01, b1=0.8, b2=0.95, eps=1e-6, weight_decay=weight_decay)
+    history = run(tx, {"w": jnp.asarray(WEIGHT)}, [{"w": jnp.asarray(g)} for g in GRADIENTS])
+    weight, first, second = WEIGHT.copy(), 0.0, 0.0
+    for t, (gradient, params) in enumerate(zip(GRADIENTS, history, strict=True), start=1):
+        first = 0.8 * first + 0.2 * gradient
+        second = 0.95 * second + 0.05 * gradient**2
+        scaled = first / (1 - 0.8**t) / (np.sqrt(second / (1 - 0.95**t)) + 1e-6)
+        weight = weight - 0.01 * (scaled + weight_decay * weight)
+        np.testing.assert_allclose(params["w"], weight, rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", optim.names())
+@pytest.mark.parametrize("bits", [64, 32])
+def test_optimizers_keep_dtypes(name, bits):
+    with jax.enable_x64(bits == 64):
+        params = {"w": jnp.asarray(WEIGHT, f"float{bits}"), "b": jnp.ones(2, f"float{bits}")}
+        tx = optim.get(name)(optim.cosine(0.1, 0.01, 4))
+        after = run(tx, params, [params, params])[-1]
+        assert {leaf.dtype for leaf in jax.tree.leaves(after)} == {jnp.dtype(f"float{bits}")}
+        assert all(np.all(before != after[key]) for key, before in params.items())
+
+
+@pytest.mark.parametrize("bits", [64, 32])
+def test_cosine_golden(bits):
+    golden = gv.load("cosine_lr")
+    base, end = golden.settings["base_lr"], golden.settings["end_lr"]
+    with jax.enable_x64(bits == 64):
+        for steps, suffix, total in [
+            ("in.steps", "", 1000),
+            ("in.steps_epochs200x391", "_epochs200x391", 200 * 391),
+        ]:
+            rates = jax.vmap(optim.cosine(base, end, total))(jnp.asarray(golden[steps]))
+            expected = golden[f"out64.lr{suffix}"]
+            assert gv.relative_error(rates, expected) < TOLERANCE[bits]
+
+
+def test_schedules_by_value():
+    cosine = optim.cosine(0.2, 0.002, 10)
+    assert [float(cosine(i)) for i in (0, 5, 10, 99)] == pytest.approx([0.2, 0.101, 0.002, 0.002])
+    decay = optim.step_decay(1.0, (3, 5), 0.1)
+    rates = [float(decay(i)) for i in range(7)]
+    assert rates == pytest.approx([1, 1, 1, 0.1, 0.1, 0.01, 0.01])
+    assert float(optim.constant(0.3)(17)) == pytest.approx(0.3)
+    assert float(optim.step_decay(0.5, (), 0.1)(9)) == pytest.approx(0.5)
+
+
+def test_per_epoch_moves_at_epoch_starts():
+    cosine = optim.cosine(1.0, 0.0, 12)
+    held = jax.vmap(optim.per_epoch(cosine, 4))(jnp.arange(12))
+    expected = np.repeat([float(cosine(i)) for i in (0, 4, 8)], 4)
+    np.testing.assert_allclose(held, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: optim.sgd(0.0), "learning_rate must be a finite positive number, got 0.0"),
+        (lambda: optim.sgd("fast"), "learning_rate must be a finite positive number"),
+        (lambda: optim.sgd(float("nan")), "learning_rate must be a finite positive number"),
+        (lambda: optim.sgd(0.1, momentum=1.0), r"momentum must be a number in \[0, 1\)"),
+        (lambda: optim.sgd(0.1, nesterov=True), "nesterov needs a momentum"),
+        (lambda: optim.sgd(0.1, weight_decay=-1.0), "weight_decay must be a finite non-negative"),
+        (lambda: optim.adam(0.1, b2=None), r"b2 must be a number in \[0, 1\), got None"),
+        (lambda: optim.lars(0.1, trust_coefficient=0), "trust_coefficient must be a finite pos"),
+        (lambda: optim.cosine(0.1, 0.0, 0), "steps must be a positive integer, got 0"),
+        (lambda: optim.cosine(0.1, -0.1, 5), "end must be a finite non-negative"),
+        (lambda: optim.step_decay(0.1, (5, 5), 0.1), "boundaries must increase"),
+        (lambda: optim.step_decay(0.1, (5.5,), 0.1), "boundary must be a positive integer"),
+        (lambda: optim.step_decay(0.1, (5,), 0), "factor must be a finite positive number"),
+        (lambda: optim.per_epoch(optim.constant(1.0), 0), "steps_per_epoch must be a positive"),
+        (
+            lambda: optim.get("adamax"),
+            "unknown optimizer 'adamax': expected one of adam, lars, sgd",
+        ),
+        (lambda: optim.get_schedule("linear"), "unknown learning-rate schedule 'linear': expected"),
+    ],
+)
+def test_bad_arguments_get_one_clear_line(call, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+def test_tables():
+    assert optim.names() == ("adam", "lars", "sgd")
+    assert optim.get("lars") is optim.lars
+    assert optim.schedule_names() == ("constant", "cosine", "step_decay")
+    assert optim.get_schedule("cosine") is optim.cosine
