@@ -173,6 +173,42 @@ class Trainer:
             ),
         )
 
+    def abstract(self) -> State:
+        """Shapes and dtypes of the state of all stages, without allocating it."""
+        return State(0, tuple(jax.eval_shape(stage.initial) for stage in self.stages))
+
+    def arrays(self, state: State) -> dict[str, Any]:
+        """The state's arrays by names that do not depend on the partition.
+
+        Args:
+            state: a state; its own arrays are returned, not copies.
+
+        Returns:
+            "block_{i}/params/...", "block_{i}/stats/...", "block_{i}/opt/..." to array, for the
+            blocks of this process; what a checkpoint holds.
+        """
+        return {
+            name: leaf
+            for stage, values in zip(self.stages, state.stages, strict=True)
+            if values is not None
+            for name, leaf in zip(_names(stage, values), jax.tree.leaves(values), strict=True)
+        }
+
+    def with_arrays(self, step: int, arrays: Mapping[str, Any]) -> State:
+        """The state that `arrays` was read from, placed on this trainer's devices.
+
+        Args:
+            step: batches trained so far.
+            arrays: by the names of `arrays`, from a trainer of any partition.
+        """
+        stages = []
+        for stage, seat in zip(self.stages, self.seats, strict=True):
+            shapes = jax.eval_shape(stage.initial)
+            leaves = [arrays[name] for name in _names(stage, shapes)]
+            values = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+            stages.append(seat.place(values, own=True) if seat.mine else None)
+        return State(step, tuple(stages))
+
     def put(self, batch: Mapping[str, Any]) -> PlacedBatch:
         """Uploads a global batch to the first stage, so that a later step need not.
 
@@ -297,6 +333,15 @@ class Trainer:
             jax.tree.map(lambda leaf, part=part: cut(leaf, part), dict(batch))
             for part in range(parts)
         ]
+
+
+def _names(stage: Stage, values: Any) -> list[str]:
+    """Names of the leaves of a stage's state, in the order of its leaves."""
+    names = []
+    for path, _ in jax.tree_util.tree_leaves_with_path(values):
+        kind, unit, *rest = (jax.tree_util.keystr((key,), simple=True) for key in path)
+        names.append("/".join([f"block_{stage.units[int(unit)].index}", kind, *rest]))
+    return names
 
 
 def _check_types(model: Any, method: Any, microbatches: Any, max_in_flight: Any) -> None:

@@ -26,6 +26,9 @@ def similarity_matrix(x: jax.Array) -> jax.Array:
     if x.ndim == 4:
         x = _spatial_deviation(x)
     x = x.reshape(x.shape[0], -1)
+    # Shifted before centring, so that a constant row becomes exact zeros, not rounding noise whose
+    # direction the root would blow up.
+    x = x - jax.lax.stop_gradient(x[:, :1])
     rows = normalized_rows(x - jnp.mean(x, axis=1, keepdims=True), epsilon=1e-8)
     similarity = inner_products(rows)
     # Not jnp.clip: at the bounds, where rounding often puts the diagonal and collapsed batches, the

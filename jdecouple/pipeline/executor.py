@@ -44,6 +44,8 @@ def run_actions(
         What changed: "state", "accumulated", "residuals", "message", "cotangent", "metrics".
     """
     out: dict[str, Any] = {}
+    gradients: Any
+    sums: Any
     gradients, sums = accumulated or (None, None)
     for kind in kinds:
         if kind is Kind.FORWARD:

@@ -1,0 +1,83 @@
+"""What the benchmarks share: the description of a machine, spreads, tables, files."""
+
+import json
+import os
+import platform
+import shlex
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
+
+
+class Spread(NamedTuple):
+    """Median and range of repeated measurements, in their unit."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> "Spread":
+        """Spread of at least one value."""
+        ordered = sorted(values)
+        return cls(statistics.median(ordered), ordered[0], ordered[-1])
+
+    def show(self, digits: int = 1) -> str:
+        """The spread as text, "median (lowest to highest)"."""
+        return f"{self.median:.{digits}f} ({self.low:.{digits}f} to {self.high:.{digits}f})"
+
+
+def describe() -> dict[str, Any]:
+    """Machine, versions and command of this run."""
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in PACKAGES},
+        "environment": {
+            name: value for name, value in os.environ.items() if name.startswith(("JAX_", "XLA_"))
+        },
+        "load_average_at_start": os.getloadavg()[0],
+    }
+
+
+def heading(setup: dict[str, Any]) -> str:
+    """The set-up as Markdown, from `describe`."""
+    versions = ", ".join(f"{name} {version}" for name, version in setup["versions"].items())
+    environment = shlex.join(f"{name}={value}" for name, value in setup["environment"].items())
+    return (
+        f"    {setup['command']}\n\n"
+        f"{setup['cpu']}, {setup['cores']} cores, load average at start "
+        f"{setup['load_average_at_start']:.2f}; Python {setup['python']}, {versions}"
+        f"{'; ' + environment if environment else ''}\n"
+    )
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table; all but the first column are aligned right."""
+    ruler = ["---", *["---:"] * (len(header) - 1)]
+    lines = [header, ruler, *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines) + "\n"
+
+
+def save(path: Path, result: Any) -> None:
+    """Writes a result as JSON; folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _cpu_model() -> str:
+    """Model name as the kernel gives it, else as Python does."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

@@ -1,0 +1,21 @@
+"""DeInfoReg on scikit-learn's real handwritten digits: nothing to download.
+
+Command:  python train.py --config configs/quickstart.py --workdir runs/quickstart
+"""
+
+from jdecouple import config as configuration
+
+
+def get_config():
+    config = configuration.default()
+    config.data.name = "digits"
+    config.model.name = "vgg"
+    config.model.blocks = "32,32,M|64,64,M|128"
+    config.method.name = "deinforeg"
+    config.method.projector = "256-256-128"
+    config.optimizer.name = "adam"
+    config.optimizer.learning_rate = 2e-3
+    config.batch_size = 64
+    config.epochs = 10
+    config.log_every = 20
+    return config

@@ -1,0 +1,331 @@
+"""The loop: from a configuration to a trained model, with metrics, checkpoints and resume."""
+
+import contextlib
+import dataclasses
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+
+from jdecouple import config as configuration
+from jdecouple import data, methods, models, optim, report
+from jdecouple.checkpoint import Checkpointer
+from jdecouple.config import ConfigError, chosen
+from jdecouple.interrupt import Interrupt
+from jdecouple.metrics import MetricsWriter, Progress, plot_curves, read_metrics
+from jdecouple.pipeline import make_mesh
+from jdecouple.trainer import State, Trainer
+
+# A run may be continued with other values of all keys but these: they define what it computes.
+_IDENTITY = ("method", "model", "data", "optimizer.name", "batch_size", "seed")
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or a parameter became infinite or NaN; the message names step and block."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a configuration stands for, built and checked, with nothing on disk yet."""
+
+    config: ConfigDict
+    dataset: data.Dataset
+    trainer: Trainer
+    total_steps: int
+    eval_every: int
+
+
+def build(config: ConfigDict | Mapping) -> Run:
+    """Builds data set, model, method, optimiser and trainer of a configuration.
+
+    Raises:
+        ConfigError: in one line, whatever is wrong with the values or the data.
+    """
+    config = configuration.validate(config)
+    with _one_line():
+        dataset = data.load(config.data.name, **_data_arguments(config))
+        steps_per_epoch = data.steps_per_epoch(dataset.train, config.batch_size)
+        total_steps = config.steps or config.epochs * steps_per_epoch
+        height, _, channels = dataset.image_shape
+        name = config.model.name
+        model = models.get(name)(
+            dataset.num_classes,
+            image_size=height,
+            channels=channels,
+            rngs=nnx.Rngs(config.seed),
+            **chosen(config.model, configuration.model_arguments(name), "model"),
+        )
+        name = config.method.name
+        method = methods.get(name, **chosen(config.method, methods.arguments(name), "method"))
+        replicas = config.mesh.data
+        stages = config.mesh.stages or config.num_stages
+        if stages is None:
+            stages = max(1, min(len(model.blocks), len(jax.devices()) // replicas))
+        trainer = Trainer(
+            model,
+            method,
+            _optimizer(config, total_steps, steps_per_epoch),
+            num_stages=config.num_stages,
+            boundaries=config.boundaries,
+            mesh=make_mesh(stages, replicas),
+            microbatches=config.microbatches,
+            schedule=config.schedule,
+            example=dataset.train.gather(np.arange(config.batch_size)),
+            num_classes=dataset.num_classes,
+            seed=config.seed,
+            transform=data.augment.get(config.data.augment, mean=dataset.mean, std=dataset.std),
+            dtype=configuration.DTYPES[config.dtype],
+            max_in_flight=config.max_in_flight,
+        )
+    eval_every = config.eval_every or steps_per_epoch
+    return Run(config, dataset, trainer, total_steps, eval_every)
+
+
+def train_and_evaluate(
+    config: ConfigDict | Mapping, workdir: str | os.PathLike[str]
+) -> dict[str, Any]:
+    """Trains as a configuration says; continues what the workdir already holds.
+
+    Args:
+        config: made from `jdecouple.config.default()`.
+        workdir: folder for `config.json`, `metrics.jsonl`, `checkpoints/` and `curves.png`;
+            made if missing.
+
+    Returns:
+        "step"; "finished" (False after SIGTERM or Ctrl-C, which save and return); and, when
+        finished, "test" (metrics at the last step), "test_at_best_validation" and
+        "best_test" (the papers' figure: the best step by test accuracy, never a result).
+
+    Raises:
+        ConfigError: bad values or input, in one line; checkpoints are left untouched.
+        NonFiniteError: the training diverged; the last good checkpoint is kept.
+    """
+    run = build(config)
+    folder = Path(workdir)
+    with _one_line():
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoints = Checkpointer(folder / "checkpoints", keep=run.config.checkpoint.keep)
+    with checkpoints, Interrupt() as interrupt:
+        with _one_line():
+            state, start = _restore(run, checkpoints)
+            report.write_config(folder, run)
+            writer = MetricsWriter(folder, resume_step=start["step"] if start else None)
+        with writer:
+            loop = _Loop(run, checkpoints, writer, interrupt, folder)
+            state = loop.train(state, start)
+        plot_curves(folder, title=f"{run.config.method.name} on {run.config.data.name}")
+    result = {"step": state.step, "finished": state.step >= run.total_steps}
+    if result["finished"]:
+        result |= report.summary(read_metrics(folder))
+        report.show(result, folder, checkpoints.best_step)
+    else:
+        print(f"stopped at step {state.step} of {run.total_steps}: the same command continues")
+    return result
+
+
+class _Loop:
+    """One process's pass from the restored step to the last."""
+
+    def __init__(
+        self,
+        run: Run,
+        checkpoints: Checkpointer,
+        writer: MetricsWriter,
+        interrupt: Interrupt,
+        folder: Path,
+    ):
+        self._run = run
+        self._config = run.config
+        self._trainer = run.trainer
+        self._checkpoints = checkpoints
+        self._writer = writer
+        self._interrupt = interrupt
+        self._folder = folder
+        self._pending: list[tuple[int, dict[str, jax.Array]]] = []
+        self._saved = -1
+        self._clock = (time.perf_counter(), 0.0)
+
+    def train(self, state: State, start: dict[str, Any] | None) -> State:
+        run, config = self._run, self._config
+        first = state.step
+        self._saved = first if start else -1
+        batches = data.train_batches(run.dataset.train, config.batch_size, seed=config.seed)
+        if start:
+            batches.set_state(start["iterator"])
+        progress = Progress(run.total_steps, first, config.batch_size)
+        if first:
+            progress.print(f"continuing from step {first} of {run.total_steps}")
+        with (
+            data.Prefetcher(batches, self._trainer.put) as prefetcher,
+            contextlib.closing(progress),
+        ):
+            for step in range(first + 1, run.total_steps + 1):
+                with _one_line():
+                    batch = next(prefetcher)
+                state, metrics = self._trainer.step(state, batch)
+                self._pending.append((step, metrics))
+                stop = self._interrupt.requested
+                evaluate = step == run.total_steps or step % run.eval_every == 0
+                every = config.checkpoint.every
+                save = evaluate or stop or bool(every and step % every == 0)
+                log = save or step % config.log_every == 0
+                progress.update(step, self._log(prefetcher) if log else {})
+                accuracy = self._evaluate(state, progress) if evaluate else None
+                if save:
+                    self._save(state, prefetcher.state, accuracy)
+                if stop:
+                    break
+        self._checkpoints.wait()
+        return state
+
+    def _log(self, prefetcher: data.Prefetcher) -> dict[str, Any]:
+        """Writes the means since the last line; stops at the first step that is not finite."""
+        steps = [step for step, _ in self._pending]
+        rows = jax.device_get([metrics for _, metrics in self._pending])
+        self._pending = []
+        for step, row in zip(steps, rows, strict=True):
+            if not np.isfinite(row["loss"]):
+                bad = [
+                    name.split("/")[0]
+                    for name, value in row.items()
+                    if name.endswith("/loss") and not np.isfinite(value)
+                ]
+                raise NonFiniteError(
+                    f"the loss of {bad[0] if bad else 'the model'} is {row['loss']} "
+                    f"at step {step}; {self._last_good()}"
+                )
+        values = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+        now, waited = time.perf_counter(), prefetcher.wait_seconds
+        elapsed = now - self._clock[0]
+        values["images_per_second"] = len(rows) * self._config.batch_size / elapsed
+        values["input_wait"] = (waited - self._clock[1]) / elapsed
+        self._clock = (now, waited)
+        self._writer.write(steps[-1], "train", values)
+        epoch = steps[-1] * self._config.batch_size / len(self._run.dataset.train)
+        shown = {
+            "epoch": f"{epoch:.2f}",
+            **{k: values[k] for k in ("loss", "accuracy") if k in values},
+        }
+        return {**shown, "input wait": f"{values['input_wait']:.1%}"}
+
+    def _evaluate(self, state: State, progress: Progress) -> float | None:
+        """Evaluates validation and test; returns the validation accuracy, if there is one."""
+        accuracy = None
+        for split in (self._run.dataset.validation, self._run.dataset.test):
+            if not len(split):
+                continue
+            with _one_line():
+                values = self._trainer.evaluate(
+                    state, data.evaluation_batches(split, self._config.batch_size)
+                )
+            self._writer.write(state.step, split.name, values)
+            if split.name == "validation":
+                accuracy = values["accuracy"]
+            exits = [v for k, v in values.items() if k.startswith("exit_") and "accuracy" in k]
+            listed = " ".join(f"{value:.2%}" for value in exits)
+            progress.print(f"step {state.step} {split.name:10} accuracy per exit: {listed}")
+        # Evaluation is no part of the training speed.
+        self._clock = (time.perf_counter(), self._clock[1])
+        return accuracy
+
+    def _save(self, state: State, iterator: Any, accuracy: float | None) -> None:
+        if state.step == self._saved:
+            return
+        arrays = {
+            name: np.array(value, copy=True) for name, value in self._trainer.arrays(state).items()
+        }
+        for name, value in arrays.items():
+            if np.issubdtype(value.dtype, np.floating) and not np.isfinite(value).all():
+                raise NonFiniteError(
+                    f"{name} of {name.split('/')[0]} is not finite after step {state.step}; "
+                    f"{self._last_good()}"
+                )
+        extra = {"step": state.step, "iterator": iterator, "identity": identity(self._config)}
+        self._checkpoints.save(state.step, arrays, extra, accuracy)
+        self._saved = state.step
+
+    def _last_good(self) -> str:
+        self._checkpoints.wait()
+        step = self._checkpoints.latest_step
+        return "no checkpoint was saved" if step is None else f"the last good checkpoint is {step}"
+
+
+def identity(config: ConfigDict) -> dict[str, Any]:
+    """The values that make a run what it is, as JSON."""
+    found = {}
+    for key in _IDENTITY:
+        value: Any = config
+        for part in key.split("."):
+            value = value[part]
+        found[key] = value.to_dict() if isinstance(value, ConfigDict) else value
+    # Where the data lies may change between two parts of a run.
+    found["data"] = {k: v for k, v in found["data"].items() if k not in ("data_dir", "download")}
+    return found
+
+
+def _restore(run: Run, checkpoints: Checkpointer) -> tuple[State, dict[str, Any] | None]:
+    """The state to begin with, and what the checkpoint says of it."""
+    restored = checkpoints.restore(run.trainer.arrays(run.trainer.abstract()))
+    if restored is None:
+        return run.trainer.init(), None
+    for key, value in identity(run.config).items():
+        before = restored.extra["identity"].get(key)
+        if before != value:
+            raise ConfigError(
+                f"the workdir holds a run with config.{key} = {_difference(before, value)}: "
+                "choose another workdir, or the same value"
+            )
+    if restored.step > run.total_steps:
+        raise ConfigError(
+            f"the workdir holds step {restored.step}: the configuration ends at {run.total_steps}"
+        )
+    return run.trainer.with_arrays(restored.step, restored.tree), restored.extra
+
+
+def _difference(before: Any, now: Any) -> str:
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        return f"{before}, now {now}"
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    return ", ".join(f"{key} {before.get(key)!r} (now {now.get(key)!r})" for key in keys)
+
+
+def _data_arguments(config: ConfigDict) -> dict[str, Any]:
+    section = config.data
+    names = ("data_dir", "download", "validation", "label_noise", "image_size")
+    sizes = ("synthetic_size", "channels", "num_classes") if section.name == "synthetic" else ()
+    return {**{name: section[name] for name in (*names, *sizes)}, "seed": config.seed}
+
+
+def _optimizer(config: ConfigDict, total_steps: int, steps_per_epoch: int) -> Any:
+    section = config.optimizer
+    rate = section.learning_rate
+    if section.schedule == "cosine":
+        schedule = optim.cosine(rate, section.end_learning_rate, total_steps)
+    elif section.schedule == "step_decay":
+        boundaries = [round(epoch * steps_per_epoch) for epoch in section.decay_epochs]
+        schedule = optim.step_decay(rate, boundaries, section.decay_factor)
+    else:
+        schedule = optim.constant(rate)
+    if section.per_epoch:
+        schedule = optim.per_epoch(schedule, steps_per_epoch)
+    allowed = configuration.optimizer_arguments(section.name)
+    given = {key: section[key] for key in allowed if section[key] is not None}
+    return optim.get(section.name)(schedule, **given)
+
+
+@contextlib.contextmanager
+def _one_line() -> Iterator[None]:
+    """Turns what is raised about given values, files or data into a ConfigError."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (ValueError, TypeError, OSError) as error:
+        text = str(error).strip() or type(error).__name__
+        raise ConfigError(text.splitlines()[0]) from error
