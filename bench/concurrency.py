@@ -6,22 +6,21 @@ Three set-ups train the same net on the same global batches with the same method
 
     pair    K processes under `jax.distributed`, each pinned to its own core, one stage each
     fused   one process pinned to one core, all stages compiled into one call
-    apart   the same with the stages compiled apart: the calls of `pair`, one after another
+    apart   the same process, the stages compiled apart: the calls of `pair`, one after another
 
-All processes live from beginning to end, and all but those of one set-up wait for a command: so
-nothing is compiled between the measurements, and the set-ups take turns (pair, fused, apart, pair,
-...). A segment is N batches, from the first dispatch until all work is done; for `pair` it is the
-longer of its processes' times. The batches are on the devices beforehand: input is not measured.
-A process that is pinned to one core before it starts gets a thread pool of one thread from XLA.
+All processes live from beginning to end and wait for commands, and the set-ups take turns (pair,
+fused, apart, pair, ...): while one runs the others are idle, and nothing is compiled after the
+warm-up. A segment is N batches, from the first dispatch until all work is done; for `pair` it is
+the longer of its processes' times. The batches are on the devices beforehand: input is not
+measured. A process is pinned before it starts, so that XLA's thread pool has one thread.
 
 A segment of N batches takes N + K - 1 ticks in `pair`: at best it is K N / (N + K - 1) times as
 fast as `apart`. The losses of all batches and the state after the last one must be equal in `pair`
-and `apart` to the last bit, otherwise the exit code is 1. Linux only.
+and `apart` to the last bit, otherwise the exit code is 1. Linux only; needs jdecouple installed.
 """
 
 import argparse
 import contextlib
-import itertools
 import json
 import os
 import socket
@@ -40,52 +39,42 @@ SIZES = {
     "mlp": {"hidden": 1024, "depth": 10, "batch": 256},
     "vgg": {"hidden": 32, "depth": 4, "batch": 64},
 }
+WARM_UP_BATCHES = 3
 STAGE_BATCHES = 9
-WARM_UP = 3
 STOP_SECONDS = 30
+IDLE_SHARE = 0.98
 
 
-class SetUp:
-    """The pinned processes of one set-up; idle between commands."""
+class Processes:
+    """Processes of one run, each pinned to a core; idle between commands."""
 
-    def __init__(self, cores: Sequence[int], options: dict[str, Any], fuse: bool):
-        distributed: list[dict | None] = [None]
-        if len(cores) > 1:
-            coordinator, *ports = free_ports(len(cores) + 1)
-            distributed = [
-                {
-                    "coordinator": f"127.0.0.1:{coordinator}",
-                    "num_processes": len(cores),
-                    "process_id": index,
-                    "transfer_port": port,
-                }
-                for index, port in enumerate(ports)
-            ]
+    def __init__(self, cores: Sequence[int], options: dict[str, Any]):
+        places = distributed_arguments(len(cores)) if len(cores) > 1 else [None]
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
-        self._processes = []
-        for core, place in zip(cores, distributed, strict=True):
-            spec = json.dumps({"options": options, "fuse": fuse, "distributed": place})
-            process = subprocess.Popen(
-                [sys.executable, str(WORKER), spec],
+        self._processes = [
+            subprocess.Popen(
+                [sys.executable, WORKER, json.dumps({"options": options, "distributed": place})],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
                 env=environment,
-                # Pinned before Python starts, thus before XLA counts the cores.
+                # Before Python starts, thus before XLA counts the cores.
                 preexec_fn=lambda core=core: os.sched_setaffinity(0, {core}),
             )
-            self._processes.append(process)
+            for core, place in zip(cores, places, strict=True)
+        ]
 
-    def ask(self, command: str = "") -> list[Any]:
-        """Sends a command (none: awaits the start) to all processes; gives their replies."""
-        for process in self._processes if command else ():
-            print(command, file=process.stdin, flush=True)
+    def ask(self, command: str) -> list[Any]:
+        """Sends a command to all processes at once; gives the reply of each."""
+        with contextlib.suppress(BrokenPipeError):
+            for process in self._processes:
+                print(command, file=process.stdin, flush=True)
         lines = [process.stdout.readline() for process in self._processes]
         if not all(lines):
-            raise RuntimeError(f"a worker ended during {command or 'its start'!r}: see its message")
+            raise RuntimeError(f"a process ended during {command!r}: its message is above")
         return [json.loads(line) for line in lines]
 
-    def __enter__(self) -> "SetUp":
+    def __enter__(self) -> "Processes":
         return self
 
     def __exit__(self, *problem: object) -> None:
@@ -99,124 +88,116 @@ class SetUp:
                 process.wait(STOP_SECONDS)
             except subprocess.TimeoutExpired:
                 process.kill()
-                process.wait()
 
 
-def free_ports(count: int) -> list[int]:
+def distributed_arguments(count: int) -> list[dict[str, Any]]:
+    """Arguments of `distributed.initialize` for every process, with ports that are free now."""
     with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count + 1)]
         for each in sockets:
             each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+        coordinator, *ports = [each.getsockname()[1] for each in sockets]
+    shared = {"coordinator": f"127.0.0.1:{coordinator}", "num_processes": count}
+    return [{**shared, "process_id": index, "transfer_port": p} for index, p in enumerate(ports)]
 
 
-def segment(replies: Sequence[dict[str, Any]], steps: int) -> dict[str, Any]:
-    """One measurement from the replies of a set-up's processes."""
+def union(parts: Sequence[dict]) -> dict:
+    return {name: value for part in parts for name, value in part.items()}
+
+
+def segment(replies: Sequence[dict[str, Any]], batches: int) -> dict[str, Any]:
+    """One measurement, from the replies of all processes of a set-up."""
     return {
-        "ms": 1e3 * max(reply["seconds"] for reply in replies) / steps,
-        "processor_ms": [1e3 * reply["processor_seconds"] / steps for reply in replies],
-        "losses": [
-            {name: value for losses in batch for name, value in losses.items()}
-            for batch in zip(*(reply["losses"] for reply in replies), strict=True)
-        ],
+        "ms": 1e3 * max(reply["seconds"] for reply in replies) / batches,
+        "processor_ms": [1e3 * reply["processor"] / batches for reply in replies],
+        "cores": [reply["cores"] for reply in replies],
+        "losses": [union(each) for each in zip(*(r["losses"] for r in replies), strict=True)],
     }
 
 
-def measure(options: dict[str, Any], cores: Sequence[int], repeats: int, steps: int) -> dict:
-    """Runs the set-ups in turn.
+def measure(options: dict[str, Any], repeats: int, steps: int) -> dict[str, Any]:
+    """Lets the set-ups take turns.
 
     Returns:
-        "segments" by set-up (the first is the warm-up), "digests" by set-up and block,
-        "stage_ms" (a list a batch, of one time a stage) and "cores" of the processes.
+        "segments" by set-up (the first of each is the warm-up), "digests" by set-up and block,
+        and "stage_ms", for each of some batches the times of the stages in `apart`.
     """
-    with contextlib.ExitStack() as stack:
-        places = {"pair": cores, "fused": cores[:1], "apart": cores[:1]}
-        running = {
-            name: stack.enter_context(SetUp(places[name], options, fuse=name == "fused"))
-            for name in SET_UPS
-        }
-        pinned = {name: [reply["cores"] for reply in each.ask()] for name, each in running.items()}
-        segments: dict[str, list] = {name: [] for name in SET_UPS}
+    cores = sorted(os.sched_getaffinity(0))[: options["stages"]]
+    segments: dict[str, list[dict]] = {name: [] for name in SET_UPS}
+    with Processes(cores, options) as several, Processes(cores[:1], options) as one:
+        place = {"pair": several, "fused": one, "apart": one}
         for repeat in range(repeats + 1):
-            count = steps if repeat else WARM_UP
-            for name, each in running.items():
-                segments[name].append(segment(each.ask(f"run {count}"), count))
-                label = f"repeat {repeat}" if repeat else "warm-up"
-                print(f"{label}: {name} {segments[name][-1]['ms']:.1f} ms", file=sys.stderr)
-        digests = {
-            name: {block: value for reply in each.ask("digest") for block, value in reply.items()}
-            for name, each in running.items()
-        }
-        times = running["apart"].ask(f"stages {STAGE_BATCHES}")[0]
+            batches = steps if repeat else WARM_UP_BATCHES
+            for name in SET_UPS:
+                found = segment(place[name].ask(f"run {name} {batches}"), batches)
+                segments[name].append(found)
+                label = f"repeat {repeat}" if repeat else "warm-up (compiles)"
+                print(f"{label}: {name}, {found['ms']:.1f} ms per batch", file=sys.stderr)
+        digests = {name: union(place[name].ask(f"digest {name}")) for name in SET_UPS}
+        (times,) = one.ask(f"stages apart {STAGE_BATCHES}")
     stage_ms = [[1e3 * seconds for seconds in batch] for batch in times]
-    return {"cores": pinned, "segments": segments, "digests": digests, "stage_ms": stage_ms}
+    return {"segments": segments, "digests": digests, "stage_ms": stage_ms}
 
 
 def compare(found: dict[str, Any]) -> dict[str, Any]:
     """What the segments say: times, ratios, and whether the numbers agree."""
-    timed = {name: found["segments"][name][1:] for name in SET_UPS}
-    times = {name: [each["ms"] for each in timed[name]] for name in SET_UPS}
-    losses = {
-        name: [batch for each in found["segments"][name] for batch in each["losses"]]
+    segments, digests = found["segments"], found["digests"]
+    times = {name: [each["ms"] for each in segments[name][1:]] for name in SET_UPS}
+    processor = {
+        name: [
+            statistics.median(values)
+            for values in zip(*(each["processor_ms"] for each in segments[name][1:]), strict=True)
+        ]
         for name in SET_UPS
     }
-    digests = found["digests"]
+    losses = {name: [batch for s in segments[name] for batch in s["losses"]] for name in SET_UPS}
     differences = [
-        abs(first[name] - second[name]) / abs(second[name])
-        for first, second in zip(losses["fused"], losses["apart"], strict=True)
-        for name in second
+        abs(fused[name] / apart[name] - 1)
+        for fused, apart in zip(losses["fused"], losses["apart"], strict=True)
+        for name in apart
     ]
     return {
-        "ms": {name: Spread.of(times[name]) for name in SET_UPS},
-        "processor_ms": {
-            name: [
-                statistics.median(each["processor_ms"][process] for each in timed[name])
-                for process in range(len(found["cores"][name]))
-            ]
-            for name in SET_UPS
-        },
-        # Neighbours in time are compared, so that a slow drift of the machine cancels.
-        "speed_up": {
-            name: Spread.of(one / two for one, two in zip(times[name], times["pair"], strict=True))
-            for name in SET_UPS
-        },
         "batches": len(losses["pair"]),
+        "ms": {name: Spread.of(times[name]) for name in SET_UPS},
+        "processor_ms": processor,
+        # Neighbours in time are divided, so that a slow drift of the machine cancels.
+        "speed_up": {
+            name: Spread.of(a / b for a, b in zip(times[name], times["pair"], strict=True))
+            for name in ("fused", "apart")
+        },
+        "core_share": sum(processor["apart"]) / statistics.median(times["apart"]),
         "bit_equal": losses["pair"] == losses["apart"] and digests["pair"] == digests["apart"],
-        "fused_loss_difference": max(differences),
+        "fused_difference": max(differences),
         "stage_ms": [Spread.of(each) for each in zip(*found["stage_ms"], strict=True)],
     }
 
 
-def report(options: dict[str, Any], steps: int, found: dict, result: dict) -> str:
+def report(options: dict[str, Any], steps: int, segments: dict, result: dict) -> str:
     """The result as Markdown."""
-    rows = [
-        (
-            name,
-            ", ".join("+".join(map(str, cores)) for cores in found["cores"][name]),
-            result["ms"][name].show(),
-            ", ".join(f"{value:.1f}" for value in result["processor_ms"][name]),
-            result["speed_up"][name].show(2),
-        )
-        for name in SET_UPS
+    stages = options["stages"]
+    rows = []
+    for name in SET_UPS:
+        cores = " and ".join(str(core) for place in segments[name][0]["cores"] for core in place)
+        processor = ", ".join(f"{value:.1f}" for value in result["processor_ms"][name])
+        ratio = result["speed_up"][name].show(2) if name != "pair" else ""
+        rows.append((name, cores, result["ms"][name].show(), processor, ratio))
+    shares = [(index, each.show()) for index, each in enumerate(result["stage_ms"])]
+    lines = [
+        ", ".join(f"{name} {value}" for name, value in options.items())
+        + f"; segments of {steps} batches; medians (lowest to highest)\n",
+        table(("set-up", "cores", "ms per batch", "processor ms", "`pair` is faster by"), rows),
+        table(("stage alone, in `apart`", "ms per batch"), shares),
+        f"- Ideal: {stages}, or {stages * steps / (steps + stages - 1):.2f} with the pipeline "
+        "filled and drained in every segment.",
+        f"- `pair` and `apart` after {result['batches']} batches: losses, parameters, statistics "
+        f"and optimiser state are {'' if result['bit_equal'] else 'NOT '}equal to the last bit.",
+        f"- `fused` and `apart`: losses differ by at most {result['fused_difference']:.1e} of "
+        "their size.",
+        f"- `apart` had its core for {result['core_share']:.0%} of its time.",
     ]
-    header = ("set-up", "cores", "ms per batch", "processor ms", "`pair` is faster by")
-    stages = [(stage, each.show()) for stage, each in enumerate(result["stage_ms"])]
-    count = options["stages"]
-    equal = "equal to the last bit" if result["bit_equal"] else "NOT EQUAL"
-    return "\n".join(
-        [
-            ", ".join(f"{name} {value}" for name, value in options.items())
-            + f"; segments of {steps} batches; medians (lowest to highest)\n",
-            table(header, rows),
-            table(("stage alone, in `apart`", "ms per batch"), stages),
-            f"Ideal: {count:.1f}, and {count * steps / (steps + count - 1):.2f} with the pipeline "
-            f"filled and drained in every segment.",
-            f"`pair` and `apart` after {result['batches']} batches: losses, parameters, statistics "
-            f"and optimiser state are {equal}.",
-            f"`fused` against `apart`: losses differ by at most "
-            f"{result['fused_loss_difference']:.1e} (relative).",
-        ]
-    )
+    if result["core_share"] < IDLE_SHARE:
+        lines.append("- NOT VALID: something else was running on this machine.")
+    return "\n".join(lines)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -235,9 +216,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     for name, value in SIZES[options.model].items():
         if getattr(options, name) is None:
             setattr(options, name, value)
-    available = len(os.sched_getaffinity(0))
-    if not 2 <= options.stages <= available:
-        parser.error(f"--stages is {options.stages}: 2 to {available} (one core each) is allowed")
+    cores = len(os.sched_getaffinity(0))
+    if not 2 <= options.stages <= cores:
+        parser.error(f"--stages is {options.stages}: 2 to {cores} (a core each) is allowed")
     if options.depth < 1 or options.depth % options.stages:
         parser.error(f"--depth is {options.depth}: a multiple of --stages is needed")
     if options.steps < 1 or options.repeats < 1:
@@ -246,18 +227,16 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    arguments = parse()
-    names = ("method", "model", "hidden", "depth", "batch", "head", "stages")
-    options = {name: getattr(arguments, name) for name in names}
-    cores = list(itertools.islice(sorted(os.sched_getaffinity(0)), options["stages"]))
+    arguments = vars(parse())
+    output, repeats, steps = (arguments.pop(name) for name in ("output", "repeats", "steps"))
     setup = describe()
-    found = measure(options, cores, arguments.repeats, arguments.steps)
+    found = measure(arguments, repeats, steps)
     result = compare(found)
     print(heading(setup))
-    print(report(options, arguments.steps, found, result))
-    if arguments.output:
-        named = {key: value for key, value in vars(arguments).items() if key != "output"}
-        save(arguments.output, {"setup": setup, "options": named, **found, "result": result})
+    print(report(arguments, steps, found["segments"], result))
+    if output:
+        options = {**arguments, "steps": steps, "repeats": repeats}
+        save(output, {"setup": setup, "options": options, **found, "result": result})
     if not result["bit_equal"]:
         sys.exit(1)
 

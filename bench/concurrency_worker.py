@@ -1,12 +1,14 @@
-"""One process of a set-up of `concurrency.py`: trains on command and tells how long it took.
+"""One process of `concurrency.py`: trains on command and tells how long it took.
 
-The argument is a JSON object with "options" (those of `concurrency.py`), "fuse" and, for one of
-several processes, "distributed" (arguments of `distributed.initialize`). Commands come on
-standard input, one a line, and each is answered by one line of JSON on standard output:
+The argument is a JSON object with "options" (those of `concurrency.py`) and, for one of several
+processes, "distributed" (arguments of `distributed.initialize`). Commands come on standard input,
+one a line, and each is answered by one line of JSON on standard output. NAME is a set-up: it
+begins from the initial weights when it is first named, and "fused" compiles all stages into one
+call, any other name a call each.
 
-    run N      trains on N batches and waits for them: seconds, processor seconds, losses
-    digest     SHA-256 of the parameters, statistics and optimiser state of every block held here
-    stages N   times every stage by itself over N batches (the state of the run moves on)
+    run NAME N      trains on N batches and waits for them: seconds, processor seconds, losses
+    digest NAME     SHA-256 of the parameters, statistics and optimiser state of every block held
+    stages NAME N   times every stage by itself over N batches (the state of the run moves on)
 """
 
 import hashlib
@@ -56,7 +58,7 @@ def build_method(options: dict[str, Any]) -> jd.methods.Method:
     return jd.methods.get(options["method"], **arguments[options["method"]])
 
 
-class Worker:
+class Run:
     """A trainer with its state and batches that are on the devices already."""
 
     def __init__(self, options: dict[str, Any], fuse: bool):
@@ -95,7 +97,8 @@ class Worker:
             {name: float(value) for name, value in each.items() if name.endswith("/loss")}
             for each in found
         ]
-        return {"seconds": seconds, "processor_seconds": processor, "losses": losses}
+        cores = sorted(os.sched_getaffinity(0))
+        return {"seconds": seconds, "processor": processor, "losses": losses, "cores": cores}
 
     def digest(self) -> dict[str, str]:
         """A hash of everything that training changes, by block; of the blocks held here."""
@@ -143,11 +146,12 @@ def main() -> None:
     spec = json.loads(sys.argv[1])
     if spec["distributed"]:
         distributed.initialize(**spec["distributed"])
-    worker = Worker(spec["options"], spec["fuse"])
-    print(json.dumps({"cores": sorted(os.sched_getaffinity(0))}), file=replies, flush=True)
+    runs: dict[str, Run] = {}
     for line in sys.stdin:
-        name, *numbers = line.split()
-        reply = getattr(worker, name)(*map(int, numbers))
+        command, name, *numbers = line.split()
+        if name not in runs:
+            runs[name] = Run(spec["options"], fuse=name == "fused")
+        reply = getattr(runs[name], command)(*map(int, numbers))
         print(json.dumps(reply), file=replies, flush=True)
 
 

@@ -11,6 +11,15 @@ from ml_collections.config_dict import placeholder
 from jdecouple import data, methods, models, optim, schedules
 
 DTYPES = {"float32": None, "bfloat16": jnp.bfloat16}
+# Keys of the optimizer section that make its learning rate; the others are its arguments.
+LEARNING_RATE = {
+    "learning_rate": 1e-3,
+    "schedule": "cosine",
+    "end_learning_rate": 0.0,  # of the cosine
+    "decay_epochs": (),  # of step_decay
+    "decay_factor": 0.1,
+    "per_epoch": False,  # move the rate once an epoch, as the papers' code does
+}
 # Arguments of builders that the run itself fills in.
 _FILLED = {"num_classes", "image_size", "channels", "input_size", "param_dtype", "rngs"}
 _FILLED |= {"learning_rate"}
@@ -48,12 +57,7 @@ def default() -> ConfigDict:
             },
             "optimizer": {
                 "name": "adam",
-                "learning_rate": 1e-3,
-                "schedule": "cosine",
-                "end_learning_rate": 0.0,  # of the cosine
-                "decay_epochs": (),  # of step_decay
-                "decay_factor": 0.1,
-                "per_epoch": False,  # move the rate once an epoch, as the papers' code does
+                **LEARNING_RATE,
                 **_union(optim.names(), optimizer_arguments),
             },
             "schedule": "auto",

@@ -315,8 +315,8 @@ def _optimizer(config: ConfigDict, total_steps: int, steps_per_epoch: int) -> An
     if section.per_epoch:
         schedule = optim.per_epoch(schedule, steps_per_epoch)
     allowed = configuration.optimizer_arguments(section.name)
-    given = {key: section[key] for key in allowed if section[key] is not None}
-    return optim.get(section.name)(schedule, **given)
+    own = {key: section[key] for key in section if key not in configuration.LEARNING_RATE}
+    return optim.get(section.name)(schedule, **chosen(own, allowed, "optimizer"))
 
 
 @contextlib.contextmanager
