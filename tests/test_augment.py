@@ -50,7 +50,7 @@ class TestEveryAugmentation:
         if name != "none":
             assert (first != augmented(name, x, keys(16, seed=1))).any()
 
-    @pytest.mark.parametrize("parts", [2, 4, 16])
+    @pytest.mark.parametrize("parts", [2, 16])
     def test_independent_of_the_batch_around_it(self, name, parts):
         x, key_array = images(), keys(16)
         whole = augmented(name, x, key_array).reshape(-1, 16, 16, 16, 3)
@@ -78,10 +78,10 @@ class TestEveryAugmentation:
         np.testing.assert_array_equal(out["label"], np.arange(16))
 
     def test_values_are_normalised(self, name):
-        x = images(64)
-        plain = augmented(name, x, keys(64))
+        x = images()
+        plain = augmented(name, x, keys(16))
         assert 0 <= plain.min() < plain.max() <= 1 + 1e-6
-        normal = augmented(name, x, keys(64), mean=MEAN, std=STD)
+        normal = augmented(name, x, keys(16), mean=MEAN, std=STD)
         np.testing.assert_allclose(normal, (plain - MEAN) / STD, rtol=1e-5, atol=1e-5)
 
     def test_uint8_equals_float(self, name):
@@ -98,24 +98,24 @@ class TestEveryAugmentation:
         assert np.isfinite(out).all()
 
     def test_float32_under_x64(self, name, x64):
-        transform = augment.get(name, mean=MEAN, std=STD)
+        transform = jax.jit(augment.get(name, mean=MEAN, std=STD), static_argnums=2)
         assert transform({"x": images(2)}, keys(2), True)["x"].dtype == jnp.float32
 
     def test_other_entries_pass_through(self, name):
         batch = {"x": images(4), "label": np.arange(4), "weight": np.ones((4, 2)), "step": 7}
-        out = augment.get(name, **UNIT)(batch, keys(4), True)
+        out = compiled(name)(batch, keys(4), True)
         count = 8 if name == "two_views" else 4
         assert set(out) == set(batch)
         assert out["weight"].shape == (count, 2)
         assert out["step"] == 7
 
-    @pytest.mark.parametrize("wrong", ["missing", "too few", "single"])
-    def test_bad_keys(self, name, wrong):
-        if name == "none":
-            pytest.skip("draws nothing")
-        given = {"missing": None, "too few": keys(3), "single": jax.random.key(0)}[wrong]
-        with pytest.raises(ValueError, match="one key for each"):
-            augment.get(name, **UNIT)({"x": images(4)}, given, True)
+
+@pytest.mark.parametrize("name", ["basic", "strong", "two_views"])
+@pytest.mark.parametrize("given", ["none", "too few", "single"])
+def test_bad_keys(name, given):
+    bad = {"none": None, "too few": keys(3), "single": jax.random.key(0)}[given]
+    with pytest.raises(ValueError, match="one key for each"):
+        augment.get(name, **UNIT)({"x": images(4)}, bad, True)
 
 
 def windows(image, padding):
@@ -168,6 +168,7 @@ def luma(image):
 def test_colour_jitter_equals_its_definition():
     """The definition of torchvision's four operations, in NumPy and colorsys."""
     image = images(1, 6)[0].astype(np.float32) / 255
+    jitter = jax.jit(augment.colour_jitter)
     for seed in range(8):
         key = jax.random.key(seed)
         b, c, s, h = np.asarray(jax.random.uniform(key, (4,), minval=-1.0), np.float64)
@@ -179,7 +180,7 @@ def test_colour_jitter_equals_its_definition():
         for index in np.ndindex(6, 6):
             hue, saturation, value = colorsys.rgb_to_hsv(*expected[index])
             expected[index] = colorsys.hsv_to_rgb((hue + 0.1 * h) % 1, saturation, value)
-        np.testing.assert_allclose(augment.colour_jitter(key, image), expected, atol=1e-5)
+        np.testing.assert_allclose(jitter(key, image), expected, atol=1e-5)
 
 
 def test_jitter_of_one_channel_changes_brightness_and_contrast():

@@ -127,7 +127,7 @@ def colour_jitter(key: jax.Array, image: jax.Array) -> jax.Array:
         An image of the same shape and range.
     """
     brightness, contrast, saturation, hue = jax.random.uniform(key, (4,), jnp.float32, -1.0)
-    image = _blend(image, jnp.zeros(()), 1 + JITTER["brightness"] * brightness)
+    image = _blend(image, 0.0, 1 + JITTER["brightness"] * brightness)
     image = _blend(image, _luma(image).mean(), 1 + JITTER["contrast"] * contrast)
     if image.shape[-1] == 1:
         return image
@@ -143,7 +143,7 @@ _VIEWS: dict[str, tuple[Callable[[jax.Array, jax.Array], jax.Array], ...]] = {
 }
 
 
-def _blend(image: jax.Array, other: jax.Array, factor: jax.Array) -> jax.Array:
+def _blend(image: jax.Array, other: jax.Array | float, factor: jax.Array) -> jax.Array:
     return jnp.clip(other + factor * (image - other), 0.0, 1.0)
 
 

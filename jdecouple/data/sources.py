@@ -28,6 +28,8 @@ STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "fashion_mnist": ((0.2860,), (0.3530,)),
 }
 _STATISTICS_ROWS = 1000
+_STATISTICS_CHUNK = 64
+_LEAST_STD = 1e-6
 _DEFAULT_VALIDATION = 0.1
 _DIGITS_TEST = 0.2
 _SYNTHETIC_POOL_BYTES = 64 << 20
@@ -56,7 +58,8 @@ def load(
 
     The splits depend on the data alone, never on `seed`; `seed` draws the label noise (training
     labels only) and the synthetic images. Normalisation statistics are known constants for the
-    sets in `STATISTICS` (at their own size) and else those of the first 1,000 training images.
+    sets in `STATISTICS` (at their own size) and for `synthetic`, else those of the first 1,000
+    training images.
 
     Args:
         name: `digits`, `synthetic` or a TFDS name.
@@ -164,6 +167,7 @@ def _synthetic(
         validation=Split("validation", source, held),
         test=Split("test", test, np.arange(len(test))),
         num_classes=num_classes,
+        statistics=((0.5,) * shape[-1], (12**-0.5,) * shape[-1]),
     )
 
 
@@ -232,14 +236,19 @@ def channel_statistics(
 
     A channel that does not vary gets the standard deviation 1, so that it can be divided by.
     """
-    images = split.gather(np.arange(min(rows, len(split))))["x"]
-    pixels = images.reshape(-1, images.shape[-1]).astype(np.float64)
-    if images.dtype == np.uint8:
-        pixels /= 255
-    deviations = pixels.std(axis=0)
+    rows = min(rows, len(split))
+    pixels, total, squares = 0, np.zeros(()), np.zeros(())
+    for first in range(0, rows, _STATISTICS_CHUNK):
+        images = split.gather(np.arange(first, min(first + _STATISTICS_CHUNK, rows)))["x"]
+        flat = images.reshape(-1, images.shape[-1]) / (255 if images.dtype == np.uint8 else 1)
+        pixels += len(flat)
+        total = total + flat.sum(axis=0, dtype=np.float64)
+        squares = squares + np.square(flat).sum(axis=0, dtype=np.float64)
+    means = total / pixels
+    deviations = np.sqrt(np.maximum(squares / pixels - means**2, 0))
     return (
-        tuple(float(mean) for mean in pixels.mean(axis=0)),
-        tuple(float(std) if std > 0 else 1.0 for std in deviations),
+        tuple(float(mean) for mean in means),
+        tuple(float(std) if std > _LEAST_STD else 1.0 for std in deviations),
     )
 
 

@@ -1,0 +1,83 @@
+import json
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from jdecouple import data
+
+
+def assert_one_line(error):
+    assert "\n" not in str(error.value)
+
+
+def numbered(count):
+    """A split whose image i holds the number i."""
+    images = np.arange(count, dtype=np.float32).reshape(count, 1, 1, 1)
+    return data.from_arrays(images, np.zeros(count, int), num_classes=2)
+
+
+def rows(batch):
+    return batch["x"].ravel().astype(int).tolist()
+
+
+class TestTrainBatches:
+    def test_an_epoch_holds_each_example_once(self):
+        batches = data.train_batches(numbered(20), 5, seed=0)
+        epochs = [[i for _ in range(4) for i in rows(next(batches))] for _ in range(3)]
+        for epoch in epochs:
+            assert sorted(epoch) == list(range(20))
+        assert epochs[0] != epochs[1] != epochs[2]
+
+    def test_the_rest_of_an_epoch_is_dropped(self):
+        split = numbered(11)
+        assert data.steps_per_epoch(split, 4) == 2
+        batches = data.train_batches(split, 4, seed=0)
+        epoch = rows(next(batches)) + rows(next(batches))
+        assert len(set(epoch)) == 8
+
+    def test_deterministic_by_seed(self):
+        read = [
+            [rows(b) for b in islice(data.train_batches(numbered(30), 7, seed=seed), 9)]
+            for seed in (1, 1, 2)
+        ]
+        assert read[0] == read[1] != read[2]
+
+    @pytest.mark.parametrize("taken", [0, 1, 3, 4, 9])
+    def test_resumes_from_its_state(self, taken):
+        split = numbered(33)
+        batches = data.train_batches(split, 8, seed=3)
+        for _ in range(taken):
+            next(batches)
+        state = json.loads(json.dumps(batches.get_state()))
+        expected = [rows(next(batches)) for _ in range(10)]
+        resumed = data.train_batches(split, 8, seed=3)
+        next(resumed)
+        resumed.set_state(state)
+        assert [rows(next(resumed)) for _ in range(10)] == expected
+        started = data.train_batches(split, 8, seed=3, start=taken)
+        assert [rows(next(started)) for _ in range(10)] == expected
+
+    @pytest.mark.parametrize("batch_size", [0, -1, 11, 2.0, True])
+    def test_bad_batch_size(self, batch_size):
+        with pytest.raises(ValueError, match="batch_size=") as error:
+            data.train_batches(numbered(10), batch_size, seed=0)
+        assert_one_line(error)
+
+    def test_bad_start(self):
+        with pytest.raises(ValueError, match="start=-1"):
+            data.train_batches(numbered(10), 2, seed=0, start=-1)
+
+
+class TestEvaluationBatches:
+    def test_in_order_with_a_ragged_end(self):
+        read = [rows(batch) for batch in data.evaluation_batches(numbered(7), 3)]
+        assert read == [[0, 1, 2], [3, 4, 5], [6]]
+
+    def test_batch_larger_than_the_split(self):
+        assert [rows(b) for b in data.evaluation_batches(numbered(2), 5)] == [[0, 1]]
+
+    def test_empty_split(self):
+        empty = data.load("digits", validation=0).validation
+        with pytest.raises(ValueError, match="validation split is empty"):
+            data.evaluation_batches(empty, 3)
