@@ -1,5 +1,6 @@
 """What the benchmarks share: the description of a machine, spreads, tables, files."""
 
+import dataclasses
 import json
 import os
 import platform
@@ -9,12 +10,13 @@ import sys
 from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
-class Spread(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Spread:
     """Median and range of repeated measurements, in their unit."""
 
     median: float
@@ -48,6 +50,14 @@ def describe() -> dict[str, Any]:
     }
 
 
+def busy_seconds() -> float:
+    """Processor time that all cores have spent since boot on anything, in seconds; Linux only."""
+    ticks = [int(each) for each in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
+    user, nice, system, _, _, interrupts, soft_interrupts, stolen = ticks[:8]
+    spent = user + nice + system + interrupts + soft_interrupts + stolen
+    return spent / os.sysconf("SC_CLK_TCK")
+
+
 def heading(setup: dict[str, Any]) -> str:
     """The set-up as Markdown, from `describe`."""
     versions = ", ".join(f"{name} {version}" for name, version in setup["versions"].items())
@@ -70,7 +80,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 def save(path: Path, result: Any) -> None:
     """Writes a result as JSON; folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    path.write_text(json.dumps(result, indent=1, default=dataclasses.asdict) + "\n")
 
 
 def _cpu_model() -> str:

@@ -14,13 +14,15 @@ warm-up. A segment is N batches, from the first dispatch until all work is done;
 the longer of its processes' times. The batches are on the devices beforehand: input is not
 measured. A process is pinned before it starts, so that XLA's thread pool has one thread.
 
-A segment of N batches takes N + K - 1 ticks in `pair`: at best it is K N / (N + K - 1) times as
-fast as `apart`. The losses of all batches and the state after the last one must be equal in `pair`
-and `apart` to the last bit, otherwise the exit code is 1. Linux only; needs jdecouple installed.
+A segment of N batches takes N + K - 1 ticks in `pair`: with a local method it is at best
+K N / (N + K - 1) times as fast as `apart`; the stages of bp wait for one another. The losses of all
+batches and the state after the last one must be equal in `pair` and `apart` to the last bit,
+otherwise the exit code is 1. Linux only; needs jdecouple installed.
 """
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import socket
@@ -31,7 +33,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import Spread, describe, heading, save, table
+from common import Spread, busy_seconds, describe, heading, save, table
 
 WORKER = Path(__file__).with_name("concurrency_worker.py")
 SET_UPS = ("pair", "fused", "apart")
@@ -42,7 +44,7 @@ SIZES = {
 WARM_UP_BATCHES = 3
 STAGE_BATCHES = 9
 STOP_SECONDS = 30
-IDLE_SHARE = 0.98
+OTHERS_SHARE = 0.02  # of the machine, beyond which a measurement is not valid
 
 
 class Processes:
@@ -51,7 +53,7 @@ class Processes:
     def __init__(self, cores: Sequence[int], options: dict[str, Any]):
         places = distributed_arguments(len(cores)) if len(cores) > 1 else [None]
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
-        self._processes = [
+        self._processes: list[Any] = [
             subprocess.Popen(
                 [sys.executable, WORKER, json.dumps({"options": options, "distributed": place})],
                 stdin=subprocess.PIPE,
@@ -59,7 +61,7 @@ class Processes:
                 text=True,
                 env=environment,
                 # Before Python starts, thus before XLA counts the cores.
-                preexec_fn=lambda core=core: os.sched_setaffinity(0, {core}),
+                preexec_fn=functools.partial(os.sched_setaffinity, 0, {core}),
             )
             for core, place in zip(cores, places, strict=True)
         ]
@@ -70,7 +72,7 @@ class Processes:
             for process in self._processes:
                 print(command, file=process.stdin, flush=True)
         lines = [process.stdout.readline() for process in self._processes]
-        if not all(lines):
+        if not all(lines):  # end of file
             raise RuntimeError(f"a process ended during {command!r}: its message is above")
         return [json.loads(line) for line in lines]
 
@@ -105,10 +107,15 @@ def union(parts: Sequence[dict]) -> dict:
     return {name: value for part in parts for name, value in part.items()}
 
 
-def segment(replies: Sequence[dict[str, Any]], batches: int) -> dict[str, Any]:
-    """One measurement, from the replies of all processes of a set-up."""
+def segment(processes: Processes, name: str, batches: int) -> dict[str, Any]:
+    """One measurement of a set-up; "others" is the share of the machine that others took."""
+    busy = busy_seconds()
+    replies = processes.ask(f"run {name} {batches}")
+    busy = busy_seconds() - busy - sum(reply["processor"] for reply in replies)
+    seconds = max(reply["seconds"] for reply in replies)
     return {
-        "ms": 1e3 * max(reply["seconds"] for reply in replies) / batches,
+        "ms": 1e3 * seconds / batches,
+        "others": max(0.0, busy / seconds / (os.cpu_count() or 1)),
         "processor_ms": [1e3 * reply["processor"] / batches for reply in replies],
         "cores": [reply["cores"] for reply in replies],
         "losses": [union(each) for each in zip(*(r["losses"] for r in replies), strict=True)],
@@ -129,7 +136,7 @@ def measure(options: dict[str, Any], repeats: int, steps: int) -> dict[str, Any]
         for repeat in range(repeats + 1):
             batches = steps if repeat else WARM_UP_BATCHES
             for name in SET_UPS:
-                found = segment(place[name].ask(f"run {name} {batches}"), batches)
+                found = segment(place[name], name, batches)
                 segments[name].append(found)
                 label = f"repeat {repeat}" if repeat else "warm-up (compiles)"
                 print(f"{label}: {name}, {found['ms']:.1f} ms per batch", file=sys.stderr)
@@ -152,7 +159,7 @@ def compare(found: dict[str, Any]) -> dict[str, Any]:
     }
     losses = {name: [batch for s in segments[name] for batch in s["losses"]] for name in SET_UPS}
     differences = [
-        abs(fused[name] / apart[name] - 1)
+        abs(fused[name] - apart[name]) / (abs(apart[name]) or 1.0)
         for fused, apart in zip(losses["fused"], losses["apart"], strict=True)
         for name in apart
     ]
@@ -165,9 +172,9 @@ def compare(found: dict[str, Any]) -> dict[str, Any]:
             name: Spread.of(a / b for a, b in zip(times[name], times["pair"], strict=True))
             for name in ("fused", "apart")
         },
-        "core_share": sum(processor["apart"]) / statistics.median(times["apart"]),
+        "others": statistics.median(s["others"] for name in SET_UPS for s in segments[name][1:]),
         "bit_equal": losses["pair"] == losses["apart"] and digests["pair"] == digests["apart"],
-        "fused_difference": max(differences),
+        "fused_difference": max(differences),  # relative
         "stage_ms": [Spread.of(each) for each in zip(*found["stage_ms"], strict=True)],
     }
 
@@ -175,28 +182,25 @@ def compare(found: dict[str, Any]) -> dict[str, Any]:
 def report(options: dict[str, Any], steps: int, segments: dict, result: dict) -> str:
     """The result as Markdown."""
     stages = options["stages"]
+    ideal = 1 if options["method"] == "bp" else stages * steps / (steps + stages - 1)
     rows = []
     for name in SET_UPS:
-        cores = " and ".join(str(core) for place in segments[name][0]["cores"] for core in place)
+        cores = " and ".join(str(core) for (core,) in segments[name][0]["cores"])
         processor = ", ".join(f"{value:.1f}" for value in result["processor_ms"][name])
         ratio = result["speed_up"][name].show(2) if name != "pair" else ""
         rows.append((name, cores, result["ms"][name].show(), processor, ratio))
-    shares = [(index, each.show()) for index, each in enumerate(result["stage_ms"])]
     lines = [
         ", ".join(f"{name} {value}" for name, value in options.items())
         + f"; segments of {steps} batches; medians (lowest to highest)\n",
-        table(("set-up", "cores", "ms per batch", "processor ms", "`pair` is faster by"), rows),
-        table(("stage alone, in `apart`", "ms per batch"), shares),
-        f"- Ideal: {stages}, or {stages * steps / (steps + stages - 1):.2f} with the pipeline "
-        "filled and drained in every segment.",
+        table(("set-up", "cores", "ms per batch", "processor ms", "time / time of `pair`"), rows),
+        table(("stage", "ms alone"), enumerate(each.show() for each in result["stage_ms"])),
+        f"- Ideal time of `apart` / time of `pair`: {ideal:.2f}.",
         f"- `pair` and `apart` after {result['batches']} batches: losses, parameters, statistics "
         f"and optimiser state are {'' if result['bit_equal'] else 'NOT '}equal to the last bit.",
-        f"- `fused` and `apart`: losses differ by at most {result['fused_difference']:.1e} of "
-        "their size.",
-        f"- `apart` had its core for {result['core_share']:.0%} of its time.",
+        f"- Losses of `fused` and `apart` differ by at most {result['fused_difference']:.1e}.",
+        f"- Other processes took {result['others']:.1%} of the machine"
+        f"{': NOT VALID' if result['others'] > OTHERS_SHARE else ''}.",
     ]
-    if result["core_share"] < IDLE_SHARE:
-        lines.append("- NOT VALID: something else was running on this machine.")
     return "\n".join(lines)
 
 
@@ -221,7 +225,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--stages is {options.stages}: 2 to {cores} (a core each) is allowed")
     if options.depth < 1 or options.depth % options.stages:
         parser.error(f"--depth is {options.depth}: a multiple of --stages is needed")
-    if options.steps < 1 or options.repeats < 1:
+    if min(options.steps, options.repeats) < 1:
         parser.error("--steps and --repeats must be at least 1")
     return options
 
@@ -235,7 +239,7 @@ def main() -> None:
     print(heading(setup))
     print(report(arguments, steps, found["segments"], result))
     if output:
-        options = {**arguments, "steps": steps, "repeats": repeats}
+        options = arguments | {"steps": steps, "repeats": repeats}
         save(output, {"setup": setup, "options": options, **found, "result": result})
     if not result["bit_equal"]:
         sys.exit(1)
