@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -308,8 +309,10 @@ class Trainer:
                 if values is None:
                     pairs.append((None, None))
                     continue
-                # Copies: the next step donates the state's own buffers.
-                copy = jax.tree.map(jnp.copy, (values["params"][number], values["stats"][number]))
+                # Copies, because the next step donates the state's own buffers; bound to no
+                # device, because a caller applies blocks of several stages to one input.
+                own = values["params"][number], values["stats"][number]
+                copy = jax.tree.map(lambda leaf: jnp.asarray(np.array(leaf)), own)
                 pairs.append(unit.modules(*copy))
         return pairs
 

@@ -50,11 +50,13 @@ def make_mesh(
         The mesh.
 
     Raises:
-        ValueError: a size below 1, or fewer than `data` devices.
+        ValueError: a size that is no whole number of at least 1, or fewer than `data` devices.
     """
     for label, size in (("stages", stages), ("data", data)):
-        if size < 1:
-            raise ValueError(f"mesh axis {label} is {size}: at least 1 is needed")
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(
+                f"mesh axis {label} is {size!r}: a whole number of at least 1 is needed"
+            )
     available = list(jax.devices() if devices is None else devices)
     if data > len(available):
         raise ValueError(

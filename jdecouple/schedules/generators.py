@@ -12,7 +12,7 @@ def local(num_stages: int, num_microbatches: int) -> Iterator[Action]:
 
     K = 2, M = 2 (the next batch enters stage 0 while stage 1 still works on this one)::
 
-        stage 0 | F0 B0 F1 B1 S1
+        stage 0 | F0 B0 F1 B1 S1 .
         stage 1 | .  F0 B0 F1 B1 S1
     """
     last = num_microbatches - 1
@@ -32,7 +32,7 @@ def sequential(num_stages: int, num_microbatches: int) -> Iterator[Action]:
     K = 2, M = 2::
 
         stage 0 | F0 .  .  B0 F1 .  .  B1 S1
-        stage 1 | .  F0 B0 .  .  F1 B1 S1
+        stage 1 | .  F0 B0 .  .  F1 B1 S1 .
     """
     last = num_microbatches - 1
     for microbatch in range(num_microbatches):
