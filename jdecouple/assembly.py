@@ -1,6 +1,6 @@
-"""From a model and a method to the units of a run; checks of what the caller gave."""
+"""From a model and a method to the units of a run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -102,8 +102,8 @@ def build_units(
         The units, and the number of classes.
 
     Raises:
-        ValueError: a block that fails on its input, a missing classifier, or a block that a
-            local method leaves without a loss.
+        ValueError: a block that fails on its input, a missing classifier, one of another number
+            of classes, or a block that a local method leaves without a loss.
     """
     objective = method.objective
     if objective.needs_classifier and model.classifier is None:
@@ -114,8 +114,11 @@ def build_units(
     for index, block in enumerate(model.blocks):
         x = outputs[-1] if outputs else message["x"]
         outputs.append(block_output(index, block, x, dtype))
-    if num_classes is None:
-        num_classes = infer_num_classes(model, method, outputs, dtype)
+    if num_classes is None or (objective.trains_classifier and model.classifier is not None):
+        width = infer_num_classes(model, method, outputs, dtype)
+        if num_classes not in (None, width):
+            raise ValueError(f"num_classes is {num_classes}: the model's logits have width {width}")
+        num_classes = width
     # The last key of the 32-bit range: steps count up from 0 and never reach it.
     root = jax.random.fold_in(jax.random.key(seed), np.uint32(2**32 - 1))
     units = []
@@ -200,51 +203,6 @@ def message_shapes(stages: Sequence[Stage], route: Route, batch: Message) -> Sha
         metrics, message = jax.eval_shape(forward, jax.eval_shape(stage.initial), message, tick)
         names += [name for name in metrics if name.startswith("block_")]
     return Shapes(tuple(messages), tuple(names))
-
-
-def check_batch(batch: Any, num_classes: int | None = None, like: Any = None) -> None:
-    """Checks a global batch on the host.
-
-    Args:
-        batch: mapping with "x" [batch, ...] and "label" [batch] (integers).
-        num_classes: upper bound of the labels, if known.
-        like: a batch whose shapes and keys it must have.
-
-    Raises:
-        TypeError: not a mapping of arrays.
-        ValueError: missing keys, wrong shapes, labels out of range, non-finite numbers.
-    """
-    if not isinstance(batch, Mapping) or not {"x", "label"} <= batch.keys():
-        found = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
-        raise TypeError(f"a batch is a mapping with 'x' and 'label': given {found}")
-    labels = batch["label"]
-    if not hasattr(labels, "dtype") or not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise TypeError("batch['label'] must be an array of integers")
-    if labels.ndim != 1 or not labels.shape[0]:
-        raise ValueError(f"batch['label'] has shape {labels.shape}: [batch] is needed")
-    for name, leaf in jax.tree_util.tree_leaves_with_path(dict(batch)):
-        where = f"batch{jax.tree_util.keystr(name)}"
-        if not hasattr(leaf, "shape") or leaf.shape[:1] != labels.shape:
-            given = getattr(leaf, "shape", type(leaf).__name__)
-            raise ValueError(f"{where} has shape {given}: {labels.shape[0]} labels were given")
-        if not isinstance(leaf, np.ndarray) or not np.issubdtype(leaf.dtype, np.floating):
-            continue
-        # The sum is finite unless an entry is not (or it overflows: then look closer).
-        if not np.isfinite(leaf.sum()) and not np.isfinite(leaf).all():
-            row = int(np.argwhere(~np.isfinite(leaf))[0][0])
-            raise ValueError(f"{where} is not finite at example {row}")
-    if isinstance(labels, np.ndarray) and num_classes is not None:
-        low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high >= num_classes:
-            wrong = low if low < 0 else high
-            raise ValueError(f"label {wrong} is out of range: 0 to {num_classes - 1} is allowed")
-    if like is not None:
-        given, wanted = (
-            {str(key): leaf.shape for key, leaf in jax.tree_util.tree_leaves_with_path(dict(each))}
-            for each in (batch, like)
-        )
-        if given != wanted:
-            raise ValueError(f"batch has shapes {given}: the example had {wanted}")
 
 
 def _param_dtype(block: nnx.Module) -> Any:

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jdecouple.assembly import abstract, check_batch
+from jdecouple._checks import check_batch, check_like
+from jdecouple.assembly import abstract
 from jdecouple.pipeline import Seat, gather, transfer
 from jdecouple.routes import Message, Stage, StageState
 
@@ -80,6 +81,7 @@ class Evaluator:
         replicas = len(self._seats[0].devices)
         for batch in [data] if isinstance(data, Mapping) else data:
             check_batch(batch, num_classes)
+            check_like(batch, self._example, any_size=True)
             examples = len(batch["label"])
             count += examples
             size = max(size, -(-examples // replicas) * replicas)

@@ -13,11 +13,11 @@ import optax
 from flax import nnx
 
 from jdecouple import schedules
+from jdecouple._checks import check_batch, check_counts, check_like, check_options, check_type
 from jdecouple.assembly import (
     Shapes,
     abstract,
     build_units,
-    check_batch,
     message_shapes,
     model_input,
     split_blocks,
@@ -109,7 +109,16 @@ class Trainer:
             ValueError: sizes that do not fit one another, or a method that needs what the
                 model lacks.
         """
-        _check_types(model, method, microbatches, max_in_flight)
+        check_type("model", model, Model)
+        check_type("method", method, Method)
+        check_type("optimizer", optimizer, optax.GradientTransformation)
+        check_counts(
+            num_stages=num_stages,
+            microbatches=microbatches,
+            num_classes=num_classes,
+            max_in_flight=max_in_flight,
+        )
+        check_options(seed=seed, dtype=dtype, boundaries=boundaries, transform=transform)
         if num_stages is None and boundaries is not None:
             num_stages = len(boundaries) + (not boundaries or boundaries[0] != 0)
         grid = as_stage_mesh(make_mesh(num_stages or 1) if mesh is None else mesh)
@@ -219,10 +228,11 @@ class Trainer:
 
         Raises:
             TypeError: not a mapping with integer labels.
-            ValueError: other shapes than the example's, labels out of range, or numbers
+            ValueError: other shapes or dtypes than the example's, labels out of range, or numbers
                 that are not finite.
         """
-        check_batch(batch, self.num_classes, like=self._example)
+        check_batch(batch, self.num_classes)
+        check_like(batch, self._example, any_size=False)
         seat = self.seats[0]
         parts = self._split(batch)
         return PlacedBatch(tuple(seat.place(part) if seat.mine else None for part in parts))
@@ -267,7 +277,8 @@ class Trainer:
             processes all call it and all get the whole.
 
         Raises:
-            ValueError: no examples, or labels out of range.
+            ValueError: no examples, or a batch that `put` would refuse for another reason than
+                its size.
         """
         return self._evaluator(state.stages, data, self.num_classes)
 
@@ -345,14 +356,3 @@ def _names(stage: Stage, values: Any) -> list[str]:
         kind, unit, *rest = (jax.tree_util.keystr((key,), simple=True) for key in path)
         names.append("/".join([f"block_{stage.units[int(unit)].index}", kind, *rest]))
     return names
-
-
-def _check_types(model: Any, method: Any, microbatches: Any, max_in_flight: Any) -> None:
-    for label, value, wanted in (("model", model, Model), ("method", method, Method)):
-        if not isinstance(value, wanted):
-            raise TypeError(
-                f"{label} is a {type(value).__name__}: a jdecouple {wanted.__name__} is needed"
-            )
-    for label, value in (("microbatches", microbatches), ("max_in_flight", max_in_flight or 1)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{label} is {value!r}: a whole number of at least 1 is needed")

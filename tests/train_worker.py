@@ -1,66 +1,78 @@
-"""One process of a multi-process training run; the tests start it with a JSON argument."""
+"""One process of a multi-process training; tests/test_processes.py starts it with a JSON argument.
+
+It trains one configuration after the other and leaves what it found in `out`.
+"""
 
 import json
+import os
 import sys
+import time
 from pathlib import Path
 
-import jax
-import numpy as np
-from flax import nnx
+SPEC = json.loads(sys.argv[1])
+if SPEC["core"] is not None:
+    os.sched_setaffinity(0, {SPEC["core"]})
 
-import jdecouple as jd
-from jdecouple.pipeline import distributed
+import nets  # noqa: E402
+import numpy as np  # noqa: E402
 
+import jdecouple as jd  # noqa: E402
+from jdecouple.pipeline import distributed  # noqa: E402
 
-def batches(count: int, size: int = 16) -> list[dict]:
-    rng = np.random.default_rng(0)
-    return [
-        {
-            "x": rng.normal(size=(size, 20)).astype(np.float32),
-            "label": rng.integers(0, 5, size).astype(np.int32),
-        }
-        for _ in range(count)
-    ]
+MODELS = {
+    "two_blocks": lambda: nets.mlp(depth=2, batch_norm=True),
+    "four_blocks": lambda: nets.mlp(depth=4, batch_norm=True),
+    "slow_end": lambda: nets.slow_end(milliseconds=60),
+}
 
 
-def train(spec: dict, mesh) -> dict:
-    """Trains as `spec` says; returns parameters by name, the last metrics and an evaluation."""
-    model = jd.models.mlp(5, input_size=20, hidden=24, depth=4, rngs=nnx.Rngs(0))
-    data = batches(4)
+def train(run: dict) -> tuple[dict[str, np.ndarray], dict]:
+    """Arrays of this process's blocks; metrics of every step, evaluation, times."""
+    data = nets.batches()
     trainer = jd.Trainer(
-        model,
-        jd.methods.get(spec["method"], **spec.get("arguments", {})),
+        MODELS[run["model"]](),
+        nets.method(run["method"]),
         jd.optim.sgd(0.05, momentum=0.9),
-        mesh=mesh,
+        mesh=jd.make_mesh(run.get("stages", 1), run.get("data", 1)),
         example=data[0],
-        **spec.get("trainer", {}),
+        **run.get("trainer", {}),
     )
-    state = trainer.init()
-    losses = []
-    for step in range(spec["steps"]):
+    state, found = trainer.init(), []
+    for step in range(run["steps"]):
+        if step == 1:
+            trainer.wait(state)  # all is compiled; from here on the clock runs
+            start = time.perf_counter()
         state, metrics = trainer.step(state, data[step % len(data)])
-        losses.append(trainer.gather_metrics(metrics)["loss"])
-    arrays = {
-        f"{index}/{number}": np.asarray(leaf)
-        for index, module in enumerate(trainer.modules(state))
-        if module is not None
-        for number, leaf in enumerate(jax.tree.leaves(nnx.state(module)))
+        found.append(metrics)
+    dispatched = time.perf_counter() - start
+    trainer.wait(state)
+    result = {
+        "dispatch_seconds": dispatched,
+        "seconds": time.perf_counter() - start,
+        "metrics": [trainer.gather_metrics(metrics) for metrics in found],
+        "own": sorted(found[-1]),
+        "evaluation": trainer.evaluate(state, [*data, {k: v[:5] for k, v in data[0].items()}]),
+        "blocks": [module is not None for module in trainer.modules(state)],
     }
-    return {
-        "arrays": arrays,
-        "losses": losses,
-        "evaluation": trainer.evaluate(state, data),
-        "metrics": trainer.gather_metrics(metrics),
-    }
+    return nets.arrays(trainer, state), result
 
 
 def main() -> None:
-    spec = json.loads(sys.argv[1])
-    distributed.initialize(f"127.0.0.1:{spec['port']}", spec["num_processes"], spec["process_id"])
-    result = train(spec, jd.make_mesh(stages=spec["stages"], data=spec.get("data", 1)))
-    out = Path(spec["out"])
-    np.savez(out / f"arrays_{spec['process_id']}.npz", **result.pop("arrays"))
-    (out / f"result_{spec['process_id']}.json").write_text(json.dumps(result))
+    if SPEC["num_processes"] > 1:
+        distributed.initialize(
+            f"127.0.0.1:{SPEC['port']}",
+            SPEC["num_processes"],
+            SPEC["process_id"],
+            transfer_port=SPEC["transfer_port"],
+        )
+    out = Path(SPEC["out"])
+    for name, run in SPEC["runs"].items():
+        if SPEC["num_processes"] == 1:
+            run = {**run, "data": 1, "trainer": {**run.get("trainer", {}), "fuse": False}}
+        arrays, result = train(run)
+        stem = f"{name}_{SPEC['process_id']}"
+        np.savez(out / f"{stem}.npz", **arrays)
+        (out / f"{stem}.json").write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

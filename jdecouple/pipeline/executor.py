@@ -118,8 +118,8 @@ class Executor:
 
     def wait(self, states: Any) -> None:
         """Blocks until all that was dispatched has run."""
+        jax.block_until_ready((states, list(self._flying)))
         self._flying.clear()
-        jax.block_until_ready(states)
 
     @cached_property
     def _functions(self) -> dict[tuple[int, tuple[Kind, ...]], Any]:

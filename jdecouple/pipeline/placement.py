@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import jax
@@ -53,7 +54,7 @@ def make_mesh(
         ValueError: a size that is no whole number of at least 1, or fewer than `data` devices.
     """
     for label, size in (("stages", stages), ("data", data)):
-        if not isinstance(size, int) or size < 1:
+        if not isinstance(size, Integral) or size < 1:
             raise ValueError(
                 f"mesh axis {label} is {size!r}: a whole number of at least 1 is needed"
             )

@@ -116,7 +116,10 @@ class Unit:
 
     def modules(self, params: Arrays, stats: Arrays) -> tuple[nnx.Module, nnx.Module | None]:
         """The block and its head as nnx modules in training mode, with the given values."""
-        pair = self._merge(True, params, stats, self._keys)
+        keys = {
+            path: variable.replace(variable.get_value()) for path, variable in self._keys.items()
+        }
+        pair = self._merge(True, params, stats, keys)
         return pair.block, pair.head
 
     def _module(self, train: bool, params: Arrays, stats: Arrays, key: jax.Array) -> Any:

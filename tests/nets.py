@@ -1,0 +1,192 @@
+"""Tiny nets, batches and methods that the tests of the engine share."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jdecouple as jd
+from jdecouple.models import layers
+
+CLASSES = 5
+FEATURES = 20
+HEADS: dict[str, dict[str, Any]] = {
+    "deinforeg": {"projector": "8"},
+    "scpl": {"hidden": 16, "features": 8},
+}
+
+
+def method(name: str, **arguments: Any) -> jd.methods.Method:
+    """A method with heads that compile quickly."""
+    return jd.methods.get(name, **{**HEADS.get(name, {}), **arguments})
+
+
+def batches(count: int = 4, size: int = 16, *, dtype: Any = np.float32) -> list[dict]:
+    """Labelled vectors `[size, FEATURES]`."""
+    rng = np.random.default_rng(0)
+    return [
+        {
+            "x": rng.normal(size=(size, FEATURES)).astype(dtype),
+            "label": rng.integers(0, CLASSES, size).astype(np.int32),
+        }
+        for _ in range(count)
+    ]
+
+
+def images(count: int = 4, size: int = 16) -> list[dict]:
+    """Labelled uint8 images `[size, 8, 8, 1]`."""
+    rng = np.random.default_rng(0)
+    return [
+        {
+            "x": rng.integers(0, 256, (size, 8, 8, 1), np.uint8),
+            "label": rng.integers(0, CLASSES, size).astype(np.int32),
+        }
+        for _ in range(count)
+    ]
+
+
+def mlp(*, depth: int = 4, param_dtype: Any = jnp.float32, **options: Any) -> jd.Model:
+    """The built-in perceptron, 20-24-...-5."""
+    return jd.models.mlp(
+        CLASSES,
+        input_size=FEATURES,
+        hidden=24,
+        depth=depth,
+        param_dtype=param_dtype,
+        rngs=nnx.Rngs(0),
+        **options,
+    )
+
+
+class UserBlock(nnx.Module):
+    """A block that a user could have written: dense, BatchNorm, dropout of its own, tanh."""
+
+    def __init__(self, size: int, hidden: int, *, dropout: float, param_dtype: Any, rngs: nnx.Rngs):
+        self.dense = nnx.Linear(size, hidden, param_dtype=param_dtype, rngs=rngs)
+        self.norm = layers.BatchNorm(hidden, param_dtype=param_dtype, rngs=rngs)
+        self.dropout = nnx.Dropout(dropout, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.reshape(x.shape[0], -1)
+        return nnx.tanh(self.dropout(self.norm(self.dense(x))))
+
+
+def user_model(
+    size: int = FEATURES,
+    *,
+    hidden: int = 12,
+    depth: int = 4,
+    dropout: float = 0.2,
+    param_dtype: Any = jnp.float32,
+) -> jd.Model:
+    """Blocks with BatchNorm and dropout, and a classifier."""
+    rngs = nnx.Rngs(0, dropout=7)
+    options = {"param_dtype": param_dtype, "rngs": rngs}
+    blocks = [
+        UserBlock(size if i == 0 else hidden, hidden, dropout=dropout, **options)
+        for i in range(depth)
+    ]
+    return jd.Model(blocks, nnx.Linear(hidden, CLASSES, **options))
+
+
+def build(name: str, **options: Any) -> jd.Trainer:
+    """A trainer of two blocks with BatchNorm on `batches()`; options override the rest."""
+    options = {
+        "model": mlp(depth=2, batch_norm=True),
+        "optimizer": jd.optim.sgd(0.1, momentum=0.9),
+        "example": batches(1)[0],
+        **options,
+    }
+    return jd.Trainer(options.pop("model"), method(name), options.pop("optimizer"), **options)
+
+
+def trained(trainer: jd.Trainer, data: list[dict], steps: int, state: Any = None) -> tuple:
+    """State after `steps` batches, and the metrics of each step as floats."""
+    state = trainer.init() if state is None else state
+    metrics = []
+    for step in range(steps):
+        state, found = trainer.step(state, data[step % len(data)])
+        metrics.append(found)
+    return state, [{name: float(value) for name, value in each.items()} for each in metrics]
+
+
+def arrays(trainer: jd.Trainer, state: Any) -> dict[str, np.ndarray]:
+    """Weights, statistics and optimiser states by name, on the host."""
+    return {name: np.asarray(leaf) for name, leaf in trainer.arrays(state).items()}
+
+
+def weights(trainer: jd.Trainer, state: Any) -> dict[str, np.ndarray]:
+    """Weights alone, by name."""
+    return {k: v for k, v in arrays(trainer, state).items() if "/params/" in k}
+
+
+def largest_error(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> float:
+    """Largest difference of any entry, relative to 1 or to the entry where that is larger."""
+    assert found.keys() == wanted.keys()
+    return max(
+        float(np.max(np.abs(found[k] - wanted[k]) / np.maximum(1, np.abs(wanted[k])), initial=0))
+        for k in wanted
+    )
+
+
+def same_bits(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> bool:
+    """Whether all arrays are equal to the last bit."""
+    assert found.keys() == wanted.keys()
+    return all(found[k].tobytes() == wanted[k].tobytes() for k in wanted)
+
+
+def assert_clear(kind: Any, words: tuple[str, ...], call: Any) -> None:
+    """The call raises one line that says what was given and what is allowed."""
+    with pytest.raises(kind) as error:
+        call()
+    message = str(error.value)
+    assert "\n" not in message
+    assert len(message) < 250
+    for word in words:
+        assert word in message, message
+
+
+@contextlib.contextmanager
+def quick_compile() -> Iterator[None]:
+    """Compiles without costly optimisations: half the time, where many nets are compared."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
+
+
+def logits_model() -> jd.Model:
+    """Two blocks, of which the last outputs the logits."""
+    rngs = nnx.Rngs(0)
+    return jd.Model([nnx.Linear(FEATURES, 8, rngs=rngs), nnx.Linear(8, CLASSES, rngs=rngs)])
+
+
+class Slow(nnx.Module):
+    """A dense block that takes its time."""
+
+    def __init__(self, size: int, hidden: int, *, milliseconds: int, rngs: nnx.Rngs):
+        self.dense = nnx.Linear(size, hidden, rngs=rngs)
+        self.rounds = milliseconds
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        def body(_, matrix):  # 33 million operations: about a millisecond on one core
+            return jnp.tanh(matrix @ matrix)
+
+        start = jnp.full((256, 256), 1e-3) + 0 * jax.lax.stop_gradient(x).sum()
+        waste = jax.lax.stop_gradient(jax.lax.fori_loop(0, self.rounds, body, start))
+        return nnx.relu(self.dense(x)) + 0 * waste[0, 0]
+
+
+def slow_end(milliseconds: int) -> jd.Model:
+    """Two blocks, of which the second is much slower."""
+    rngs = nnx.Rngs(0)
+    first = nnx.Sequential(nnx.Linear(FEATURES, 8, rngs=rngs), nnx.relu)
+    last = Slow(8, 8, milliseconds=milliseconds, rngs=rngs)
+    return jd.Model([first, last], nnx.Linear(8, CLASSES, rngs=rngs))

@@ -1,0 +1,221 @@
+"""What the Trainer refuses, each with one line that says what was given and what is allowed."""
+
+import functools
+import math
+
+import jax.numpy as jnp
+import nets
+import numpy as np
+import pytest
+from flax import nnx
+
+import jdecouple as jd
+
+METHODS = pytest.mark.parametrize("name", jd.methods.names())
+DATA = nets.batches()
+
+
+@functools.cache
+def trainer_of(name: str) -> jd.Trainer:
+    return nets.build(name)
+
+
+def test_scpl_without_a_classifier_says_so():
+    nets.assert_clear(
+        ValueError,
+        ("scpl", "needs a classifier", "Model(blocks, classifier)"),
+        lambda: nets.build("scpl", model=nets.logits_model()),
+    )
+
+
+def test_deinforeg_without_a_classifier_asks_for_the_classes():
+    nets.assert_clear(
+        ValueError,
+        ("num_classes is needed",),
+        lambda: nets.build("deinforeg", model=nets.logits_model()),
+    )
+
+
+def test_bp_without_a_classifier_needs_logits():
+    nets.assert_clear(
+        ValueError, ("logits", "(16, 2, 3)"), lambda: nets.build("bp", model=jd.Model([Wide()]))
+    )
+
+
+class Wide(nnx.Module):
+    def __call__(self, x):
+        return jnp.zeros((x.shape[0], 2, 3))
+
+
+def test_blocks_that_share_a_variable_are_refused():
+    layer = nnx.Linear(nets.FEATURES, nets.FEATURES, rngs=nnx.Rngs(0))
+    nets.assert_clear(
+        ValueError, ("blocks[0]", "blocks[1]", "share"), lambda: jd.Model([layer, layer])
+    )
+
+
+@METHODS
+def test_a_block_that_fails_on_its_input_is_named(name):
+    rngs = nnx.Rngs(0)
+    model = jd.Model(
+        [nnx.Linear(nets.FEATURES, 8, rngs=rngs), nnx.Linear(9, 8, rngs=rngs)],
+        nnx.Linear(8, nets.CLASSES, rngs=rngs),
+    )
+    nets.assert_clear(
+        ValueError, ("block 1", "Linear", "float32[16, 8]"), lambda: nets.build(name, model=model)
+    )
+
+
+BAD_ARGUMENTS = {
+    "model of another type": (TypeError, {"model": [1]}, ("model", "list", "Model")),
+    "optimizer by name": (TypeError, {"optimizer": "adam"}, ("optimizer", "str", "optax")),
+    "mesh of another type": (TypeError, {"mesh": 4}, ("mesh", "int", "make_mesh")),
+    "no stages": (ValueError, {"num_stages": 0}, ("num_stages is 0", "at least 1")),
+    "stages as text": (ValueError, {"num_stages": "2"}, ("num_stages", "'2'")),
+    "half a stage": (ValueError, {"num_stages": 1.5}, ("num_stages", "1.5")),
+    "more stages than blocks": (ValueError, {"num_stages": 3}, ("num_stages is 3", "2 blocks")),
+    "stages and boundaries": (
+        ValueError,
+        {"num_stages": 1, "boundaries": (1,)},
+        ("boundaries (1,)", "1 stages"),
+    ),
+    "boundaries beyond": (ValueError, {"boundaries": (2,)}, ("boundaries (2,)", "between 1 and 1")),
+    "boundaries as fractions": (ValueError, {"boundaries": (0.5,)}, ("boundaries (0.5,)",)),
+    "boundaries as a number": (ValueError, {"boundaries": 1}, ("boundaries", "1")),
+    "no microbatches": (ValueError, {"microbatches": 0}, ("microbatches is 0", "at least 1")),
+    "microbatches as text": (ValueError, {"microbatches": "2"}, ("microbatches is '2'",)),
+    "microbatches that do not divide": (
+        ValueError,
+        {"microbatches": 3},
+        ("batch of 16", "3 microbatch", "1 replica"),
+    ),
+    "unknown schedule": (
+        ValueError,
+        {"schedule": "zigzag"},
+        ("'zigzag'", *jd.schedules.names()),
+    ),
+    "seed as text": (ValueError, {"seed": "zero"}, ("seed", "'zero'")),
+    "seed as a fraction": (ValueError, {"seed": 0.5}, ("seed", "0.5")),
+    "none in flight": (ValueError, {"max_in_flight": 0}, ("max_in_flight is 0", "at least 1")),
+    "unknown dtype": (ValueError, {"dtype": "float17"}, ("dtype", "'float17'")),
+    "integers as dtype": (ValueError, {"dtype": jnp.int32}, ("dtype", "int32", "float")),
+    "no classes": (ValueError, {"num_classes": 0}, ("num_classes is 0", "at least 1")),
+    "classes as text": (ValueError, {"num_classes": "5"}, ("num_classes is '5'",)),
+    "fewer classes than labels": (ValueError, {"num_classes": 3}, ("0 to 2",)),
+    "transform that is no function": (TypeError, {"transform": 5}, ("transform", "int")),
+    "fuse over devices": (ValueError, {"num_stages": 2, "fuse": True}, ("fuse", "same devices")),
+    "example of another type": (TypeError, {"example": [1]}, ("batch", "'x'", "'label'", "list")),
+    "example without labels": (TypeError, {"example": {"x": DATA[0]["x"]}}, ("'label'", "['x']")),
+    "example with a label too high": (
+        ValueError,
+        {"example": {**DATA[0], "label": np.full(16, 7)}},
+        ("label 7", "0 to 4"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ["bp", "deinforeg"])
+@pytest.mark.parametrize("case", BAD_ARGUMENTS)
+def test_a_bad_argument_gets_one_clear_line(case, name):
+    kind, options, words = BAD_ARGUMENTS[case]
+    nets.assert_clear(kind, words, lambda: nets.build(name, **options))
+
+
+def test_a_method_by_name_gets_one_clear_line():
+    nets.assert_clear(
+        TypeError,
+        ("method", "str", "Method"),
+        lambda: jd.Trainer(nets.mlp(), "bp", jd.optim.sgd(0.1), example=DATA[0]),
+    )
+
+
+@pytest.mark.parametrize("name", ["bp", "scpl"])
+def test_another_number_of_classes_than_logits_is_refused(name):
+    """Labels beyond the logits would train on garbage without a word."""
+    nets.assert_clear(
+        ValueError, ("num_classes is 9", "5"), lambda: nets.build(name, num_classes=9)
+    )
+
+
+@METHODS
+def test_a_data_axis_that_does_not_divide_the_batch(name):
+    nets.assert_clear(
+        ValueError,
+        ("batch of 16", "3 replica"),
+        lambda: nets.build(name, mesh=jd.make_mesh(1, 3)),
+    )
+
+
+@METHODS
+def test_a_schedule_of_another_route_is_refused(name):
+    other = "sequential" if nets.method(name).route.local else "local"
+    nets.assert_clear(
+        ValueError, (repr(other), name, "fit"), lambda: nets.build(name, schedule=other)
+    )
+
+
+X, LABEL = DATA[0]["x"], DATA[0]["label"]
+
+
+def spoiled(value: float) -> np.ndarray:
+    x = X.copy()
+    x[3, 4] = value
+    return x
+
+
+BAD_BATCHES = {
+    "not a mapping": (TypeError, [X, LABEL], ("'x'", "'label'", "list")),
+    "no label": (TypeError, {"x": X}, ("'label'", "['x']")),
+    "fractions as labels": (TypeError, {"x": X, "label": LABEL + 0.5}, ("label", "integers")),
+    "labels in a list": (TypeError, {"x": X, "label": list(LABEL)}, ("label", "integers")),
+    "one-hot labels": (
+        ValueError,
+        {"x": X, "label": np.eye(5, dtype=np.int32)[LABEL]},
+        ("label", "(16, 5)", "[batch]"),
+    ),
+    "label too high": (ValueError, {"x": X, "label": np.full(16, 5)}, ("label 5", "0 to 4")),
+    "label negative": (ValueError, {"x": X, "label": np.full(16, -1)}, ("label -1", "0 to 4")),
+    "fewer rows than labels": (ValueError, {"x": X[:8], "label": LABEL}, ("(8, 20)", "16 labels")),
+    "another batch size": (
+        ValueError,
+        {"x": X[:8], "label": LABEL[:8]},
+        ("[8, 20]", "[16, 20]"),
+    ),
+    "another width": (ValueError, {"x": X[:, :7], "label": LABEL}, ("[16, 7]", "[16, 20]")),
+    "one more entry": (ValueError, {**DATA[0], "mask": LABEL}, ("mask",)),
+    "NaN": (ValueError, {"x": spoiled(math.nan), "label": LABEL}, ("'x'", "not finite", "3")),
+    "infinity": (ValueError, {"x": spoiled(-math.inf), "label": LABEL}, ("not finite", "3")),
+    "another dtype": (
+        ValueError,
+        {"x": X.astype(np.int32), "label": LABEL},
+        ("int32", "float32"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_BATCHES)
+def test_a_bad_batch_gets_one_clear_line(case):
+    kind, batch, words = BAD_BATCHES[case]
+    trainer = trainer_of("bp")
+    state = trainer.init()
+    nets.assert_clear(kind, words, lambda: trainer.step(state, batch))
+    trainer.step(state, DATA[0])  # the state is as good as before
+
+
+def test_large_finite_numbers_are_no_error():
+    trainer = trainer_of("bp")
+    trainer.put({"x": np.full((16, 20), 3e38, np.float32), "label": LABEL})
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ([], ("no examples",)),
+        ({"x": DATA[0]["x"], "label": np.full(16, 5)}, ("label 5", "0 to 4")),
+        ({"x": np.full((16, 20), np.nan, np.float32), "label": DATA[0]["label"]}, ("not finite",)),
+        ({"x": DATA[0]["x"][:, :7], "label": DATA[0]["label"]}, ("[batch, 7]", "[batch, 20]")),
+    ],
+)
+def test_evaluation_refuses_bad_data(data, words):
+    trainer = trainer_of("bp")
+    nets.assert_clear(ValueError, words, lambda: trainer.evaluate(trainer.init(), data))
