@@ -1,59 +1,136 @@
 """The command line of train.py: flags, one-line errors and exit codes."""
 
+import logging as python_logging
+import re
+import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
 
-from absl import app, flags
-from ml_collections import config_flags
+from absl import flags, logging
+from ml_collections import ConfigDict, config_flags
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Path of a file in configs/, with :argument where it takes one."
-)
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder for metrics, curves and checkpoints; continued if it holds a run."
-)
+_USAGE = "usage: python train.py --config FILE[:ARGUMENT] --workdir FOLDER [--config.KEY=VALUE ...]"
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Runs train.py.
 
-    Exit codes: 0 done, or stopped by SIGTERM or Ctrl-C after saving; 1 the training diverged;
-    2 bad input, told in one line.
+    Args:
+        argv: the command line, the program first; by default the process's own.
+
+    Raises:
+        SystemExit: with code 1 if the training diverged, 2 after bad input, told in one line,
+            130 if Ctrl-C came where there was nothing to save. A run that ends, or that SIGTERM
+            or Ctrl-C stopped after saving, just returns.
     """
-    app.run(_train, flags_parser=_parse)
-
-
-def _parse(argv: Sequence[str]) -> list[str]:
+    _log_in_short()
     try:
-        rest = flags.FLAGS(argv)
-        # A value that config_flags could not set is kept and raised at the first look.
-        given = flags.FLAGS["config"].value
-        if given is None or _WORKDIR.value is None:
-            raise ValueError("--config FILE and --workdir FOLDER are needed")
-        len(given)
-        if len(rest) > 1:
-            raise ValueError(f"unknown argument {rest[1]!r}: flags begin with --")
-    except Exception as error:
-        _fail(error)
-    return rest
+        from jdecouple.config import ConfigError
+        from jdecouple.training import NonFiniteError, train_and_evaluate
+
+        try:
+            config, workdir = parse(sys.argv if argv is None else argv)
+            train_and_evaluate(config, workdir)
+        except ConfigError as error:
+            _fail(error, 2)
+        except NonFiniteError as error:
+            _fail(error, 1)
+    except KeyboardInterrupt:
+        _fail("interrupted before anything new could be saved", 130)
 
 
-def _train(argv: Sequence[str]) -> None:
-    del argv
-    # Imported late, so that bad flags are told at once.
-    from jdecouple.config import ConfigError
-    from jdecouple.training import NonFiniteError, train_and_evaluate
+def parse(argv: Sequence[str]) -> tuple[ConfigDict, str]:
+    """Reads the command line.
 
+    Args:
+        argv: the program, `--config`, `--workdir`, and any `--config.KEY=VALUE`.
+
+    Returns:
+        The complete configuration, its values not yet checked, and the workdir.
+
+    Raises:
+        ConfigError: bad flags or a bad file, in one line.
+        SystemExit: with code 0 after `--help`.
+    """
+    from jdecouple import config as configuration
+
+    given = flags.FlagValues()
+    flags.DEFINE_string("config", None, "", flag_values=given)
+    flags.DEFINE_string("workdir", None, "", flag_values=given)
+    flags.DEFINE_bool("help", False, "", flag_values=given)
+    program, *rest = _parsed(given, argv, known_only=True)
+    if given.help:
+        print(f"{_USAGE}\n\nKeys and their defaults:\n\n{configuration.default()}")
+        sys.exit(0)
+    for argument in rest:
+        if match := re.match(r"--?(?:no)?config\.([^=]*)", argument):
+            configuration.value_type(match[1])
+        elif argument.startswith("-"):
+            raise configuration.ConfigError(f"unknown flag {argument}; {_USAGE}")
+    if not given.config or not given.workdir:
+        raise configuration.ConfigError(f"--config and --workdir are needed; {_USAGE}")
+    config = configuration.filled(_load(given.config))
+    overrides = flags.FlagValues()
+    config_flags.DEFINE_config_dict("config", config, flag_values=overrides, sys_argv=rest)
+    if extra := _parsed(overrides, [program, *rest])[1:]:
+        raise configuration.ConfigError(f"unknown argument {extra[0]!r}; {_USAGE}")
+    return overrides.config, given.workdir
+
+
+def _parsed(values: flags.FlagValues, argv: Sequence[str], known_only: bool = False) -> list[str]:
+    from jdecouple import config as configuration
+
+    values.set_gnu_getopt(True)  # flags may follow other arguments
     try:
-        train_and_evaluate(_CONFIG.value, str(_WORKDIR.value))
-    except ConfigError as error:
-        _fail(error)
-    except NonFiniteError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        return values(list(argv), known_only=known_only)
+    except flags.IllegalFlagValueError as error:
+        match = re.match(r"flag --config\.([\w.]+)=(.*?): ", str(error), re.DOTALL)
+        if not match:
+            raise configuration.ConfigError(_first_line(error)) from error
+        kind = configuration.value_type(match[1])
+        wanted = "a section with keys" if kind is ConfigDict else f"a value of type {kind.__name__}"
+        raise configuration.ConfigError(
+            f"config.{match[1]} is {match[2]!r}: {wanted} is needed"
+        ) from error
+    except (flags.Error, ValueError, TypeError) as error:
+        raise configuration.ConfigError(_first_line(error)) from error
 
 
-def _fail(error: BaseException) -> None:
-    text = str(error).strip() or type(error).__name__
-    print(f"error: {text.splitlines()[0]}", file=sys.stderr)
-    sys.exit(2)
+def _load(config: str) -> Mapping[str, Any]:
+    """Calls `get_config` of a file, with what follows the first colon if anything does."""
+    from jdecouple import config as configuration
+
+    path, *argument = config.split(":", 1)
+    if not Path(path).is_file():
+        raise configuration.ConfigError(f"--config {config}: there is no file {path!r}")
+    try:
+        found = runpy.run_path(path, run_name="config").get("get_config")
+        loaded = found(*argument) if callable(found) else None
+    except Exception as error:  # whatever the file does
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise configuration.ConfigError(f"--config {config}: {kind}{_first_line(error)}") from error
+    if not isinstance(loaded, Mapping | ConfigDict):
+        raise configuration.ConfigError(
+            f"--config {config}: a function get_config() that returns a ConfigDict is needed"
+        )
+    return loaded
+
+
+def _log_in_short() -> None:
+    """Lets libraries say warnings and errors only, each a plain line on stderr."""
+    logging.set_verbosity(logging.WARNING)
+    logging.use_absl_handler()
+    logging.get_absl_handler().setFormatter(python_logging.Formatter("%(levelname)s: %(message)s"))
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # absl notes with the first line that they are not
+
+
+def _first_line(error: object) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _fail(error: object, code: int) -> NoReturn:
+    print(f"error: {_first_line(error)}", file=sys.stderr)
+    sys.exit(code)

@@ -1,8 +1,11 @@
 """The configuration of a run: its keys, their defaults, and one check of all values."""
 
 import inspect
+import itertools
+import json
+import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -20,6 +23,22 @@ LEARNING_RATE = {
     "decay_factor": 0.1,
     "per_epoch": False,  # move the rate once an epoch, as the papers' code does
 }
+_MOST = 2**31 - 1
+_SIZES = (
+    *("microbatches", "mesh.stages", "mesh.data", "num_stages", "max_in_flight"),
+    *("batch_size", "epochs", "steps", "eval_every", "checkpoint.every", "checkpoint.keep"),
+    *("log_every", "data.image_size", "data.synthetic_size", "data.num_classes"),
+)
+# Key, least value, whether that one is excluded, largest value.
+_NUMBERS = (
+    ("optimizer.learning_rate", 0, True, sys.float_info.max),
+    ("optimizer.end_learning_rate", 0, False, sys.float_info.max),
+    ("optimizer.decay_factor", 0, True, sys.float_info.max),
+    ("data.label_noise", 0, False, 1),
+    ("data.validation", 0, False, 1),
+)
+# A run may be continued with other values of all keys but these: they define what it computes.
+_IDENTITY = ("method", "model", "data", "optimizer.name", "batch_size", "seed")
 # Arguments of builders that the run itself fills in.
 _FILLED = {"num_classes", "image_size", "channels", "input_size", "param_dtype", "rngs"}
 _FILLED |= {"learning_rate"}
@@ -38,19 +57,19 @@ def default() -> ConfigDict:
     Returns:
         A locked ConfigDict: an unknown key is an error.
     """
-    optional = {int: placeholder(int), float: placeholder(float), str: placeholder(str)}
+    # Every key needs a placeholder of its own: a shared one would link their values.
     return ConfigDict(
         {
             "method": {"name": "deinforeg", **_union(methods.names(), methods.arguments)},
             "model": {"name": "vgg8", **_union(models.names(), model_arguments)},
             "data": {
                 "name": "digits",
-                "data_dir": optional[str],  # of prepared TFDS sets; None: TFDS's own folder
+                "data_dir": placeholder(str),  # of prepared TFDS sets; None: TFDS's own folder
                 "download": False,  # prepare a TFDS set that is missing
                 "augment": "none",
                 "label_noise": 0.0,  # share of the training labels that is drawn anew
-                "validation": optional[float],  # share of the training set held out
-                "image_size": optional[int],  # resize to this many pixels a side
+                "validation": placeholder(float),  # share of the training set held out
+                "image_size": placeholder(int),  # resize to this many pixels a side
                 "synthetic_size": 4096,
                 "channels": 3,  # of synthetic images
                 "num_classes": 10,  # of synthetic images
@@ -62,15 +81,15 @@ def default() -> ConfigDict:
             },
             "schedule": "auto",
             "microbatches": 1,
-            "mesh": {"stages": optional[int], "data": 1},  # stages None: as devices allow
-            "num_stages": optional[int],  # None: mesh.stages
+            "mesh": {"stages": placeholder(int), "data": 1},  # stages None: as devices allow
+            "num_stages": placeholder(int),  # None: mesh.stages
             "boundaries": placeholder(tuple),  # blocks at which stages begin; None: balanced
-            "max_in_flight": optional[int],
+            "max_in_flight": placeholder(int),
             "batch_size": 128,
             "epochs": 1,
-            "steps": optional[int],  # wins over epochs
-            "eval_every": optional[int],  # steps; None: every epoch
-            "checkpoint": {"every": optional[int], "keep": 3},  # None: at every evaluation
+            "steps": placeholder(int),  # wins over epochs
+            "eval_every": placeholder(int),  # steps; None: every epoch
+            "checkpoint": {"every": placeholder(int), "keep": 3},  # None: at every evaluation
             "log_every": 50,
             "dtype": "float32",
             "seed": 0,
@@ -104,7 +123,36 @@ def chosen(section: Mapping[str, Any], allowed: Mapping[str, Any], what: str) ->
     return given
 
 
-def validate(config: ConfigDict) -> ConfigDict:
+def value_type(key: str) -> type:
+    """Type of the value of a key such as "model.hidden"; ConfigDict for a section.
+
+    Raises:
+        ConfigError: there is no such key.
+    """
+    section: Any = default()
+    *path, last = key.split(".")
+    for depth, part in enumerate((*path, last)):
+        if not isinstance(section, ConfigDict) or part not in section:
+            _unknown_key(section, ".".join(("config", *path[:depth])), part)
+        wanted, section = section.get_type(part), section[part]
+    return wanted
+
+
+def filled(config: Mapping[str, Any]) -> ConfigDict:
+    """The complete configuration: keys that are not given have their defaults.
+
+    Args:
+        config: a configuration made from `default()`, or a mapping like it.
+
+    Raises:
+        ConfigError: a key that does not exist, or a value of the wrong type.
+    """
+    complete = default()
+    _fill(complete, config, "config")
+    return complete
+
+
+def validate(config: Mapping[str, Any]) -> ConfigDict:
     """Checks every key and value that needs neither data nor devices.
 
     Args:
@@ -116,8 +164,7 @@ def validate(config: ConfigDict) -> ConfigDict:
     Raises:
         ConfigError: naming the first bad key, what it holds and what is allowed.
     """
-    complete = default()
-    _fill(complete, config, "config")
+    complete = filled(config)
     _one_of(complete.method.name, methods.names(), "method.name")
     _one_of(complete.model.name, models.names(), "model.name")
     _one_of(complete.optimizer.name, optim.names(), "optimizer.name")
@@ -125,27 +172,13 @@ def validate(config: ConfigDict) -> ConfigDict:
     _one_of(complete.data.augment, data.augment.names(), "data.augment")
     _one_of(complete.schedule, ("auto", *schedules.names()), "schedule")
     _one_of(complete.dtype, DTYPES, "dtype")
-    for key in (
-        *("microbatches", "mesh.stages", "mesh.data", "num_stages", "max_in_flight"),
-        *("batch_size", "epochs", "steps", "eval_every", "checkpoint.every", "checkpoint.keep"),
-        *("log_every", "data.image_size", "data.synthetic_size"),
-    ):
-        _at_least(complete, key, 1)
-    _at_least(complete, "seed", 0)
-    for key in ("optimizer.learning_rate", "optimizer.decay_factor"):
-        if not 0 < _value(complete, key) < float("inf"):
-            raise ConfigError(
-                f"config.{key} is {_value(complete, key)}: a positive number is needed"
-            )
-    if not 0 <= complete.optimizer.end_learning_rate < float("inf"):
-        raise ConfigError(
-            f"config.optimizer.end_learning_rate is {complete.optimizer.end_learning_rate}: "
-            "a number of at least 0 is needed"
-        )
-    if not 0 <= complete.data.label_noise <= 1:
-        raise ConfigError(
-            f"config.data.label_noise is {complete.data.label_noise}: a share from 0 to 1 is needed"
-        )
+    for key in _SIZES:
+        _whole(complete, key, 1, _MOST)
+    _whole(complete, "seed", 0, 2**32 - 1)
+    for key, least, excluded, most in _NUMBERS:
+        _number(complete, key, least, excluded, most)
+    _numbers(complete, "boundaries", int)
+    _numbers(complete, "optimizer.decay_epochs", (int, float))
     pieces = complete.microbatches * complete.mesh.data
     if complete.batch_size % pieces:
         raise ConfigError(
@@ -153,6 +186,29 @@ def validate(config: ConfigDict) -> ConfigDict:
             f"mesh.data = {complete.microbatches} x {complete.mesh.data} equal parts"
         )
     return complete
+
+
+def identity(config: ConfigDict) -> dict[str, Any]:
+    """The values that make a run what it is, as JSON; what is left at None does not count."""
+    found = {}
+    for key in _IDENTITY:
+        value = _value(config, key)
+        found[key] = value.to_dict() if isinstance(value, ConfigDict) else value
+    # Where the data lies may change between two parts of a run.
+    found["data"] = {k: v for k, v in found["data"].items() if k not in ("data_dir", "download")}
+    for section in ("method", "model", "data"):
+        found[section] = {k: v for k, v in found[section].items() if v is not None}
+    return json.loads(json.dumps(found))
+
+
+def check_identity(config: ConfigDict, before: Mapping[str, Any]) -> None:
+    """Raises ConfigError unless `before` is the identity of a run that `config` may continue."""
+    for key, value in identity(config).items():
+        if before.get(key) != value:
+            raise ConfigError(
+                f"the workdir holds a run with config.{key} = "
+                f"{_difference(before.get(key), value)}: choose another workdir, or the same value"
+            )
 
 
 def _arguments(builder: Any) -> dict[str, Any]:
@@ -170,8 +226,7 @@ def _union(names: Any, arguments: Any) -> dict[str, Any]:
 def _fill(target: ConfigDict, given: Any, path: str) -> None:
     for key in given:
         if key not in target:
-            allowed = ", ".join(sorted(target.keys()))
-            raise ConfigError(f"unknown key {path}.{key}: allowed are {allowed}")
+            _unknown_key(target, path, key)
         here = f"{path}.{key}"
         value, wanted = given[key], target.get_type(key)
         if isinstance(target[key], ConfigDict):
@@ -179,14 +234,24 @@ def _fill(target: ConfigDict, given: Any, path: str) -> None:
                 raise ConfigError(f"{here} is {value!r}: a section with keys is needed")
             _fill(target[key], value, here)
             continue
+        optional = target[key] is None
+        if value == "None" and optional:  # as the command line gives it
+            value = None
         if isinstance(value, list) and wanted is tuple:
             value = tuple(value)
         if isinstance(value, int) and not isinstance(value, bool) and wanted is float:
             value = float(value)
         wrong = not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool)
-        if wrong and not (value is None and target[key] is None):
+        if wrong and not (value is None and optional):
             raise ConfigError(f"{here} is {value!r}: a value of type {wanted.__name__} is needed")
         target[key] = value
+
+
+def _unknown_key(section: Any, path: str, key: str) -> NoReturn:
+    if not isinstance(section, ConfigDict):
+        raise ConfigError(f"unknown key {path}.{key}: {path} is a value, without keys")
+    allowed = ", ".join(sorted(section.keys()))
+    raise ConfigError(f"unknown key {path}.{key}: allowed are {allowed}")
 
 
 def _value(config: ConfigDict, key: str) -> Any:
@@ -200,7 +265,34 @@ def _one_of(value: str, allowed: Any, key: str) -> None:
         raise ConfigError(f"config.{key} is {value!r}: allowed are {', '.join(allowed)}")
 
 
-def _at_least(config: ConfigDict, key: str, least: int) -> None:
+def _whole(config: ConfigDict, key: str, least: int, most: int) -> None:
     value = _value(config, key)
-    if value is not None and value < least:
-        raise ConfigError(f"config.{key} is {value}: a whole number of at least {least} is needed")
+    if value is not None and not least <= value <= most:
+        text = str(value) if abs(value) < 2**64 else "a huge number"  # of any number of digits
+        raise ConfigError(
+            f"config.{key} is {text}: a whole number from {least} to {most} is needed"
+        )
+
+
+def _number(config: ConfigDict, key: str, least: float, excluded: bool, most: float) -> None:
+    value = _value(config, key)
+    if value is None or (least <= value <= most and not (excluded and value == least)):
+        return
+    bounds = f"{'above' if excluded else 'of at least'} {least:g}"
+    bounds += f" and at most {most:g}" if most < _MOST else ""
+    raise ConfigError(f"config.{key} is {value}: a finite number {bounds} is needed")
+
+
+def _numbers(config: ConfigDict, key: str, kind: Any) -> None:
+    values = _value(config, key) or ()
+    good = all(isinstance(each, kind) and not isinstance(each, bool) for each in values)
+    if not (good and all(a < b for a, b in itertools.pairwise((-1, *values)))):
+        what = "whole numbers" if kind is int else "numbers"
+        raise ConfigError(f"config.{key} is {values}: increasing {what} from 0 on are needed")
+
+
+def _difference(before: Any, now: Any) -> str:
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        return f"{before}, now {now}"
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    return ", ".join(f"{key} {before.get(key)!r} (now {now.get(key)!r})" for key in keys)

@@ -71,7 +71,8 @@ def show(result: Mapping[str, Any], folder: Path, best_step: int | None) -> None
         exits = ", ".join(f"{name} {value:.2%}" for name, value in _exits(line).items())
         print(f"  {label}: {line['accuracy']:.2%} at step {line['step']} ({exits})")
     print(f"curves:      {folder / 'curves.png'}")
-    print(f"checkpoints: {folder / 'checkpoints'} (best by validation: step {best_step})")
+    best = "" if best_step is None else f" (best by validation: step {best_step})"
+    print(f"checkpoints: {folder / 'checkpoints'}{best}")
 
 
 def _exits(line: Mapping[str, Any]) -> dict[str, float]:

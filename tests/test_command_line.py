@@ -1,0 +1,370 @@
+"""Bad input is told in one line with exit code 2 and touches no checkpoint; good input trains."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import runs
+from runs import TINY, arguments, fingerprint, finished
+from tfds_writer import png, write_image_set
+
+from jdecouple import command_line
+
+VISION = "configs/vision.py"
+SIZES = (
+    *("batch_size", "steps", "epochs", "microbatches", "mesh__stages", "mesh__data", "num_stages"),
+    *("log_every", "eval_every", "checkpoint__every", "checkpoint__keep", "max_in_flight"),
+    *("data__image_size", "data__synthetic_size"),
+)
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch):
+    monkeypatch.chdir(runs.REPOSITORY)
+    # Other tests of this process read the log as it is by default.
+    monkeypatch.setattr(command_line, "_log_in_short", lambda: None)
+
+
+@pytest.fixture
+def refused(capfd):
+    """Runs a command line that must be refused in one line; returns that line."""
+
+    def run(*argv):
+        with pytest.raises(SystemExit) as stopped:
+            command_line.main(["train.py", *argv])
+        assert stopped.value.code == 2
+        error = capfd.readouterr().err
+        assert "Traceback" not in error
+        told = [line for line in error.splitlines() if line.startswith("error: ")]
+        assert len(told) == 1
+        assert error.splitlines()[-1] == told[0]
+        return told[0]
+
+    return run
+
+
+@pytest.fixture
+def workdir():
+    """The workdir of a finished run, whose checkpoints must stay as they are."""
+    folder = finished()
+    before = fingerprint(folder)
+    yield folder
+    assert fingerprint(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"method__name": "bogus"}, "config.method.name is 'bogus': allowed are bp, deinforeg"),
+        ({"model__name": "bogus"}, "config.model.name is 'bogus': allowed are mlp, vgg"),
+        ({"optimizer__name": "bogus"}, "config.optimizer.name is 'bogus': allowed are adam, lars"),
+        ({"data__name": "bogus"}, "data set 'bogus' cannot be opened"),
+        ({"data__augment": "bogus"}, "config.data.augment is 'bogus': allowed are none, basic"),
+        ({"schedule": "bogus"}, "config.schedule is 'bogus': allowed are auto, local"),
+        ({"schedule": "sequential"}, "schedule 'sequential' does not fit method deinforeg"),
+        ({"optimizer__schedule": "bogus"}, "config.optimizer.schedule is 'bogus': allowed are"),
+        ({"dtype": "float64"}, "config.dtype is 'float64': allowed are float32, bfloat16"),
+        ({"bogus": 1}, "unknown key config.bogus: allowed are batch_size, boundaries"),
+        ({"model__bogus": 1}, "unknown key config.model.bogus: allowed are activation"),
+        ({"mesh__bogus__x": 1}, "unknown key config.mesh.bogus: allowed are data, stages"),
+        ({"seed__x": 1}, "unknown key config.seed.x: config.seed is a value"),
+        ({"method": "bp"}, "config.method is 'bp': a section with keys is needed"),
+        ({"batch_size": "abc"}, "config.batch_size is 'abc': a value of type int is needed"),
+        ({"batch_size": 1.5}, "config.batch_size is '1.5': a value of type int is needed"),
+        ({"steps": "None"}, "config.steps is 'None': a value of type int is needed"),
+        ({"optimizer__learning_rate": "fast"}, "config.optimizer.learning_rate is 'fast': a value"),
+        ({"model__batch_norm": "maybe"}, "config.model.batch_norm is 'maybe': a value of type boo"),
+        *[({size: 0}, f"{size.replace('__', '.')} is 0: a whole number from 1") for size in SIZES],
+        ({"batch_size": -8}, "config.batch_size is -8: a whole number from 1"),
+        ({"steps": 10**400}, "config.steps is a huge number: a whole number from 1 to 2147483647"),
+        ({"model__hidden": 0}, "hidden must be a positive integer, got 0"),
+        ({"model__depth": -1}, "depth must be a positive integer, got -1"),
+        ({"seed": -1}, "config.seed is -1: a whole number from 0"),
+        ({"seed": 2**32}, "config.seed is 4294967296: a whole number from 0 to 4294967295"),
+        ({"num_stages": 3}, "num_stages is 3: between 1 and the model's 2 blocks is allowed"),
+        ({"mesh__stages": 3}, "num_stages is 3: between 1 and the model's 2 blocks is allowed"),
+        ({"boundaries": "(1,1)"}, "config.boundaries is (1, 1): increasing whole numbers"),
+        ({"boundaries": "(1,0)"}, "config.boundaries is (1, 0): increasing whole numbers"),
+        ({"boundaries": "('a',)"}, "config.boundaries is ('a',): increasing whole numbers"),
+        ({"boundaries": "(0,5)"}, "boundaries (0, 5) do not cut 2 blocks into 2 stages"),
+        ({"mesh__data": 3}, "config.batch_size is 8: it must divide into microbatches x mesh.data"),
+        ({"microbatches": 5}, "= 5 x 1 equal parts"),
+        ({"batch_size": 16, "mesh__data": 16}, "mesh axis data is 16, but only 8 device(s)"),
+        ({"batch_size": 128}, "batch_size=128 given; the train split has 72 examples"),
+        ({"method__temperature": 0.1}, "config.method.temperature is set, but method 'deinforeg'"),
+        ({"optimizer__momentum": 0.9}, "config.optimizer.momentum is set, but optimizer 'adam'"),
+        ({"model__width": 0.5}, "config.model.width is set, but model 'mlp' takes only: hidden"),
+        ({"method__alpha": -1}, "alpha must be a finite non-negative number, got -1.0"),
+        ({"method__projector": "8-x"}, "projector must be 'identity' or positive widths"),
+        ({"optimizer__b1": 1.5}, "b1 must be a number in [0, 1), got 1.5"),
+        ({"optimizer__learning_rate": 0}, "config.optimizer.learning_rate is 0.0: a finite number"),
+        ({"optimizer__learning_rate": "nan"}, "config.optimizer.learning_rate is nan: a finite"),
+        ({"data__label_noise": 1.5}, "config.data.label_noise is 1.5: a finite number of at least"),
+        ({"data__validation": -0.1}, "config.data.validation is -0.1: a finite number of at least"),
+        ({"data__channels": 2}, "channels=2 given; 1 or 3 wanted"),
+    ],
+)
+def test_bad_value(refused, workdir, values, said):
+    assert said in refused(*arguments(workdir, **values))
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"seed": 1}, "config.seed = 0, now 1"),
+        ({"batch_size": 4}, "config.batch_size = 8, now 4"),
+        ({"model__hidden": 8}, "config.model = hidden 16 (now 8)"),
+        ({"model__depth": 3}, "config.model = depth 2 (now 3)"),
+        ({"method__alpha": 0.5}, "config.method = alpha None (now 0.5)"),
+        ({"method__name": "bp", "method__projector": "None"}, "name 'deinforeg' (now 'bp')"),
+        ({"optimizer__name": "sgd"}, "config.optimizer.name = adam, now sgd"),
+        ({"data__augment": "none"}, "config.data = augment 'basic' (now 'none')"),
+        ({"epochs": 1}, "the workdir holds step 27: the configuration ends at 9"),
+    ],
+)
+def test_workdir_of_another_run(refused, workdir, values, said):
+    assert said in refused(*arguments(workdir, **values))
+
+
+def test_no_usable_checkpoint(refused, tmp_path):
+    folder = runs.copy(finished(), tmp_path)
+    for path in (folder / "checkpoints").rglob("manifest.ocdbt"):
+        path.write_bytes(b"")
+    before = fingerprint(folder)
+    assert "no usable checkpoint" in refused(*arguments(folder))
+    assert fingerprint(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        (["junk"], "unknown argument 'junk'; usage: python train.py --config FILE"),
+        (["--junk=1"], "unknown flag --junk=1; usage: python train.py --config FILE"),
+        (["--batch_size", "4"], "unknown flag --batch_size; usage:"),
+    ],
+)
+def test_bad_arguments(refused, workdir, extra, said):
+    assert said in refused(*arguments(workdir), *extra)
+
+
+@pytest.mark.parametrize("missing", ["--config", "--workdir"])
+def test_missing_flag(refused, tmp_path, missing):
+    argv = arguments(tmp_path / "new")
+    argv = [*argv[: argv.index(missing)], *argv[argv.index(missing) + 2 :]]
+    assert "--config and --workdir are needed" in refused(*argv)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "there is no file"),
+        ("def get_config(:", "SyntaxError: "),
+        ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("x = 1", "a function get_config() that returns a ConfigDict is needed"),
+        ("def get_config():\n  return 7", "a function get_config() that returns a ConfigDict"),
+        ("def get_config():\n  raise ValueError('one\\ntwo')", "one"),
+        ("def get_config():\n  return {}['lost']", "KeyError: 'lost'"),
+        ("def get_config():\n  return {'sead': 1}", "unknown key config.sead: allowed are"),
+        ("def get_config():\n  return {'mesh': 2}", "config.mesh is 2: a section with keys"),
+        ("def get_config():\n  return {'dtype': 2}", "config.dtype is 2: a value of type str"),
+    ],
+)
+def test_bad_config_file(refused, workdir, tmp_path, content, said):
+    file = tmp_path / "given.py"
+    if content is not None:
+        file.write_text(content)
+    assert said in refused(*arguments(workdir, str(file)))
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("cifar10", "'dataset,model,method' is needed after the file: given 'cifar10'"),
+        ("", "'dataset,model,method' is needed after the file: given ''"),
+        ("cifar10,vgg8,bogus", "unknown method 'bogus': allowed are bp, deinforeg, scpl"),
+        ("cifar10,bogus,bp", "unknown model 'bogus': expected one of mlp, vgg, vgg8"),
+    ],
+)
+def test_bad_argument_of_a_config_file(refused, workdir, argument, said):
+    assert said in refused(*arguments(workdir, f"{VISION}:{argument}"))
+
+
+def test_image_too_small_for_the_model(refused, workdir):
+    message = refused(
+        *arguments(workdir, f"{VISION}:synthetic,vgg8,bp", data__image_size=8, model__width=0.1)
+    )
+    assert "image_size=8 is too small: 4 poolings need at least 16" in message
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "inf"])
+def test_bad_width(refused, workdir, value):
+    message = refused(*arguments(workdir, f"{VISION}:digits,vgg8,bp", model__width=value))
+    assert "width must be a positive number" in message
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("file", "workdir '{}': File exists"),
+        ("file/below", "workdir '{}': Not a directory"),
+        ("/proc/nowhere", "workdir '{}': No such file or directory"),
+    ],
+)
+def test_unwritable_workdir(refused, tmp_path, place, said):
+    (tmp_path / "file").write_text("not a folder")
+    folder = tmp_path / place
+    assert said.format(folder) in refused(*arguments(folder))
+    assert (tmp_path / "file").read_text() == "not a folder"
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl"])
+def test_workdir_with_something_else_in_a_files_place(refused, tmp_path, name):
+    if name == "checkpoints":
+        (tmp_path / name).write_text("a file")
+    else:
+        (tmp_path / name).mkdir()
+    assert str(tmp_path / name) in refused(*arguments(tmp_path))
+
+
+def image_set(folder, labels, images=None):
+    """A prepared set of grey images, 8 pixels a side, with these training labels."""
+    blank = png(np.zeros((8, 8, 1), np.uint8))
+    train = [blank] * len(labels) if images is None else images
+    splits = {"train": (train, labels), "test": ([blank, blank], [0, 1])}
+    return write_image_set(folder, "tiny", splits, num_classes=4, shape=(8, 8, 1))
+
+
+def from_folder(workdir, folder):
+    config = f"{VISION}:tiny,mlp,bp"
+    return arguments(workdir, config, data__data_dir=folder, batch_size=4, model__hidden=8)
+
+
+def test_missing_data_dir(refused, workdir, tmp_path):
+    assert "does not exist" in refused(*from_folder(workdir, tmp_path / "nowhere"))
+
+
+def test_empty_data_dir(refused, workdir, tmp_path):
+    assert "data set 'tiny' cannot be opened" in refused(*from_folder(workdir, tmp_path))
+
+
+def test_data_set_not_prepared(refused, workdir, tmp_path):
+    values = {"data__name": "fashion_mnist", "data__data_dir": tmp_path}
+    message = refused(*arguments(workdir, **values))
+    assert "data set 'fashion_mnist' is not prepared" in message
+    assert "pip install" in message
+
+
+def test_empty_data_set(refused, workdir, tmp_path):
+    image_set(tmp_path, [])
+    assert "split 'train' of data set 'tiny' is empty" in refused(*from_folder(workdir, tmp_path))
+
+
+@pytest.mark.parametrize("label", [4, -1])
+def test_label_out_of_range(refused, tmp_path, label):
+    image_set(tmp_path / "data", [0, 1, 2, 3] * 5 + [label])
+    message = refused(*from_folder(tmp_path / "run", tmp_path / "data"))
+    assert f"split 'train': example 20 has label {label}; labels must lie in 0..3" in message
+
+
+def test_nan_image(refused, tmp_path):
+    images = np.zeros((24, 8, 8, 1), np.float32)
+    images[17, 3, 3] = np.nan
+    # TFDS stores a float image as the four bytes of each pixel.
+    encoded = [png(image.view(np.uint8)) for image in images]
+    folder = image_set(tmp_path / "data", [0, 1, 2, 3] * 6, encoded)
+    features = folder / "features.json"
+    features.write_text(features.read_text().replace('"uint8"', '"float32"'))
+    message = refused(*from_folder(tmp_path / "run", tmp_path / "data"))
+    assert "split 'train': example 17 has a pixel that is nan; pixels must be finite" in message
+
+
+def test_a_bad_batch_leaves_earlier_checkpoints(refused, tmp_path, monkeypatch):
+    """What is found wrong only while training is told in the same way."""
+    folder = runs.copy(finished(), tmp_path)
+    before = fingerprint(folder / "checkpoints")
+
+    def spoilt(*_):
+        raise ValueError("split 'train': example 3 cannot be read (truncated)")
+
+    monkeypatch.setattr("jdecouple.trainer.Trainer.put", spoilt)
+    assert "example 3 cannot be read" in refused(*arguments(folder, epochs=4))
+    assert fingerprint(folder / "checkpoints") == before
+
+
+def test_overrides_in_any_order_and_form(tmp_path):
+    rest = ["--config.seed", "3", "--config.data.download", "--config.boundaries=(0,1)"]
+    config, workdir = command_line.parse(
+        ["train.py", *rest, "--config.batch_size=4", f"--config={TINY}", "--workdir", "w"]
+    )
+    assert workdir == "w"
+    assert (config.seed, config.batch_size, config.boundaries) == (3, 4, (0, 1))
+    assert config.data.download is True
+    assert (config.model.hidden, config.steps) == (16, None)
+
+
+def test_config_file_may_return_a_plain_dict(tmp_path):
+    file = tmp_path / "given.py"
+    file.write_text("def get_config(name):\n  return {'method': {'name': name}}")
+    config, _ = command_line.parse(["train.py", "--config", f"{file}:bp", "--workdir", "w"])
+    assert (config.method.name, config.batch_size) == ("bp", 128)
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command_line.main(["train.py", "--help"])
+    assert not stopped.value.code
+    text = capsys.readouterr().out
+    assert "--config FILE[:ARGUMENT] --workdir FOLDER" in text
+    assert "label_noise: 0.0" in text
+
+
+def test_ctrl_c_before_training(monkeypatch, capsys, tmp_path):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jdecouple.training.train_and_evaluate", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        command_line.main(["train.py", *arguments(tmp_path)])
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err.startswith("error: interrupted")
+
+
+def test_no_library_says_anything():
+    run = runs.server().run(*arguments("/dev/null/x"))
+    assert run.returncode == 2
+    assert run.stderr == "error: workdir '/dev/null/x': Not a directory\n"
+
+
+def python(*argv, cwd=runs.REPOSITORY):
+    return subprocess.run(
+        [sys.executable, *argv],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=runs.environment(),
+        timeout=runs.SECONDS,
+        check=False,
+    )
+
+
+def test_train_py(tmp_path):
+    done = python("train.py", *arguments(tmp_path / "new" / "folder"))
+    assert done.returncode == 0, done.stderr
+    assert "last step" in done.stdout
+    # Progress, and nothing that a library says.
+    assert all(line.startswith("step ") for line in done.stderr.splitlines())
+    config = json.loads((tmp_path / "new" / "folder" / "config.json").read_text())
+    assert config["config"]["model"]["hidden"] == 16
+    runs.assert_same_run(tmp_path / "new" / "folder", finished())
+
+
+def test_train_py_with_bad_input(tmp_path):
+    done = python("train.py", *arguments(tmp_path / "new", model__name="resnet999"))
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: config.model.name is 'resnet999'")
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "new").exists()
