@@ -10,7 +10,7 @@ may hold any character.
 import functools
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
@@ -145,7 +145,10 @@ def read_document(checkpoint: Path) -> dict[str, Any]:
 
 
 def load(
-    checkpoint: Path, step: int, expected: Mapping[str, str]
+    checkpoint: Path,
+    step: int,
+    expected: Mapping[str, str],
+    accept: Callable[[dict[str, Any]], str | None],
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Reads and verifies one checkpoint.
 
@@ -153,6 +156,7 @@ def load(
         checkpoint: its directory.
         step: the step that it must be of.
         expected: name -> spec of every leaf.
+        accept: says of its `extra` why it is to be refused, or None.
 
     Returns:
         name -> array, and the saved `extra`.
@@ -163,6 +167,8 @@ def load(
     document = read_document(checkpoint)
     if document["step"] != step:
         raise RefusedError(f"it was saved at step {document['step']}")
+    if reason := accept(document["extra"]):
+        raise RefusedError(reason)
     found = {name: text for name, (text, _) in document["leaves"].items()}
     _compare(found, expected)
     try:

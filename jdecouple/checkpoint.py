@@ -174,7 +174,21 @@ class Checkpointer:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def restore(self, template: Mapping[str, Any], step: int | None = None) -> Restored | None:
+    def extras(self) -> dict[int, dict[str, Any]]:
+        """Returns step -> the `extra` it was saved with, of every checkpoint that has one."""
+        found = {}
+        for step in self.steps():
+            with contextlib.suppress(form.RefusedError):
+                found[step] = form.read_document(self.directory / str(step))["extra"]
+        return found
+
+    def restore(
+        self,
+        template: Mapping[str, Any],
+        step: int | None = None,
+        *,
+        accept: Callable[[dict[str, Any]], str | None] = lambda extra: None,
+    ) -> Restored | None:
         """Reads the latest usable checkpoint, or the one of `step`.
 
         A checkpoint that is truncated, corrupted, foreign or none at all is refused with one
@@ -185,6 +199,7 @@ class Checkpointer:
             template: nested dict of the expected structure; leaves have `shape` and `dtype`
                 (arrays, `jax.ShapeDtypeStruct`) or are scalars.
             step: use this checkpoint or fail.
+            accept: given the `extra` of a checkpoint, says why it is to be refused, or None.
 
         Returns:
             The checkpoint with bit-equal NumPy leaves, or None if there are no checkpoints.
@@ -205,7 +220,7 @@ class Checkpointer:
         reasons = {}
         for candidate, before in zip(steps[::-1], [*steps[-2::-1], None], strict=True):
             try:
-                arrays, extra = form.load(self.directory / str(candidate), candidate, specs)
+                arrays, extra = form.load(self.directory / str(candidate), candidate, specs, accept)
             except form.RefusedError as error:
                 reasons[candidate] = str(error)
                 if before is not None:

@@ -28,6 +28,35 @@ Line = dict[str, Any]
 Series = tuple[list[int], list[float]]
 
 
+class Means:
+    """Running means of the metrics of many steps.
+
+    Args:
+        state: what another one's `state` gave; None begins anew.
+    """
+
+    def __init__(self, state: Mapping[str, Any] | None = None):
+        self._count: int = state["count"] if state else 0
+        self._sums: dict[str, float] = dict(state["sums"]) if state else {}
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The counts and sums so far, as JSON."""
+        return {"count": self._count, "sums": dict(self._sums)}
+
+    def add(self, values: Mapping[str, Any]) -> None:
+        """Counts the scalars of one step; every step has the same names."""
+        self._count += 1
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + float(value)
+
+    def take(self) -> dict[str, float]:
+        """Returns the means and begins anew."""
+        means = {name: total / self._count for name, total in self._sums.items()}
+        self._count, self._sums = 0, {}
+        return means
+
+
 class MetricsWriter:
     """Appends one JSON object a line to ``metrics.jsonl`` and flushes it.
 

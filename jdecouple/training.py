@@ -18,12 +18,9 @@ from jdecouple import data, methods, models, optim, report
 from jdecouple.checkpoint import Checkpointer
 from jdecouple.config import ConfigError, chosen
 from jdecouple.interrupt import Interrupt
-from jdecouple.metrics import MetricsWriter, Progress, plot_curves, read_metrics
+from jdecouple.metrics import Means, MetricsWriter, Progress, plot_curves, read_metrics
 from jdecouple.pipeline import make_mesh
 from jdecouple.trainer import State, Trainer
-
-# A run may be continued with other values of all keys but these: they define what it computes.
-_IDENTITY = ("method", "model", "data", "optimizer.name", "batch_size", "seed")
 
 
 class NonFiniteError(RuntimeError):
@@ -109,7 +106,10 @@ def train_and_evaluate(
     run = build(config)
     folder = Path(workdir)
     with _one_line():
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"workdir {str(folder)!r}: {error.strerror}") from error
         checkpoints = Checkpointer(folder / "checkpoints", keep=run.config.checkpoint.keep)
     with checkpoints, Interrupt() as interrupt:
         with _one_line():
@@ -148,8 +148,9 @@ class _Loop:
         self._interrupt = interrupt
         self._folder = folder
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
+        self._means = Means()
         self._saved = -1
-        self._clock = (time.perf_counter(), 0.0)
+        self._clock = (0, time.perf_counter(), 0.0)  # step, time, seconds waited for input
 
     def train(self, state: State, start: dict[str, Any] | None) -> State:
         run, config = self._run, self._config
@@ -158,6 +159,8 @@ class _Loop:
         batches = data.train_batches(run.dataset.train, config.batch_size, seed=config.seed)
         if start:
             batches.set_state(start["iterator"])
+            self._means = Means(start["means"])
+        self._clock = (first, time.perf_counter(), 0.0)
         progress = Progress(run.total_steps, first, config.batch_size)
         if first:
             progress.print(f"continuing from step {first} of {run.total_steps}")
@@ -174,8 +177,10 @@ class _Loop:
                 evaluate = step == run.total_steps or step % run.eval_every == 0
                 every = config.checkpoint.every
                 save = evaluate or stop or bool(every and step % every == 0)
-                log = save or step % config.log_every == 0
-                progress.update(step, self._log(prefetcher) if log else {})
+                log = self._closes_interval(step)
+                if save or log:
+                    self._collect()
+                progress.update(step, self._log(step, prefetcher) if log else {})
                 accuracy = self._evaluate(state, progress) if evaluate else None
                 if save:
                     self._save(state, prefetcher.state, accuracy)
@@ -184,12 +189,20 @@ class _Loop:
         self._checkpoints.wait()
         return state
 
-    def _log(self, prefetcher: data.Prefetcher) -> dict[str, Any]:
-        """Writes the means since the last line; stops at the first step that is not finite."""
+    def _closes_interval(self, step: int) -> bool:
+        """Whether a line is due: every `log_every` steps, and for a long enough rest."""
+        every = self._config.log_every
+        rest = step % every
+        last = step == self._run.total_steps
+        return not rest or (last and (2 * rest >= every or step < every))
+
+    def _collect(self) -> None:
+        """Waits for the steps since the last call; stops at the first that is not finite."""
         steps = [step for step, _ in self._pending]
         rows = jax.device_get([metrics for _, metrics in self._pending])
         self._pending = []
         for step, row in zip(steps, rows, strict=True):
+            self._means.add(row)
             if not np.isfinite(row["loss"]):
                 bad = [
                     name.split("/")[0]
@@ -200,15 +213,18 @@ class _Loop:
                     f"the loss of {bad[0] if bad else 'the model'} is {row['loss']} "
                     f"at step {step}; {self._last_good()}"
                 )
-        values = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+
+    def _log(self, step: int, prefetcher: data.Prefetcher) -> dict[str, Any]:
+        """Writes the means since the last line; returns what the console shows."""
+        values = self._means.take()
+        since, began, had_waited = self._clock
         now, waited = time.perf_counter(), prefetcher.wait_seconds
-        elapsed = now - self._clock[0]
-        values["images_per_second"] = len(rows) * self._config.batch_size / elapsed
-        values["input_wait"] = (waited - self._clock[1]) / elapsed
-        self._clock = (now, waited)
-        self._writer.write(steps[-1], "train", values)
-        epoch = steps[-1] * self._config.batch_size / len(self._run.dataset.train)
-        shown = {
+        values["images_per_second"] = (step - since) * self._config.batch_size / (now - began)
+        values["input_wait"] = (waited - had_waited) / (now - began)
+        self._clock = (step, now, waited)
+        self._writer.write(step, "train", values)
+        epoch = step * self._config.batch_size / len(self._run.dataset.train)
+        shown: dict[str, Any] = {
             "epoch": f"{epoch:.2f}",
             **{k: values[k] for k in ("loss", "accuracy") if k in values},
         }
@@ -217,6 +233,7 @@ class _Loop:
     def _evaluate(self, state: State, progress: Progress) -> float | None:
         """Evaluates validation and test; returns the validation accuracy, if there is one."""
         accuracy = None
+        began = time.perf_counter()
         for split in (self._run.dataset.validation, self._run.dataset.test):
             if not len(split):
                 continue
@@ -231,23 +248,28 @@ class _Loop:
             listed = " ".join(f"{value:.2%}" for value in exits)
             progress.print(f"step {state.step} {split.name:10} accuracy per exit: {listed}")
         # Evaluation is no part of the training speed.
-        self._clock = (time.perf_counter(), self._clock[1])
+        since, before, waited = self._clock
+        self._clock = (since, before + time.perf_counter() - began, waited)
         return accuracy
 
     def _save(self, state: State, iterator: Any, accuracy: float | None) -> None:
         if state.step == self._saved:
             return
-        arrays = {
-            name: np.array(value, copy=True) for name, value in self._trainer.arrays(state).items()
-        }
+        arrays = self._trainer.arrays(state)
         for name, value in arrays.items():
+            value = np.asarray(value)
             if np.issubdtype(value.dtype, np.floating) and not np.isfinite(value).all():
                 raise NonFiniteError(
-                    f"{name} of {name.split('/')[0]} is not finite after step {state.step}; "
-                    f"{self._last_good()}"
+                    f"{name} is not finite after step {state.step}; {self._last_good()}"
                 )
-        extra = {"step": state.step, "iterator": iterator, "identity": identity(self._config)}
-        self._checkpoints.save(state.step, arrays, extra, accuracy)
+        extra = {
+            "step": state.step,
+            "iterator": iterator,
+            "means": self._means.state,
+            "identity": configuration.identity(self._config),
+        }
+        with _one_line():
+            self._checkpoints.save(state.step, arrays, extra, accuracy)
         self._saved = state.step
 
     def _last_good(self) -> str:
@@ -256,43 +278,23 @@ class _Loop:
         return "no checkpoint was saved" if step is None else f"the last good checkpoint is {step}"
 
 
-def identity(config: ConfigDict) -> dict[str, Any]:
-    """The values that make a run what it is, as JSON."""
-    found = {}
-    for key in _IDENTITY:
-        value: Any = config
-        for part in key.split("."):
-            value = value[part]
-        found[key] = value.to_dict() if isinstance(value, ConfigDict) else value
-    # Where the data lies may change between two parts of a run.
-    found["data"] = {k: v for k, v in found["data"].items() if k not in ("data_dir", "download")}
-    return found
-
-
 def _restore(run: Run, checkpoints: Checkpointer) -> tuple[State, dict[str, Any] | None]:
     """The state to begin with, and what the checkpoint says of it."""
-    restored = checkpoints.restore(run.trainer.arrays(run.trainer.abstract()))
+    mine = configuration.identity(run.config)
+    found = [extra.get("identity", {}) for extra in checkpoints.extras().values()]
+    if found and mine not in found:
+        configuration.check_identity(run.config, found[-1])
+    restored = checkpoints.restore(
+        run.trainer.arrays(run.trainer.abstract()),
+        accept=lambda extra: None if extra.get("identity") == mine else "it is another run's",
+    )
     if restored is None:
         return run.trainer.init(), None
-    for key, value in identity(run.config).items():
-        before = restored.extra["identity"].get(key)
-        if before != value:
-            raise ConfigError(
-                f"the workdir holds a run with config.{key} = {_difference(before, value)}: "
-                "choose another workdir, or the same value"
-            )
     if restored.step > run.total_steps:
         raise ConfigError(
             f"the workdir holds step {restored.step}: the configuration ends at {run.total_steps}"
         )
     return run.trainer.with_arrays(restored.step, restored.tree), restored.extra
-
-
-def _difference(before: Any, now: Any) -> str:
-    if not isinstance(before, dict) or not isinstance(now, dict):
-        return f"{before}, now {now}"
-    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    return ", ".join(f"{key} {before.get(key)!r} (now {now.get(key)!r})" for key in keys)
 
 
 def _data_arguments(config: ConfigDict) -> dict[str, Any]:

@@ -494,7 +494,6 @@ def test_the_console_stays_empty_in_normal_use(tmp_path):
         def main(argv):
             import jax.numpy as jnp
             from jdecouple.checkpoint import Checkpointer
-            assert "orbax" not in sys.modules
             logging.set_verbosity(logging.INFO)
             tree = {"x": jnp.ones((3, 3)), "e": {}}
             for step in range(3):

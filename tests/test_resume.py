@@ -1,0 +1,176 @@
+"""Runs that are killed, stopped, damaged or prolonged end as if nothing had happened."""
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import runs
+from runs import BP, arguments, assert_same_run, copy, fingerprint, finished, lines, server
+
+from jdecouple.checkpoint import Checkpointer
+from jdecouple.interrupt import Interrupt
+
+TOTAL = 27
+
+
+def started(folder: Path) -> bool:
+    return (folder / "checkpoints").is_dir()
+
+
+def reached(step: int):
+    return lambda folder: any(line["step"] >= step for line in lines(folder))
+
+
+def evaluated(step: int):
+    return lambda folder: any(
+        line["step"] >= step and line["split"] == "validation" for line in lines(folder)
+    )
+
+
+def writing(folder: Path) -> bool:
+    """Whether a checkpoint is being written: Orbax renames its folder when it is whole."""
+    checkpoints = folder / "checkpoints"
+    return checkpoints.is_dir() and any("tmp" in name for name in os.listdir(checkpoints))
+
+
+def kill(folder: Path, when, **values) -> None:
+    """Starts or continues the run in a folder and kills it in the state `when`."""
+    fresh = latest(folder) is None
+    run = server().start(*arguments(folder, **values))
+
+    def due() -> bool:
+        # Until it says so, what is on disk is what the run before left.
+        return (fresh or "continuing from step" in run.stdout) and when(folder)
+
+    while run.returncode is None:
+        runs.wait_for(due, run)
+        run.pause()
+        # A checkpoint may have become whole before the process stood still.
+        if due():
+            run.signal(signal.SIGKILL)
+            run.wait()
+        else:
+            run.signal(signal.SIGCONT)
+    assert run.returncode == -signal.SIGKILL
+
+
+def go_on(folder: Path, **values) -> runs.Run:
+    run = server().run(*arguments(folder, **values))
+    assert run.returncode == 0, run.stderr
+    return run
+
+
+def latest(folder: Path) -> int | None:
+    return Checkpointer(folder / "checkpoints", read_only=True).latest_step
+
+
+def test_killed_again_and_again(tmp_path):
+    reference = finished()
+    kill(tmp_path, started)
+    assert latest(tmp_path) is None
+    for when in (reached(6), writing, evaluated(9), reached(15), writing):
+        kill(tmp_path, when)
+    assert 0 < latest(tmp_path) < TOTAL
+    resumed = go_on(tmp_path)
+    assert "continuing from step" in resumed.stdout
+    assert_same_run(tmp_path, reference)
+
+
+def test_backpropagation_killed_while_writing(tmp_path):
+    reference = finished(**BP)
+    kill(tmp_path, lambda folder: reached(9)(folder) and writing(folder), **BP)
+    go_on(tmp_path, **BP)
+    assert_same_run(tmp_path, reference)
+
+
+def test_stages_on_devices_of_their_own_killed(tmp_path):
+    values = {"mesh__stages": 2, "epochs": 2}
+    apart = tmp_path / "apart"
+    whole = server().run(*arguments(tmp_path / "whole", **values), devices=2)
+    run = server().start(*arguments(apart, **values), devices=2)
+    runs.wait_for(lambda: reached(7)(apart), run)
+    run.signal(signal.SIGKILL)
+    resumed = run.wait().returncode, server().run(*arguments(apart, **values), devices=2).returncode
+    assert (whole.returncode, *resumed) == (0, -signal.SIGKILL, 0)
+    assert_same_run(apart, tmp_path / "whole")
+
+
+def test_stopped_by_signals(tmp_path):
+    for number, step in ((signal.SIGTERM, 5), (signal.SIGINT, 14)):
+        run = server().start(*arguments(tmp_path))
+        runs.wait_for(lambda step=step: reached(step)(tmp_path), run)
+        run.signal(number)
+        assert run.wait().returncode == 0, run.stderr
+        stopped = latest(tmp_path)
+        assert step <= stopped < TOTAL
+        assert f"stopped at step {stopped} of {TOTAL}" in run.stdout
+        assert "the same command continues" in run.stdout
+        assert max(line["step"] for line in lines(tmp_path)) == stopped
+        assert (tmp_path / "curves.png").is_file()
+    assert f"continuing from step {stopped} of {TOTAL}" in go_on(tmp_path).stdout
+    assert_same_run(tmp_path, finished())
+
+
+def truncate(checkpoint: Path) -> None:
+    files = [path for path in (checkpoint / "state").rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+
+
+def of_another_net(checkpoint: Path) -> None:
+    shutil.rmtree(checkpoint)
+    shutil.copytree(finished(**BP) / "checkpoints" / checkpoint.name, checkpoint)
+
+
+def of_another_program(checkpoint: Path) -> None:
+    shutil.rmtree(checkpoint)
+    checkpoint.mkdir()
+    (checkpoint / "weights.bin").write_bytes(b"\0" * 64)
+
+
+@pytest.mark.parametrize("damage", [truncate, of_another_net, of_another_program])
+def test_bad_newest_checkpoint(tmp_path, damage):
+    folder = copy(finished(), tmp_path)
+    steps = Checkpointer(folder / "checkpoints", read_only=True).steps()
+    damage(folder / "checkpoints" / str(TOTAL))
+    run = go_on(folder)
+    refused = [line for line in run.stderr.splitlines() if "refused" in line]
+    assert len(refused) == 1
+    assert f"checkpoint {TOTAL} refused" in refused[0]
+    assert f"continuing from step {steps[-2]} of {TOTAL}" in run.stdout
+    assert_same_run(folder, finished())
+    assert (folder / "checkpoints_refused" / str(TOTAL)).is_dir()
+
+
+def test_more_epochs(tmp_path):
+    go_on(tmp_path, epochs=1)
+    assert latest(tmp_path) == 9
+    go_on(tmp_path)
+    assert_same_run(tmp_path, finished())
+
+
+def test_a_finished_run_is_only_told_of(tmp_path):
+    folder = copy(finished(), tmp_path)
+    before = fingerprint(folder / "checkpoints")
+    run = go_on(folder)
+    assert "last step" in run.stdout
+    assert fingerprint(folder / "checkpoints") == before
+    assert_same_run(folder, finished())
+
+
+class TestInterrupt:
+    def test_first_signal_asks_and_the_second_interrupts(self):
+        with Interrupt() as interrupt:
+            assert not interrupt.requested
+            signal.raise_signal(signal.SIGTERM)
+            assert interrupt.requested
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+
+    def test_handlers_are_put_back(self):
+        before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+        with Interrupt():
+            assert signal.getsignal(signal.SIGTERM) != before[0]
+        assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
