@@ -205,10 +205,12 @@ def fingerprint(folder: Path) -> dict[str, str]:
 
 def environment(devices: int = 1) -> dict[str, str]:
     """Variables of a process that trains on so many CPU devices; its JAX is not imported yet."""
+    given = os.environ.get("XLA_FLAGS", "")
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        # The tests' own flags, so that both compile alike; the last count of devices holds.
+        "XLA_FLAGS": f"{given} --xla_force_host_platform_device_count={devices}".strip(),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONPATH": str(REPOSITORY),
     }
