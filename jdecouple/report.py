@@ -61,15 +61,17 @@ def show(result: Mapping[str, Any], folder: Path, best_step: int | None) -> None
     rows = {
         "test": "last step",
         "test_at_best_validation": "best validation",
-        "best_test": "best test (as the papers report; not a result)",
+        "best_test": "best exit at its best test step (as the papers report; not a result)",
     }
     print("\ntest accuracy")
     for key, label in rows.items():
         if key not in result:
             continue
         line = result[key]
-        exits = ", ".join(f"{name} {value:.2%}" for name, value in _exits(line).items())
-        print(f"  {label}: {line['accuracy']:.2%} at step {line['step']} ({exits})")
+        found = _exits(line)
+        value = max(found.values()) if key == "best_test" else line["accuracy"]
+        exits = ", ".join(f"{name} {each:.2%}" for name, each in found.items())
+        print(f"  {label}: {value:.2%} at step {line['step']} ({exits})")
     print(f"curves:      {folder / 'curves.png'}")
     best = "" if best_step is None else f" (best by validation: step {best_step})"
     print(f"checkpoints: {folder / 'checkpoints'}{best}")
