@@ -115,9 +115,9 @@ def train_and_evaluate(
         with _one_line():
             state, start = _restore(run, checkpoints)
             report.write_config(folder, run)
-            writer = MetricsWriter(folder, resume_step=start["step"] if start else None)
+            writer = MetricsWriter(folder, resume_step=state.step if start else None)
         with writer:
-            loop = _Loop(run, checkpoints, writer, interrupt, folder)
+            loop = _Loop(run, checkpoints, writer, interrupt)
             state = loop.train(state, start)
         plot_curves(folder, title=f"{run.config.method.name} on {run.config.data.name}")
     result = {"step": state.step, "finished": state.step >= run.total_steps}
@@ -138,7 +138,6 @@ class _Loop:
         checkpoints: Checkpointer,
         writer: MetricsWriter,
         interrupt: Interrupt,
-        folder: Path,
     ):
         self._run = run
         self._config = run.config
@@ -146,7 +145,6 @@ class _Loop:
         self._checkpoints = checkpoints
         self._writer = writer
         self._interrupt = interrupt
-        self._folder = folder
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
         self._means = Means()
         self._saved = -1
@@ -263,7 +261,6 @@ class _Loop:
                     f"{name} is not finite after step {state.step}; {self._last_good()}"
                 )
         extra = {
-            "step": state.step,
             "iterator": iterator,
             "means": self._means.state,
             "identity": configuration.identity(self._config),
