@@ -97,8 +97,16 @@ def test_mlp_shapes(batch_norm):
     assert vector.blocks[0](jnp.ones((2, 11))).shape == (2, 256)
 
 
+SMALL = {
+    "mlp": {"hidden": 16, "batch_norm": True},
+    "resnet": {"depth": 8, "width": 1 / 8},
+    "vgg": {"width": 1 / 16},
+    "vgg8": {"width": 1 / 16},
+    "wide_resnet": {"depth": 10, "widen": 1},
+}
+
+
 def build(name, init="flax", param_dtype=jnp.float32, seed=0):
-    own = {"mlp": {"hidden": 16, "batch_norm": True}}.get(name, {"width": 1 / 16})
     return models.get(name)(
         10,
         image_size=16,
@@ -106,11 +114,11 @@ def build(name, init="flax", param_dtype=jnp.float32, seed=0):
         init=init,
         param_dtype=param_dtype,
         rngs=nnx.Rngs(seed),
-        **own,
+        **SMALL[name],
     )
 
 
-@pytest.mark.parametrize("name", models.names())
+@pytest.mark.parametrize("name", SMALL)
 def test_torch_init_is_uniform_in_the_root_of_fan_in(name):
     model = build(name, init="torch")
     seen = 0
@@ -129,7 +137,7 @@ def test_torch_init_is_uniform_in_the_root_of_fan_in(name):
     assert seen >= 5
 
 
-@pytest.mark.parametrize("name", models.names())
+@pytest.mark.parametrize("name", SMALL)
 def test_flax_init_has_zero_biases_and_depends_on_the_seed_alone(name):
     one, same, other = build(name), build(name), build(name, seed=1)
     for _, layer in nnx.iter_graph(one.blocks[0]):
@@ -141,7 +149,7 @@ def test_flax_init_has_zero_biases_and_depends_on_the_seed_alone(name):
     assert not all(different)
 
 
-@pytest.mark.parametrize("name", models.names())
+@pytest.mark.parametrize("name", SMALL)
 def test_bfloat16_stays_bfloat16_and_statistics_float32(name):
     model = build(name)
     for block in (*model.blocks, model.classifier):
@@ -149,13 +157,11 @@ def test_bfloat16_stays_bfloat16_and_statistics_float32(name):
         nnx.update(block, half)
     features, logits = apply(model, jnp.ones((4, 16, 16, 3), jnp.bfloat16))
     assert features.dtype == logits.dtype == jnp.bfloat16
-    for block in model.blocks:
-        statistics = jax.tree.leaves(nnx.state(block, nnx.BatchStat))
-        assert statistics
-        assert {s.dtype for s in statistics} == {jnp.dtype(jnp.float32)}
+    statistics = jax.tree.leaves([nnx.state(block, nnx.BatchStat) for block in model.blocks])
+    assert {s.dtype for s in statistics} == {jnp.dtype(jnp.float32)}
 
 
-@pytest.mark.parametrize("name", models.names())
+@pytest.mark.parametrize("name", SMALL)
 def test_float64(name, x64):
     model = build(name, param_dtype=jnp.float64)
     _, logits = apply(model, jnp.ones((4, 16, 16, 3), jnp.float64))
@@ -277,7 +283,8 @@ def test_bad_arguments_get_one_clear_line(name, arguments, message):
 
 
 def test_table_of_builders():
-    assert models.names() == ("mlp", "vgg", "vgg8")
-    assert models.get("vgg8") is models.vgg8
-    with pytest.raises(ValueError, match="unknown model 'vgg9': expected one of mlp, vgg, vgg8"):
+    resnets = [f"resnet{depth}" for depth in ("", 101, 110, 18, 20, 34, 50, 56)]
+    assert models.names() == ("mlp", *resnets, "vgg", "vgg8", "wide_resnet", "wrn28_10")
+    assert all(models.get(name) is getattr(models, name) for name in models.names())
+    with pytest.raises(ValueError, match="unknown model 'vgg9': expected one of mlp, resnet, "):
         models.get("vgg9")

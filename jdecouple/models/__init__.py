@@ -9,9 +9,34 @@ from collections.abc import Callable
 from jdecouple.models import layers
 from jdecouple.models.base import Model
 from jdecouple.models.mlp import mlp
+from jdecouple.models.resnet import (
+    resnet,
+    resnet18,
+    resnet20,
+    resnet34,
+    resnet50,
+    resnet56,
+    resnet101,
+    resnet110,
+)
 from jdecouple.models.vgg import vgg, vgg8
+from jdecouple.models.wide_resnet import wide_resnet, wrn28_10
 
-_BUILDERS: dict[str, Callable[..., Model]] = {"mlp": mlp, "vgg": vgg, "vgg8": vgg8}
+_BUILDERS: dict[str, Callable[..., Model]] = {
+    "mlp": mlp,
+    "resnet": resnet,
+    "resnet18": resnet18,
+    "resnet20": resnet20,
+    "resnet34": resnet34,
+    "resnet50": resnet50,
+    "resnet56": resnet56,
+    "resnet101": resnet101,
+    "resnet110": resnet110,
+    "vgg": vgg,
+    "vgg8": vgg8,
+    "wide_resnet": wide_resnet,
+    "wrn28_10": wrn28_10,
+}
 
 
 def names() -> tuple[str, ...]:
@@ -30,4 +55,22 @@ def get(name: str) -> Callable[..., Model]:
     return _BUILDERS[name]
 
 
-__all__ = ["Model", "get", "layers", "mlp", "names", "vgg", "vgg8"]
+__all__ = [
+    "Model",
+    "get",
+    "layers",
+    "mlp",
+    "names",
+    "resnet",
+    "resnet18",
+    "resnet20",
+    "resnet34",
+    "resnet50",
+    "resnet56",
+    "resnet101",
+    "resnet110",
+    "vgg",
+    "vgg8",
+    "wide_resnet",
+    "wrn28_10",
+]

@@ -1,20 +1,27 @@
 """Layers that the built-in models and heads share, thin over those of `flax.nnx`.
 
-`init` is "flax" (LeCun-normal weights, zero biases) or "torch" (weights and biases uniform in
-+-1/sqrt(fan_in), PyTorch's default, which the papers' settings assume). No layer fixes its compute
-dtype: it follows from the input and the parameters.
+`init` is one of
+
+- "flax": LeCun-normal weights, zero biases;
+- "torch": weights and biases uniform in +-1/sqrt(fan_in), PyTorch's default, which the papers'
+  settings assume;
+- "he": weights normal of variance 2/fan, zero biases. The fan is the outgoing one
+  (`size * size * out_features`) of convolutions and the incoming one of dense layers, as in the
+  code of Features Replay (arXiv 1807.04511).
+
+No layer fixes its compute dtype: it follows from the input and the parameters.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-INITS = ("flax", "torch")
+INITS = ("flax", "torch", "he")
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": nnx.gelu,
     "relu": nnx.relu,
@@ -30,11 +37,13 @@ def activation(name: str) -> Callable[[jax.Array], jax.Array]:
     return ACTIVATIONS[name]
 
 
-def _initializers(init: str, fan_in: int) -> dict[str, Any]:
+def _initializers(init: str, fan_in: int, he_fan: int) -> dict[str, Any]:
     if init not in INITS:
         raise ValueError(f"unknown init {init!r}: expected one of {', '.join(INITS)}")
     if init == "flax":
         return {}
+    if init == "he":
+        return {"kernel_init": nnx.initializers.normal(math.sqrt(2.0 / he_fan))}
     bound = 1.0 / math.sqrt(fan_in)
 
     def uniform(key, shape, dtype):
@@ -59,29 +68,37 @@ def linear(
         use_bias=use_bias,
         param_dtype=param_dtype,
         rngs=rngs,
-        **_initializers(init, in_features),
+        **_initializers(init, in_features, in_features),
     )
 
 
-def conv3x3(
+def conv(
     in_features: int,
     out_features: int,
+    size: int = 3,
     *,
+    strides: int = 1,
     use_bias: bool = False,
     init: str = "flax",
     param_dtype: Any = jnp.float32,
     rngs: nnx.Rngs,
 ) -> nnx.Conv:
-    """3x3 convolution of stride 1, zero-padded by 1, over NHWC."""
+    """Convolution with a kernel of odd `size`, zero-padded by `size // 2` on all sides, over NHWC.
+
+    Of n pixels a side it leaves ceil(n / strides). "SAME" padding would do so too, but at stride 2
+    and even n it would pad the far side alone, off the papers' alignment by one pixel.
+    """
+    pixels = size * size
     return nnx.Conv(
         in_features,
         out_features,
-        (3, 3),
-        padding=1,
+        (size, size),
+        strides=strides,
+        padding=size // 2,
         use_bias=use_bias,
         param_dtype=param_dtype,
         rngs=rngs,
-        **_initializers(init, 9 * in_features),
+        **_initializers(init, pixels * in_features, pixels * out_features),
     )
 
 
@@ -135,6 +152,26 @@ class MaxPool(nnx.Module):
         return jnp.maximum(rows[:, :, ::2], rows[:, :, 1::2])
 
 
+class GlobalAveragePool(nnx.Module):
+    """Mean over the pixels of NHWC."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[batch, height, width, channels] -> [batch, channels]`."""
+        return x.mean((1, 2))
+
+
+class Residual(nnx.Module):
+    """`branch(x) + shortcut(x)`; the shortcut is the identity by default."""
+
+    def __init__(self, branch: nnx.Module, shortcut: nnx.Module | None = None):
+        self.branch = branch
+        self.shortcut = nnx.Sequential() if shortcut is None else shortcut
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Apply both to `x` and add."""
+        return self.branch(x) + self.shortcut(x)
+
+
 def perceptron(
     in_features: int,
     widths: Sequence[int],
@@ -150,7 +187,7 @@ def perceptron(
         in_features: Size of the flattened input.
         widths: Output size of each dense layer; empty for a bare flatten.
         batch_norm: Whether BatchNorm precedes every ReLU.
-        init: "flax" or "torch".
+        init: "flax", "torch" or "he".
         param_dtype: Dtype of the parameters.
         rngs: Source of initial weights.
     """
@@ -170,3 +207,18 @@ def require_positive(**values: Any) -> None:
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
             raise ValueError(f"{name} must be a positive integer, got {value!r}")
+
+
+def scaled(features: int, width: float) -> int:
+    """`features * width`, rounded and at least 1; ValueError if `width` is no positive number."""
+    if isinstance(width, bool) or not isinstance(width, Real) or not 0 < width < math.inf:
+        raise ValueError(f"width must be a positive number, got {width!r}")
+    return max(1, round(features * width))
+
+
+def require_pixels(image_size: int, halvings: int, what: str) -> None:
+    """Raise ValueError if `halvings` would leave less than one pixel of `image_size`."""
+    if image_size < 2**halvings:
+        raise ValueError(
+            f"image_size={image_size} is too small: {halvings} {what} need at least {2**halvings}"
+        )

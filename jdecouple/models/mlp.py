@@ -36,7 +36,7 @@ def mlp(
         depth: Number of blocks; the first also flattens its input.
         activation: "relu", "gelu", "tanh" or "sigmoid".
         batch_norm: Whether BatchNorm precedes the activation.
-        init: "flax" or "torch", see :mod:`jdecouple.models.layers`.
+        init: "flax", "torch" or "he", see :mod:`jdecouple.models.layers`.
         param_dtype: Dtype of the parameters.
         rngs: Source of initial weights.
 

@@ -1,8 +1,6 @@
 """VGG nets: blocks of 3x3 convolution, BatchNorm, ReLU, and 2x2 maximum pooling."""
 
-import math
 from collections.abc import Callable, Sequence
-from numbers import Real
 from typing import Any
 
 import jax
@@ -42,7 +40,7 @@ def vgg(
         width: Factor on all channel counts; each is rounded and at least 1.
         image_size: Height and width of an image, in pixels.
         channels: Channels of an image.
-        init: "flax" or "torch", see :mod:`jdecouple.models.layers`.
+        init: "flax", "torch" or "he", see :mod:`jdecouple.models.layers`.
         param_dtype: Dtype of the parameters.
         rngs: Source of initial weights.
 
@@ -55,14 +53,9 @@ def vgg(
             the poolings.
     """
     layers.require_positive(num_classes=num_classes, image_size=image_size, channels=channels)
-    if isinstance(width, bool) or not isinstance(width, Real) or not 0 < width < math.inf:
-        raise ValueError(f"width must be a positive number, got {width!r}")
     layout = _parse(blocks)
     pools = sum(item == "M" for block in layout for item in block)
-    if image_size < 2**pools:
-        raise ValueError(
-            f"image_size={image_size} is too small: {pools} poolings need at least {2**pools}"
-        )
+    layers.require_pixels(image_size, pools, "poolings")
     modules = []
     for block in layout:
         stack: list[Callable[..., jax.Array]] = []
@@ -70,8 +63,8 @@ def vgg(
             if isinstance(item, str):
                 stack.append(layers.MaxPool())
                 continue
-            features = max(1, round(item * width))
-            conv = layers.conv3x3(channels, features, init=init, param_dtype=param_dtype, rngs=rngs)
+            features = layers.scaled(item, width)
+            conv = layers.conv(channels, features, init=init, param_dtype=param_dtype, rngs=rngs)
             norm = layers.BatchNorm(features, param_dtype=param_dtype, rngs=rngs)
             stack += [conv, norm, nnx.relu]
             channels = features
@@ -103,7 +96,7 @@ def vgg8(
         width: Factor on all channel counts; each is rounded and at least 1.
         image_size: Height and width of an image, in pixels; at least 16.
         channels: Channels of an image.
-        init: "flax" or "torch", see :mod:`jdecouple.models.layers`.
+        init: "flax", "torch" or "he", see :mod:`jdecouple.models.layers`.
         param_dtype: Dtype of the parameters.
         rngs: Source of initial weights.
 

@@ -1,0 +1,282 @@
+"""Residual nets for small images; the stem is block 0, every residual unit one more block."""
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jdecouple.models import layers
+from jdecouple.models.base import Model
+
+SHORTCUTS = ("pad", "projection")
+Splits = Mapping[str, Mapping[int, tuple[int, ...]]]
+
+# Blocks at which stages 1 to K - 1 begin, by K, in the code of FDG (arXiv 1906.09108): by depth for
+# the nets of 6n+2 layers, by name for the others.
+_FDG: dict[int | str, Mapping[int, tuple[int, ...]]] = {
+    20: {2: (5,), 3: (4, 7)},
+    56: {2: (14,), 3: (10, 19), 4: (7, 14, 21)},
+    110: {2: (28,), 3: (19, 37), 4: (14, 28, 42), 5: (11, 22, 33, 44)},
+    "resnet18": {2: (5,), 3: (3, 6)},
+    "resnet50": {2: (8,), 3: (6, 11), 4: (5, 9, 13)},
+    "resnet101": {2: (17,), 3: (12, 23), 4: (9, 17, 25), 5: (7, 14, 21, 28)},
+}
+
+
+class Pad(nnx.Module):
+    """Shortcut without parameters: every `strides`-th pixel, zeros as further channels.
+
+    The zeros stand half before and half after the channels (option A of arXiv 1512.03385).
+    """
+
+    def __init__(self, extra: int, strides: int):
+        self.extra = extra
+        self.strides = strides
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[batch, n, n, c] -> [batch, ceil(n / strides), ceil(n / strides), c + extra]`."""
+        x = x[:, :: self.strides, :: self.strides]
+        before = self.extra // 2
+        return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (before, self.extra - before)))
+
+
+def resnet(
+    num_classes: int,
+    *,
+    depth: int = 20,
+    width: float = 1.0,
+    shortcut: str = "pad",
+    image_size: int = 32,
+    channels: int = 3,
+    init: str = "flax",
+    param_dtype: Any = jnp.float32,
+    rngs: nnx.Rngs,
+) -> Model:
+    """ResNet of 6n+2 layers for CIFAR (arXiv 1512.03385, section 4.2).
+
+    A 3x3 convolution with BatchNorm and ReLU, then n units of two 3x3 convolutions in each of three
+    groups of 16, 32 and 64 channels, with stride 2 at the start of the last two.
+
+    Args:
+        num_classes: Number of logits.
+        depth: 6n+2 layers with weights, 8 at least.
+        width: Factor on all channel counts; each is rounded and at least 1.
+        shortcut: Past a unit that changes the shape: "pad" (subsampled, with zeros as further
+            channels; the papers' choice) or "projection" (1x1 convolution and BatchNorm).
+        image_size: Height and width of an image, in pixels; at least 4.
+        channels: Channels of an image.
+        init: "flax", "torch" or "he", see :mod:`jdecouple.models.layers`. The code of FDG uses
+            "torch", that of Features Replay "he".
+        param_dtype: Dtype of the parameters.
+        rngs: Source of initial weights.
+
+    Returns:
+        A model of 1 + 3n blocks between NHWC activations, with a classifier of global average
+        pooling and a dense layer. Its splits: "fr" for 2 to 4 stages, as Features Replay (arXiv
+        1807.04511) cuts it, and for depths 20, 56 and 110 "fdg", as FDG (arXiv 1906.09108) does.
+
+    Raises:
+        ValueError: The depth is not 6n+2, the shortcut unknown, another size not positive, or the
+            image too small.
+    """
+    count = units_per_group(depth, 2)
+    if shortcut not in SHORTCUTS:
+        raise ValueError(f"unknown shortcut {shortcut!r}: expected one of {', '.join(SHORTCUTS)}")
+    fdg = {"fdg": _FDG[depth]} if depth in _FDG else {}
+    return _residual_net(
+        num_classes,
+        groups=[(16, count), (32, count), (64, count)],
+        bottleneck=False,
+        shortcut=shortcut,
+        splits={**fdg, "fr": _features_replay(3 * count)},
+        width=width,
+        image_size=image_size,
+        channels=channels,
+        init=init,
+        param_dtype=param_dtype,
+        rngs=rngs,
+    )
+
+
+def resnet_of_four_groups(
+    num_classes: int,
+    *,
+    counts: Sequence[int],
+    bottleneck: bool,
+    splits: Splits,
+    width: float = 1.0,
+    image_size: int = 32,
+    channels: int = 3,
+    init: str = "flax",
+    param_dtype: Any = jnp.float32,
+    rngs: nnx.Rngs,
+) -> Model:
+    """ResNet in groups of 64, 128, 256 and 512 channels (arXiv 1512.03385, table 1).
+
+    The stem is that for small images: a 3x3 convolution with BatchNorm and ReLU, no pooling. Units
+    are of two 3x3 convolutions or, as bottlenecks, of 1x1, 3x3 and 1x1 ones with fourfold channels
+    at the end; the last three groups begin with stride 2, in a 3x3 convolution. Shortcuts that
+    change the shape are 1x1 convolutions with BatchNorm.
+
+    Args:
+        num_classes: Number of logits.
+        counts: Units in each of the four groups.
+        bottleneck: Whether units are bottlenecks.
+        splits: Named cuts into stages, see :class:`Model`.
+        width: Factor on all channel counts; each is rounded and at least 1.
+        image_size: Height and width of an image, in pixels; at least 8.
+        channels: Channels of an image.
+        init: "flax", "torch" or "he", see :mod:`jdecouple.models.layers`. The code of FDG (arXiv
+            1906.09108) uses "torch".
+        param_dtype: Dtype of the parameters.
+        rngs: Source of initial weights.
+
+    Returns:
+        A model of 1 + sum(counts) blocks between NHWC activations, with a classifier of global
+        average pooling and a dense layer.
+
+    Raises:
+        ValueError: A size is not positive or the image too small.
+    """
+    return _residual_net(
+        num_classes,
+        groups=list(zip((64, 128, 256, 512), counts, strict=True)),
+        bottleneck=bottleneck,
+        shortcut="projection",
+        splits=splits,
+        width=width,
+        image_size=image_size,
+        channels=channels,
+        init=init,
+        param_dtype=param_dtype,
+        rngs=rngs,
+    )
+
+
+def _residual_net(
+    num_classes: int,
+    *,
+    groups: Sequence[tuple[int, int]],
+    bottleneck: bool,
+    shortcut: str,
+    splits: Splits,
+    width: float,
+    image_size: int,
+    channels: int,
+    init: str,
+    param_dtype: Any,
+    rngs: nnx.Rngs,
+) -> Model:
+    layers.require_positive(num_classes=num_classes, image_size=image_size, channels=channels)
+    stem = layers.scaled(groups[0][0], width)
+    layers.require_pixels(image_size, len(groups) - 1, "halvings")
+    options = {"init": init, "param_dtype": param_dtype, "rngs": rngs}
+    blocks = [nnx.Sequential(*_conv_norm(channels, stem, **options), nnx.relu)]
+    channels = stem
+    for group, (features, count) in enumerate(groups):
+        inner = layers.scaled(features, width)
+        outer = 4 * inner if bottleneck else inner
+        for index in range(count):
+            strides = 2 if group > 0 and index == 0 else 1
+            # Kernel size, stride and channels of every convolution.
+            plan = [(3, strides, inner), (3, 1, inner)]
+            if bottleneck:
+                plan = [(1, 1, inner), (3, strides, inner), (1, 1, outer)]
+            branch = _branch(channels, plan, **options)
+            bypass = _shortcut(channels, outer, strides, shortcut, **options)
+            blocks.append(nnx.Sequential(layers.Residual(branch, bypass), nnx.relu))
+            channels = outer
+    classifier = nnx.Sequential(
+        layers.GlobalAveragePool(), layers.linear(channels, num_classes, **options)
+    )
+    return Model(blocks, classifier, splits)
+
+
+def _conv_norm(
+    channels: int, features: int, size: int = 3, strides: int = 1, **options: Any
+) -> tuple[nnx.Module, nnx.Module]:
+    convolution = layers.conv(channels, features, size, strides=strides, **options)
+    del options["init"]
+    return convolution, layers.BatchNorm(features, **options)
+
+
+def _branch(channels: int, plan: Sequence[tuple[int, int, int]], **options: Any) -> nnx.Sequential:
+    """Convolutions with BatchNorm, ReLU between them."""
+    stack: list[Callable[..., jax.Array]] = []
+    for size, strides, features in plan:
+        stack += [nnx.relu] if stack else []
+        stack += _conv_norm(channels, features, size, strides, **options)
+        channels = features
+    return nnx.Sequential(*stack)
+
+
+def _shortcut(
+    channels: int, features: int, strides: int, kind: str, **options: Any
+) -> nnx.Module | None:
+    if strides == 1 and channels == features:
+        return None
+    if kind == "pad":
+        return Pad(features - channels, strides)
+    return nnx.Sequential(*_conv_norm(channels, features, 1, strides, **options))
+
+
+def _features_replay(units: int) -> dict[int, tuple[int, ...]]:
+    """Splits of the code of Features Replay, by number of stages.
+
+    The layers convolution, BatchNorm, ReLU, units..., pooling are cut into parts of ceil(len / K).
+    A K whose parts begin inside the stem or after the last unit, where no block does, is left out.
+    """
+    splits = {}
+    for num_stages in (2, 3, 4):
+        part = math.ceil((units + 4) / num_stages)
+        starts = tuple(k * part - 2 for k in range(1, num_stages))  # layer 3 is unit 1
+        if starts[0] >= 1 and starts[-1] <= units:
+            splits[num_stages] = starts
+    return splits
+
+
+def units_per_group(depth: int, extra: int) -> int:
+    """The n of a `depth` of 6n + `extra`; ValueError if there is none from 1 on."""
+    whole = isinstance(depth, Integral) and not isinstance(depth, bool)
+    if not whole or depth < 6 + extra or (depth - extra) % 6:
+        raise ValueError(f"depth must be 6n+{extra} for a whole n of at least 1, got {depth!r}")
+    return (depth - extra) // 6
+
+
+def bind(builder: Callable[..., Model], name: str, text: str, **fixed: Any) -> Callable[..., Model]:
+    """Fix keyword arguments of a builder, which its signature then lists no more."""
+
+    @functools.wraps(builder)
+    def bound(*args: Any, **kwargs: Any) -> Model:
+        return builder(*args, **kwargs, **fixed)
+
+    signature = inspect.signature(builder)
+    left = [each for key, each in signature.parameters.items() if key not in fixed]
+    bound.__signature__ = signature.replace(parameters=left)  # type: ignore[attr-defined]
+    bound.__name__ = bound.__qualname__ = name
+    bound.__doc__ = f"{text}; its arguments are the others of :func:`{builder.__name__}`."
+    return bound
+
+
+resnet20 = bind(resnet, "resnet20", "ResNet of 20 layers for CIFAR", depth=20)
+resnet56 = bind(resnet, "resnet56", "ResNet of 56 layers for CIFAR", depth=56)
+resnet110 = bind(resnet, "resnet110", "ResNet of 110 layers for CIFAR", depth=110)
+
+
+def _named(name: str, counts: Sequence[int], *, bottleneck: bool) -> Callable[..., Model]:
+    splits = {"fdg": _FDG[name]} if name in _FDG else {}
+    text = f"ResNet-{name.removeprefix('resnet')} for small images"
+    fixed = {"counts": counts, "bottleneck": bottleneck, "splits": splits}
+    return bind(resnet_of_four_groups, name, text, **fixed)
+
+
+resnet18 = _named("resnet18", (2, 2, 2, 2), bottleneck=False)
+resnet34 = _named("resnet34", (3, 4, 6, 3), bottleneck=False)
+resnet50 = _named("resnet50", (3, 4, 6, 3), bottleneck=True)
+resnet101 = _named("resnet101", (3, 4, 23, 3), bottleneck=True)

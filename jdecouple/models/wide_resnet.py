@@ -1,0 +1,113 @@
+"""Wide residual nets, pre-activated; the stem is block 0, every residual unit one more block."""
+
+from collections.abc import Callable
+from numbers import Real
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jdecouple.models import layers
+from jdecouple.models.base import Model
+from jdecouple.models.resnet import bind, units_per_group
+
+# By depth: blocks at which stages 1 to K - 1 begin, by K, in the code of FDG (arXiv 1906.09108).
+_FDG = {28: {2: (7,), 3: (5, 9), 4: (4, 7, 10)}}
+
+
+def wide_resnet(
+    num_classes: int,
+    *,
+    depth: int = 28,
+    widen: int = 10,
+    dropout: float = 0.0,
+    image_size: int = 32,
+    channels: int = 3,
+    init: str = "flax",
+    param_dtype: Any = jnp.float32,
+    rngs: nnx.Rngs,
+) -> Model:
+    """WRN-depth-widen for CIFAR (arXiv 1605.07146).
+
+    A 3x3 convolution of 16 channels, then n units in each of three groups of 16, 32 and 64 times
+    `widen` channels, with stride 2 at the start of the last two. A unit is BatchNorm, ReLU, 3x3
+    convolution, twice, past a shortcut that is the identity or, where the shape changes, a 1x1
+    convolution of the unit's input. This is the net of the code of FDG (arXiv 1906.09108); in that
+    of the WRN paper the stride is a unit's first convolution's, that shortcut follows the first
+    BatchNorm and ReLU, and convolutions have no biases.
+
+    Args:
+        num_classes: Number of logits.
+        depth: 6n+4 convolutions, 10 at least; those of the three shortcuts count.
+        widen: Factor on the channels of the groups.
+        dropout: Share of activations dropped between the convolutions of a unit (after ReLU).
+        image_size: Height and width of an image, in pixels; at least 4.
+        channels: Channels of an image.
+        init: "flax", "torch" or "he", see :mod:`jdecouple.models.layers`. The code of FDG uses
+            "torch".
+        param_dtype: Dtype of the parameters.
+        rngs: Source of initial weights, and of dropout's keys.
+
+    Returns:
+        A model of 1 + 3n blocks between NHWC activations, with a classifier of BatchNorm, ReLU,
+        global average pooling and a dense layer. At depth 28 it has the split "fdg" of FDG's code.
+
+    Raises:
+        ValueError: The depth is not 6n+4, dropout not in [0, 1), another size not positive, or the
+            image too small.
+    """
+    count = units_per_group(depth, 4)
+    layers.require_positive(
+        num_classes=num_classes, widen=widen, image_size=image_size, channels=channels
+    )
+    layers.require_pixels(image_size, 2, "halvings")
+    if isinstance(dropout, bool) or not isinstance(dropout, Real) or not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be a number from 0 to below 1, got {dropout!r}")
+    norm = {"param_dtype": param_dtype, "rngs": rngs}
+    options = {"init": init, **norm}
+    blocks: list[nnx.Module] = [layers.conv(channels, 16, use_bias=True, **options)]
+    channels = 16
+    for group in range(3):
+        features = 16 * 2**group * widen
+        for index in range(count):
+            strides = 2 if group > 0 and index == 0 else 1
+            blocks.append(_unit(channels, features, strides, dropout, **options))
+            channels = features
+    classifier = nnx.Sequential(
+        layers.BatchNorm(channels, **norm),
+        nnx.relu,
+        layers.GlobalAveragePool(),
+        layers.linear(channels, num_classes, **options),
+    )
+    return Model(blocks, classifier, {"fdg": _FDG[depth]} if depth in _FDG else {})
+
+
+def _unit(
+    channels: int,
+    features: int,
+    strides: int,
+    dropout: float,
+    *,
+    init: str,
+    param_dtype: Any,
+    rngs: nnx.Rngs,
+) -> layers.Residual:
+    norm = {"param_dtype": param_dtype, "rngs": rngs}
+    conv = {"init": init, "use_bias": True, **norm}
+    stack: list[Callable[..., jax.Array]] = [
+        layers.BatchNorm(channels, **norm),
+        nnx.relu,
+        layers.conv(channels, features, **conv),
+        layers.BatchNorm(features, **norm),
+        nnx.relu,
+    ]
+    if dropout > 0:
+        stack.append(nnx.Dropout(dropout, rngs=rngs))
+    stack.append(layers.conv(features, features, strides=strides, **conv))
+    same = strides == 1 and channels == features
+    shortcut = None if same else layers.conv(channels, features, 1, strides=strides, **conv)
+    return layers.Residual(nnx.Sequential(*stack), shortcut)
+
+
+wrn28_10 = bind(wide_resnet, "wrn28_10", "WRN-28-10", depth=28, widen=10)
