@@ -11,6 +11,7 @@ import pytest
 import jdecouple as jd
 from jdecouple.schedules import Action, Call, Kind, Schedule, build, generators
 
+DELAYED = ("delayed", "delayed_locked")
 F, B, S = Kind.FORWARD, Kind.BACKWARD, Kind.STEP
 
 GRIDS = {
@@ -25,6 +26,18 @@ stage 1 | .  F0 B0 F1 B1 S1""",
 stage 0 | F0 B0 F1 B1 F2 B2 S2 .  .
 stage 1 | .  F0 B0 F1 B1 F2 B2 S2 .
 stage 2 | .  .  F0 B0 F1 B1 F2 B2 S2""",
+    ("delayed", 1, 1): "stage 0 | F0 B0 S0",
+    ("delayed", 2, 1): """
+stage 0 | B-2 S-2 F0
+stage 1 | F-1 B-1 S-1""",
+    ("delayed", 4, 1): """
+stage 0 | B-6 S-6 F0
+stage 1 | B-5 S-5 F-1
+stage 2 | B-4 S-4 F-2
+stage 3 | F-3 B-3 S-3""",
+    ("delayed_locked", 2, 1): """
+stage 0 | F0  B-1 S-1 .
+stage 1 | .   F0  B0  S0""",
     ("sequential", 1, 2): "stage 0 | F0 B0 F1 B1 S1",
     ("sequential", 2, 1): """
 stage 0 | F0 .  .  B0 S0
@@ -55,10 +68,11 @@ def test_columns_widen_with_the_microbatches():
 def test_drawing_of_the_documentation_is_the_schedule(name):
     text = inspect.cleandoc(getattr(generators, name).__doc__)
     drawn = [line.strip() for line in text.splitlines() if line.strip().startswith("stage ")]
-    assert drawn[-2:] == str(build(name, 2, 2)).splitlines()
+    stages, microbatches = (3, 1) if name in DELAYED else (2, 2)
+    assert drawn[-stages:] == str(build(name, stages, microbatches)).splitlines()
 
 
-@pytest.mark.parametrize("name", jd.schedules.names())
+@pytest.mark.parametrize("name", [name for name in jd.schedules.names() if name not in DELAYED])
 @pytest.mark.parametrize("stages", [1, 2, 3, 5])
 @pytest.mark.parametrize("microbatches", [1, 2, 4])
 def test_every_action_stands_once(name, stages, microbatches):
@@ -73,27 +87,96 @@ def test_every_action_stands_once(name, stages, microbatches):
 
 def test_local_calls_train_a_microbatch_in_one_call():
     assert list(build("local", 2, 2).calls()) == [
-        Call(0, (F, B), 0),
-        Call(0, (F, B, S), 1),
-        Call(1, (F, B), 0),
-        Call(1, (F, B, S), 1),
+        Call(0, (F, B), (0, 0)),
+        Call(0, (F, B, S), (1, 1, 1)),
+        Call(1, (F, B), (0, 0)),
+        Call(1, (F, B, S), (1, 1, 1)),
     ]
 
 
 def test_sequential_calls_join_the_turn_at_the_last_stage():
     assert list(build("sequential", 2, 2).calls()) == [
-        Call(0, (F,), 0),
-        Call(1, (F, B), 0),
-        Call(0, (B,), 0),
-        Call(0, (F,), 1),
-        Call(1, (F, B, S), 1),
-        Call(0, (B, S), 1),
+        Call(0, (F,), (0,)),
+        Call(1, (F, B), (0, 0)),
+        Call(0, (B,), (0,)),
+        Call(0, (F,), (1,)),
+        Call(1, (F, B, S), (1, 1, 1)),
+        Call(0, (B, S), (1, 1)),
     ]
 
 
 def test_one_stage_is_one_call():
     for name in jd.schedules.names():
-        assert list(build(name, 1, 1).calls()) == [Call(0, (F, B, S), 0)]
+        assert list(build(name, 1, 1).calls()) == [Call(0, (F, B, S), (0, 0, 0))]
+
+
+# --- Delayed: one iteration that repeats -------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", DELAYED)
+@pytest.mark.parametrize("stages", [1, 2, 3, 5])
+def test_every_stage_acts_once_of_each_kind(name, stages):
+    schedule = build(name, stages)
+    assert schedule.validate() is schedule
+    found = sorted((action.stage, action.kind.value) for action in schedule.actions)
+    assert found == sorted(itertools.product(range(stages), "FBS"))
+
+
+def test_delayed_stage_is_one_call():
+    assert list(build("delayed", 3).calls()) == [
+        Call(0, (B, S, F), (-4, -4, 0)),
+        Call(1, (B, S, F), (-3, -3, -1)),
+        Call(2, (F, B, S), (-2, -2, -2)),
+    ]
+
+
+def test_locked_forwards_do_not_wait_for_backwards():
+    assert list(build("delayed_locked", 3).calls()) == [
+        Call(0, (F,), (0,)),
+        Call(1, (F,), (0,)),
+        Call(2, (F, B, S), (0, 0, 0)),
+        Call(1, (B, S), (-1, -1)),
+        Call(0, (B, S), (-2, -2)),
+    ]
+
+
+@pytest.mark.parametrize("name", jd.schedules.names())
+@pytest.mark.parametrize("stages", [1, 2, 4])
+def test_what_waits_between_iterations(name, stages):
+    """Played out: what is handed on and not yet used, by batch number."""
+    schedule = build(name, stages)
+    handed = {"messages": set(), "residuals": set(), "errors": set()}
+    for iteration in range(4 * stages):
+        for stage, kind, offset in schedule.actions:
+            batch = iteration + offset
+            if kind is F and batch >= 0:
+                handed["messages"].discard((stage, batch))
+                handed["residuals"].add((stage, batch))
+                if stage + 1 < stages:
+                    handed["messages"].add((stage + 1, batch))
+            if kind is B and batch >= 0:
+                handed["residuals"].remove((stage, batch))
+                handed["errors"].discard((stage, batch))
+                if stage > 0 and name != "local":
+                    handed["errors"].add((stage - 1, batch))
+    for stage in range(stages):
+        for kind, batches in schedule.waiting(stage)._asdict().items():
+            wanted = {(stage, iteration + 1 + each) for each in batches}
+            assert {pair for pair in handed[kind] if pair[0] == stage} == wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "latency", "depth"),
+    [("local", 0, 0), ("sequential", 0, 0), ("delayed", 3, 6), ("delayed_locked", 0, 3)],
+)
+def test_latency_and_depth(name, latency, depth):
+    schedule = build(name, 4)
+    assert (schedule.latency, schedule.depth) == (latency, depth)
+    assert schedule.overlapping == (name in DELAYED)
+    assert not build(name, 1).overlapping
+
+
+# --- What is refused ---------------------------------------------------------------------------
 
 
 def sequential(*actions: Action, local: bool = False, microbatches: int = 1) -> Schedule:
@@ -124,6 +207,40 @@ BROKEN = {
     "forward missing": (sequential(), "F0 of stage 0 is missing"),
     "backward missing": (sequential(F0, F1, B1, S1), "B0 of stage 0 is missing"),
     "step missing": (sequential(F0, F1, B1, S1, B0), "S0 of stage 0 is missing"),
+}
+
+
+def late(*actions: tuple[int, Kind, int]) -> Schedule:
+    return Schedule("mine", 2, 1, tuple(Action(*each) for each in actions), delayed=True)
+
+
+LAST = ((1, F, -1), (1, B, -1), (1, S, -1))
+BROKEN |= {
+    "delayed: a batch to come": (
+        late((0, F, 1)),
+        "F1 of stage 0 names a batch that has not entered yet",
+    ),
+    "delayed: two forwards": (late((0, F, 0), (0, F, -1)), "F-1 of stage 0 stands twice"),
+    "delayed: forward of what is never sent": (
+        late((1, F, 0), (0, F, 0)),
+        "F0 of stage 1 comes before F0 of stage 0",
+    ),
+    "delayed: error of what is not yet above": (
+        late((0, B, -1), (0, S, -1), (0, F, 0), *LAST),
+        "B-1 of stage 0 comes before B-1 of stage 1",
+    ),
+    "delayed: backward of a later batch": (
+        late((0, F, -1), (1, F, -1), (1, B, -1), (1, S, -1), (0, B, 0)),
+        "B0 of stage 0 comes before F0 of stage 0",
+    ),
+    "delayed: step before backward": (
+        late((0, S, -2), (0, B, -2), (0, F, 0), *LAST),
+        "S-2 of stage 0 comes before B-2 of stage 0",
+    ),
+    "delayed: step missing": (
+        late((0, B, -2), (0, F, 0), *LAST),
+        "S0 of stage 0 is missing",
+    ),
 }
 
 
@@ -164,6 +281,7 @@ def test_local_stages_wait_for_no_error():
         (("local", 0, 1), ("num_stages is 0", "at least 1")),
         (("local", -2, 1), ("num_stages is -2", "at least 1")),
         (("sequential", 2, 0), ("num_microbatches is 0", "at least 1")),
+        (("delayed", 2, 4), ("num_microbatches is 4", "delayed takes 1")),
     ],
 )
 def test_build_refuses(arguments, words):

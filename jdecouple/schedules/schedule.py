@@ -2,7 +2,6 @@
 
 import dataclasses
 import enum
-import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -21,7 +20,8 @@ class Action(NamedTuple):
     Attributes:
         stage: index of the stage that acts, 0 to K-1.
         kind: forward, backward or optimiser step.
-        microbatch: index of the microbatch, 0 to M-1; a step carries the last one.
+        microbatch: index of the microbatch, 0 to M-1; a step carries that of the backward before
+            it. In a delayed schedule -n is the batch that entered n iterations ago.
     """
 
     stage: int
@@ -33,16 +33,33 @@ class Action(NamedTuple):
 
 
 class Call(NamedTuple):
-    """Consecutive actions of one stage on one microbatch: they become one compiled call."""
+    """Consecutive actions of one stage that become one compiled call."""
 
     stage: int
     kinds: tuple[Kind, ...]
-    microbatch: int
+    microbatches: tuple[int, ...]
+
+
+class Waiting(NamedTuple):
+    """What a stage holds between two iterations, as the batches it belongs to, oldest first.
+
+    Attributes:
+        messages: handed on by the stage below, and not yet used.
+        residuals: forwarded, with the backward still to come.
+        errors: handed back by the stage above, and not yet used.
+    """
+
+    messages: range
+    residuals: range
+    errors: range
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
     """The order in which one global batch goes through the stages.
+
+    A delayed schedule is one iteration that repeats: every stage acts once of each kind, on a batch
+    that entered some iterations ago.
 
     Attributes:
         name: name under which it was built.
@@ -50,6 +67,7 @@ class Schedule:
         num_microbatches: M.
         actions: every action in the order in which the host dispatches them.
         local: whether the stages exchange no backward messages (local objectives).
+        delayed: whether what an action needs may come from an earlier iteration.
     """
 
     name: str
@@ -57,13 +75,49 @@ class Schedule:
     num_microbatches: int
     actions: tuple[Action, ...]
     local: bool = False
+    delayed: bool = False
 
     def calls(self) -> Iterator[Call]:
-        """Yields the actions with neighbours of one stage and microbatch joined."""
-        for (stage, microbatch), run in itertools.groupby(
-            self.actions, key=lambda action: (action.stage, action.microbatch)
-        ):
-            yield Call(stage, tuple(action.kind for action in run), microbatch)
+        """Yields the actions with neighbours of one stage joined.
+
+        Joined are those on one microbatch, and those that a step of their stage precedes.
+        """
+        run: list[Action] = []
+        for action in self.actions:
+            if run and not _joins(run[-1], action):
+                yield _call(run)
+                run = []
+            run.append(action)
+        if run:
+            yield _call(run)
+
+    @property
+    def overlapping(self) -> bool:
+        """Whether stages hold something between two iterations."""
+        return any(action.microbatch < 0 for action in self.actions)
+
+    @property
+    def latency(self) -> int:
+        """Iterations between a batch's entry and its end at the last stage."""
+        last = Action(self.num_stages - 1, Kind.FORWARD, 0)
+        return -min(a.microbatch for a in self.actions if a[:2] == last[:2] and a.microbatch <= 0)
+
+    @property
+    def depth(self) -> int:
+        """Iterations after its entry in which a batch still trains a stage."""
+        return -min(0, *(action.microbatch for action in self.actions))
+
+    def waiting(self, stage: int) -> Waiting:
+        """What a stage holds when an iteration begins; nothing where nothing overlaps."""
+        if not self.overlapping:
+            return Waiting(range(0), range(0), range(0))
+        at = {(action.stage, action.kind): action.microbatch for action in self.actions}
+        forward, backward = at[stage, Kind.FORWARD], at[stage, Kind.BACKWARD]
+        return Waiting(
+            messages=range(forward, at.get((stage - 1, Kind.FORWARD), forward)),
+            residuals=range(backward, forward),
+            errors=range(backward, at.get((stage + 1, Kind.BACKWARD), backward)),
+        )
 
     def validate(self) -> "Schedule":
         """Proves that every action's inputs exist when it is dispatched.
@@ -90,16 +144,24 @@ class Schedule:
         stage, kind, microbatch = action
         if not 0 <= stage < self.num_stages:
             return f"names a stage outside 0..{self.num_stages - 1}"
-        if not 0 <= microbatch < self.num_microbatches:
+        if not self.delayed and not 0 <= microbatch < self.num_microbatches:
             return f"names a microbatch outside 0..{self.num_microbatches - 1}"
-        if action in done:
+        if self.delayed and microbatch > 0:
+            return "names a batch that has not entered yet"
+        if action in done or (self.delayed and any(each[:2] == action[:2] for each in done)):
             return "stands twice"
         for needed in self._inputs(action):
-            if needed not in done:
+            if needed not in done and not self._earlier(needed):
                 return f"comes before {needed}"
-        if kind is not Kind.STEP and self._last_step(stage) in done:
+        if not self.delayed and kind is not Kind.STEP and self._last_step(stage) in done:
             return f"comes after {self._last_step(stage)}"
         return None
+
+    def _earlier(self, needed: Action) -> bool:
+        """Whether an earlier iteration of a delayed schedule has done what is needed."""
+        return self.delayed and any(
+            each[:2] == needed[:2] and each.microbatch > needed.microbatch for each in self.actions
+        )
 
     def _last_step(self, stage: int) -> Action:
         return Action(stage, Kind.STEP, self.num_microbatches - 1)
@@ -113,12 +175,18 @@ class Schedule:
             yield Action(stage, Kind.FORWARD, microbatch)
             if not self.local and stage < self.num_stages - 1:
                 yield Action(stage + 1, Kind.BACKWARD, microbatch)
+        elif self.delayed:
+            yield Action(stage, Kind.BACKWARD, microbatch)
         else:
             for each in range(self.num_microbatches):
                 yield Action(stage, Kind.BACKWARD, each)
 
     def _complete(self) -> Iterator[Action]:
         for stage in range(self.num_stages):
+            if self.delayed:
+                acts = {action.kind: action for action in self.actions if action.stage == stage}
+                yield from (acts.get(kind, Action(stage, kind, 0)) for kind in Kind)
+                continue
             for microbatch in range(self.num_microbatches):
                 yield Action(stage, Kind.FORWARD, microbatch)
                 yield Action(stage, Kind.BACKWARD, microbatch)
@@ -142,3 +210,17 @@ class Schedule:
             cells = " ".join(row.get(tick, ".").ljust(width) for tick in range(ticks))
             lines.append(f"stage {stage} | {cells.rstrip()}")
         return "\n".join(lines)
+
+
+def _joins(before: Action, action: Action) -> bool:
+    return before.stage == action.stage and (
+        before.microbatch == action.microbatch or before.kind is Kind.STEP
+    )
+
+
+def _call(run: list[Action]) -> Call:
+    return Call(
+        run[0].stage,
+        tuple(action.kind for action in run),
+        tuple(action.microbatch for action in run),
+    )
