@@ -38,7 +38,7 @@ def check_options(*, seed: Any, dtype: Any, boundaries: Any, transform: Any) -> 
         raise TypeError(f"transform is a {type(transform).__name__}: a function is needed")
     if dtype is not None and not _is_floating(dtype):
         raise ValueError(f"dtype is {dtype!r}: a floating-point dtype such as bfloat16 is needed")
-    if boundaries is not None and not (
+    if not isinstance(boundaries, str | None) and not (
         isinstance(boundaries, Sequence) and all(isinstance(each, Integral) for each in boundaries)
     ):
         raise ValueError(f"boundaries {boundaries!r} are no sequence of block indices")

@@ -1,11 +1,13 @@
 """From a model and a method to the units of a run."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 
 from jdecouple.methods import Method
@@ -21,11 +23,18 @@ from jdecouple.routes import Message, Route, Stage, Unit
 from jdecouple.routes.stage import Transform
 
 
-class Shapes(NamedTuple):
-    """Shapes of what crosses stage boundaries, and names of what is measured."""
+class Built(NamedTuple):
+    """The units of a run.
 
-    messages: tuple[Message, ...]
-    metrics: tuple[str, ...]
+    Attributes:
+        units: every block with its head.
+        inputs: shapes of every block's input.
+        num_classes: width of the logits.
+    """
+
+    units: tuple[Unit, ...]
+    inputs: tuple[Any, ...]
+    num_classes: int
 
 
 def abstract(tree: Any) -> Any:
@@ -93,13 +102,10 @@ def build_units(
     num_classes: int | None,
     seed: int,
     dtype: Any,
-) -> tuple[tuple[Unit, ...], int]:
+) -> Built:
     """Gives every block its head.
 
     The key of a head depends on the seed and the block alone, never on the partition.
-
-    Returns:
-        The units, and the number of classes.
 
     Raises:
         ValueError: a block that fails on its input, a missing classifier, one of another number
@@ -136,7 +142,7 @@ def build_units(
         if head is None and method.route.local:
             raise ValueError(f"method {method.name} gives block {index} no loss of its own")
         units.append(Unit.build(index, block, head, dtype))
-    return tuple(units), num_classes
+    return Built(tuple(units), (message["x"], *outputs[:-1]), num_classes)
 
 
 def split_blocks(
@@ -187,22 +193,54 @@ def unit_costs(units: tuple[Unit, ...], route: Route, message: Message) -> list[
     return costs
 
 
-def message_shapes(stages: Sequence[Stage], route: Route, batch: Message) -> Shapes:
-    """Shapes of the message that every stage receives, by abstract evaluation alone."""
-    message = abstract(dict(batch))
-    messages, names = [], []
-    tick = jax.ShapeDtypeStruct((2,), jnp.int32)
+def build_stages(
+    built: Built,
+    boundaries: Sequence[int],
+    received: Message,
+    prepared: Message,
+    optimizers: Sequence[optax.GradientTransformation],
+    **common: Any,
+) -> tuple[Stage, ...]:
+    """Cuts the units into stages.
+
+    Args:
+        built: the units.
+        boundaries: index of the first block of every stage.
+        received: shapes of a microbatch.
+        prepared: shapes of a microbatch after the transform.
+        optimizers: of every stage.
+        **common: `seed`, `num_microbatches` and `transform` of every stage.
+    """
+    stages = []
+    for k, (start, end) in enumerate(itertools.pairwise((*boundaries, len(built.units)))):
+        message = {**prepared, "x": built.inputs[start]} if k else received
+        if any(unit.has_loss for unit in built.units[:start]):
+            message["loss"] = jax.ShapeDtypeStruct((), jnp.float32)
+        stages.append(
+            Stage(
+                index=k,
+                num_stages=len(boundaries),
+                units=built.units[start:end],
+                optimizer=optimizers[k],
+                message=message,
+                **common,
+            )
+        )
+    return tuple(stages)
+
+
+def metric_names(stages: Sequence[Stage], route: Route) -> tuple[str, ...]:
+    """Names of the metrics of all blocks, by abstract evaluation alone."""
+    names: list[str] = []
     for stage in stages:
-        messages.append(message)
-
-        def forward(state, message, tick, stage=stage):
-            prepared = stage.prepare(message, tick, True)
-            _, metrics, _, out = route.forward(stage, state, prepared, tick)
-            return metrics, out
-
-        metrics, message = jax.eval_shape(forward, jax.eval_shape(stage.initial), message, tick)
+        metrics = jax.eval_shape(
+            lambda state, message, tick, stage=stage: route.forward(stage, state, message, tick)[1],
+            jax.eval_shape(stage.initial),
+            stage.message,
+            jax.ShapeDtypeStruct((2,), jnp.int32),
+        )
         names += [name for name in metrics if name.startswith("block_")]
-    return Shapes(tuple(messages), tuple(names))
+    return tuple(names)
 
 
 def _param_dtype(block: nnx.Module) -> Any:

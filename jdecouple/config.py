@@ -22,6 +22,8 @@ LEARNING_RATE = {
     "decay_epochs": (),  # of step_decay
     "decay_factor": 0.1,
     "per_epoch": False,  # move the rate once an epoch, as the papers' code does
+    "warmup_epochs": 0.0,  # over which the rate rises to its schedule
+    "warmup_start": 0.01,  # share of the rate that it rises from
 }
 _MOST = 2**31 - 1
 _SIZES = (
@@ -34,6 +36,8 @@ _NUMBERS = (
     ("optimizer.learning_rate", 0, True, sys.float_info.max),
     ("optimizer.end_learning_rate", 0, False, sys.float_info.max),
     ("optimizer.decay_factor", 0, True, sys.float_info.max),
+    ("optimizer.warmup_epochs", 0, False, _MOST),
+    ("optimizer.warmup_start", 0, False, 1),
     ("data.label_noise", 0, False, 1),
     ("data.validation", 0, False, 1),
 )
@@ -84,6 +88,7 @@ def default() -> ConfigDict:
             "mesh": {"stages": placeholder(int), "data": 1},  # stages None: as devices allow
             "num_stages": placeholder(int),  # None: mesh.stages
             "boundaries": placeholder(tuple),  # blocks at which stages begin; None: balanced
+            "split": placeholder(str),  # or a published split of the model, such as "fdg"
             "max_in_flight": placeholder(int),
             "batch_size": 128,
             "epochs": 1,
@@ -178,6 +183,8 @@ def validate(config: Mapping[str, Any]) -> ConfigDict:
     for key, least, excluded, most in _NUMBERS:
         _number(complete, key, least, excluded, most)
     _numbers(complete, "boundaries", int)
+    if complete.split is not None and complete.boundaries is not None:
+        raise ConfigError("config.split and config.boundaries are both set: give one of them")
     _numbers(complete, "optimizer.decay_epochs", (int, float))
     pieces = complete.microbatches * complete.mesh.data
     if complete.batch_size % pieces:
@@ -201,12 +208,13 @@ def identity(config: ConfigDict) -> dict[str, Any]:
     return json.loads(json.dumps(found))
 
 
-def check_identity(config: ConfigDict, before: Mapping[str, Any]) -> None:
-    """Raises ConfigError unless `before` is the identity of a run that `config` may continue."""
-    for key, value in identity(config).items():
+def check_identity(now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+    """Raises ConfigError unless a run of the identity `before` may go on as one of `now`."""
+    for key, value in now.items():
         if before.get(key) != value:
+            label = f"config.{key}" if key in (*_IDENTITY, "boundaries") else key
             raise ConfigError(
-                f"the workdir holds a run with config.{key} = "
+                f"the workdir holds a run with {label} = "
                 f"{_difference(before.get(key), value)}: choose another workdir, or the same value"
             )
 

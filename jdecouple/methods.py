@@ -1,7 +1,8 @@
 """The table of methods: an objective and a route each."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from jdecouple.objectives import (
     CrossEntropy,
@@ -9,7 +10,7 @@ from jdecouple.objectives import (
     Objective,
     SupervisedContrastive,
 )
-from jdecouple.routes import Local, Route, Synchronous
+from jdecouple.routes import Delayed, Local, Route, Synchronous
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +34,42 @@ class Method:
             raise ValueError(f"init is {self.init!r}: allowed are flax, torch")
 
 
-# name: objective, route, source
-_METHODS: dict[str, tuple[type, type, str]] = {
-    "bp": (CrossEntropy, Synchronous, "end-to-end backpropagation"),
-    "deinforeg": (InformationRegularization, Local, "arXiv:2506.18193"),
-    "scpl": (SupervisedContrastive, Local, "arXiv:2602.00062"),
+class _Row(NamedTuple):
+    objective: type
+    route: type
+    source: str
+    fixed: Mapping[str, Any] = {}
+    """Arguments of the route that make the method what it is."""
+    options: Mapping[str, Any] = {}
+    """Arguments of the route that a caller may set, with the method's defaults."""
+
+
+_METHODS: dict[str, _Row] = {
+    "bp": _Row(CrossEntropy, Synchronous, "end-to-end backpropagation"),
+    "deinforeg": _Row(InformationRegularization, Local, "arXiv:2506.18193"),
+    "scpl": _Row(SupervisedContrastive, Local, "arXiv:2602.00062"),
+    "ddg": _Row(CrossEntropy, Delayed, "arXiv:1804.10574", {"forward_pass": "locked"}),
+    "fr": _Row(
+        CrossEntropy,
+        Delayed,
+        "arXiv:1807.04511",
+        {"forward_pass": "locked", "replay": True},
+        {"first_stage_lr_scale": 1.0},
+    ),
+    "fdg": _Row(
+        CrossEntropy,
+        Delayed,
+        "arXiv:1906.09108",
+        {"forward_pass": "pipelined"},
+        {"beta": 1.0, "current_weights": False},
+    ),
+    "adl": _Row(
+        CrossEntropy,
+        Delayed,
+        "arXiv:2012.03747",
+        {"forward_pass": "pipelined"},
+        {"accumulate": 4, "beta": 1.0, "accumulate_mean": False},
+    ),
 }
 
 
@@ -46,7 +78,7 @@ def names() -> tuple[str, ...]:
     return tuple(_METHODS)
 
 
-def _row(name: str) -> tuple[type, type, str]:
+def _row(name: str) -> _Row:
     if name not in _METHODS:
         raise ValueError(f"unknown method {name!r}: allowed are {', '.join(_METHODS)}")
     return _METHODS[name]
@@ -54,7 +86,7 @@ def _row(name: str) -> tuple[type, type, str]:
 
 def source(name: str) -> str:
     """Where a method was published."""
-    return _row(name)[2]
+    return _row(name).source
 
 
 def arguments(name: str) -> dict[str, Any]:
@@ -63,9 +95,9 @@ def arguments(name: str) -> dict[str, Any]:
     Raises:
         ValueError: unknown method.
     """
-    objective, route, _ = _row(name)
-    fields = [*_fields(objective), *_fields(route)]
-    return {**{field.name: field.default for field in fields}, "init": Method.init}
+    row = _row(name)
+    fields = dataclasses.fields(row.objective)
+    return {**{field.name: field.default for field in fields}, **row.options, "init": Method.init}
 
 
 def get(name: str, *, init: str = "flax", **arguments: Any) -> Method:
@@ -80,19 +112,14 @@ def get(name: str, *, init: str = "flax", **arguments: Any) -> Method:
         ValueError: an unknown method, or an argument out of range.
         TypeError: an argument that the method does not have.
     """
-    objective, route, _ = _row(name)
-    parts = []
-    for part in (objective, route):
-        accepted = {field.name for field in _fields(part)}
-        parts.append(part(**{key: arguments.pop(key) for key in accepted & arguments.keys()}))
-    if arguments:
-        allowed = [field.name for part in (objective, route) for field in _fields(part)]
-        raise TypeError(
-            f"method {name} takes no argument {sorted(arguments)[0]!r}: "
-            f"allowed are {', '.join([*allowed, 'init'])}"
-        )
-    return Method(name, parts[0], parts[1], init)
-
-
-def _fields(part: type) -> list[dataclasses.Field]:
-    return [field for field in dataclasses.fields(part) if field.init]
+    row = _row(name)
+    own = [field.name for field in dataclasses.fields(row.objective)]
+    for key in arguments:
+        if key not in (*own, *row.options):
+            raise TypeError(
+                f"method {name} takes no argument {key!r}: "
+                f"allowed are {', '.join([*own, *row.options, 'init'])}"
+            )
+    objective = {key: arguments[key] for key in own if key in arguments}
+    route = {key: arguments.get(key, default) for key, default in row.options.items()}
+    return Method(name, row.objective(**objective), row.route(**row.fixed, **route), init)

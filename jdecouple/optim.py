@@ -9,6 +9,7 @@ from numbers import Integral, Real
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import optax
 
 Schedule: TypeAlias = Callable[[Any], Any]
@@ -144,6 +145,34 @@ def step_decay(base: float, boundaries: Sequence[int], factor: float) -> Schedul
     return optax.piecewise_constant_schedule(base, dict.fromkeys(boundaries, factor))
 
 
+def warmup(schedule: Schedule, steps: int, start: float = 0.01) -> Schedule:
+    """`schedule` times a factor that rises linearly over the first `steps` steps to 1.
+
+    The factor of step n (from 0) is start + (1 - start) (n + 1) / steps, as in ADL
+    (arXiv 2012.03747), which warms up from 0.01 over 5 epochs.
+
+    Raises:
+        ValueError: `steps` is not a positive integer, or `start` is outside [0, 1).
+    """
+    _check_steps(steps=steps)
+    _check_fractions(start=start)
+
+    def warmed(count: Any) -> Any:
+        return schedule(count) * jnp.minimum(start + (1 - start) * (count + 1) / steps, 1.0)
+
+    return warmed
+
+
+def every(schedule: Schedule, passes: int) -> Schedule:
+    """`schedule`, whose steps are backward passes, for an optimiser that steps at each `passes`-th.
+
+    Raises:
+        ValueError: `passes` is not a positive integer.
+    """
+    _check_steps(passes=passes)
+    return schedule if passes == 1 else lambda count: schedule(count * passes)
+
+
 def per_epoch(schedule: Schedule, steps_per_epoch: int) -> Schedule:
     """`schedule` read at the start of each epoch and held, as the papers' code does.
 
@@ -228,6 +257,7 @@ __all__ = [
     "adam",
     "constant",
     "cosine",
+    "every",
     "get",
     "get_schedule",
     "lars",
@@ -236,4 +266,5 @@ __all__ = [
     "schedule_names",
     "sgd",
     "step_decay",
+    "warmup",
 ]

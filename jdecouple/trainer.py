@@ -1,7 +1,6 @@
 """The Trainer: a model, a method, an optimiser and a mesh, joined."""
 
 import dataclasses
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -15,17 +14,17 @@ from flax import nnx
 from jdecouple import schedules
 from jdecouple._checks import check_batch, check_counts, check_like, check_options, check_type
 from jdecouple.assembly import (
-    Shapes,
     abstract,
+    build_stages,
     build_units,
-    message_shapes,
+    metric_names,
     model_input,
     split_blocks,
 )
 from jdecouple.evaluation import Evaluator
 from jdecouple.methods import Method
 from jdecouple.models import Model
-from jdecouple.pipeline import Executor, Seat, as_stage_mesh, gather, make_mesh, spread
+from jdecouple.pipeline import Executor, Seat, as_stage_mesh, gather, make_mesh, spread, waiting
 from jdecouple.routes import Message, Stage
 from jdecouple.routes.stage import Transform
 
@@ -37,7 +36,8 @@ class State:
 
     Attributes:
         step: batches dispatched so far.
-        stages: state of every stage ("params", "stats", "opt"); None for the stages of other
+        stages: state of every stage ("params", "stats", "opt", and with a delayed method
+            "waiting"); None for the stages of other
             processes. `Trainer.step` donates it: keep the returned state, not the old one.
     """
 
@@ -66,7 +66,7 @@ class Trainer:
         optimizer: optax.GradientTransformation,
         *,
         num_stages: int | None = None,
-        boundaries: Sequence[int] | None = None,
+        boundaries: Sequence[int] | str | None = None,
         mesh: Any = None,
         microbatches: int = 1,
         schedule: str = "auto",
@@ -85,8 +85,9 @@ class Trainer:
             method: a row of `jdecouple.methods`.
             optimizer: an optax transformation; every block gets a state of its own.
             num_stages: K; by default the number of boundaries, else the mesh's.
-            boundaries: block indices at which a stage begins; by default a split that
-                balances the stages' floating-point operations.
+            boundaries: block indices at which a stage begins, or the name of one of the
+                model's published splits; by default a split that balances the stages'
+                floating-point operations.
             mesh: `jdecouple.make_mesh(...)`, or a `jax.sharding.Mesh` with the axes `stage`
                 and `data`; by default the first `num_stages` devices.
             microbatches: M; parts that the batch is cut into. Losses and BatchNorm
@@ -119,7 +120,7 @@ class Trainer:
             max_in_flight=max_in_flight,
         )
         check_options(seed=seed, dtype=dtype, boundaries=boundaries, transform=transform)
-        if num_stages is None and boundaries is not None:
+        if num_stages is None and not isinstance(boundaries, str | None):
             num_stages = len(boundaries) + (not boundaries or boundaries[0] != 0)
         grid = as_stage_mesh(make_mesh(num_stages or 1) if mesh is None else mesh)
         if num_stages is None:
@@ -130,31 +131,34 @@ class Trainer:
         self.microbatches = microbatches
         self._replicas = grid.shape["data"]
         self._example = abstract(dict(example))
-        prepared = model_input(self._split(self._example)[0], transform)
-        units, self.num_classes = build_units(model, method, prepared, num_classes, seed, dtype)
+        received = self._split(self._example)[0]
+        prepared = model_input(received, transform)
+        built = build_units(model, method, prepared, num_classes, seed, dtype)
+        self.num_classes = built.num_classes
         check_batch(example, self.num_classes)
-        self.boundaries = split_blocks(units, method.route, prepared, num_stages, boundaries)
-        self.stages = tuple(
-            Stage(
-                index=k,
-                num_stages=num_stages,
-                units=units[start:end],
-                optimizer=optimizer,
-                seed=seed,
-                num_microbatches=microbatches,
-                transform=transform,
-            )
-            for k, (start, end) in enumerate(itertools.pairwise((*self.boundaries, len(units))))
+        if isinstance(boundaries, str):
+            boundaries = model.boundaries(boundaries, num_stages)
+        route = method.route
+        self.boundaries = split_blocks(built.units, route, prepared, num_stages, boundaries)
+        self.stages = build_stages(
+            built,
+            self.boundaries,
+            received,
+            prepared,
+            [route.optimizer(k, optimizer) for k in range(num_stages)],
+            seed=seed,
+            num_microbatches=microbatches,
+            transform=transform,
         )
         self.seats = tuple(Seat.on(row) for row in spread(grid.rows, num_stages))
-        self.schedule = schedules.build(
-            method.route.schedule if schedule == "auto" else schedule, num_stages, microbatches
-        )
-        if self.schedule.local != method.route.local:
+        if schedule != "auto" and schedule not in route.schedules:
             raise ValueError(
                 f"schedule {schedule!r} does not fit method {method.name}: "
-                f"its route runs {method.route.schedule!r}"
+                f"allowed are auto, {', '.join(route.schedules)}"
             )
+        self.schedule = schedules.build(
+            route.schedules[0] if schedule == "auto" else schedule, num_stages, microbatches
+        )
         together = all(seat.devices == self.seats[0].devices for seat in self.seats)
         if fuse and not together:
             raise ValueError("fuse=True needs all stages on the same devices")
@@ -163,9 +167,8 @@ class Trainer:
         self._executor = Executor(
             stages=self.stages,
             seats=self.seats,
-            route=method.route,
+            route=route,
             schedule=self.schedule,
-            shapes=lambda: self._shapes.messages,
             fuse=fuse,
             max_in_flight=max_in_flight,
         )
@@ -173,19 +176,29 @@ class Trainer:
             self.stages, self.seats, self._example, fuse=fuse, max_in_flight=max_in_flight
         )
 
+    @property
+    def latency(self) -> int:
+        """Iterations by which metrics are late: those of step t are of batch t - latency."""
+        return self.schedule.latency
+
     def init(self) -> State:
-        """Initial state: the weights of the model's blocks and of the heads, step 0."""
-        return State(
-            0,
-            tuple(
-                seat.place(stage.initial(), own=True) if seat.mine else None
-                for stage, seat in zip(self.stages, self.seats, strict=True)
-            ),
-        )
+        """Initial state: the weights of the model's blocks and of the heads, step 0.
+
+        The queues of a delayed method are there from the start, full of zeros that nothing uses.
+        """
+        stages = []
+        for k, (stage, seat) in enumerate(zip(self.stages, self.seats, strict=True)):
+            empty = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), self._waiting(k))
+            stages.append(self._place(k, {**stage.initial(), **empty}) if seat.mine else None)
+        return State(0, tuple(stages))
 
     def abstract(self) -> State:
         """Shapes and dtypes of the state of all stages, without allocating it."""
-        return State(0, tuple(jax.eval_shape(stage.initial) for stage in self.stages))
+        shapes = [
+            {**jax.eval_shape(stage.initial), **self._waiting(k)}
+            for k, stage in enumerate(self.stages)
+        ]
+        return State(0, tuple(shapes))
 
     def arrays(self, state: State) -> dict[str, Any]:
         """The state's arrays by names that do not depend on the partition.
@@ -212,11 +225,10 @@ class Trainer:
             arrays: by the names of `arrays`, from a trainer of any partition.
         """
         stages = []
-        for stage, seat in zip(self.stages, self.seats, strict=True):
-            shapes = jax.eval_shape(stage.initial)
+        for k, (stage, shapes) in enumerate(zip(self.stages, self.abstract().stages, strict=True)):
             leaves = [arrays[name] for name in _names(stage, shapes)]
             values = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
-            stages.append(seat.place(values, own=True) if seat.mine else None)
+            stages.append(self._place(k, values) if self.seats[k].mine else None)
         return State(step, tuple(stages))
 
     def put(self, batch: Mapping[str, Any]) -> PlacedBatch:
@@ -258,6 +270,35 @@ class Trainer:
             metrics |= each or {}
         return State(state.step + 1, stages), metrics
 
+    def finish(self, state: State) -> State:
+        """Applies what a delayed method still has queued; other methods have nothing.
+
+        The stages go on without new batches until every batch has trained every stage. A step
+        after it fills them again from empty. Gradients that `accumulate` has not yet completed to
+        a step stay in the optimiser's state.
+
+        Args:
+            state: current state; donated.
+
+        Returns:
+            The state with empty queues, at the same step.
+        """
+        if not self.schedule.overlapping:
+            return state
+        seat, stages = self.seats[0], state.stages
+        nothing = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), self._example)
+        parts = [seat.place(part) if seat.mine else None for part in self._split(nothing)]
+        for late in range(self.schedule.depth):
+            stages, _ = self._executor.run(stages, parts, state.step + late, end=state.step)
+        since = np.int32(state.step)
+        return State(
+            state.step,
+            tuple(
+                values and {**values, **self._place(k, {"since": since})}
+                for k, values in enumerate(stages)
+            ),
+        )
+
     def wait(self, state: State) -> None:
         """Blocks until everything that was dispatched has run."""
         self._executor.wait(state.stages)
@@ -285,7 +326,7 @@ class Trainer:
     def gather_metrics(self, metrics: Mapping[str, Any]) -> dict[str, float]:
         """Metrics of all processes as floats; every process calls it."""
         values = {name: float(value) for name, value in metrics.items()}
-        blocks = gather(values, self._shapes.metrics)
+        blocks = gather(values, self._metric_names)
         losses = [value for name, value in blocks.items() if name.endswith("/loss")]
         exits = [value for name, value in blocks.items() if name.endswith("/accuracy")]
         return {"loss": sum(losses), **({"accuracy": exits[-1]} if exits else {}), **blocks}
@@ -309,9 +350,21 @@ class Trainer:
         return [head for _, head in self._pairs(state)]
 
     @cached_property
-    def _shapes(self) -> Shapes:
-        part = self._split(self._example)[0]
-        return message_shapes(self.stages, self.method.route, part)
+    def _metric_names(self) -> tuple[str, ...]:
+        return metric_names(self.stages, self.method.route)
+
+    def _waiting(self, index: int) -> Any:
+        return waiting.shapes(self.schedule, self.method.route, self.stages, index)
+
+    def _place(self, index: int, values: Any) -> Any:
+        """Puts (parts of) the state of a stage on its devices."""
+        seat, size = self.seats[index], self.stages[index].message["label"].shape[0]
+        queues = {key: values[key] for key in values if key == "waiting"}
+        others = {key: values[key] for key in values if key != "waiting"}
+        return {
+            **seat.place(others, own=True, sharding=lambda leaf: seat.replicated),
+            **seat.place(queues, own=True, sharding=lambda leaf: seat.waiting(leaf, size)),
+        }
 
     def _pairs(self, state: State) -> list[tuple[nnx.Module | None, nnx.Module | None]]:
         pairs: list[tuple[nnx.Module | None, nnx.Module | None]] = []
@@ -353,6 +406,10 @@ def _names(stage: Stage, values: Any) -> list[str]:
     """Names of the leaves of a stage's state, in the order of its leaves."""
     names = []
     for path, _ in jax.tree_util.tree_leaves_with_path(values):
-        kind, unit, *rest = (jax.tree_util.keystr((key,), simple=True) for key in path)
-        names.append("/".join([f"block_{stage.units[int(unit)].index}", kind, *rest]))
+        kind, *rest = (jax.tree_util.keystr((key,), simple=True) for key in path)
+        owner = f"stage_{stage.index}"
+        if kind in ("params", "stats", "opt"):
+            unit, *rest = rest
+            owner = f"block_{stage.units[int(unit)].index}"
+        names.append("/".join([owner, kind, *rest]))
     return names

@@ -67,9 +67,9 @@ def build(config: ConfigDict | Mapping) -> Run:
         trainer = Trainer(
             model,
             method,
-            _optimizer(config, total_steps, steps_per_epoch),
+            _optimizer(config, total_steps, steps_per_epoch, method.route.accumulate),
             num_stages=config.num_stages,
-            boundaries=config.boundaries,
+            boundaries=config.boundaries if config.split is None else config.split,
             mesh=make_mesh(stages, replicas),
             microbatches=config.microbatches,
             schedule=config.schedule,
@@ -200,6 +200,8 @@ class _Loop:
         rows = jax.device_get([metrics for _, metrics in self._pending])
         self._pending = []
         for step, row in zip(steps, rows, strict=True):
+            if step <= self._trainer.latency:  # no batch has reached the loss yet
+                continue
             self._means.add(row)
             if not np.isfinite(row["loss"]):
                 bad = [
@@ -263,7 +265,7 @@ class _Loop:
         extra = {
             "iterator": iterator,
             "means": self._means.state,
-            "identity": configuration.identity(self._config),
+            "identity": _identity(self._run),
         }
         with _one_line():
             self._checkpoints.save(state.step, arrays, extra, accuracy)
@@ -277,10 +279,10 @@ class _Loop:
 
 def _restore(run: Run, checkpoints: Checkpointer) -> tuple[State, dict[str, Any] | None]:
     """The state to begin with, and what the checkpoint says of it."""
-    mine = configuration.identity(run.config)
+    mine = _identity(run)
     found = [extra.get("identity", {}) for extra in checkpoints.extras().values()]
     if found and mine not in found:
-        configuration.check_identity(run.config, found[-1])
+        configuration.check_identity(mine, found[-1])
     restored = checkpoints.restore(
         run.trainer.arrays(run.trainer.abstract()),
         accept=lambda extra: None if extra.get("identity") == mine else "it is another run's",
@@ -294,6 +296,17 @@ def _restore(run: Run, checkpoints: Checkpointer) -> tuple[State, dict[str, Any]
     return run.trainer.with_arrays(restored.step, restored.tree), restored.extra
 
 
+def _identity(run: Run) -> dict[str, Any]:
+    """What makes a run what it is; a delayed method also depends on where the stages begin.
+
+    Its queues hold what JAX's differentiation left, which another version may lay out otherwise.
+    """
+    found = configuration.identity(run.config)
+    if run.trainer.schedule.overlapping:
+        found |= {"boundaries": list(run.trainer.boundaries), "JAX version": jax.__version__}
+    return found
+
+
 def _data_arguments(config: ConfigDict) -> dict[str, Any]:
     section = config.data
     names = ("data_dir", "download", "validation", "label_noise", "image_size")
@@ -301,7 +314,9 @@ def _data_arguments(config: ConfigDict) -> dict[str, Any]:
     return {**{name: section[name] for name in (*names, *sizes)}, "seed": config.seed}
 
 
-def _optimizer(config: ConfigDict, total_steps: int, steps_per_epoch: int) -> Any:
+def _optimizer(
+    config: ConfigDict, total_steps: int, steps_per_epoch: int, accumulate: int
+) -> Any:
     section = config.optimizer
     rate = section.learning_rate
     if section.schedule == "cosine":
@@ -313,6 +328,10 @@ def _optimizer(config: ConfigDict, total_steps: int, steps_per_epoch: int) -> An
         schedule = optim.constant(rate)
     if section.per_epoch:
         schedule = optim.per_epoch(schedule, steps_per_epoch)
+    if section.warmup_epochs:
+        steps = max(1, round(section.warmup_epochs * steps_per_epoch))
+        schedule = optim.warmup(schedule, steps, section.warmup_start)
+    schedule = optim.every(schedule, accumulate)
     allowed = configuration.optimizer_arguments(section.name)
     own = {key: section[key] for key in section if key not in configuration.LEARNING_RATE}
     return optim.get(section.name)(schedule, **chosen(own, allowed, "optimizer"))

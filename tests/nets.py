@@ -12,18 +12,25 @@ from flax import nnx
 
 import jdecouple as jd
 from jdecouple.models import layers
+from jdecouple.routes import Delayed
 
 CLASSES = 5
 FEATURES = 20
-HEADS: dict[str, dict[str, Any]] = {
+ARGUMENTS: dict[str, dict[str, Any]] = {
     "deinforeg": {"projector": "8"},
     "scpl": {"hidden": 16, "features": 8},
+    "adl": {"accumulate": 2},
 }
 
 
 def method(name: str, **arguments: Any) -> jd.methods.Method:
-    """A method with heads that compile quickly."""
-    return jd.methods.get(name, **{**HEADS.get(name, {}), **arguments})
+    """A method with heads that compile quickly, and steps that come soon."""
+    return jd.methods.get(name, **{**ARGUMENTS.get(name, {}), **arguments})
+
+
+DELAYED = [name for name in jd.methods.names() if isinstance(method(name).route, Delayed)]
+EXACT = [name for name in jd.methods.names() if name not in DELAYED]
+"""Methods whose result does not depend on the number of stages."""
 
 
 def batches(count: int = 4, size: int = 16, *, dtype: Any = np.float32) -> list[dict]:
@@ -128,10 +135,12 @@ def weights(trainer: jd.Trainer, state: Any) -> dict[str, np.ndarray]:
 def largest_error(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> float:
     """Largest difference of any entry, relative to 1 or to the entry where that is larger."""
     assert found.keys() == wanted.keys()
-    return max(
-        float(np.max(np.abs(found[k] - wanted[k]) / np.maximum(1, np.abs(wanted[k])), initial=0))
-        for k in wanted
-    )
+
+    def error(one: np.ndarray, other: np.ndarray) -> float:
+        one, other = one.astype(np.float64), other.astype(np.float64)
+        return float(np.max(np.abs(one - other) / np.maximum(1, np.abs(other)), initial=0))
+
+    return max(error(found[k], wanted[k]) for k in wanted)
 
 
 def same_bits(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> bool:

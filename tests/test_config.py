@@ -152,7 +152,7 @@ class TestIdentity:
         again.optimizer.learning_rate = 0.5
         again.data.data_dir = "/elsewhere"
         again.mesh.stages = 3
-        configuration.check_identity(again, before)
+        configuration.check_identity(configuration.identity(again), before)
 
     def test_of_an_older_version_without_a_later_argument(self):
         before = configuration.identity(default())
@@ -172,4 +172,6 @@ class TestIdentity:
     )
     def test_of_another_run(self, given):
         with pytest.raises(ConfigError, match="the workdir holds a run with config"):
-            configuration.check_identity(filled(given), configuration.identity(default()))
+            configuration.check_identity(
+                configuration.identity(filled(given)), configuration.identity(default())
+            )

@@ -69,12 +69,20 @@ def run(*arguments: Any, **options: Any) -> tuple[dict[str, np.ndarray], list[di
 def assert_close(found: tuple, wanted: tuple) -> None:
     assert nets.largest_error(found[0], wanted[0]) < TOLERANCE
     for here, there in zip(found[1], wanted[1], strict=True):
-        assert here == pytest.approx(there, rel=2e-6, abs=1e-7)  # metrics are float32
+        # Metrics are float32, and nan before a delayed pipeline is full.
+        assert here == pytest.approx(there, rel=2e-6, abs=1e-7, nan_ok=True)
 
 
 def assert_same(found: tuple, wanted: tuple) -> None:
     assert nets.same_bits(found[0], wanted[0])
-    assert found[1] == wanted[1]
+    np.testing.assert_equal(found[1], wanted[1])
+
+
+def on_one_device(name: str, net: str, stages: int) -> tuple:
+    """The same training in one call on one device; exact methods need not even have stages."""
+    if name in nets.EXACT:
+        return run(name, net)
+    return run(name, net, stages, devices=1)
 
 
 @METHODS
@@ -94,16 +102,16 @@ def test_twenty_steps_move_blocks_heads_and_statistics(name, x64):
 @METHODS
 @pytest.mark.parametrize(("stages", "data"), [(2, 1), (4, 1), (1, 2), (2, 2), (4, 2)])
 def test_pipelined_equals_sequential(name, stages, data):
-    assert_close(run(name, "augmented", stages, data), run(name, "augmented"))
+    assert_close(run(name, "augmented", stages, data), on_one_device(name, "augmented", stages))
 
 
 @METHODS
 @pytest.mark.parametrize(("stages", "data"), [(2, 1), (2, 2)])
 def test_dropout_does_not_tell_the_partition(name, stages, data):
-    assert_close(run(name, "dropout", stages, data), run(name, "dropout"))
+    assert_close(run(name, "dropout", stages, data), on_one_device(name, "dropout", stages))
 
 
-@METHODS
+@pytest.mark.parametrize("name", nets.EXACT)
 @pytest.mark.parametrize(
     ("stages", "data", "microbatches"),
     [
@@ -142,7 +150,7 @@ def test_more_stages_than_devices_fused(name):
 
 @METHODS
 def test_a_run_repeats_to_the_bit(name, x64):
-    trainer, state, metrics = trained(name, "dropout")
+    trainer, state, metrics = trained(name, "dropout", 2)
     _, batches, _ = setting("dropout")
     with nets.quick_compile():
         again, same = nets.trained(trainer, batches, STEPS)
@@ -283,7 +291,7 @@ def with_other_last_block(name: str, *, change: bool, stages: int) -> dict[str, 
 
 @METHODS
 @pytest.mark.parametrize("stages", [1, 2])
-def test_only_bp_feels_the_block_above(name, stages):
+def test_only_local_methods_ignore_the_block_above(name, stages):
     same = nets.same_bits(
         with_other_last_block(name, change=True, stages=stages),
         with_other_last_block(name, change=False, stages=stages),
@@ -339,7 +347,7 @@ def with_louder_last_head(name: str, *, louder: bool) -> dict[str, np.ndarray]:
 
 
 @METHODS
-def test_only_bp_feels_the_loss_above(name):
+def test_only_local_methods_ignore_the_loss_above(name):
     same = nets.same_bits(
         with_louder_last_head(name, louder=True), with_louder_last_head(name, louder=False)
     )

@@ -127,21 +127,26 @@ class Seat:
         """Sharding of a message's leaf: [batch, ...] over `data`, scalars everywhere."""
         return self.batched if np.ndim(leaf) else self.replicated
 
-    def place(self, tree: Any, *, own: bool = False) -> Any:
-        """Uploads a tree of host or device arrays as a message is laid out.
+    def waiting(self, leaf: Any, size: int) -> NamedSharding:
+        """Sharding of a leaf of residuals that wait; `size` examples in a microbatch."""
+        batched = leaf.ndim and leaf.shape[0] % size == 0
+        return self.batched if batched else self.replicated
+
+    def place(self, tree: Any, *, own: bool = False, sharding: Any = None) -> Any:
+        """Uploads a tree of host or device arrays.
 
         Args:
-            tree: arrays with the batch first.
-            own: replicate every leaf and never share memory with the source, as the
-                donated state of a stage needs.
+            tree: the arrays.
+            own: never share memory with the source, as the donated state of a stage needs.
+            sharding: function from a leaf to its sharding; by default that of a message.
         """
 
         def put(leaf: Any) -> jax.Array:
-            sharding = self.replicated if own else self.sharding(leaf)
+            target = (sharding or self.sharding)(leaf)
             if self.whole:
-                return jax.device_put(leaf, sharding, may_alias=False if own else None)
+                return jax.device_put(leaf, target, may_alias=False if own else None)
             value = np.asarray(leaf)
-            return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+            return jax.make_array_from_callback(value.shape, target, lambda index: value[index])
 
         return jax.tree.map(put, tree)
 

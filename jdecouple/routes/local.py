@@ -1,30 +1,32 @@
 """Local route: every block trains on its own loss behind a stop_gradient."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
+from jdecouple.routes.route import Route
 from jdecouple.routes.stage import Metrics, Stage, StageState, block_metrics, totals
 from jdecouple.routes.unit import Message
 
 
 @dataclasses.dataclass(frozen=True)
-class Local:
+class Local(Route):
     """No error crosses a block boundary, so a stage needs nothing from the stages above it.
 
     The staleness of weights and of error is zero for any number of stages: pipelined
     training equals sequential training.
     """
 
-    schedule: str = dataclasses.field(default="local", init=False)
-    local: bool = dataclasses.field(default=True, init=False)
+    local: ClassVar[bool] = True
+    schedules: ClassVar[tuple[str, ...]] = ("local",)
 
     def forward(
         self, stage: Stage, state: StageState, message: Message, tick: jax.Array
     ) -> tuple[Any, Metrics, Any, Message]:
         """Forward of every unit with its loss; the backward waits in the residuals."""
+        message = stage.prepare(message, tick, True)
         stats, residuals = [], []
         metrics: Metrics = {}
         for unit, params, unit_stats in zip(
@@ -42,10 +44,12 @@ class Local:
             residuals.append((pullback, output.loss))
             metrics |= block_metrics(unit, output, message)
             message = {**message, "x": jax.lax.stop_gradient(features)}
-        metrics, message["loss"] = totals(message, metrics)
+        metrics, message = totals(message, metrics)
         return tuple(stats), metrics, residuals, message
 
-    def backward(self, residuals: Any, cotangent: Any) -> tuple[Any, Any]:
+    def backward(
+        self, stage: Stage, state: StageState, residuals: Any, cotangent: Any, tick: jax.Array
+    ) -> tuple[Any, Any]:
         """Gradient of every unit's own loss; nothing is sent back."""
-        del cotangent
+        del stage, state, cotangent, tick
         return tuple(pullback(jnp.ones_like(loss))[0] for pullback, loss in residuals), None

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,7 @@ class Stage:
         seed: root of all random keys.
         num_microbatches: M; gradients and metrics are means over it.
         transform: augmentation, run by the first stage alone.
+        message: shapes of the message that the stage receives, one microbatch.
     """
 
     index: int
@@ -46,6 +47,7 @@ class Stage:
     seed: int
     num_microbatches: int
     transform: Transform | None
+    message: Message
 
     @property
     def is_last(self) -> bool:
@@ -104,24 +106,6 @@ class Stage:
         return {name: value / self.num_microbatches for name, value in metrics.items()}
 
 
-class Route(Protocol):
-    """How error reaches the blocks of a stage: three pure functions, one an action."""
-
-    schedule: str
-    """Name of the default schedule."""
-
-    local: bool
-    """Whether every block needs a loss of its own."""
-
-    def forward(
-        self, stage: Stage, state: StageState, message: Message, tick: jax.Array
-    ) -> tuple[Any, Metrics, Any, Message]:
-        """Returns (moved statistics, metrics, residuals for the backward, message on)."""
-
-    def backward(self, residuals: Any, cotangent: Any) -> tuple[Any, Any]:
-        """Returns (gradients of the units' parameters, message back)."""
-
-
 def add(first: Any, second: Any) -> Any:
     """Sum of two trees; None is zero."""
     if first is None:
@@ -144,14 +128,16 @@ def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return jnp.mean(jnp.argmax(logits, axis=-1) == labels, dtype=jnp.float32)
 
 
-def totals(message: Message, metrics: Metrics) -> tuple[Metrics, jax.Array]:
+def totals(message: Message, metrics: Metrics) -> tuple[Metrics, Message]:
     """Adds the sums over all blocks so far; they travel with the message.
 
     Returns:
-        The metrics with "loss" (and "accuracy" where the stage has an exit), and the loss
-        that the message takes along.
+        The metrics with "loss" (and "accuracy" where the stage has an exit), and the message with
+        the "loss" that it takes along, if any block so far has one.
     """
     losses = [value for name, value in metrics.items() if name.endswith("/loss")]
     loss = sum(losses, message.get("loss", jnp.zeros((), jnp.float32)))
     exits = [value for name, value in metrics.items() if name.endswith("/accuracy")]
-    return {**metrics, "loss": loss, **({"accuracy": exits[-1]} if exits else {})}, loss
+    if losses or "loss" in message:
+        message = {**message, "loss": loss}
+    return {**metrics, "loss": loss, **({"accuracy": exits[-1]} if exits else {})}, message

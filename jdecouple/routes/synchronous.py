@@ -1,57 +1,74 @@
 """Synchronous route: exact backpropagation, cut into the backward passes of the stages."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
+from jdecouple.routes.route import Route
 from jdecouple.routes.stage import Metrics, Stage, StageState, block_metrics, totals
 from jdecouple.routes.unit import Message
 
 
 @dataclasses.dataclass(frozen=True)
-class Synchronous:
+class Synchronous(Route):
     """Every stage waits for the error of the stage above it; weights and error are never stale.
 
     Losses may stand at any block; their gradients flow end to end.
     """
 
-    schedule: str = dataclasses.field(default="sequential", init=False)
-    local: bool = dataclasses.field(default=False, init=False)
+    schedules: ClassVar[tuple[str, ...]] = ("sequential",)
 
     def forward(
         self, stage: Stage, state: StageState, message: Message, tick: jax.Array
     ) -> tuple[Any, Metrics, Any, Message]:
         """Forward of the whole stage; the residuals hold its vector-Jacobian product."""
+        return linearize(stage, state, message, tick)
 
-        def run(params, x):
-            loss = jnp.zeros((), jnp.float32)
-            stats: list[Any] = []
-            metrics: Metrics = {}
-            for unit, unit_params, unit_stats in zip(
-                stage.units, params, state["stats"], strict=True
-            ):
-                here = {**message, "x": x}
-                x, output, moved = unit.train(unit_params, unit_stats, here, stage.key(unit, tick))
-                stats.append(moved)
-                if output is not None:
-                    loss = loss + output.loss
-                    metrics |= block_metrics(unit, output, here)
-            return (None if stage.is_last else x, loss), (tuple(stats), metrics, x)
-
-        if stage.index:
-            result = jax.vjp(run, state["params"], message["x"], has_aux=True)
-        else:  # the input of the model, which may be integers, gets no gradient
-            result = jax.vjp(
-                lambda params: run(params, message["x"]), state["params"], has_aux=True
-            )
-        (_, loss), pullback, (stats, metrics, x) = result
-        metrics, total = totals(message, metrics)
-        return stats, metrics, (pullback, loss), {**message, "x": x, "loss": total}
-
-    def backward(self, residuals: Any, cotangent: Any) -> tuple[Any, Any]:
+    def backward(
+        self, stage: Stage, state: StageState, residuals: Any, cotangent: Any, tick: jax.Array
+    ) -> tuple[Any, Any]:
         """Pulls the error of the stage above, and of the stage's own losses, back."""
-        pullback, loss = residuals
-        gradients, *back = pullback((cotangent, jnp.ones_like(loss)))
-        return gradients, back[0] if back else None
+        del stage, state, tick
+        return pull_back(residuals, cotangent)
+
+
+def linearize(
+    stage: Stage, state: StageState, message: Message, tick: jax.Array
+) -> tuple[Any, Metrics, tuple[Callable, jax.Array], Message]:
+    """Forward of a stage, and its linearisation: what `pull_back` takes.
+
+    Returns:
+        Moved statistics, metrics, (vector-Jacobian product, loss), the message on.
+    """
+    message = stage.prepare(message, tick, True)
+
+    def run(params, x):
+        loss = jnp.zeros((), jnp.float32)
+        stats: list[Any] = []
+        metrics: Metrics = {}
+        for unit, unit_params, unit_stats in zip(stage.units, params, state["stats"], strict=True):
+            here = {**message, "x": x}
+            x, output, moved = unit.train(unit_params, unit_stats, here, stage.key(unit, tick))
+            stats.append(moved)
+            if output is not None:
+                loss = loss + output.loss
+                metrics |= block_metrics(unit, output, here)
+        return (None if stage.is_last else x, loss), (tuple(stats), metrics, x)
+
+    if stage.index:
+        result = jax.vjp(run, state["params"], message["x"], has_aux=True)
+    else:  # the input of the model, which may be integers, gets no gradient
+        result = jax.vjp(lambda params: run(params, message["x"]), state["params"], has_aux=True)
+    (_, loss), pullback, (stats, metrics, x) = result
+    metrics, message = totals(message, metrics)
+    return stats, metrics, (pullback, loss), {**message, "x": x}
+
+
+def pull_back(linearized: tuple[Callable, jax.Array], cotangent: Any) -> tuple[Any, Any]:
+    """Gradients of the units' parameters, and of the input (None on the first stage)."""
+    pullback, loss = linearized
+    gradients, *back = pullback((cotangent, jnp.ones_like(loss)))
+    return gradients, back[0] if back else None

@@ -31,12 +31,14 @@ class Unit:
         index: index of the block in the model.
         params: trained variables by name.
         stats: all other variables (BatchNorm statistics, ...) by name, moved by the forward.
+        has_loss: whether the block has a head.
         dtype: compute dtype; parameters and activations are cast to it. None casts nothing.
     """
 
     index: int
     params: dict[str, nnx.Variable]
     stats: dict[str, nnx.Variable]
+    has_loss: bool
     dtype: Any
     _paths: dict[str, tuple]
     _keys: dict[tuple, nnx.Variable]
@@ -66,6 +68,7 @@ class Unit:
             index=index,
             params=flat(params),
             stats=flat(stats),
+            has_loss=head is not None,
             dtype=dtype,
             _paths=paths,
             _keys=dict(nnx.to_flat_state(keys)),
