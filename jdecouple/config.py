@@ -96,6 +96,7 @@ def default() -> ConfigDict:
             "eval_every": placeholder(int),  # steps; None: every epoch
             "checkpoint": {"every": placeholder(int), "keep": 3},  # None: at every evaluation
             "log_every": 50,
+            "sufficient_direction": False,  # measure it with every line of the log (fr)
             "dtype": "float32",
             "seed": 0,
         }

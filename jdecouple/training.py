@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from jdecouple import config as configuration
 from jdecouple import data, methods, models, optim, report
 from jdecouple.checkpoint import Checkpointer
 from jdecouple.config import ConfigError, chosen
+from jdecouple.diagnostics import SufficientDirection
 from jdecouple.interrupt import Interrupt
 from jdecouple.metrics import Means, MetricsWriter, Progress, plot_curves, read_metrics
 from jdecouple.pipeline import make_mesh
@@ -36,6 +37,7 @@ class Run:
     trainer: Trainer
     total_steps: int
     eval_every: int
+    diagnose: Callable[[State], dict[str, jax.Array]]
 
 
 def build(config: ConfigDict | Mapping) -> Run:
@@ -80,8 +82,9 @@ def build(config: ConfigDict | Mapping) -> Run:
             dtype=configuration.DTYPES[config.dtype],
             max_in_flight=config.max_in_flight,
         )
+        diagnose = SufficientDirection(trainer) if config.sufficient_direction else _nothing
     eval_every = config.eval_every or steps_per_epoch
-    return Run(config, dataset, trainer, total_steps, eval_every)
+    return Run(config, dataset, trainer, total_steps, eval_every, diagnose)
 
 
 def train_and_evaluate(
@@ -178,7 +181,7 @@ class _Loop:
                 log = self._closes_interval(step)
                 if save or log:
                     self._collect()
-                progress.update(step, self._log(step, prefetcher) if log else {})
+                progress.update(step, self._log(state, prefetcher) if log else {})
                 accuracy = self._evaluate(state, progress) if evaluate else None
                 if save:
                     self._save(state, prefetcher.state, accuracy)
@@ -214,9 +217,11 @@ class _Loop:
                     f"at step {step}; {self._last_good()}"
                 )
 
-    def _log(self, step: int, prefetcher: data.Prefetcher) -> dict[str, Any]:
+    def _log(self, state: State, prefetcher: data.Prefetcher) -> dict[str, Any]:
         """Writes the means since the last line; returns what the console shows."""
-        values = self._means.take()
+        step, values = state.step, self._means.take()
+        diagnosed = jax.device_get(self._run.diagnose(state))
+        values |= {name: float(value) for name, value in diagnosed.items() if np.isfinite(value)}
         since, began, had_waited = self._clock
         now, waited = time.perf_counter(), prefetcher.wait_seconds
         values["images_per_second"] = (step - since) * self._config.batch_size / (now - began)
@@ -296,6 +301,11 @@ def _restore(run: Run, checkpoints: Checkpointer) -> tuple[State, dict[str, Any]
     return run.trainer.with_arrays(restored.step, restored.tree), restored.extra
 
 
+def _nothing(state: State) -> dict[str, jax.Array]:
+    del state
+    return {}
+
+
 def _identity(run: Run) -> dict[str, Any]:
     """What makes a run what it is; a delayed method also depends on where the stages begin.
 
@@ -314,9 +324,7 @@ def _data_arguments(config: ConfigDict) -> dict[str, Any]:
     return {**{name: section[name] for name in (*names, *sizes)}, "seed": config.seed}
 
 
-def _optimizer(
-    config: ConfigDict, total_steps: int, steps_per_epoch: int, accumulate: int
-) -> Any:
+def _optimizer(config: ConfigDict, total_steps: int, steps_per_epoch: int, accumulate: int) -> Any:
     section = config.optimizer
     rate = section.learning_rate
     if section.schedule == "cosine":
