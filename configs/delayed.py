@@ -1,22 +1,21 @@
-"""CIFAR with the delayed-gradient papers' settings: --config configs/delayed.py:dataset,model,method,K.
+"""Images as the papers on delayed gradients train them: configs/delayed.py:dataset,model,method,K.
 
-Data sets: a prepared TFDS image set (cifar10, cifar100, ...; --config.data.data_dir=FOLDER), digits
-or synthetic. Models: any, those of the papers are resnet20, resnet56, resnet110, resnet18, resnet50,
-resnet101 and wrn28_10. Methods: fdg, fr, ddg, adl, and bp, which they compare with. K stages, 2 if
-left out; they share devices where there are fewer.
+Data sets: a prepared TFDS image set (cifar10, cifar100, ...; --config.data.data_dir=FOLDER),
+digits or synthetic. Models: any; those of the papers are resnet20, resnet56, resnet110, resnet18,
+resnet50, resnet101 and wrn28_10, and begin their stages where FDG's code does. Methods: fdg, fr,
+ddg, adl, and bp, which they compare with. K stages, 2 if left out, share devices where there are
+fewer.
 
 Command:   python train.py --config configs/delayed.py:cifar10,resnet56,fdg,3 --workdir runs/fdg
 Hardware:  K GPUs for the papers' 300 epochs (not measured yet); a CPU for less.
-Expected:  the papers' test errors stand in docs/methods.md; what a quarter of the width reaches on
-           two CPU cores in a few epochs is measured in bench/RESULTS.md.
+Expected:  the papers' test errors stand in docs/methods.md; what half the width of resnet20 reaches
+           on one CPU core in 4 epochs stands in bench/RESULTS.md.
 """
 
 from jdecouple import config as configuration
 from jdecouple import methods, models
 
-_PUBLISHED = (
-    *("resnet20", "resnet56", "resnet110", "resnet18", "resnet50", "resnet101", "wrn28_10"),
-)
+_PUBLISHED = ("resnet20", "resnet56", "resnet110", "resnet18", "resnet50", "resnet101", "wrn28_10")
 
 
 def get_config(arguments: str = "cifar10,resnet20,fdg,2"):

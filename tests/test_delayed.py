@@ -1,0 +1,207 @@
+"""Delayed methods: their limits, and what leaves their queues alone."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import nets
+import numpy as np
+import pytest
+
+import jdecouple as jd
+from jdecouple.objectives import CrossEntropy
+from jdecouple.routes import Delayed
+
+STEPS = 12
+DATA = nets.batches(dtype=np.float64)
+DELAYED = pytest.mark.parametrize("name", nets.DELAYED)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _double_precision_and_quick_compile():
+    with jax.enable_x64(True), nets.quick_compile():
+        yield
+
+
+def trainer(method: Any, stages: int, **options: Any) -> jd.Trainer:
+    return jd.Trainer(
+        nets.user_model(param_dtype=jnp.float64),
+        nets.method(method) if isinstance(method, str) else method,
+        jd.optim.sgd(0.1, momentum=0.9, weight_decay=1e-3),
+        **{"num_stages": stages, "example": DATA[0], **options},
+    )
+
+
+@functools.cache
+def shared(name: str) -> jd.Trainer:
+    """Three stages on three devices."""
+    return trainer(name, 3)
+
+
+def trained(method: Any, stages: int) -> tuple:
+    run = trainer(method, stages, mesh=jd.make_mesh(1))
+    state, metrics = nets.trained(run, DATA, STEPS)
+    return nets.arrays(run, state), metrics
+
+
+@functools.cache
+def backpropagated() -> tuple:
+    return trained("bp", 1)
+
+
+# --- Where nothing is late, it is backpropagation ------------------------------------------------
+
+
+@DELAYED
+def test_one_stage_is_backpropagation_to_the_bit(name):
+    method = nets.method(name, **({"accumulate": 1} if name == "adl" else {}))
+    arrays, metrics = trained(method, 1)
+    assert nets.same_bits(arrays, backpropagated()[0])
+    assert metrics == backpropagated()[1]
+
+
+@pytest.mark.parametrize("replay", [False, True])
+@pytest.mark.parametrize("stages", [2, 4])
+def test_without_delay_it_is_backpropagation(replay, stages):
+    route = Delayed("locked", backward_pass="locked", replay=replay)
+    arrays, metrics = trained(jd.methods.Method("mine", CrossEntropy(), route), stages)
+    assert nets.largest_error(arrays, backpropagated()[0]) < 1e-12
+    for here, there in zip(metrics, backpropagated()[1], strict=True):
+        assert here == pytest.approx(there, rel=2e-6)
+
+
+@DELAYED
+def test_with_delay_it_is_not(name):
+    arrays, _ = trained(name, 4)
+    wanted, _ = backpropagated()
+    weights = {key: value for key, value in arrays.items() if "/params/" in key}
+    assert nets.largest_error(weights, {key: wanted[key] for key in weights}) > 1e-3
+
+
+def test_no_delay_is_no_staleness():
+    route = Delayed("locked", backward_pass="locked")
+    assert route.schedules == ("sequential",)
+    assert {route.staleness(k, 4) for k in range(4)} == {(0, 0)}
+
+
+# --- Around the queues ---------------------------------------------------------------------------
+
+
+@DELAYED
+def test_evaluation_in_the_middle_disturbs_nothing(name):
+    run = shared(name)
+    state, _ = nets.trained(run, DATA, 5)
+    before = nets.arrays(run, state)
+    assert any("/waiting/" in key for key in before)
+    run.evaluate(state, DATA)
+    run.modules(state)
+    assert nets.same_bits(nets.arrays(run, state), before)
+    wanted, _ = nets.trained(run, DATA, 5)
+    assert nets.same_bits(nets.arrays(run, wanted), before)
+
+
+@DELAYED
+def test_state_goes_through_its_arrays(name):
+    """As a checkpoint does: to the host and back, on other devices."""
+    run, other = shared(name), trainer(name, 3, mesh=jd.make_mesh(3, 2))
+    state, _ = nets.trained(run, DATA, 5)
+    arrays = nets.arrays(run, state)
+    again, moved = run.with_arrays(5, arrays), other.with_arrays(5, arrays)
+    assert nets.same_bits(nets.arrays(other, moved), arrays)
+    for step in range(5, 9):
+        state, first = run.step(state, DATA[step % 4])
+        again, second = run.step(again, DATA[step % 4])
+        moved, third = other.step(moved, DATA[step % 4])
+    assert nets.same_bits(nets.arrays(run, again), nets.arrays(run, state))
+    assert nets.largest_error(nets.arrays(other, moved), nets.arrays(run, state)) < 1e-12
+    assert float(first["loss"]) == float(second["loss"]) == pytest.approx(float(third["loss"]))
+
+
+@DELAYED
+def test_queues_are_in_the_abstract_state(name):
+    run = shared(name)
+    state, _ = run.step(run.init(), DATA[0])
+    shapes = {key: (leaf.shape, leaf.dtype) for key, leaf in run.arrays(run.abstract()).items()}
+    assert shapes == {key: (leaf.shape, leaf.dtype) for key, leaf in run.arrays(state).items()}
+
+
+@pytest.mark.parametrize("name", nets.EXACT)
+def test_other_methods_have_nothing_to_finish(name):
+    run = nets.build(name)
+    state = run.init()
+    assert run.finish(state) is state
+    assert run.latency == 0
+
+
+def test_views_double_what_waits():
+    """An augmentation may make more examples than the batch holds."""
+    images = nets.images()
+    found = []
+    for mesh in (jd.make_mesh(1), jd.make_mesh(2, 2)):
+        run = jd.Trainer(
+            nets.user_model(64, depth=2, param_dtype=jnp.float64),
+            nets.method("fdg"),
+            jd.optim.sgd(0.05),
+            num_stages=2,
+            mesh=mesh,
+            example=images[0],
+            transform=jd.data.augment.get("two_views", mean=[0.5], std=[0.25]),
+        )
+        state, _ = nets.trained(run, images, 5)
+        found.append(nets.arrays(run, state))
+    assert nets.largest_error(*found) < 1e-12
+    assert found[0]["stage_1/waiting/messages/0/label"].shape == (32,)
+
+
+# --- What is refused -----------------------------------------------------------------------------
+
+
+@DELAYED
+def test_microbatches_are_refused(name):
+    nets.assert_clear(
+        ValueError,
+        ("num_microbatches is 2", "takes 1"),
+        lambda: trainer(name, 2, microbatches=2),
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule", "own"),
+    [
+        ("fdg", "delayed_locked", "delayed"),
+        ("fr", "delayed", "delayed_locked"),
+        ("ddg", "sequential", "delayed_locked"),
+        ("bp", "delayed", "sequential"),
+        ("scpl", "delayed", "local"),
+    ],
+)
+def test_schedule_of_another_route_is_refused(name, schedule, own):
+    """It would be another method."""
+    nets.assert_clear(
+        ValueError,
+        (repr(schedule), f"method {name}", own),
+        lambda: nets.build(name, num_stages=2, schedule=schedule),
+    )
+
+
+def test_a_method_is_a_row_of_settings():
+    """Four published methods differ in nothing but the settings of one route."""
+    default = Delayed("locked")
+    rows = {name: jd.methods.get(name).route for name in nets.DELAYED}
+    assert all(isinstance(route, Delayed) for route in rows.values())
+    settings = {
+        name: {
+            field.name: getattr(route, field.name)
+            for field in dataclasses.fields(route)
+            if getattr(route, field.name) != getattr(default, field.name)
+        }
+        for name, route in rows.items()
+    }
+    assert settings == {
+        "ddg": {},
+        "fr": {"replay": True},
+        "fdg": {"forward_pass": "pipelined"},
+        "adl": {"forward_pass": "pipelined", "accumulate": 4},
+    }
