@@ -1,7 +1,7 @@
 """Images with the papers' settings: --config configs/vision.py:dataset,model,method.
 
 Data sets: digits, synthetic, or a prepared TFDS image set (cifar10, cifar100, fashion_mnist, ...;
---config.data.data_dir=FOLDER). Models: vgg8, vgg, mlp. Methods: bp, deinforeg, scpl.
+--config.data.data_dir=FOLDER). Models: any of jdecouple.models. Methods: bp, deinforeg, scpl.
 
 Command:   python train.py --config configs/vision.py:cifar10,vgg8,deinforeg --workdir runs/c10
 Hardware:  a GPU for the papers' 200 epochs at full width (not measured yet); a CPU for less.

@@ -1,6 +1,6 @@
 """jdecouple: decoupled training of deep networks, pipelined over a mesh of devices."""
 
-from jdecouple import data, methods, models, objectives, optim, schedules
+from jdecouple import data, diagnostics, methods, models, objectives, optim, schedules
 from jdecouple.models import Model
 from jdecouple.pipeline import make_mesh
 from jdecouple.trainer import Trainer
@@ -9,6 +9,7 @@ __all__ = [
     "Model",
     "Trainer",
     "data",
+    "diagnostics",
     "make_mesh",
     "methods",
     "models",
