@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import nets
 import numpy as np
 import pytest
+from flax import nnx
 
 import jdecouple as jd
+from jdecouple.models import layers
 from jdecouple.objectives import CrossEntropy
 from jdecouple.routes import Delayed
 
@@ -205,3 +207,40 @@ def test_a_method_is_a_row_of_settings():
         "fdg": {"forward_pass": "pipelined"},
         "adl": {"forward_pass": "pipelined", "accumulate": 4},
     }
+
+
+# --- The reading of FDG's released code ----------------------------------------------------------
+
+
+def test_current_weights_multiply_kept_activations():
+    """As in PyTorch where weights move in place: BatchNorm's scale is one of them.
+
+    The error goes back through the scale of the moment and the normalised activations of forward
+    time, so that a scale grown by 1.6 makes the gradients below it 1.6 times as large.
+    """
+    rngs = nnx.Rngs(0)
+    options = {"param_dtype": jnp.float64, "rngs": rngs}
+    first = nnx.Sequential(
+        layers.linear(nets.FEATURES, 6, **options), layers.BatchNorm(6, **options)
+    )
+    model = jd.Model([first, layers.linear(6, nets.CLASSES, **options)])
+    method = jd.methods.get("fdg", current_weights=True)
+    run = jd.Trainer(model, method, jd.optim.sgd(0.1), num_stages=2, example=DATA[0])
+    stage, route, tick = run.stages[0], method.route, jnp.zeros(2, jnp.int32)
+    state = stage.initial()
+    message = {key: jnp.asarray(value) for key, value in DATA[0].items()}
+    kept = jax.jit(lambda s, m: route.forward(stage, s, m, tick)[2])(state, message)
+    error = jnp.asarray(np.random.default_rng(0).normal(size=(16, 6)))
+    backward = jax.jit(lambda s, kept: route.backward(stage, s, kept, error, tick)[0][0])
+    before = backward(state, kept)
+    scale = "block/layers/1/scale"
+    params = {**state["params"][0], scale: 1.6 * state["params"][0][scale]}
+    after = backward({**state, "params": (params,)}, kept)
+    for name, factor in {
+        "block/layers/0/kernel": 1.6,
+        "block/layers/0/bias": 1.6,
+        scale: 1.0,
+        "block/layers/1/bias": 1.0,
+    }.items():
+        np.testing.assert_allclose(after[name], factor * before[name], rtol=1e-12, atol=1e-14)
+    assert np.abs(before["block/layers/0/kernel"]).max() > 0.1

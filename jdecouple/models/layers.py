@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
 
 INITS = ("flax", "torch", "he")
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -105,9 +106,11 @@ def conv(
 class BatchNorm(nnx.BatchNorm):
     """Batch normalisation over all axes but the last, momentum 0.9, epsilon 1e-5.
 
-    Differs from flax's in two points: the output has the dtype that input and parameters promote to
-    (flax's is at least that of its statistics, which would turn bfloat16 activations into float32),
-    and the statistics are float64 where the parameters are (float32 otherwise).
+    Differs from flax's in three points: the output has the dtype that input and parameters promote
+    to (flax's is at least that of its statistics, which would turn bfloat16 activations into
+    float32); the statistics are float64 where the parameters are (float32 otherwise); and the scale
+    multiplies what is already normalised, so that a backward with kept activations may use another
+    scale than the forward did (`current_weights` of the delayed route).
 
     Args:
         num_features: Size of the last axis.
@@ -117,7 +120,12 @@ class BatchNorm(nnx.BatchNorm):
 
     def __init__(self, num_features: int, *, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
         super().__init__(
-            num_features, momentum=0.9, epsilon=1e-5, param_dtype=param_dtype, rngs=rngs
+            num_features,
+            momentum=0.9,
+            epsilon=1e-5,
+            param_dtype=param_dtype,
+            promote_dtype=_normalize_only,
+            rngs=rngs,
         )
         for statistic in (self.mean, self.var):
             dtype = jnp.promote_types(param_dtype, jnp.float32)
@@ -126,8 +134,16 @@ class BatchNorm(nnx.BatchNorm):
     def __call__(self, x, use_running_average: bool | None = None, *, mask=None) -> jax.Array:
         """Normalise `x` of shape `[batch, ..., num_features]`."""
         assert self.scale is not None
+        assert self.bias is not None
         y = super().__call__(x, use_running_average, mask=mask)
+        y = y * self.scale[...] + self.bias[...]
         return y.astype(jnp.result_type(x, self.scale[...]))
+
+
+def _normalize_only(operands: Any, /, *, dtype: Any = None, inexact: bool = True) -> Any:
+    """Promotes input and statistics, and keeps scale and bias from flax's own formula."""
+    x, mean, var, _, _ = operands
+    return *promote_dtype((x, mean, var), dtype=dtype, inexact=inexact), None, None
 
 
 class Flatten(nnx.Module):
