@@ -1,9 +1,10 @@
 """Generators of schedules: each is a short loop with its grid drawn above it."""
 
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from jdecouple.schedules.schedule import Action, Kind, Schedule
+from jdecouple.schedules.schedule import Action, Kind, Schedule, joins
 
 _F, _B, _S = Kind.FORWARD, Kind.BACKWARD, Kind.STEP
 
@@ -45,6 +46,116 @@ def sequential(num_stages: int, num_microbatches: int) -> Iterator[Action]:
                 yield Action(stage, _S, microbatch)
 
 
+def gpipe(num_stages: int, num_microbatches: int) -> Iterator[Action]:
+    """All forwards, then all backwards, the newest microbatch first (GPipe, arXiv 1811.06965).
+
+    K = 3, M = 3::
+
+        stage 0 | F0 F1 F2 .  .  .  .  B2 B1 B0 S2
+        stage 1 | .  F0 F1 F2 .  .  B2 B1 B0 S2 .
+        stage 2 | .  .  F0 F1 F2 B2 B1 B0 S2 .  .
+    """
+    parts = range(num_microbatches)
+    orders = [_each([k], _F, parts) + _each([k], _B, parts[::-1]) for k in range(num_stages)]
+    return _wavefront(orders, num_stages, num_microbatches)
+
+
+def one_forward_one_backward(num_stages: int, num_microbatches: int) -> Iterator[Action]:
+    """A forward and a backward in turns once a stage is full (PipeDream-Flush, arXiv 2006.09503).
+
+    Takes as long as gpipe, but stage k never holds more than K - k microbatches. K = 3, M = 3::
+
+        stage 0 | F0 F1 F2 .  .  B0 .  B1 .  B2 S2
+        stage 1 | .  F0 F1 .  B0 F2 B1 .  B2 S2 .
+        stage 2 | .  .  F0 B0 F1 B1 F2 B2 S2 .  .
+    """
+    parts = range(num_microbatches)
+    orders = [
+        _in_turns(_each([k], _F, parts), _each([k], _B, parts), warm_up=num_stages - 1 - k)
+        for k in range(num_stages)
+    ]
+    return _wavefront(orders, num_stages, num_microbatches)
+
+
+def interleaved(num_stages: int, num_microbatches: int, chunks: int) -> Iterator[Action]:
+    """1f1b with V chunks of blocks a device (Megatron-LM, arXiv 2104.04473, section 2.2).
+
+    Stage s lives on row s % P of P = K / V. A row takes its stages in turns, P microbatches at a
+    time; the last group also takes what is left over, because a group below P stalls the pipeline.
+    The bubble is then P - 1 forwards and backwards of one stage for every M of at least P.
+    K = 4, V = 2, M = 2; stages 0 and 2 share a row, and so do stages 1 and 3::
+
+        stage 0 | F0 F1 .  .  .  .  .  .  B0 B1 S1 .
+        stage 1 | .  F0 F1 .  .  .  .  B0 B1 S1 .  .
+        stage 2 | .  .  F0 F1 .  B0 .  B1 .  .  .  S1
+        stage 3 | .  .  .  F0 B0 F1 B1 .  .  .  S1 .
+    """
+    if chunks == 1:
+        return one_forward_one_backward(num_stages, num_microbatches)
+    num_rows = num_stages // chunks
+    *starts, last = range(0, max(1, num_microbatches - num_rows + 1), num_rows)
+    groups = [range(start, start + num_rows) for start in starts]
+    groups.append(range(last, num_microbatches))
+    orders = []
+    for row in range(num_rows):
+        stages = range(row, num_stages, num_rows)
+        forwards = [action for group in groups for action in _each(stages, _F, group)]
+        backwards = [action for group in groups for action in _each(stages[::-1], _B, group)]
+        warm_up = 2 * (num_rows - 1 - row) + (chunks - 1) * len(groups[-1])
+        orders.append(_in_turns(forwards, backwards, warm_up))
+    return _wavefront(orders, num_stages, num_microbatches)
+
+
+def _each(stages: Iterable[int], kind: Kind, microbatches: Sequence[int]) -> list[Action]:
+    return [Action(stage, kind, each) for stage in stages for each in microbatches]
+
+
+def _in_turns(forwards: list[Action], backwards: list[Action], warm_up: int) -> list[Action]:
+    """Some forwards, then one forward and one backward in turns, then the other backwards."""
+    turns = max(0, len(forwards) - warm_up)
+    pairs = zip(forwards[warm_up:], backwards[:turns], strict=True)
+    return [*forwards[:warm_up], *(each for pair in pairs for each in pair), *backwards[turns:]]
+
+
+def _wavefront(
+    orders: Sequence[list[Action]], num_stages: int, num_microbatches: int
+) -> Iterator[Action]:
+    """Merges what each row does, and the steps that end it, into the order of dispatch.
+
+    Every action takes one tick, and a call is dispatched in the tick in which it begins, the first
+    row first.
+    """
+    num_rows, last = len(orders), num_microbatches - 1
+    inputs = Schedule("", num_stages, num_microbatches, ()).inputs
+    waiting = []
+    for row, order in enumerate(orders):
+        steps = _each(range(row, num_stages, num_rows), _S, [last])
+        waiting.append(deque(_calls(order + steps, num_stages)))
+    done: dict[Action, int] = {}
+    free = [0] * num_rows
+    for tick in range(sum(map(len, orders)) + num_stages):
+        for row, calls in enumerate(waiting):
+            if not calls or free[row] > tick:
+                continue
+            if all(done.get(each, tick) < tick for each in inputs(calls[0][0])):
+                call = calls.popleft()
+                done |= {action: tick + late for late, action in enumerate(call)}
+                free[row] = tick + len(call)
+                yield from call
+
+
+def _calls(order: list[Action], num_stages: int) -> Iterator[list[Action]]:
+    """Joins what sends nothing with what follows; the rest sends as soon as it ends."""
+    silent = (num_stages - 1, _F), (0, _B)
+    call: list[Action] = []
+    for action in order:
+        if call and not (call[-1][:2] in silent and joins(call[-1], action)):
+            yield call
+            call = []
+        call.append(action)
+    yield call
+
+
 def delayed(num_stages: int, num_microbatches: int) -> Iterator[Action]:
     """Activations and errors take an iteration from stage to stage (FDG, ADL).
 
@@ -84,17 +195,21 @@ def delayed_locked(num_stages: int, num_microbatches: int) -> Iterator[Action]:
         yield Action(stage, _S, stage - last)
 
 
-class _Row(NamedTuple):
-    generator: Callable[[int, int], Iterator[Action]]
+class _Entry(NamedTuple):
+    generator: Callable[..., Iterator[Action]]
     local: bool = False
     delayed: bool = False
+    interleaved: bool = False
 
 
-_SCHEDULES: dict[str, _Row] = {
-    "local": _Row(local, local=True),
-    "sequential": _Row(sequential),
-    "delayed": _Row(delayed, delayed=True),
-    "delayed_locked": _Row(delayed_locked, delayed=True),
+_SCHEDULES: dict[str, _Entry] = {
+    "local": _Entry(local, local=True),
+    "sequential": _Entry(sequential),
+    "gpipe": _Entry(gpipe),
+    "1f1b": _Entry(one_forward_one_backward),
+    "interleaved_1f1b": _Entry(interleaved, interleaved=True),
+    "delayed": _Entry(delayed, delayed=True),
+    "delayed_locked": _Entry(delayed_locked, delayed=True),
 }
 
 
@@ -103,32 +218,50 @@ def names() -> tuple[str, ...]:
     return tuple(_SCHEDULES)
 
 
-def build(name: str, num_stages: int, num_microbatches: int = 1) -> Schedule:
+def build(
+    name: str, num_stages: int, num_microbatches: int = 1, *, chunks: int | None = None
+) -> Schedule:
     """Builds and validates a schedule.
 
     Args:
         name: one of `names()`.
-        num_stages: K, at least 1.
+        num_stages: K, at least 1, over all devices.
         num_microbatches: M, at least 1.
+        chunks: V, stages that share a device in interleaved_1f1b: 2 by default where K is even and
+            above 2. All other schedules take 1.
 
     Returns:
         The schedule of one global batch.
 
     Raises:
-        ValueError: unknown name, a count below 1, or microbatches in a delayed schedule.
+        ValueError: unknown name, a count below 1, microbatches in a delayed schedule, or chunks
+            that do not divide the stages or that the schedule does not take.
     """
     if name not in _SCHEDULES:
         raise ValueError(f"unknown schedule {name!r}: allowed are {', '.join(_SCHEDULES)}")
-    for label, count in (("num_stages", num_stages), ("num_microbatches", num_microbatches)):
+    entry = _SCHEDULES[name]
+    if chunks is None:
+        chunks = 2 if entry.interleaved and num_stages > 2 and num_stages % 2 == 0 else 1
+    counts = {"num_stages": num_stages, "num_microbatches": num_microbatches, "chunks": chunks}
+    for label, count in counts.items():
         if count < 1:
             raise ValueError(f"{label} is {count}: at least 1 is needed")
-    generator, is_local, is_delayed = _SCHEDULES[name]
-    if is_delayed and num_microbatches > 1:
+    if entry.delayed and num_microbatches > 1:
         raise ValueError(
             f"num_microbatches is {num_microbatches}: schedule {name} takes 1, because consecutive "
             "batches already fill its stages"
         )
-    actions = tuple(generator(num_stages, num_microbatches))
+    if chunks > 1 and not entry.interleaved:
+        raise ValueError(f"chunks is {chunks}: schedule {name} takes 1, a stage a device")
+    if num_stages % chunks:
+        raise ValueError(f"num_stages is {num_stages}: a multiple of chunks={chunks} is needed")
+    arguments = (chunks,) if entry.interleaved else ()
     return Schedule(
-        name, num_stages, num_microbatches, actions, local=is_local, delayed=is_delayed
+        name,
+        num_stages,
+        num_microbatches,
+        tuple(entry.generator(num_stages, num_microbatches, *arguments)),
+        local=entry.local,
+        delayed=entry.delayed,
+        chunks=chunks,
     ).validate()

@@ -20,8 +20,9 @@ class Action(NamedTuple):
     Attributes:
         stage: index of the stage that acts, 0 to K-1.
         kind: forward, backward or optimiser step.
-        microbatch: index of the microbatch, 0 to M-1; a step carries that of the backward before
-            it. In a delayed schedule -n is the batch that entered n iterations ago.
+        microbatch: index of the microbatch, 0 to M-1; a step carries the last, M-1, whichever
+            backward is before it. In a delayed schedule -n is the batch that entered n iterations
+            ago.
     """
 
     stage: int
@@ -68,6 +69,7 @@ class Schedule:
         actions: every action in the order in which the host dispatches them.
         local: whether the stages exchange no backward messages (local objectives).
         delayed: whether what an action needs may come from an earlier iteration.
+        chunks: stages that share a row of devices.
     """
 
     name: str
@@ -76,15 +78,26 @@ class Schedule:
     actions: tuple[Action, ...]
     local: bool = False
     delayed: bool = False
+    chunks: int = 1
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of devices that the stages live on; K unless several share one."""
+        return self.num_stages // self.chunks
+
+    def row(self, stage: int) -> int:
+        """Row of devices on which a stage lives: they go round, so that neighbours differ."""
+        return stage % self.num_rows
 
     def calls(self) -> Iterator[Call]:
         """Yields the actions with neighbours of one stage joined.
 
-        Joined are those on one microbatch, and those that a step of their stage precedes.
+        Joined are those on one microbatch, a step with the backward before it, and what a step of
+        their stage precedes.
         """
         run: list[Action] = []
         for action in self.actions:
-            if run and not _joins(run[-1], action):
+            if run and not joins(run[-1], action):
                 yield _call(run)
                 run = []
             run.append(action)
@@ -127,8 +140,14 @@ class Schedule:
 
         Raises:
             ValueError: naming the first action that is out of range, done twice, without
-                its inputs or too early, or the first that is missing.
+                its inputs or too early, or the first that is missing; or chunks that do not
+                divide the stages.
         """
+        if self.chunks < 1 or self.num_stages % self.chunks:
+            raise ValueError(
+                f"schedule {self.name}: {self.num_stages} stages cannot be dealt out in "
+                f"{self.chunks} chunks a device"
+            )
         done: set[Action] = set()
         for action in self.actions:
             problem = self._problem(action, done)
@@ -150,7 +169,7 @@ class Schedule:
             return "names a batch that has not entered yet"
         if action in done or (self.delayed and any(each[:2] == action[:2] for each in done)):
             return "stands twice"
-        for needed in self._inputs(action):
+        for needed in self.inputs(action):
             if needed not in done and not self._earlier(needed):
                 return f"comes before {needed}"
         if not self.delayed and kind is not Kind.STEP and self._last_step(stage) in done:
@@ -166,7 +185,8 @@ class Schedule:
     def _last_step(self, stage: int) -> Action:
         return Action(stage, Kind.STEP, self.num_microbatches - 1)
 
-    def _inputs(self, action: Action) -> Iterator[Action]:
+    def inputs(self, action: Action) -> Iterator[Action]:
+        """Yields the actions whose results an action takes."""
         stage, kind, microbatch = action
         if kind is Kind.FORWARD:
             if stage > 0:
@@ -193,15 +213,15 @@ class Schedule:
             yield self._last_step(stage)
 
     def __str__(self) -> str:
-        """The grid: a row a stage, a column a tick; a stage acts once in a tick."""
+        """The grid: a line a stage, a column a tick; the stages of one row act once in a tick."""
         finished: dict[Action, int] = {}
-        free = [0] * self.num_stages
+        free = [0] * self.num_rows
         rows: list[dict[int, str]] = [{} for _ in range(self.num_stages)]
         for action in self.actions:
-            ready = [finished[each] + 1 for each in self._inputs(action) if each in finished]
-            tick = max([free[action.stage], *ready])
+            ready = [finished[each] + 1 for each in self.inputs(action) if each in finished]
+            tick = max([free[self.row(action.stage)], *ready])
             finished[action] = tick
-            free[action.stage] = tick + 1
+            free[self.row(action.stage)] = tick + 1
             rows[action.stage][tick] = f"{action.kind.value}{action.microbatch}"
         ticks = max(free, default=0)
         width = max((len(cell) for row in rows for cell in row.values()), default=1)
@@ -212,9 +232,10 @@ class Schedule:
         return "\n".join(lines)
 
 
-def _joins(before: Action, action: Action) -> bool:
+def joins(before: Action, action: Action) -> bool:
+    """Whether an action belongs to the call of the action before it."""
     return before.stage == action.stage and (
-        before.microbatch == action.microbatch or before.kind is Kind.STEP
+        before.microbatch == action.microbatch or Kind.STEP in (before.kind, action.kind)
     )
 
 
