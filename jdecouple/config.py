@@ -211,7 +211,8 @@ def identity(config: ConfigDict) -> dict[str, Any]:
 
 def check_identity(now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
     """Raises ConfigError unless a run of the identity `before` may go on as one of `now`."""
-    for key, value in now.items():
+    for key in {**now, **before}:
+        value = now.get(key)
         if before.get(key) != value:
             label = f"config.{key}" if key in (*_IDENTITY, "boundaries") else key
             raise ConfigError(

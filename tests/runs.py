@@ -23,6 +23,7 @@ from urllib.parse import unquote
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from jdecouple._checkpoint_format import read_document
 from jdecouple.checkpoint import Checkpointer
@@ -66,6 +67,26 @@ BP = {
     "data__label_noise": 0.3,
     "data__augment": "strong",
 }
+
+
+def delayed(name: str, **values: Any) -> dict[str, Any]:
+    """A delayed method in two stages of one block each, which share a device if there is one."""
+    return {"method__name": name, "method__projector": "None", "num_stages": 2, **values}
+
+
+def tiny(**values: Any) -> ConfigDict:
+    """The tiny configuration in one stage; `model__hidden=8` sets model.hidden."""
+    config = get_config()
+    config.mesh.stages = 1
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in values.items()})
+    return config
+
+
+def cheap(**values: Any) -> ConfigDict:
+    """As `tiny`, by backpropagation, which compiles fastest."""
+    config = tiny(**{"method__name": "bp", "optimizer__name": "sgd", **values})
+    config.method.projector = None
+    return config
 
 
 class Run:

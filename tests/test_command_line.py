@@ -13,6 +13,7 @@ from tfds_writer import png, write_image_set
 from jdecouple import command_line
 
 VISION = "configs/vision.py"
+DELAYED = "configs/delayed.py"
 SIZES = (
     *("batch_size", "steps", "epochs", "microbatches", "mesh__stages", "mesh__data", "num_stages"),
     *("log_every", "eval_every", "checkpoint__every", "checkpoint__keep", "max_in_flight"),
@@ -58,7 +59,7 @@ def workdir():
     ("values", "said"),
     [
         ({"method__name": "bogus"}, "config.method.name is 'bogus': allowed are bp, deinforeg"),
-        ({"model__name": "bogus"}, "config.model.name is 'bogus': allowed are mlp, vgg"),
+        ({"model__name": "bogus"}, "config.model.name is 'bogus': allowed are mlp, resnet"),
         ({"optimizer__name": "bogus"}, "config.optimizer.name is 'bogus': allowed are adam, lars"),
         ({"data__name": "bogus"}, "data set 'bogus' cannot be opened"),
         ({"data__augment": "bogus"}, "config.data.augment is 'bogus': allowed are none, basic"),
@@ -104,10 +105,89 @@ def workdir():
         ({"data__label_noise": 1.5}, "config.data.label_noise is 1.5: a finite number of at least"),
         ({"data__validation": -0.1}, "config.data.validation is -0.1: a finite number of at least"),
         ({"data__channels": 2}, "channels=2 given; 1 or 3 wanted"),
+        ({"optimizer__warmup_epochs": -1}, "config.optimizer.warmup_epochs is -1.0: a finite numb"),
+        ({"optimizer__warmup_epochs": "nan"}, "config.optimizer.warmup_epochs is nan: a finite"),
+        ({"optimizer__warmup_start": -0.1}, "config.optimizer.warmup_start is -0.1: a finite num"),
+        ({"optimizer__warmup_start": 1.5}, "config.optimizer.warmup_start is 1.5: a finite number"),
+        (
+            {"optimizer__warmup_start": 1.0, "optimizer__warmup_epochs": 1},
+            "start must be a number in [0, 1), got 1.0",
+        ),
     ],
 )
 def test_bad_value(refused, workdir, values, said):
     assert said in refused(*arguments(workdir, **values))
+
+
+def of(method, **values):
+    return {"method__name": method, "method__projector": "None", **values}
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (of("fdg", method__beta=0), "beta is 0.0: a number above 0 and at most 1 is needed"),
+        (of("fdg", method__beta=1.5), "beta is 1.5: a number above 0 and at most 1 is needed"),
+        (of("adl", method__beta="nan"), "beta is nan: a number above 0 and at most 1 is needed"),
+        (of("fdg", method__beta="x"), "config.method.beta is 'x': a value of type float is needed"),
+        (of("adl", method__accumulate=0), "accumulate is 0: a whole number of at least 1 is need"),
+        (of("adl", method__accumulate=1.5), "config.method.accumulate is '1.5': a value of type i"),
+        (of("fr", method__first_stage_lr_scale=0), "first_stage_lr_scale is 0.0: a finite number"),
+        (of("fr", method__first_stage_lr_scale="inf"), "first_stage_lr_scale is inf: a finite num"),
+        (
+            of("ddg", method__beta=0.5),
+            "config.method.beta is set, but method 'ddg' takes only: init",
+        ),
+        (
+            of("fdg", method__accumulate=2),
+            "config.method.accumulate is set, but method 'fdg' takes only: beta, current_weights",
+        ),
+        (of("fdg", microbatches=2), "num_microbatches is 2: schedule delayed takes 1, because"),
+        (of("ddg", microbatches=2), "num_microbatches is 2: schedule delayed_locked takes 1"),
+        (
+            of("fdg", schedule="local"),
+            "schedule 'local' does not fit method fdg: allowed are auto, delayed",
+        ),
+        (
+            of("fr", schedule="delayed"),
+            "schedule 'delayed' does not fit method fr: allowed are auto, delayed_locked",
+        ),
+        (
+            of("bp", schedule="delayed"),
+            "schedule 'delayed' does not fit method bp: allowed are auto, sequential",
+        ),
+        (of("fdg", split="fdg"), "the model has no split 'fdg': it has none"),
+        (
+            of("fdg", split="fdg", boundaries="(0,1)"),
+            "config.split and config.boundaries are both set: give one of them",
+        ),
+    ],
+)
+def test_bad_value_of_a_delayed_run(refused, workdir, values, said):
+    assert said in refused(*arguments(workdir, **values))
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"split": "bogus"}, "the model has no split 'bogus': expected one of fdg, fr"),
+        ({"num_stages": 4}, "split 'fdg' has no cut into 4 stages: expected one of 2, 3"),
+        ({"num_stages": 1}, "split 'fdg' has no cut into 1 stages: expected one of 2, 3"),
+        ({"boundaries": "(0,5)"}, "config.split and config.boundaries are both set"),
+        ({"model__depth": 26}, "config.model.depth is set, but model 'resnet20' takes only: width"),
+    ],
+)
+def test_bad_split(refused, workdir, values, said):
+    small = {"model__width": 0.1, "data__image_size": 8, **values}
+    assert said in refused(*arguments(workdir, f"{DELAYED}:synthetic,resnet20,fdg,2", **small))
+
+
+@pytest.mark.parametrize(
+    "values", [of("fdg", method__beta=0), of("adl", microbatches=2), of("fdg", split="fdg")]
+)
+def test_bad_values_leave_no_workdir(refused, tmp_path, values):
+    refused(*arguments(tmp_path / "new", **values))
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(
@@ -185,11 +265,31 @@ def test_bad_config_file(refused, workdir, tmp_path, content, said):
         ("cifar10", "'dataset,model,method' is needed after the file: given 'cifar10'"),
         ("", "'dataset,model,method' is needed after the file: given ''"),
         ("cifar10,vgg8,bogus", "unknown method 'bogus': allowed are bp, deinforeg, scpl"),
-        ("cifar10,bogus,bp", "unknown model 'bogus': expected one of mlp, vgg, vgg8"),
+        ("cifar10,bogus,bp", "unknown model 'bogus': expected one of mlp, resnet, resnet101"),
     ],
 )
 def test_bad_argument_of_a_config_file(refused, workdir, argument, said):
     assert said in refused(*arguments(workdir, f"{VISION}:{argument}"))
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        *(
+            (given, f"'dataset,model,method,K' is needed after the file: given {given!r}")
+            for given in (
+                *("", "cifar10", "cifar10,resnet20", "cifar10,resnet20,fdg,2,2"),
+                *(f"cifar10,resnet20,fdg,{k}" for k in ("0", "-1", "x", "1.5", "")),
+            )
+        ),
+        ("cifar10,resnet20,deinforeg,2", "method 'deinforeg' is not one of bp, fdg, adl, fr, ddg"),
+        ("cifar10,resnet20,bogus", "unknown method 'bogus': allowed are bp, deinforeg, scpl, ddg"),
+        ("cifar10,resnet21,fdg,2", "unknown model 'resnet21': expected one of mlp, resnet, resn"),
+        ("synthetic,resnet20,fdg,9", "split 'fdg' has no cut into 9 stages: expected one of 2, 3"),
+    ],
+)
+def test_bad_argument_of_the_delayed_config_file(refused, workdir, argument, said):
+    assert said in refused(*arguments(workdir, f"{DELAYED}:{argument}"))
 
 
 def test_image_too_small_for_the_model(refused, workdir):
@@ -201,7 +301,8 @@ def test_image_too_small_for_the_model(refused, workdir):
 
 @pytest.mark.parametrize("value", ["0", "-1", "inf"])
 def test_bad_width(refused, workdir, value):
-    message = refused(*arguments(workdir, f"{VISION}:digits,vgg8,bp", model__width=value))
+    config = f"{VISION}:synthetic,vgg8,bp"
+    message = refused(*arguments(workdir, config, data__image_size=16, model__width=value))
     assert "width must be a positive number" in message
 
 

@@ -27,7 +27,8 @@ def test_keys_that_others_rely_on():
         *("data.label_noise", "optimizer.name", "optimizer.learning_rate", "schedule"),
         *("microbatches", "mesh.stages", "mesh.data", "num_stages", "batch_size", "epochs"),
         *("steps", "eval_every", "checkpoint.every", "checkpoint.keep", "dtype", "seed"),
-        "log_every",
+        *("log_every", "split", "boundaries", "method.beta", "method.accumulate"),
+        *("optimizer.warmup_epochs", "optimizer.warmup_start"),
     ):
         assert key in keys
 
@@ -103,6 +104,13 @@ def test_an_open_value_may_be_set_back():
         ({"boundaries": (0, 1.5)}, "config.boundaries is (0, 1.5): increasing whole numbers"),
         ({"boundaries": (0, True)}, "config.boundaries is (0, True): increasing whole numbers"),
         ({"data": {"label_noise": float("nan")}}, "label_noise is nan: a finite number of at"),
+        ({"optimizer": {"warmup_epochs": -0.5}}, "warmup_epochs is -0.5: a finite number of at le"),
+        ({"optimizer": {"warmup_epochs": float("inf")}}, "warmup_epochs is inf: a finite number"),
+        ({"optimizer": {"warmup_start": 1.01}}, "warmup_start is 1.01: a finite number of at le"),
+        ({"optimizer": {"warmup_start": "x"}}, "warmup_start is 'x': a value of type float"),
+        ({"split": 3}, "config.split is 3: a value of type str is needed"),
+        ({"split": "fdg", "boundaries": (0, 1)}, "config.split and config.boundaries are both set"),
+        ({"method": {"accumulate": 2.0}}, "config.method.accumulate is 2.0: a value of type int"),
         ({"data": {"num_classes": 0}}, "config.data.num_classes is 0: a whole number from 1"),
         ({"batch_size": 10, "mesh": {"data": 4}}, "microbatches x mesh.data = 1 x 4 equal parts"),
         ({"batch_size": 12, "mesh": {"data": 2}, "microbatches": 4}, "= 4 x 2 equal parts"),
@@ -167,6 +175,7 @@ class TestIdentity:
             {"method": {"name": "bp"}},
             {"model": {"width": 0.5}},
             {"data": {"label_noise": 0.1}},
+            {"method": {"beta": 0.5}},
             {"optimizer": {"name": "sgd"}},
         ],
     )
@@ -175,3 +184,19 @@ class TestIdentity:
             configuration.check_identity(
                 configuration.identity(filled(given)), configuration.identity(default())
             )
+
+    @pytest.mark.parametrize(
+        ("now", "before", "said"),
+        [
+            ({"boundaries": [0, 2]}, {"boundaries": [0, 1]}, "config.boundaries = [0, 1], now [0"),
+            ({}, {"boundaries": [0, 1]}, "config.boundaries = [0, 1], now None"),
+            ({"boundaries": [0, 1]}, {}, "config.boundaries = None, now [0, 1]"),
+            ({"JAX version": "2"}, {"JAX version": "1"}, "with JAX version = 1, now 2: choose"),
+        ],
+    )
+    def test_with_other_queues(self, now, before, said):
+        same = configuration.identity(default())
+        with pytest.raises(ConfigError) as error:
+            configuration.check_identity({**same, **now}, {**same, **before})
+        assert said in str(error.value)
+        assert "\n" not in str(error.value)

@@ -1,7 +1,9 @@
-"""Every file in configs/ starts, trains two steps of a tiny stand-in and saves."""
+"""Every file in configs/ starts, trains four steps of a tiny stand-in and saves."""
 
+import json
 import runpy
 
+import nets
 import pytest
 import runs
 
@@ -13,15 +15,23 @@ from jdecouple.training import train_and_evaluate
 FOLDER = runs.REPOSITORY / "configs"
 # Arguments to call the files with that take one; the convolutions compile for long.
 VISION = ["cifar10,mlp,deinforeg", "cifar10,vgg8,scpl", "fashion_mnist,mlp,bp"]
+DELAYED = [f"cifar10,mlp,{name},2" for name in ("bp", "fdg", "fr", "ddg", "adl")]
+DELAYED += ["cifar10,mlp,fdg,1", "cifar10,resnet20,fdg,3"]
 SLOW = [
     pytest.param("vision", f"cifar10,vgg8,{x}", marks=pytest.mark.slow) for x in ("bp", "deinforeg")
 ]
-ARGUMENTS = {"vision": VISION}
+ARGUMENTS = {"vision": VISION, "delayed": DELAYED}
 CASES = [
     (path.stem, argument)
     for path in sorted(FOLDER.glob("*.py"))
     for argument in ARGUMENTS.get(path.stem, [None])
 ]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_compile():
+    with nets.quick_compile():
+        yield
 
 
 def load(name, argument):
@@ -37,37 +47,84 @@ def test_values_are_valid(name, argument):
 
 
 @pytest.mark.parametrize(("name", "argument"), [*CASES, *SLOW])
-def test_two_steps_of_a_stand_in(tmp_path, name, argument):
+def test_four_steps_of_a_stand_in(tmp_path, name, argument):
     config = load(name, argument)
     config.data.name = "synthetic"
     config.data.image_size = 16
     config.data.synthetic_size = 20
     config.batch_size = 8
-    config.steps = 2
+    config.steps = 4
     config.mesh.stages = 1
     if config.model.name == "vgg8":
         config.model.width = 1 / 64
+    elif config.model.name == "resnet20":
+        config.model.width = 1 / 16
+        config.data.image_size = 8
     elif config.model.name == "mlp":
         config.model.hidden = 8
     else:
         config.model.blocks = "2,M|2"
     if config.method.name == "deinforeg":
         config.method.projector = "8-4"
+    if config.method.name == "adl":
+        config.method.accumulate = 2
     result = train_and_evaluate(config, tmp_path)
     assert result["finished"]
     assert 0 <= result["test"]["accuracy"] <= 1
-    assert Checkpointer(tmp_path / "checkpoints", read_only=True).steps() == [2]
+    assert Checkpointer(tmp_path / "checkpoints", read_only=True).steps() == [2, 4]
     assert (tmp_path / "curves.png").is_file()
+    (train,) = [line for line in runs.lines(tmp_path) if line["split"] == "train"]
+    assert train["loss"] > 0
+    if config.split:
+        assert json.loads((tmp_path / "config.json").read_text())["boundaries"] == [0, 4, 7]
 
 
 def test_every_method_is_covered():
-    assert {argument.split(",")[2] for argument in VISION} == set(methods.names())
+    covered = {argument.split(",")[2] for argument in VISION + DELAYED}
+    assert covered == set(methods.names())
 
 
 @pytest.mark.parametrize("name", sorted({name for name, _ in CASES}))
 def test_docstring_gives_the_command(name):
     text = (FOLDER / f"{name}.py").read_text()
     assert f"python train.py --config configs/{name}.py" in text
+
+
+@pytest.mark.parametrize(
+    ("method", "rate", "nesterov", "decay", "warmup"),
+    [
+        ("bp", 0.1, None, (150, 225, 275), 0),
+        ("fdg", 0.1, None, (150, 225, 275), 0),
+        ("adl", 0.1, None, (150, 225, 275), 5),
+        ("fr", 0.01, True, (150, 225), 0),
+        ("ddg", 0.01, True, (150, 225), 0),
+    ],
+)
+def test_the_settings_of_the_papers_on_delayed_gradients(method, rate, nesterov, decay, warmup):
+    config = load("delayed", f"cifar10,resnet56,{method},4")
+    assert (config.batch_size, config.epochs, config.num_stages) == (128, 300, 4)
+    assert (config.method.name, config.model.init, config.data.augment) == (
+        method,
+        "torch",
+        "basic",
+    )
+    sgd = config.optimizer
+    assert (sgd.name, sgd.momentum, sgd.weight_decay) == ("sgd", 0.9, 5e-4)
+    assert (sgd.learning_rate, sgd.nesterov) == (rate, nesterov)
+    assert (sgd.schedule, sgd.decay_epochs, sgd.decay_factor) == ("step_decay", decay, 0.1)
+    assert (sgd.warmup_epochs, sgd.warmup_start) == (warmup, 0.01)
+    # What the papers recommend beyond their main results is left to the caller.
+    own = ("beta", "accumulate", "first_stage_lr_scale", "current_weights", "accumulate_mean")
+    assert {config.method[key] for key in own} == {None}
+
+
+def test_stages_of_the_delayed_configuration():
+    assert load("delayed", "cifar10,resnet20,fdg").num_stages == 2
+    splits = {
+        argument: load("delayed", f"cifar10,{argument}").split
+        for argument in ("resnet101,fdg,4", "wrn28_10,fr,3", "resnet20,fdg,1", "mlp,fdg,2")
+    }
+    assert list(splits.values()) == ["fdg", "fdg", None, None]
 
 
 def test_the_papers_settings():

@@ -89,7 +89,7 @@ def test_adam_decays_decoupled(weight_decay, x64):
 def test_optimizers_keep_dtypes(name, bits):
     with jax.enable_x64(bits == 64):
         params = {"w": jnp.asarray(WEIGHT, f"float{bits}"), "b": jnp.ones(2, f"float{bits}")}
-        tx = optim.get(name)(optim.cosine(0.1, 0.01, 4))
+        tx = optim.get(name)(optim.warmup(optim.cosine(0.1, 0.01, 4), 2))
         after = run(tx, params, [params, params])[-1]
         assert {leaf.dtype for leaf in jax.tree.leaves(after)} == {jnp.dtype(f"float{bits}")}
         assert all(np.all(before != after[key]) for key, before in params.items())
@@ -126,6 +126,27 @@ def test_per_epoch_moves_at_epoch_starts():
     np.testing.assert_allclose(held, expected, rtol=1e-6)
 
 
+def test_warmup_by_value():
+    """From a hundredth of the rate over 5 epochs, as in ADL, here of 4 steps each."""
+    warmed = optim.warmup(optim.constant(0.1), 20)
+    rates = [float(warmed(n)) for n in (0, 1, 9, 18, 19, 20, 1000)]
+    assert rates == pytest.approx([0.00595, 0.0109, 0.0505, 0.09505, 0.1, 0.1, 0.1])
+    of_a_half = jax.jit(jax.vmap(optim.warmup(optim.constant(2.0), 4, 0.5)))
+    np.testing.assert_allclose(of_a_half(jnp.arange(6)), [1.25, 1.5, 1.75, 2, 2, 2])
+    from_zero = optim.warmup(optim.step_decay(1.0, (1, 3), 0.1), 2, 0.0)
+    assert [float(from_zero(n)) for n in range(4)] == pytest.approx([0.5, 0.1, 0.1, 0.01])
+
+
+def test_every_reads_the_schedule_of_passes():
+    decay = optim.step_decay(1.0, (3, 8), 0.1)
+    assert optim.every(decay, 1) is decay
+    fourth = optim.every(decay, 4)  # passes 0, 4, 8
+    assert [float(fourth(n)) for n in range(3)] == pytest.approx([1, 0.1, 0.01])
+    warmed = optim.every(optim.warmup(decay, 4, 0.2), 2)  # passes 0, 2, 4, 6, 8
+    rates = [float(warmed(n)) for n in range(5)]
+    assert rates == pytest.approx([0.4, 0.8, 0.1, 0.1, 0.01])
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -143,6 +164,12 @@ def test_per_epoch_moves_at_epoch_starts():
         (lambda: optim.step_decay(0.1, (5.5,), 0.1), "boundary must be a positive integer"),
         (lambda: optim.step_decay(0.1, (5,), 0), "factor must be a finite positive number"),
         (lambda: optim.per_epoch(optim.constant(1.0), 0), "steps_per_epoch must be a positive"),
+        (lambda: optim.warmup(optim.constant(1.0), 0), "steps must be a positive integer, got 0"),
+        (lambda: optim.warmup(optim.constant(1.0), 2.5), "steps must be a positive integer"),
+        (lambda: optim.warmup(optim.constant(1.0), 2, 1.0), r"start must be a number in \[0, 1\)"),
+        (lambda: optim.warmup(optim.constant(1.0), 2, -0.1), r"start must be a number in \[0, 1\)"),
+        (lambda: optim.every(optim.constant(1.0), 0), "passes must be a positive integer, got 0"),
+        (lambda: optim.every(optim.constant(1.0), 1.5), "passes must be a positive integer"),
         (
             lambda: optim.get("adamax"),
             "unknown optimizer 'adamax': expected one of adam, lars, sgd",

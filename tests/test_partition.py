@@ -1,5 +1,6 @@
 """Partition of blocks over stages, and of devices over the mesh."""
 
+import functools
 import itertools
 
 import jax
@@ -109,6 +110,59 @@ def test_given_boundaries_set_the_stages():
     )
     assert trainer.boundaries == (0, 3)
     assert [len(stage.units) for stage in trainer.stages] == [3, 1]
+
+
+@functools.cache
+def resnet20() -> jd.Model:
+    return jd.models.get("resnet20")(
+        nets.CLASSES, width=1 / 16, image_size=8, channels=1, rngs=nnx.Rngs(0)
+    )
+
+
+def cut(boundaries, model=None, **options) -> jd.Trainer:
+    (batch,) = nets.images(1)
+    return jd.Trainer(
+        resnet20() if model is None else model,
+        nets.method("fdg"),
+        jd.optim.sgd(0.1),
+        boundaries=boundaries,
+        example={**batch, "x": batch["x"] / np.float32(255)},
+        **options,
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "starts", "blocks"),
+    [
+        ({"num_stages": 2}, (0, 5), [5, 5]),
+        ({"num_stages": 3}, (0, 4, 7), [4, 3, 3]),
+        ({"mesh": jd.make_mesh(3, devices=jax.devices()[:1])}, (0, 4, 7), [4, 3, 3]),
+    ],
+)
+def test_a_published_split_by_its_name(options, starts, blocks):
+    trainer = cut("fdg", **options)
+    assert trainer.boundaries == starts
+    assert [len(stage.units) for stage in trainer.stages] == blocks
+
+
+@pytest.mark.parametrize(
+    ("name", "num_stages", "words"),
+    [
+        ("bogus", 2, ("no split 'bogus'", "expected one of fdg, fr")),
+        ("", 2, ("no split ''", "expected one of fdg, fr")),
+        ("fdg", 4, ("split 'fdg'", "4 stages", "expected one of 2, 3")),
+        ("fdg", None, ("split 'fdg'", "1 stages", "expected one of 2, 3")),
+    ],
+)
+def test_a_split_that_the_model_lacks_gets_one_clear_line(name, num_stages, words):
+    nets.assert_clear(ValueError, words, lambda: cut(name, num_stages=num_stages))
+
+
+def test_a_model_without_splits_says_so():
+    model = jd.models.mlp(nets.CLASSES, input_size=64, depth=2, rngs=nnx.Rngs(0))
+    nets.assert_clear(
+        ValueError, ("no split 'fdg'", "it has none"), lambda: cut("fdg", model, num_stages=2)
+    )
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,16 @@ RUNS: dict[str, dict[str, Any]] = {
         "steps": 13,
         "trainer": {"max_in_flight": 2},
     },
+    # "finish" drains before that step, and the stages fill again.
+    "fdg": {"method": "fdg", "model": "two_blocks", "stages": 2, "steps": 8},
+    "fr": {"method": "fr", "model": "two_blocks", "stages": 2, "steps": 9, "finish": 5},
+    "fdg_four_stages": {
+        "method": "fdg",
+        "model": "four_blocks",
+        "stages": 4,
+        "steps": 15,
+        "finish": 9,
+    },
     "replicas": {"method": "bp", "model": "two_blocks", "data": 2, "steps": 8},
 }
 STAGED = pytest.mark.parametrize("name", [name for name in RUNS if "stages" in RUNS[name]])
@@ -114,7 +124,8 @@ def load(out: Path, stem: str) -> Result:
 
 
 @STAGED
-def test_weights_are_those_of_one_process_to_the_bit(results, name):
+def test_arrays_are_those_of_one_process_to_the_bit(results, name):
+    """Weights, statistics, the optimiser's state, and what waits in a delayed method."""
     (alone,) = results["alone"]
     first, second = (each[name].arrays for each in results["pair"])
     assert first
@@ -130,7 +141,30 @@ def test_metrics_are_those_of_one_process_to_the_bit(results, name):
     wanted = alone[name].report["metrics"]
     assert len(wanted) == RUNS[name]["steps"]
     for each in results["pair"]:
-        assert each[name].report["metrics"] == wanted
+        np.testing.assert_equal(each[name].report["metrics"], wanted)  # where NaN is NaN
+
+
+@pytest.mark.parametrize(
+    ("name", "empty"), [("fdg", {0}), ("fdg_four_stages", {0, 1, 2, 9, 10, 11})]
+)
+def test_no_loss_is_known_while_the_stages_fill(results, name, empty):
+    for each in results["pair"]:
+        losses = [metrics["loss"] for metrics in each[name].report["metrics"]]
+        assert {step for step, loss in enumerate(losses) if np.isnan(loss)} == empty
+
+
+@pytest.mark.parametrize("name", ["fdg", "fr", "fdg_four_stages"])
+def test_every_stage_holds_what_waits(results, name):
+    stages = range(RUNS[name]["stages"])
+    half = len(stages) // 2
+    for each, mine in zip(results["pair"], (stages[:half], stages[half:]), strict=True):
+        arrays = each[name].arrays
+        waiting = {
+            key.split("/")[0] for key in arrays if "/waiting/" in key and np.any(arrays[key])
+        }
+        # A batch passes the last stage of Features Replay at once.
+        keep = mine if name != "fr" else [k for k in mine if k != stages[-1]]
+        assert waiting == {f"stage_{k}" for k in keep}
 
 
 @STAGED

@@ -5,14 +5,20 @@ import shutil
 import signal
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 import runs
-from runs import BP, arguments, assert_same_run, copy, fingerprint, finished, lines, server
+from runs import BP, arguments, assert_same_run, copy, delayed, fingerprint, finished, lines, server
 
+from jdecouple import command_line
 from jdecouple.checkpoint import Checkpointer
+from jdecouple.config import ConfigError
 from jdecouple.interrupt import Interrupt
+from jdecouple.training import train_and_evaluate
 
 TOTAL = 27
+FDG = delayed("fdg")
 
 
 def started(folder: Path) -> bool:
@@ -85,8 +91,9 @@ def test_backpropagation_killed_while_writing(tmp_path):
     assert_same_run(tmp_path, reference)
 
 
-def test_stages_on_devices_of_their_own_killed(tmp_path):
-    values = {"mesh__stages": 2, "epochs": 2}
+@pytest.mark.parametrize("method", [{}, delayed("fr")], ids=["deinforeg", "fr"])
+def test_stages_on_devices_of_their_own_killed(tmp_path, method):
+    values = {**method, "mesh__stages": 2, "epochs": 2}
     apart = tmp_path / "apart"
     whole = server().run(*arguments(tmp_path / "whole", **values), devices=2)
     run = server().start(*arguments(apart, **values), devices=2)
@@ -95,6 +102,98 @@ def test_stages_on_devices_of_their_own_killed(tmp_path):
     resumed = run.wait().returncode, server().run(*arguments(apart, **values), devices=2).returncode
     assert (whole.returncode, *resumed) == (0, -signal.SIGKILL, 0)
     assert_same_run(apart, tmp_path / "whole")
+
+
+class TestDelayed:
+    """What waits between two iterations is part of a checkpoint."""
+
+    @pytest.mark.parametrize(
+        "values", [FDG, delayed("adl", method__accumulate=2)], ids=lambda v: v["method__name"]
+    )
+    def test_killed_again_and_again(self, tmp_path, values):
+        reference = finished(**values)
+        for when in (reached(6), writing, evaluated(9), writing):
+            kill(tmp_path, when, **values)
+        step, arrays = runs.final_arrays(tmp_path)
+        assert 0 < step < TOTAL
+        queued = [name for name in arrays if "/waiting/" in name and np.any(arrays[name])]
+        assert {name.split("/")[2] for name in queued} == {"messages", "residuals", "errors"}
+        if "method__accumulate" in values:  # killed between two passes of one of the stages
+            assert any(np.any(value) for name, value in arrays.items() if "mini_step" in name)
+        go_on(tmp_path, **values)
+        assert_same_run(tmp_path, reference)
+
+    def test_more_epochs(self, tmp_path):
+        """The end of a run does not drain what waits."""
+        go_on(tmp_path, epochs=1, **FDG)
+        assert latest(tmp_path) == 9
+        go_on(tmp_path, **FDG)
+        assert_same_run(tmp_path, finished(**FDG))
+
+    def test_continued_before_the_first_batch_has_reached_the_end(self, tmp_path):
+        values = {**FDG, "model__depth": 3, "num_stages": 3}
+        for steps in (1, 2):
+            go_on(tmp_path, steps=steps, **values)
+            assert latest(tmp_path) == steps
+        go_on(tmp_path, **values)
+        (step, arrays), (wanted_step, wanted) = map(
+            runs.final_arrays, (tmp_path, finished(**values))
+        )
+        assert step == wanted_step
+        assert arrays.keys() == wanted.keys()
+        assert all(np.array_equal(arrays[name], wanted[name]) for name in wanted)
+
+    def test_on_other_devices(self, tmp_path):
+        """Where the stages begin matters, not where they run."""
+        folder = copy(finished(epochs=1, **FDG), tmp_path)
+        values = {**FDG, "epochs": 2}
+        run = server().run(*arguments(folder, **values, mesh__stages=2, mesh__data=2), devices=4)
+        assert run.returncode == 0, run.stderr
+        assert "continuing from step 9 of 18" in run.stdout
+        found, wanted = (
+            {(line["step"], line["split"]): line["loss"] for line in lines(each) if "loss" in line}
+            for each in (folder, finished(**FDG))
+        )
+        assert len(found) == 17 + 2 * 2
+        assert found == pytest.approx({key: wanted[key] for key in found}, rel=1e-3)
+
+    @pytest.mark.parametrize(
+        ("values", "said"),
+        [
+            ({"boundaries": "(0,2)"}, "config.boundaries = [0, 1], now [0, 2]"),
+            ({"num_stages": 3}, "config.boundaries = [0, 1], now [0, 1, 2]"),
+            ({"num_stages": 1}, "config.boundaries = [0, 1], now None"),
+            ({"method__name": "adl"}, "config.method = name 'fdg' (now 'adl')"),
+            ({"method__beta": 0.5}, "config.method = beta None (now 0.5)"),
+        ],
+    )
+    def test_with_other_stages(self, values, said, capfd, monkeypatch):
+        given = {**FDG, "model__depth": 3, "boundaries": "(0,1)", "epochs": 1}
+        folder = finished(**given)
+        before = fingerprint(folder)
+        if "num_stages" in values:
+            del given["boundaries"]
+        monkeypatch.setattr(command_line, "_log_in_short", lambda: None)
+        with pytest.raises(SystemExit) as stopped:
+            command_line.main(["train.py", *arguments(folder, **{**given, **values})])
+        assert stopped.value.code == 2
+        told = capfd.readouterr().err.splitlines()
+        assert told == [
+            f"error: the workdir holds a run with {said}: choose another workdir, or the same value"
+        ]
+        assert fingerprint(folder) == before
+
+    def test_by_another_version_of_jax(self, tmp_path, monkeypatch):
+        folder = copy(finished(epochs=1, **FDG), tmp_path)
+        before = fingerprint(folder)
+        config, _ = command_line.parse(["train.py", *arguments(folder, **FDG)])
+        version = jax.__version__
+        monkeypatch.setattr(jax, "__version__", "9.8.7")
+        with pytest.raises(ConfigError) as error:
+            train_and_evaluate(config, folder)
+        assert f"a run with JAX version = {version}, now 9.8.7" in str(error.value)
+        assert "\n" not in str(error.value)
+        assert fingerprint(folder) == before
 
 
 def test_stopped_by_signals(tmp_path):

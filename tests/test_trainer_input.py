@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 import jdecouple as jd
+from jdecouple.routes import Delayed
 
 METHODS = pytest.mark.parametrize("name", jd.methods.names())
 DATA = nets.batches()
@@ -93,7 +94,7 @@ BAD_ARGUMENTS = {
     "unknown schedule": (
         ValueError,
         {"schedule": "zigzag"},
-        ("'zigzag'", *jd.schedules.names()),
+        ("'zigzag'", "fit", "allowed are auto"),
     ),
     "seed as text": (ValueError, {"seed": "zero"}, ("seed", "'zero'")),
     "seed as a fraction": (ValueError, {"seed": 0.5}, ("seed", "0.5")),
@@ -153,6 +154,84 @@ def test_a_schedule_of_another_route_is_refused(name):
     nets.assert_clear(
         ValueError, (repr(other), name, "fit"), lambda: nets.build(name, schedule=other)
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "own"),
+    [
+        ("bp", "delayed", "sequential"),
+        ("scpl", "delayed_locked", "local"),
+        ("fdg", "delayed_locked", "delayed"),
+        ("adl", "sequential", "delayed"),
+        ("fr", "delayed", "delayed_locked"),
+        ("ddg", "sequential", "delayed_locked"),
+    ],
+)
+def test_a_schedule_of_another_route_says_which_fit(name, other, own):
+    message = f"schedule '{other}' does not fit method {name}: allowed are auto, {own}"
+    nets.assert_clear(ValueError, (message,), lambda: nets.build(name, schedule=other))
+
+
+@pytest.mark.parametrize("name", nets.DELAYED)
+def test_microbatches_of_a_delayed_method_are_refused(name):
+    nets.assert_clear(
+        ValueError,
+        ("num_microbatches is 2", "schedule delayed", "takes 1"),
+        lambda: nets.build(name, num_stages=2, microbatches=2),
+    )
+
+
+BAD_ROUTES = {
+    "beta as text": ({"beta": "x"}, ("beta is 'x'", "above 0 and at most 1")),
+    "beta as a flag": ({"beta": True}, ("beta is True", "above 0 and at most 1")),
+    "no beta": ({"beta": None}, ("beta is None", "above 0 and at most 1")),
+    "beta of 0": ({"beta": 0}, ("beta is 0", "above 0 and at most 1")),
+    "beta above 1": ({"beta": 1.5}, ("beta is 1.5", "above 0 and at most 1")),
+    "beta that is no number": ({"beta": math.nan}, ("beta is nan", "above 0 and at most 1")),
+    "half a pass": ({"accumulate": 1.5}, ("accumulate is 1.5", "whole number of at least 1")),
+    "no pass": ({"accumulate": 0}, ("accumulate is 0", "whole number of at least 1")),
+    "passes as text": ({"accumulate": "2"}, ("accumulate is '2'", "whole number of at least 1")),
+    "passes as a flag": ({"accumulate": True}, ("accumulate is True", "whole number")),
+    "factor of 0": ({"first_stage_lr_scale": 0.0}, ("first_stage_lr_scale is 0.0", "finite")),
+    "factor without end": ({"first_stage_lr_scale": math.inf}, ("lr_scale is inf", "finite")),
+    "factor as text": ({"first_stage_lr_scale": "x"}, ("first_stage_lr_scale is 'x'", "finite")),
+    "unknown forward": (
+        {"forward_pass": "x"},
+        ("forward_pass 'x' with backward_pass 'pipelined'", "locked with pipelined"),
+    ),
+    "unknown backward": ({"backward_pass": 3}, ("backward_pass 3", "pipelined with pipelined")),
+    "only the backward locked": (
+        {"backward_pass": "locked"},
+        ("forward_pass 'pipelined' with backward_pass 'locked'", "locked with locked"),
+    ),
+    "replay of current weights": (
+        {"replay": True, "current_weights": True},
+        ("current_weights has no meaning with replay",),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROUTES)
+def test_a_bad_argument_of_the_delayed_route(case):
+    arguments, words = BAD_ROUTES[case]
+    nets.assert_clear(
+        ValueError, words, lambda: Delayed(**{"forward_pass": "pipelined", **arguments})
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "allowed"),
+    [
+        ("ddg", "beta", "init"),
+        ("fr", "beta", "first_stage_lr_scale, init"),
+        ("fdg", "accumulate", "beta, current_weights, init"),
+        ("adl", "current_weights", "accumulate, beta, accumulate_mean, init"),
+        ("fdg", "forward_pass", "beta, current_weights, init"),
+    ],
+)
+def test_an_argument_of_another_method(name, argument, allowed):
+    message = f"method {name} takes no argument {argument!r}: allowed are {allowed}"
+    nets.assert_clear(TypeError, (message,), lambda: jd.methods.get(name, **{argument: 1}))
 
 
 X, LABEL = DATA[0]["x"], DATA[0]["label"]

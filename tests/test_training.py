@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import runs
 from absl import flags
-from runs import arguments, finished, lines, server
+from runs import arguments, cheap, finished, lines, server, tiny
 
 from jdecouple import command_line, data
 from jdecouple.checkpoint import Checkpointer
@@ -19,21 +19,6 @@ from jdecouple.trainer import Trainer
 from jdecouple.training import NonFiniteError, build, train_and_evaluate
 
 TERMS = ("accuracy", "covariance", "cross_entropy", "invariance", "loss", "variance")
-
-
-def tiny(**values):
-    """The tiny configuration in one stage; `model__hidden=8` sets model.hidden."""
-    config = runs.get_config()
-    config.mesh.stages = 1
-    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in values.items()})
-    return config
-
-
-def cheap(**values):
-    """As `tiny`, by backpropagation, which compiles fastest."""
-    config = tiny(method__name="bp", optimizer__name="sgd", **values)
-    config.method.projector = None
-    return config
 
 
 @pytest.fixture(scope="module")
