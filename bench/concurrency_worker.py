@@ -17,7 +17,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -113,28 +112,13 @@ class Run:
         return hashes
 
     def stages(self, steps: int) -> list[list[float]]:
-        """Seconds of every stage for each of `steps` batches, every call waited for.
-
-        The calls are those that the executor has compiled, in its order.
-        """
-        executor = self.trainer._executor
+        """Seconds of every stage for each of `steps` batches, every call waited for."""
         found = []
         for _ in range(steps):
+            self.state, calls = self.trainer.measure(self.state, next(self.batches))
             seconds = [0.0] * len(self.trainer.stages)
-
-            def timed(stage: int, call: Callable, seconds: list[float] = seconds) -> Callable:
-                def run(*arguments: Any) -> Any:
-                    start = time.perf_counter()
-                    out = jax.block_until_ready(call(*arguments))
-                    seconds[stage] += time.perf_counter() - start
-                    return out
-
-                return run
-
-            calls = {key: timed(key[0], call) for key, call in executor._calls.items()}
-            batch, step = next(self.batches).parts, self.state.step
-            held, _ = executor._dispatch(calls, self.state.stages, batch, step)
-            self.state = type(self.state)(step + 1, held)
+            for call, taken in calls:
+                seconds[call.stage] += taken
             found.append(seconds)
         return found
 

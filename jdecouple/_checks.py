@@ -1,7 +1,8 @@
 """Checks of what a caller gives the Trainer: one clear line each, before anything runs."""
 
+import math
 from collections.abc import Mapping, Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import jax
@@ -25,7 +26,9 @@ def check_counts(**values: Any) -> None:
             raise ValueError(f"{label} is {value!r}: a whole number of at least 1 is needed")
 
 
-def check_options(*, seed: Any, dtype: Any, boundaries: Any, transform: Any) -> None:
+def check_options(
+    *, seed: Any, dtype: Any, boundaries: Any, transform: Any, clip_norm: Any
+) -> None:
     """Checks the types of the Trainer's other arguments.
 
     Raises:
@@ -38,6 +41,12 @@ def check_options(*, seed: Any, dtype: Any, boundaries: Any, transform: Any) -> 
         raise TypeError(f"transform is a {type(transform).__name__}: a function is needed")
     if dtype is not None and not _is_floating(dtype):
         raise ValueError(f"dtype is {dtype!r}: a floating-point dtype such as bfloat16 is needed")
+    if clip_norm is not None and not (
+        isinstance(clip_norm, Real)
+        and not isinstance(clip_norm, bool)
+        and 0 < float(clip_norm) < math.inf
+    ):
+        raise ValueError(f"clip_norm is {clip_norm!r}: a finite number above 0 is needed")
     if not isinstance(boundaries, str | None) and not (
         isinstance(boundaries, Sequence) and all(isinstance(each, Integral) for each in boundaries)
     ):

@@ -199,6 +199,7 @@ def build_stages(
     received: Message,
     prepared: Message,
     optimizers: Sequence[optax.GradientTransformation],
+    remat: Sequence[bool],
     **common: Any,
 ) -> tuple[Stage, ...]:
     """Cuts the units into stages.
@@ -209,8 +210,16 @@ def build_stages(
         received: shapes of a microbatch.
         prepared: shapes of a microbatch after the transform.
         optimizers: of every stage.
-        **common: `seed`, `num_microbatches` and `transform` of every stage.
+        remat: of every stage.
+        **common: `seed`, `num_microbatches`, `transform` and `clip_norm` of all.
+
+    Raises:
+        ValueError: `remat` of another number of stages.
     """
+    if len(remat) != len(boundaries):
+        raise ValueError(
+            f"remat has {len(remat)} entries: one is needed for each of {len(boundaries)} stages"
+        )
     stages = []
     for k, (start, end) in enumerate(itertools.pairwise((*boundaries, len(built.units)))):
         message = {**prepared, "x": built.inputs[start]} if k else received
@@ -222,6 +231,7 @@ def build_stages(
                 num_stages=len(boundaries),
                 units=built.units[start:end],
                 optimizer=optimizers[k],
+                remat=remat[k],
                 message=message,
                 **common,
             )

@@ -3,6 +3,7 @@
 import inspect
 import itertools
 import json
+import math
 import sys
 from collections.abc import Mapping
 from typing import Any, NoReturn
@@ -38,6 +39,7 @@ _NUMBERS = (
     ("optimizer.decay_factor", 0, True, sys.float_info.max),
     ("optimizer.warmup_epochs", 0, False, _MOST),
     ("optimizer.warmup_start", 0, False, 1),
+    ("clip_norm", 0, True, sys.float_info.max),
     ("data.label_noise", 0, False, 1),
     ("data.validation", 0, False, 1),
 )
@@ -85,7 +87,12 @@ def default() -> ConfigDict:
             },
             "schedule": "auto",
             "microbatches": 1,
-            "mesh": {"stages": placeholder(int), "data": 1},  # stages None: as devices allow
+            "mesh": {
+                "stages": placeholder(int),  # None: as many as devices allow
+                "data": 1,
+                "replicas": placeholder(tuple),  # of each stage, instead of stages and data
+                "propose": False,  # choose boundaries and replicas by simulation, and print them
+            },
             "num_stages": placeholder(int),  # None: mesh.stages
             "boundaries": placeholder(tuple),  # blocks at which stages begin; None: balanced
             "split": placeholder(str),  # or a published split of the model, such as "fdg"
@@ -98,6 +105,8 @@ def default() -> ConfigDict:
             "log_every": 50,
             "sufficient_direction": False,  # measure it with every line of the log (fr)
             "dtype": "float32",
+            "clip_norm": placeholder(float),  # bound on the gradient's norm (synchronous methods)
+            "remat": False,  # keep inputs of stages alone, repeat the forward in the backward
             "seed": 0,
         }
     ).lock()
@@ -187,11 +196,29 @@ def validate(config: Mapping[str, Any]) -> ConfigDict:
     if complete.split is not None and complete.boundaries is not None:
         raise ConfigError("config.split and config.boundaries are both set: give one of them")
     _numbers(complete, "optimizer.decay_epochs", (int, float))
-    pieces = complete.microbatches * complete.mesh.data
-    if complete.batch_size % pieces:
+    replicas = complete.mesh.replicas
+    if replicas is not None:
+        if not replicas or not all(type(each) is int and each >= 1 for each in replicas):
+            raise ConfigError(
+                f"config.mesh.replicas is {replicas}: a whole number of at least 1 is needed for "
+                "every stage"
+            )
+        if complete.mesh.stages not in (None, len(replicas)) or complete.mesh.data != 1:
+            raise ConfigError(
+                "config.mesh.replicas is set: leave config.mesh.stages and config.mesh.data alone"
+            )
+    if complete.mesh.propose and (
+        replicas is not None or complete.boundaries is not None or complete.split is not None
+    ):
+        raise ConfigError(
+            "config.mesh.propose chooses boundaries and replicas: leave config.boundaries, "
+            "config.split and config.mesh.replicas alone"
+        )
+    data_axis = complete.mesh.data if replicas is None else math.lcm(*replicas)
+    if complete.batch_size % (complete.microbatches * data_axis):
         raise ConfigError(
             f"config.batch_size is {complete.batch_size}: it must divide into microbatches x "
-            f"mesh.data = {complete.microbatches} x {complete.mesh.data} equal parts"
+            f"replicas = {complete.microbatches} x {data_axis} equal parts"
         )
     return complete
 
@@ -214,7 +241,7 @@ def check_identity(now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
     for key in {**now, **before}:
         value = now.get(key)
         if before.get(key) != value:
-            label = f"config.{key}" if key in (*_IDENTITY, "boundaries") else key
+            label = f"config.{key}" if key in (*_IDENTITY, "boundaries", "dtype") else key
             raise ConfigError(
                 f"the workdir holds a run with {label} = "
                 f"{_difference(before.get(key), value)}: choose another workdir, or the same value"

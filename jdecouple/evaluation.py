@@ -1,6 +1,7 @@
 """Evaluation of every exit, pipelined over the stages like training."""
 
 import collections
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -78,7 +79,7 @@ class Evaluator:
         sums: tuple = (None,) * len(self._stages)
         flying: collections.deque = collections.deque()
         count = size = 0
-        replicas = len(self._seats[0].devices)
+        replicas = math.lcm(*(len(seat.devices) for seat in self._seats))
         for batch in [data] if isinstance(data, Mapping) else data:
             check_batch(batch, num_classes)
             check_like(batch, self._example, any_size=True)

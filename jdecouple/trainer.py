@@ -1,6 +1,5 @@
 """The Trainer: a model, a method, an optimiser and a mesh, joined."""
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -20,36 +19,16 @@ from jdecouple.assembly import (
     metric_names,
     model_input,
     split_blocks,
+    unit_costs,
 )
 from jdecouple.evaluation import Evaluator
 from jdecouple.methods import Method
 from jdecouple.models import Model
 from jdecouple.pipeline import Executor, Seat, as_stage_mesh, gather, make_mesh, spread, waiting
-from jdecouple.routes import Message, Stage
+from jdecouple.routes import Message, Synchronous
 from jdecouple.routes.stage import Transform
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class State:
-    """Everything that training changes.
-
-    Attributes:
-        step: batches dispatched so far.
-        stages: state of every stage ("params", "stats", "opt", and with a delayed method
-            "waiting"); None for the stages of other
-            processes. `Trainer.step` donates it: keep the returned state, not the old one.
-    """
-
-    step: int
-    stages: tuple[Any, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class PlacedBatch:
-    """A global batch on the devices, one message a microbatch; made by `Trainer.put`."""
-
-    parts: tuple[Message | None, ...]
+from jdecouple.schedules import Call
+from jdecouple.state import PlacedBatch, State, leaf_names, place
 
 
 class Trainer:
@@ -75,6 +54,8 @@ class Trainer:
         seed: int = 0,
         transform: Transform | None = None,
         dtype: Any = None,
+        clip_norm: float | None = None,
+        remat: bool | Sequence[bool] = False,
         fuse: bool | None = None,
         max_in_flight: int | None = None,
     ):
@@ -101,6 +82,10 @@ class Trainer:
                 compiled call; see `jdecouple.data.augment`.
             dtype: compute dtype of blocks and heads, such as `jnp.bfloat16`; parameters,
                 statistics and losses keep theirs. None leaves everything as it is.
+            clip_norm: bound on the norm of the whole net's gradient (synchronous methods; to
+                clip each block of others, put `optax.clip_by_global_norm` in the optimizer).
+            remat: whether stages keep their inputs alone and repeat the forward in the
+                backward; for all, or one a stage.
             fuse: compile all stages into one call; by default where they share their
                 devices.
             max_in_flight: batches that may be dispatched and unfinished; by default 2K.
@@ -119,7 +104,13 @@ class Trainer:
             num_classes=num_classes,
             max_in_flight=max_in_flight,
         )
-        check_options(seed=seed, dtype=dtype, boundaries=boundaries, transform=transform)
+        check_options(
+            seed=seed,
+            dtype=dtype,
+            boundaries=boundaries,
+            transform=transform,
+            clip_norm=clip_norm,
+        )
         if num_stages is None and not isinstance(boundaries, str | None):
             num_stages = len(boundaries) + (not boundaries or boundaries[0] != 0)
         grid = as_stage_mesh(make_mesh(num_stages or 1) if mesh is None else mesh)
@@ -132,7 +123,7 @@ class Trainer:
         self._replicas = grid.shape["data"]
         self._example = abstract(dict(example))
         received = self._split(self._example)[0]
-        prepared = model_input(received, transform)
+        prepared = self._prepared = model_input(received, transform)
         built = build_units(model, method, prepared, num_classes, seed, dtype)
         self.num_classes = built.num_classes
         check_batch(example, self.num_classes)
@@ -140,17 +131,23 @@ class Trainer:
             boundaries = model.boundaries(boundaries, num_stages)
         route = method.route
         self.boundaries = split_blocks(built.units, route, prepared, num_stages, boundaries)
+        if clip_norm is not None and not isinstance(route, Synchronous):
+            raise ValueError(
+                f"clip_norm needs a synchronous method: given {method.name}, whose stages do not "
+                "wait for one another"
+            )
         self.stages = build_stages(
             built,
             self.boundaries,
             received,
             prepared,
             [route.optimizer(k, optimizer) for k in range(num_stages)],
+            [remat] * num_stages if isinstance(remat, bool) else list(remat),
             seed=seed,
             num_microbatches=microbatches,
             transform=transform,
+            clip_norm=clip_norm,
         )
-        self.seats = tuple(Seat.on(row) for row in spread(grid.rows, num_stages))
         if schedule != "auto" and schedule not in route.schedules:
             raise ValueError(
                 f"schedule {schedule!r} does not fit method {method.name}: "
@@ -159,6 +156,8 @@ class Trainer:
         self.schedule = schedules.build(
             route.schedules[0] if schedule == "auto" else schedule, num_stages, microbatches
         )
+        rows = spread(grid.rows, self.schedule.num_rows)
+        self.seats = tuple(Seat.on(rows[self.schedule.row(k)]) for k in range(num_stages))
         together = all(seat.devices == self.seats[0].devices for seat in self.seats)
         if fuse and not together:
             raise ValueError("fuse=True needs all stages on the same devices")
@@ -176,6 +175,11 @@ class Trainer:
             self.stages, self.seats, self._example, fuse=fuse, max_in_flight=max_in_flight
         )
 
+    def block_costs(self) -> list[float]:
+        """Floating-point operations of every block, forward and backward, on one microbatch."""
+        units = [unit for stage in self.stages for unit in stage.units]
+        return unit_costs(tuple(units), self.method.route, self._prepared)
+
     @property
     def latency(self) -> int:
         """Iterations by which metrics are late: those of step t are of batch t - latency."""
@@ -189,7 +193,11 @@ class Trainer:
         stages = []
         for k, (stage, seat) in enumerate(zip(self.stages, self.seats, strict=True)):
             empty = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), self._waiting(k))
-            stages.append(self._place(k, {**stage.initial(), **empty}) if seat.mine else None)
+            stages.append(
+                place(self.stages[k], self.seats[k], {**stage.initial(), **empty})
+                if seat.mine
+                else None
+            )
         return State(0, tuple(stages))
 
     def abstract(self) -> State:
@@ -214,7 +222,7 @@ class Trainer:
             name: leaf
             for stage, values in zip(self.stages, state.stages, strict=True)
             if values is not None
-            for name, leaf in zip(_names(stage, values), jax.tree.leaves(values), strict=True)
+            for name, leaf in zip(leaf_names(stage, values), jax.tree.leaves(values), strict=True)
         }
 
     def with_arrays(self, step: int, arrays: Mapping[str, Any]) -> State:
@@ -226,9 +234,11 @@ class Trainer:
         """
         stages = []
         for k, (stage, shapes) in enumerate(zip(self.stages, self.abstract().stages, strict=True)):
-            leaves = [arrays[name] for name in _names(stage, shapes)]
+            leaves = [arrays[name] for name in leaf_names(stage, shapes)]
             values = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
-            stages.append(self._place(k, values) if self.seats[k].mine else None)
+            stages.append(
+                place(self.stages[k], self.seats[k], values) if self.seats[k].mine else None
+            )
         return State(step, tuple(stages))
 
     def put(self, batch: Mapping[str, Any]) -> PlacedBatch:
@@ -270,6 +280,28 @@ class Trainer:
             metrics |= each or {}
         return State(state.step + 1, stages), metrics
 
+    def measure(
+        self, state: State, batch: Mapping[str, Any] | PlacedBatch
+    ) -> tuple[State, list[tuple[Call, float]]]:
+        """Trains on one global batch like `step`, waiting for every compiled call on its own.
+
+        Args:
+            state: current state; donated.
+            batch: as for `step`.
+
+        Returns:
+            The new state, and the calls of the schedule in order, each with its seconds.
+
+        Raises:
+            ValueError: the stages are fused (`fuse=False` keeps them apart), or some are in other
+                processes.
+        """
+        if not all(seat.whole for seat in self.seats):
+            raise ValueError("measuring needs all stages in one process")
+        placed = batch if isinstance(batch, PlacedBatch) else self.put(batch)
+        stages, found = self._executor.measure(state.stages, placed.parts, state.step)
+        return State(state.step + 1, stages), found
+
     def finish(self, state: State) -> State:
         """Applies what a delayed method still has queued; other methods have nothing.
 
@@ -294,7 +326,7 @@ class Trainer:
         return State(
             state.step,
             tuple(
-                values and {**values, **self._place(k, {"since": since})}
+                values and {**values, **place(self.stages[k], self.seats[k], {"since": since})}
                 for k, values in enumerate(stages)
             ),
         )
@@ -356,16 +388,6 @@ class Trainer:
     def _waiting(self, index: int) -> Any:
         return waiting.shapes(self.schedule, self.method.route, self.stages, index)
 
-    def _place(self, index: int, values: Any) -> Any:
-        """Puts (parts of) the state of a stage on its devices."""
-        seat, size = self.seats[index], self.stages[index].message["label"].shape[0]
-        queues = {key: values[key] for key in values if key == "waiting"}
-        others = {key: values[key] for key in values if key != "waiting"}
-        return {
-            **seat.place(others, own=True, sharding=lambda leaf: seat.replicated),
-            **seat.place(queues, own=True, sharding=lambda leaf: seat.waiting(leaf, size)),
-        }
-
     def _pairs(self, state: State) -> list[tuple[nnx.Module | None, nnx.Module | None]]:
         pairs: list[tuple[nnx.Module | None, nnx.Module | None]] = []
         for stage, values in zip(self.stages, state.stages, strict=True):
@@ -400,16 +422,3 @@ class Trainer:
             jax.tree.map(lambda leaf, part=part: cut(leaf, part), dict(batch))
             for part in range(parts)
         ]
-
-
-def _names(stage: Stage, values: Any) -> list[str]:
-    """Names of the leaves of a stage's state, in the order of its leaves."""
-    names = []
-    for path, _ in jax.tree_util.tree_leaves_with_path(values):
-        kind, *rest = (jax.tree_util.keystr((key,), simple=True) for key in path)
-        owner = f"stage_{stage.index}"
-        if kind in ("params", "stats", "opt"):
-            unit, *rest = rest
-            owner = f"block_{stage.units[int(unit)].index}"
-        names.append("/".join([owner, kind, *rest]))
-    return names

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +21,7 @@ from jdecouple.config import ConfigError, chosen
 from jdecouple.diagnostics import SufficientDirection
 from jdecouple.interrupt import Interrupt
 from jdecouple.metrics import Means, MetricsWriter, Progress, plot_curves, read_metrics
-from jdecouple.pipeline import make_mesh
+from jdecouple.pipeline import make_mesh, propose
 from jdecouple.trainer import State, Trainer
 
 
@@ -62,25 +63,23 @@ def build(config: ConfigDict | Mapping) -> Run:
         )
         name = config.method.name
         method = methods.get(name, **chosen(config.method, methods.arguments(name), "method"))
-        replicas = config.mesh.data
-        stages = config.mesh.stages or config.num_stages
-        if stages is None:
-            stages = max(1, min(len(model.blocks), len(jax.devices()) // replicas))
-        trainer = Trainer(
+        make_trainer = functools.partial(
+            Trainer,
             model,
             method,
             _optimizer(config, total_steps, steps_per_epoch, method.route.accumulate),
-            num_stages=config.num_stages,
-            boundaries=config.boundaries if config.split is None else config.split,
-            mesh=make_mesh(stages, replicas),
             microbatches=config.microbatches,
-            schedule=config.schedule,
             example=dataset.train.gather(np.arange(config.batch_size)),
             num_classes=dataset.num_classes,
             seed=config.seed,
             transform=data.augment.get(config.data.augment, mean=dataset.mean, std=dataset.std),
             dtype=configuration.DTYPES[config.dtype],
+            clip_norm=config.clip_norm,
+            remat=config.remat,
             max_in_flight=config.max_in_flight,
+        )
+        trainer = make_trainer(
+            schedule=config.schedule, **_placement(config, make_trainer, len(model.blocks))
         )
         diagnose = SufficientDirection(trainer) if config.sufficient_direction else _nothing
     eval_every = config.eval_every or steps_per_epoch
@@ -309,12 +308,45 @@ def _nothing(state: State) -> dict[str, jax.Array]:
 def _identity(run: Run) -> dict[str, Any]:
     """What makes a run what it is; a delayed method also depends on where the stages begin.
 
-    Its queues hold what JAX's differentiation left, which another version may lay out otherwise.
+    Its queues hold what JAX's differentiation left, in the compute dtype; another version of JAX
+    may lay it out otherwise.
     """
     found = configuration.identity(run.config)
     if run.trainer.schedule.overlapping:
-        found |= {"boundaries": list(run.trainer.boundaries), "JAX version": jax.__version__}
+        found |= {
+            "boundaries": list(run.trainer.boundaries),
+            "dtype": run.config.dtype,
+            "JAX version": jax.__version__,
+        }
     return found
+
+
+def _placement(
+    config: ConfigDict, make_trainer: Callable[..., Trainer], num_blocks: int
+) -> dict[str, Any]:
+    """The Trainer's arguments on stages and devices: as given, or as proposed by simulation."""
+    section, devices = config.mesh, len(jax.devices())
+    boundaries = config.boundaries if config.split is None else config.split
+    given = {"num_stages": config.num_stages, "boundaries": boundaries}
+    if section.replicas is not None:
+        return {**given, "mesh": make_mesh(replicas=section.replicas)}
+    stages = section.stages or config.num_stages
+    if stages is None:
+        stages = max(1, min(num_blocks, devices // section.data))
+    if not section.propose:
+        return {**given, "mesh": make_mesh(stages, section.data)}
+    probe = make_trainer(num_stages=1, mesh=make_mesh(1))
+    schedule = probe.method.route.schedules[0] if config.schedule == "auto" else config.schedule
+    proposal = propose(
+        probe.block_costs(),
+        stages,
+        devices,
+        schedule=schedule,
+        microbatches=config.microbatches,
+        batch_size=config.batch_size,
+    )
+    print(f"proposal: {proposal}")
+    return {"boundaries": proposal.boundaries, "mesh": make_mesh(replicas=proposal.replicas)}
 
 
 def _data_arguments(config: ConfigDict) -> dict[str, Any]:

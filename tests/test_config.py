@@ -112,7 +112,7 @@ def test_an_open_value_may_be_set_back():
         ({"split": "fdg", "boundaries": (0, 1)}, "config.split and config.boundaries are both set"),
         ({"method": {"accumulate": 2.0}}, "config.method.accumulate is 2.0: a value of type int"),
         ({"data": {"num_classes": 0}}, "config.data.num_classes is 0: a whole number from 1"),
-        ({"batch_size": 10, "mesh": {"data": 4}}, "microbatches x mesh.data = 1 x 4 equal parts"),
+        ({"batch_size": 10, "mesh": {"data": 4}}, "microbatches x replicas = 1 x 4 equal parts"),
         ({"batch_size": 12, "mesh": {"data": 2}, "microbatches": 4}, "= 4 x 2 equal parts"),
     ],
 )

@@ -87,8 +87,7 @@ def test_a_stage_holds_what_the_formula_says(name):
     trained.wait(state)
     gc.collect()
     for k, seat in enumerate(trained.seats):
-        # Four bytes: the stage's own loss, which is zero.
-        each = MESSAGE if name == "fr" else linearization(first=k == 0) + 4
+        each = MESSAGE if name == "fr" else linearization(first=k == 0)
         found = size(state.stages[k]["waiting"])
         assert found == HELD[name](k) * each + inbox(name, k), k
         core = size({key: value for key, value in state.stages[k].items() if key != "waiting"})
@@ -102,7 +101,24 @@ def test_current_weights_are_not_kept():
     for k in range(STAGES - 1):
         kept, current = (size(state.stages[k]["waiting"]["residuals"]) for state in states)
         matrices = (1 if k == 0 else 2) * WIDTH * WIDTH * 4
-        assert kept - current == HELD["fdg"](k) * (matrices + 4)  # and the loss, which is constant
+        assert kept - current == HELD["fdg"](k) * matrices
+
+
+def test_constants_are_not_kept():
+    """The derivative of ReLU selects from an array of zeros, which need not wait."""
+    rngs = nnx.Rngs(0)
+    blocks = [nnx.Sequential(nnx.Linear(WIDTH, WIDTH, rngs=rngs), nnx.relu) for _ in range(STAGES)]
+    model = jd.Model(blocks, nnx.Linear(WIDTH, 3, rngs=rngs))
+    trained = jd.Trainer(
+        model, nets.method("fdg"), jd.optim.sgd(0.1), num_stages=STAGES, example=DATA[0]
+    )
+    (first, *_) = trained.init().stages[1]["waiting"]["residuals"]
+    kinds = sorted((str(leaf.dtype), leaf.shape) for leaf in first)
+    assert kinds == [
+        ("bool", (BATCH, WIDTH)),  # where ReLU let through
+        ("float32", (WIDTH, WIDTH)),  # weights
+        ("float32", (BATCH, WIDTH)),  # input
+    ]
 
 
 def test_new_residuals_take_the_place_of_the_old():
@@ -117,6 +133,6 @@ def test_new_residuals_take_the_place_of_the_old():
     call = trained._executor._calls[0, (Kind.BACKWARD, Kind.STEP, Kind.FORWARD)]
     message = trained.put(DATA[0]).parts[0]
     arguments = core, None, waiting["residuals"][0], message, waiting["errors"][0]
-    lowered = call.lower(*arguments, np.zeros((3, 2), np.int32))
+    lowered = call.lower(*arguments, np.zeros((3, 2), np.int32), None)
     reused = lowered.compile().memory_analysis().alias_size_in_bytes
     assert reused >= size((core, waiting["residuals"][0])) - 64  # but for scalars

@@ -181,7 +181,7 @@ def test_a_model_without_splits_says_so():
 def test_make_mesh(stages, data, devices, wanted):
     mesh = jd.make_mesh(stages, data, devices=jax.devices()[:devices])
     assert mesh.shape == {"stage": stages, "data": data}
-    assert mesh.devices.shape == (stages, data)
+    assert [len(row) for row in mesh.rows] == [data] * stages
     assert [[device.id for device in row] for row in mesh.rows] == wanted
 
 

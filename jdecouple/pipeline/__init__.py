@@ -10,14 +10,17 @@ from jdecouple.pipeline.placement import (
     spread,
     transfer,
 )
+from jdecouple.pipeline.proposal import Proposal, propose
 
 __all__ = [
     "Executor",
+    "Proposal",
     "Seat",
     "StageMesh",
     "as_stage_mesh",
     "gather",
     "make_mesh",
+    "propose",
     "spread",
     "transfer",
 ]

@@ -2,7 +2,9 @@
 
 import collections
 import dataclasses
+import functools
 import itertools
+import time
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -11,74 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jdecouple.pipeline.calls import batches_of, bind, bind_norm, compile_call, steps_last
 from jdecouple.pipeline.placement import Seat, transfer
 from jdecouple.pipeline.waiting import Carried, pack, unpack
-from jdecouple.routes import Accumulated, Message, Metrics, Route, Stage, StageState, add
+from jdecouple.routes import Accumulated, Message, Metrics, Route, Stage
 from jdecouple.schedules import Call, Kind, Schedule
-
-
-def run_actions(
-    stage: Stage,
-    route: Route,
-    kinds: tuple[Kind, ...],
-    state: StageState,
-    accumulated: Accumulated | None,
-    residuals: Any,
-    message: Any,
-    cotangent: Any,
-    ticks: jax.Array,
-) -> dict[str, Any]:
-    """What one stage does in consecutive actions, as a pure function.
-
-    Args:
-        stage: the stage.
-        route: the route.
-        kinds: the actions, in order.
-        state: state of the stage. If it holds "since", batches before that one do not exist, and
-            what an action on one of them would change stays as it is.
-        accumulated: sums over the microbatches so far; None before the first.
-        residuals: what the forward left, where that was an earlier call.
-        message: from the stage below; None without a forward.
-        cotangent: from the stage above; None without a backward, and on the last stage.
-        ticks: [batch, microbatch] of every action; batch -1 does not exist.
-
-    Returns:
-        What changed: "state", "accumulated", "residuals", "message", "cotangent", "metrics".
-    """
-    out: dict[str, Any] = {}
-    gradients: Any
-    sums: Any
-    gradients, sums = accumulated or (None, None)
-    for number, kind in enumerate(kinds):
-        tick = ticks[number]
-        if kind is Kind.FORWARD:
-            stats, metrics, residuals, out["message"] = route.forward(stage, state, message, tick)
-            sums = add(sums, _if_exists(tick, state, metrics, dict.fromkeys(metrics, jnp.nan)))
-            state = {**state, "stats": _if_exists(tick, state, stats, state["stats"])}
-            out["state"] = {**out.get("state", {}), "stats": state["stats"]}
-            out["residuals"] = residuals
-        elif kind is Kind.BACKWARD:
-            found, out["cotangent"] = route.backward(stage, state, residuals, cotangent, tick)
-            gradients = add(gradients, found)
-            out.pop("residuals", None)
-        else:
-            updated = stage.update(state, gradients)
-            state = out["state"] = _if_exists(tick, state, updated, state)
-            gradients = None
-    if Kind.STEP in kinds:  # a forward after the step, of another batch, reports here too
-        out["metrics"] = stage.mean(sums)
-    else:
-        out["accumulated"] = Accumulated(gradients, sums)
-    if stage.is_last:
-        out.pop("message", None)
-    return out
-
-
-def _if_exists(tick: jax.Array, state: StageState, new: Any, old: Any) -> Any:
-    if "since" not in state:
-        return new
-    exists = tick[0] >= state["since"]
-    return jax.tree.map(lambda new, old: jnp.where(exists, new, old), new, old)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -118,20 +57,55 @@ class Executor:
         """
         while len(self._flying) >= self.max_in_flight:
             jax.block_until_ready(self._flying.popleft())
+        function = self._fused if self.fuse else functools.partial(self._dispatch, self._calls)
+        states, metrics = self._iterate(function, states, batch, step, end)
+        self._flying.append([each["loss"] for each in metrics if each] + self._credits(metrics))
+        return states, metrics
+
+    def _iterate(
+        self,
+        function: Any,
+        states: tuple,
+        batch: Sequence[Message | None],
+        step: int,
+        end: int | None = None,
+    ) -> tuple[tuple, tuple[Metrics | None, ...]]:
+        """Gives a function what one iteration takes, and puts away what it leaves."""
         states, carried = unpack(self.schedule, states)
         taken = {
             kind: {key: carried[kind].pop(key) for key in sorted(carried[kind]) if key in keys}
             for kind, keys in self._needed.items()
         }
-        arguments = states, taken, tuple(batch), self._ticks(step, end)
-        if self.fuse:
-            states, left, metrics = self._fused(*arguments)
-        else:
-            states, left, metrics = self._dispatch(self._calls, *arguments)
+        states, left, metrics = function(states, taken, tuple(batch), self._ticks(step, end))
         left = {kind: carried[kind] | left[kind] for kind in carried}
-        states = pack(self.schedule, states, left)
-        self._flying.append([each["loss"] for each in metrics if each] + self._credits(metrics))
-        return states, metrics
+        return pack(self.schedule, states, left), metrics
+
+    def measure(
+        self, states: tuple, batch: Sequence[Message | None], step: int
+    ) -> tuple[tuple, list[tuple[Call, float]]]:
+        """As `run`, but waits for every call before the next; gives each with its seconds.
+
+        Raises:
+            ValueError: the stages are fused into one call.
+        """
+        if self.fuse:
+            raise ValueError("the stages are fused into one call: measuring needs fuse=False")
+        found: list[tuple[Call, float]] = []
+        order = iter(self._order)
+
+        def timed(call: Any) -> Any:
+            def run(*arguments: Any) -> Any:
+                jax.block_until_ready(arguments)
+                start = time.perf_counter()
+                out = jax.block_until_ready(call(*arguments))
+                found.append((next(order), time.perf_counter() - start))
+                return out
+
+            return run
+
+        calls = {key: timed(call) if key[1] else call for key, call in self._calls.items()}
+        states, _ = self._iterate(functools.partial(self._dispatch, calls), states, batch, step)
+        return states, found
 
     def wait(self, states: Any) -> None:
         """Blocks until all that was dispatched has run."""
@@ -140,21 +114,30 @@ class Executor:
 
     @cached_property
     def _order(self) -> tuple[Call, ...]:
-        return tuple(self.schedule.calls())
+        """The schedule's calls; where a norm of all stages clips, their steps wait for it."""
+        calls = tuple(self.schedule.calls())
+        return steps_last(calls) if self._clips else calls
+
+    @property
+    def _clips(self) -> bool:
+        return self.stages[0].clip_norm is not None
 
     @cached_property
     def _functions(self) -> dict[tuple[int, tuple[Kind, ...]], Any]:
         """The pure function of every (stage, kinds) that the schedule contains."""
-        return {
-            (call.stage, call.kinds): _bind(self.stages[call.stage], self.route, call.kinds)
+        functions = {
+            (call.stage, call.kinds): bind(self.stages[call.stage], self.route, call.kinds)
             for call in self._order
         }
+        if self._clips:
+            functions |= {(stage.index, ()): bind_norm(stage) for stage in self.stages}
+        return functions
 
     @cached_property
     def _calls(self) -> dict[tuple[int, tuple[Kind, ...]], Any]:
         waits = self._size if self.schedule.overlapping else None
         return {
-            (stage, kinds): _compile(function, self.seats[stage], kinds, waits)
+            (stage, kinds): compile_call(function, self.seats[stage], kinds, waits)
             for (stage, kinds), function in self._functions.items()
             if self.seats[stage].mine
         }
@@ -175,7 +158,7 @@ class Executor:
         """What the calls of an iteration take, by (stage, microbatch)."""
         forwards, backwards = set(), set()
         for stage, kinds, microbatches in self._order:
-            forward, backward = _batches(kinds, microbatches)
+            forward, backward = batches_of(kinds, microbatches)
             forwards.add((stage, forward))
             backwards.add((stage, backward))
         return {"messages": forwards, "residuals": backwards, "errors": backwards}
@@ -186,9 +169,9 @@ class Executor:
         return self.stages[0].message["label"].shape[0]
 
     def _ticks(self, step: int, end: int | None) -> np.ndarray:
-        """[batch, microbatch] of every action, in the schedule's order."""
+        """[batch, microbatch] of every action, in the order of the calls."""
         parts = self.schedule.num_microbatches
-        pairs = [divmod(action.microbatch, parts) for action in self.schedule.actions]
+        pairs = [divmod(each, parts) for call in self._order for each in call.microbatches]
         ticks = np.array([(step + entered, part) for entered, part in pairs], np.int32)
         if end is not None:
             ticks[ticks[:, 0] >= end, 0] = -1
@@ -214,10 +197,13 @@ class Executor:
             dict(taken[kind]) for kind in ("messages", "residuals", "errors")
         )
         messages |= {(0, microbatch): part for microbatch, part in enumerate(batch)}
+        norms: list[Any] | None = None
         first = 0
         for stage, kinds, microbatches in self._order:
-            forward, backward = _batches(kinds, microbatches)
+            forward, backward = batches_of(kinds, microbatches)
             out: dict[str, Any] = {}
+            if self._clips and Kind.STEP in kinds and norms is None:
+                norms = self._norms(functions, accumulated)
             if self.seats[stage].mine:
                 out = functions[stage, kinds](
                     new_states[stage],
@@ -226,6 +212,7 @@ class Executor:
                     messages.pop((stage, forward), None),
                     errors.pop((stage, backward), None),
                     ticks[first : first + len(kinds)],
+                    norms and norms[stage],
                 )
                 new_states[stage] = {**new_states[stage], **out.get("state", {})}
                 accumulated[stage] = out.get("accumulated")
@@ -240,13 +227,30 @@ class Executor:
         left = {"messages": messages, "residuals": residuals, "errors": errors}
         return tuple(new_states), left, tuple(metrics)
 
+    def _norms(self, functions: dict, accumulated: Sequence[Accumulated | None]) -> list[Any]:
+        """Squared norm of the gradient of all stages, on every stage: summed down, handed up."""
+        scalar = jax.ShapeDtypeStruct((), jax.dtypes.canonicalize_dtype(jnp.float64))
+        total: Any = None
+        for stage in reversed(range(len(self.stages))):
+            each = accumulated[stage]
+            if each is not None:
+                total = functions[stage, ()](each.gradients, total)
+            if stage:
+                total = self._hand(total, scalar, stage, stage - 1)
+        norms = [total]
+        for stage in range(1, len(self.stages)):
+            norms.append(self._hand(norms[-1], scalar, stage - 1, stage))
+        return norms
+
+    def _hand(self, tree: Any, shapes: Any, source: int, target: int) -> Any:
+        if self.fuse:
+            return tree
+        return transfer(tree, shapes, self.seats[source], self.seats[target])
+
     def _send(self, source: int, target: int, message: Any) -> Any:
         """Hands a message (or, downwards, an error) to a neighbouring stage."""
-        if self.fuse:
-            return message
-        ends = self.seats[source], self.seats[target]
-        if ends[0].whole and ends[1].whole:
-            return transfer(message, None, *ends)
+        if self.fuse or (self.seats[source].whole and self.seats[target].whole):
+            return self._hand(message, None, source, target)
         shapes: Any = self.stages[max(source, target)].message
         if target < source:
             shapes = shapes["x"]
@@ -254,7 +258,7 @@ class Executor:
             # Sums of losses stay in their process: its metrics cover its own stages.
             shapes = {name: leaf for name, leaf in shapes.items() if name != "loss"}
             message = message and {name: message[name] for name in shapes}
-        return transfer(message, shapes, *ends)
+        return self._hand(message, shapes, source, target)
 
     def _credits(self, metrics: Sequence[Metrics | None]) -> list[jax.Array]:
         """Scalars that other processes return once they have trained on this batch.
@@ -271,52 +275,3 @@ class Executor:
                 mine = metrics[stage + 1]
                 received.append(transfer(mine and mine["loss"], scalar, above, below))
         return [credit for credit in received if credit is not None]
-
-
-def _batches(kinds: tuple[Kind, ...], microbatches: tuple[int, ...]) -> tuple[Any, Any]:
-    """Microbatches that a call takes forward and backward; None where it does not."""
-    at = dict(zip(kinds, microbatches, strict=True))
-    return at.get(Kind.FORWARD), at.get(Kind.BACKWARD)
-
-
-def _bind(stage: Stage, route: Route, kinds: tuple[Kind, ...]) -> Any:
-    def call(state, accumulated, residuals, message, cotangent, ticks):
-        return run_actions(
-            stage, route, kinds, state, accumulated, residuals, message, cotangent, ticks
-        )
-
-    call.__name__ = f"stage{stage.index}_" + "".join(kind.value for kind in kinds)
-    return call
-
-
-def _compile(function: Any, seat: Seat, kinds: tuple[Kind, ...], waits: int | None) -> Any:
-    """Jits a call; donates what the call replaces.
-
-    Args:
-        function: the call.
-        seat: where it runs.
-        kinds: its actions.
-        waits: examples in a microbatch, where residuals outlive the iteration.
-    """
-    lay = jax.lax.with_sharding_constraint
-
-    def constrained(*arguments: Any) -> dict[str, Any]:
-        out = function(*arguments)
-        for name in out:
-            if name == "message":
-                out[name] = jax.tree.map(lambda leaf: lay(leaf, seat.sharding(leaf)), out[name])
-            elif name == "cotangent":
-                out[name] = lay(out[name], seat.batched)
-            elif name != "residuals":
-                out[name] = lay(out[name], seat.replicated)
-            elif waits is not None:
-                out[name] = jax.tree.map(
-                    lambda leaf: lay(leaf, seat.waiting(leaf, waits)), out[name]
-                )
-        return out
-
-    constrained.__name__ = function.__name__
-    donated: tuple[int, ...] = (0,) if Kind.STEP in kinds else (1,)
-    if Kind.STEP in kinds and kinds[-1] is Kind.FORWARD:
-        donated = (0, 2)  # the new residuals take the place of the old
-    return jax.jit(constrained, donate_argnums=donated)

@@ -7,12 +7,15 @@ from typing import Any
 import jax
 
 
-def balance(costs: Sequence[float], num_stages: int) -> tuple[int, ...]:
+def balance(
+    costs: Sequence[float], num_stages: int, replicas: Sequence[int] | None = None
+) -> tuple[int, ...]:
     """Cuts a row of costs into consecutive parts with the smallest possible maximum.
 
     Args:
         costs: cost of every block, in any unit.
         num_stages: K, between 1 and the number of blocks.
+        replicas: devices of each stage, which share its cost; by default one.
 
     Returns:
         Index of the first block of each stage, beginning with 0.
@@ -21,13 +24,14 @@ def balance(costs: Sequence[float], num_stages: int) -> tuple[int, ...]:
         ValueError: K out of range.
     """
     check_num_stages(num_stages, len(costs))
-    # best[i] = (maximum, starts) of blocks i.. over the stages counted so far.
-    best: list[Any] = [(sum(costs[i:]), (i,)) for i in range(len(costs))]
-    for _ in range(num_stages - 1):
+    speeds = [1] * num_stages if replicas is None else list(replicas)
+    # best[i] = (maximum, starts) of blocks i.. over the stages counted so far, from the last.
+    best: list[Any] = [(sum(costs[i:]) / speeds[-1], (i,)) for i in range(len(costs))]
+    for speed in reversed(speeds[:-1]):
         best = [
             min(
                 (
-                    (max(sum(costs[i:j]), best[j][0]), (i, *best[j][1]))
+                    (max(sum(costs[i:j]) / speed, best[j][0]), (i, *best[j][1]))
                     for j in range(i + 1, len(costs))
                     if best[j] is not None
                 ),

@@ -5,7 +5,6 @@ settings of this one route.
 """
 
 import dataclasses
-import functools
 import itertools
 import math
 from numbers import Integral, Real
@@ -62,7 +61,10 @@ class Delayed(Route):
     first_stage_lr_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        if (self.forward_pass, self.backward_pass) not in _SCHEDULES:
+        for name in ("replay", "current_weights", "accumulate_mean"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}: True or False is needed")
+        if (self.forward_pass, self.backward_pass) not in list(_SCHEDULES):
             raise ValueError(
                 f"forward_pass {self.forward_pass!r} with backward_pass {self.backward_pass!r}: "
                 f"allowed are {', '.join(' with '.join(pair) for pair in _SCHEDULES)}"
@@ -96,9 +98,7 @@ class Delayed(Route):
         elif self.replay:
             residuals = message
         else:
-            residuals = jax.tree.leaves(linearized)
-            if self.current_weights:
-                residuals = list(itertools.compress(residuals, _of_batch(stage)))
+            residuals = list(itertools.compress(jax.tree.leaves(linearized), self._kept(stage)))
         return stats, metrics, residuals, handed
 
     def backward(
@@ -143,21 +143,27 @@ class Delayed(Route):
         weights = 0 if self.replay else max(late, 0)
         return Staleness(weights / self.accumulate, above / self.accumulate)
 
+    def _kept(self, stage: Stage) -> list[bool]:
+        """For every leaf of a linearisation, whether it has to wait for its backward.
+
+        Constants need not, and weights only where the backward is to use those of forward time.
+        """
+        return _reached(stage, of_state=not self.current_weights)
+
     def _restored(self, stage: Stage, state: StageState, kept: list) -> Any:
-        """The linearisation whose leaves a forward left."""
-        if not self.current_weights:
-            shapes = jax.eval_shape(functools.partial(_linearized, stage=stage), *_shapes(stage))
-            return jax.tree.unflatten(jax.tree.structure(shapes), kept)
-        # What depends on the weights alone is computed anew from the current ones; of the forward
-        # around it the compiler leaves nothing.
+        """The linearisation of which a forward kept some leaves.
+
+        The others are computed anew: they depend on nothing but, with `current_weights`, the
+        weights, and of the forward around them the compiler leaves nothing.
+        """
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), _shapes(stage)[0])
         leaves, structure = jax.tree.flatten(_linearized(zeros, state, stage))
         waiting = iter(kept)
         return jax.tree.unflatten(
             structure,
             [
-                next(waiting) if own else leaf
-                for leaf, own in zip(leaves, _of_batch(stage), strict=True)
+                next(waiting) if keep else leaf
+                for leaf, keep in zip(leaves, self._kept(stage), strict=True)
             ],
         )
 
@@ -172,15 +178,16 @@ def _shapes(stage: Stage) -> tuple[tuple[Message, jax.ShapeDtypeStruct], StageSt
     return (stage.message, tick), jax.eval_shape(stage.initial)
 
 
-def _of_batch(stage: Stage) -> list[bool]:
-    """For every leaf of a linearisation, whether it depends on more than the weights."""
+def _reached(stage: Stage, of_state: bool) -> list[bool]:
+    """For every leaf of a linearisation, whether it depends on the batch, or on the state too."""
 
     def leaves(batch, state):
         return jax.tree.leaves(_linearized(batch, state, stage))
 
-    shapes = _shapes(stage)
-    jaxpr = jax.make_jaxpr(leaves)(*shapes).jaxpr
-    reached = set(map(id, jaxpr.invars[: len(jax.tree.leaves(shapes[0]))]))
+    batch, state = _shapes(stage)
+    jaxpr = jax.make_jaxpr(leaves)(batch, state).jaxpr
+    count = len(jaxpr.invars) if of_state else len(jax.tree.leaves(batch))
+    reached = set(map(id, jaxpr.invars[:count]))
     for equation in jaxpr.eqns:
         if any(id(variable) in reached for variable in equation.invars):
             reached.update(map(id, equation.outvars))

@@ -39,6 +39,8 @@ class Local(Route):
                 )
                 return output.loss, (features, output, moved)
 
+            if stage.remat:
+                loss = jax.checkpoint(loss)
             _, pullback, (features, output, moved) = jax.vjp(loss, params, has_aux=True)
             stats.append(moved)
             residuals.append((pullback, output.loss))

@@ -37,6 +37,8 @@ class Stage:
         seed: root of all random keys.
         num_microbatches: M; gradients and metrics are means over it.
         transform: augmentation, run by the first stage alone.
+        clip_norm: bound on the norm of the gradient of all stages together; None clips nothing.
+        remat: whether a forward keeps its input alone, and the backward repeats it.
         message: shapes of the message that the stage receives, one microbatch.
     """
 
@@ -47,6 +49,8 @@ class Stage:
     seed: int
     num_microbatches: int
     transform: Transform | None
+    clip_norm: float | None
+    remat: bool
     message: Message
 
     @property
@@ -85,15 +89,33 @@ class Stage:
         key = jax.random.fold_in(key, np.uint32(2**32 - 1 - unit.index))
         return jax.random.fold_in(key, tick[1])
 
-    def update(self, state: StageState, gradients: Any) -> StageState:
-        """One optimiser step of every unit with the mean of the microbatches' gradients."""
-        scale = 1.0 / self.num_microbatches
+    def squared_norm(self, gradients: Any) -> jax.Array:
+        """Squared norm of the mean of the microbatches' gradients."""
+        dtype = jax.dtypes.canonicalize_dtype(jnp.float64)
+        leaves = [jnp.sum(jnp.square(leaf.astype(dtype))) for leaf in jax.tree.leaves(gradients)]
+        return sum(leaves, jnp.zeros((), dtype)) / self.num_microbatches**2
+
+    def update(
+        self, state: StageState, gradients: Any, squared_norm: jax.Array | None = None
+    ) -> StageState:
+        """One optimiser step of every unit with the mean of the microbatches' gradients.
+
+        Args:
+            state: state of the stage.
+            gradients: sums over the microbatches.
+            squared_norm: of the mean gradient of all stages, where it is to be clipped.
+        """
+        scale: Any = 1.0 / self.num_microbatches
+        if squared_norm is not None:
+            assert self.clip_norm is not None
+            norm = jnp.sqrt(squared_norm)
+            scale = scale * jnp.where(norm > self.clip_norm, self.clip_norm / norm, 1.0)
         params, opt = [], []
         for gradient, unit_params, unit_opt in zip(
             gradients, state["params"], state["opt"], strict=True
         ):
-            if self.num_microbatches > 1:
-                gradient = jax.tree.map(lambda g: g * scale, gradient)
+            if self.num_microbatches > 1 or squared_norm is not None:
+                gradient = jax.tree.map(lambda g: (g * scale).astype(g.dtype), gradient)
             updates, new_opt = self.optimizer.update(gradient, unit_opt, unit_params)
             params.append(optax.apply_updates(unit_params, updates))
             opt.append(new_opt)

@@ -19,7 +19,7 @@ class Synchronous(Route):
     Losses may stand at any block; their gradients flow end to end.
     """
 
-    schedules: ClassVar[tuple[str, ...]] = ("sequential",)
+    schedules: ClassVar[tuple[str, ...]] = ("sequential", "gpipe", "1f1b", "interleaved_1f1b")
 
     def forward(
         self, stage: Stage, state: StageState, message: Message, tick: jax.Array
@@ -58,6 +58,8 @@ def linearize(
                 metrics |= block_metrics(unit, output, here)
         return (None if stage.is_last else x, loss), (tuple(stats), metrics, x)
 
+    if stage.remat:
+        run = jax.checkpoint(run)
     if stage.index:
         result = jax.vjp(run, state["params"], message["x"], has_aux=True)
     else:  # the input of the model, which may be integers, gets no gradient
