@@ -1,6 +1,16 @@
 """jdecouple: decoupled training of deep networks, pipelined over a mesh of devices."""
 
-from jdecouple import data, diagnostics, methods, models, objectives, optim, schedules
+from jdecouple import (
+    data,
+    diagnostics,
+    methods,
+    models,
+    objectives,
+    optim,
+    pipeline,
+    schedules,
+    timeline,
+)
 from jdecouple.models import Model
 from jdecouple.pipeline import make_mesh
 from jdecouple.trainer import Trainer
@@ -15,5 +25,7 @@ __all__ = [
     "models",
     "objectives",
     "optim",
+    "pipeline",
     "schedules",
+    "timeline",
 ]
