@@ -1,5 +1,6 @@
 """What the benchmarks share: the description of a machine, spreads, tables, files."""
 
+import collections
 import dataclasses
 import json
 import os
@@ -12,6 +13,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+# Nets of equal blocks: equal numbers of blocks are equal work.
+SIZES: dict[str, dict[str, Any]] = {
+    "mlp": {"hidden": 1024, "depth": 10, "batch": 256},
+    "vgg": {"hidden": 32, "depth": 4, "batch": 64},
+}
+OTHERS_SHARE = 0.02  # of the machine that others take, beyond which a measurement is not valid
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
@@ -59,14 +66,16 @@ def busy_seconds() -> float:
 
 
 def heading(setup: dict[str, Any]) -> str:
-    """The set-up as Markdown, from `describe`."""
+    """The set-up as Markdown, from `describe`; its "devices", if any, name each device."""
     versions = ", ".join(f"{name} {version}" for name, version in setup["versions"].items())
     environment = shlex.join(f"{name}={value}" for name, value in setup["environment"].items())
+    devices = collections.Counter(setup.get("devices", ()))
+    listed = ", ".join(f"{count} x {kind}" for kind, count in devices.items())
     return (
         f"    {setup['command']}\n\n"
         f"{setup['cpu']}, {setup['cores']} cores, load average at start "
         f"{setup['load_average_at_start']:.2f}; Python {setup['python']}, {versions}"
-        f"{'; ' + environment if environment else ''}\n"
+        f"{'; ' + listed if listed else ''}{'; ' + environment if environment else ''}\n"
     )
 
 

@@ -10,9 +10,9 @@ Three set-ups train the same net on the same global batches with the same method
 
 All processes live from beginning to end and wait for commands, and the set-ups take turns (pair,
 fused, apart, pair, ...): while one runs the others are idle, and nothing is compiled after the
-warm-up. A segment is N batches, from the first dispatch until all work is done; for `pair` it is
-the longer of its processes' times. The batches are on the devices beforehand: input is not
-measured. A process is pinned before it starts, so that XLA's thread pool has one thread.
+warm-up. A segment is N batches, from the first dispatch until all work is done, in whichever
+process. The batches are on the devices beforehand: input is not measured. A process is pinned
+before it starts, so that XLA's thread pool has one thread.
 
 A segment of N batches takes N + K - 1 ticks in `pair`: with a local method it is at best
 K N / (N + K - 1) times as fast as `apart`; the stages of bp wait for one another. The losses of all
@@ -21,86 +21,20 @@ otherwise the exit code is 1. Linux only; needs jdecouple installed.
 """
 
 import argparse
-import contextlib
-import functools
-import json
 import os
-import socket
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import Spread, busy_seconds, describe, heading, save, table
+import workers
+from common import OTHERS_SHARE, SIZES, Spread, busy_seconds, describe, heading, save, table
+from workers import Processes
 
-WORKER = Path(__file__).with_name("concurrency_worker.py")
 SET_UPS = ("pair", "fused", "apart")
-SIZES = {
-    "mlp": {"hidden": 1024, "depth": 10, "batch": 256},
-    "vgg": {"hidden": 32, "depth": 4, "batch": 64},
-}
 WARM_UP_BATCHES = 3
 STAGE_BATCHES = 9
-STOP_SECONDS = 30
-OTHERS_SHARE = 0.02  # of the machine, beyond which a measurement is not valid
-
-
-class Processes:
-    """Processes of one run, each pinned to a core; idle between commands."""
-
-    def __init__(self, cores: Sequence[int], options: dict[str, Any]):
-        places = distributed_arguments(len(cores)) if len(cores) > 1 else [None]
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
-        self._processes: list[Any] = [
-            subprocess.Popen(
-                [sys.executable, WORKER, json.dumps({"options": options, "distributed": place})],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                env=environment,
-                # Before Python starts, thus before XLA counts the cores.
-                preexec_fn=functools.partial(os.sched_setaffinity, 0, {core}),
-            )
-            for core, place in zip(cores, places, strict=True)
-        ]
-
-    def ask(self, command: str) -> list[Any]:
-        """Sends a command to all processes at once; gives the reply of each."""
-        with contextlib.suppress(BrokenPipeError):
-            for process in self._processes:
-                print(command, file=process.stdin, flush=True)
-        lines = [process.stdout.readline() for process in self._processes]
-        if not all(lines):  # end of file
-            raise RuntimeError(f"a process ended during {command!r}: its message is above")
-        return [json.loads(line) for line in lines]
-
-    def __enter__(self) -> "Processes":
-        return self
-
-    def __exit__(self, *problem: object) -> None:
-        for process in self._processes:
-            with contextlib.suppress(BrokenPipeError):
-                process.stdin.close()
-            if problem[0]:
-                process.kill()
-        for process in self._processes:
-            try:
-                process.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-
-
-def distributed_arguments(count: int) -> list[dict[str, Any]]:
-    """Arguments of `distributed.initialize` for every process, with ports that are free now."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count + 1)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        coordinator, *ports = [each.getsockname()[1] for each in sockets]
-    shared = {"coordinator": f"127.0.0.1:{coordinator}", "num_processes": count}
-    return [{**shared, "process_id": index, "transfer_port": p} for index, p in enumerate(ports)]
 
 
 def union(parts: Sequence[dict]) -> dict:
@@ -110,9 +44,9 @@ def union(parts: Sequence[dict]) -> dict:
 def segment(processes: Processes, name: str, batches: int) -> dict[str, Any]:
     """One measurement of a set-up; "others" is the share of the machine that others took."""
     busy = busy_seconds()
-    replies = processes.ask(f"run {name} {batches}")
+    replies = processes.ask("run", name, batches)
     busy = busy_seconds() - busy - sum(reply["processor"] for reply in replies)
-    seconds = max(reply["seconds"] for reply in replies)
+    seconds = workers.seconds(replies)
     return {
         "ms": 1e3 * seconds / batches,
         "others": max(0.0, busy / seconds / (os.cpu_count() or 1)),
@@ -129,10 +63,16 @@ def measure(options: dict[str, Any], repeats: int, steps: int) -> dict[str, Any]
         "segments" by set-up (the first of each is the warm-up), "digests" by set-up and block,
         and "stage_ms", for each of some batches the times of the stages in `apart`.
     """
-    cores = sorted(os.sched_getaffinity(0))[: options["stages"]]
+    cores = workers.cores()[: options["stages"]]
     segments: dict[str, list[dict]] = {name: [] for name in SET_UPS}
-    with Processes(cores, options) as several, Processes(cores[:1], options) as one:
+    shared = {**options, "schedule": "auto", "microbatches": 1, "data": 1}
+    shared |= {"dtype": "float32", "input": "placed"}
+    with Processes(cores) as several, Processes(cores[:1]) as one:
         place = {"pair": several, "fused": one, "apart": one}
+        for name in SET_UPS:
+            rows = options["stages"] if name == "pair" else 1
+            fuse = False if name == "apart" else None
+            place[name].ask("build", name, {**shared, "rows": rows, "fuse": fuse})
         for repeat in range(repeats + 1):
             batches = steps if repeat else WARM_UP_BATCHES
             for name in SET_UPS:
@@ -140,8 +80,8 @@ def measure(options: dict[str, Any], repeats: int, steps: int) -> dict[str, Any]
                 segments[name].append(found)
                 label = f"repeat {repeat}" if repeat else "warm-up (compiles)"
                 print(f"{label}: {name}, {found['ms']:.1f} ms per batch", file=sys.stderr)
-        digests = {name: union(place[name].ask(f"digest {name}")) for name in SET_UPS}
-        (times,) = one.ask(f"stages apart {STAGE_BATCHES}")
+        digests = {name: union(place[name].ask("digest", name)) for name in SET_UPS}
+        (times,) = one.ask("stages", "apart", STAGE_BATCHES)
     stage_ms = [[1e3 * seconds for seconds in batch] for batch in times]
     return {"segments": segments, "digests": digests, "stage_ms": stage_ms}
 
@@ -220,7 +160,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     for name, value in SIZES[options.model].items():
         if getattr(options, name) is None:
             setattr(options, name, value)
-    cores = len(os.sched_getaffinity(0))
+    cores = len(workers.cores())
     if not 2 <= options.stages <= cores:
         parser.error(f"--stages is {options.stages}: 2 to {cores} (a core each) is allowed")
     if options.depth < 1 or options.depth % options.stages:

@@ -30,7 +30,7 @@ _MOST = 2**31 - 1
 _SIZES = (
     *("microbatches", "mesh.stages", "mesh.data", "num_stages", "max_in_flight"),
     *("batch_size", "epochs", "steps", "eval_every", "checkpoint.every", "checkpoint.keep"),
-    *("log_every", "data.image_size", "data.synthetic_size", "data.num_classes"),
+    *("log_every", "profile", "data.image_size", "data.synthetic_size", "data.num_classes"),
 )
 # Key, least value, whether that one is excluded, largest value.
 _NUMBERS = (
@@ -103,6 +103,7 @@ def default() -> ConfigDict:
             "eval_every": placeholder(int),  # steps; None: every epoch
             "checkpoint": {"every": placeholder(int), "keep": 3},  # None: at every evaluation
             "log_every": 50,
+            "profile": placeholder(int),  # steps to trace after the first 10; no stages are fused
             "sufficient_direction": False,  # measure it with every line of the log (fr)
             "dtype": "float32",
             "clip_norm": placeholder(float),  # bound on the gradient's norm (synchronous methods)

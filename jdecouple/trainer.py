@@ -181,6 +181,11 @@ class Trainer:
         return unit_costs(tuple(units), self.method.route, self._prepared)
 
     @property
+    def calls(self) -> tuple[Call, ...]:
+        """The calls of a step in the order of dispatch; fused into one where `fuse` says so."""
+        return self._executor.order
+
+    @property
     def latency(self) -> int:
         """Iterations by which metrics are late: those of step t are of batch t - latency."""
         return self.schedule.latency
@@ -290,7 +295,7 @@ class Trainer:
             batch: as for `step`.
 
         Returns:
-            The new state, and the calls of the schedule in order, each with its seconds.
+            The new state, and `calls`, each with its seconds.
 
         Raises:
             ValueError: the stages are fused (`fuse=False` keeps them apart), or some are in other

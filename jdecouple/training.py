@@ -22,6 +22,7 @@ from jdecouple.diagnostics import SufficientDirection
 from jdecouple.interrupt import Interrupt
 from jdecouple.metrics import Means, MetricsWriter, Progress, plot_curves, read_metrics
 from jdecouple.pipeline import make_mesh, propose
+from jdecouple.profile import Profile
 from jdecouple.trainer import State, Trainer
 
 
@@ -39,6 +40,11 @@ class Run:
     total_steps: int
     eval_every: int
     diagnose: Callable[[State], dict[str, jax.Array]]
+
+    @property
+    def title(self) -> str:
+        """Heading of the run's pictures."""
+        return f"{self.config.method.name} on {self.config.data.name}"
 
 
 def build(config: ConfigDict | Mapping) -> Run:
@@ -76,6 +82,7 @@ def build(config: ConfigDict | Mapping) -> Run:
             dtype=configuration.DTYPES[config.dtype],
             clip_norm=config.clip_norm,
             remat=config.remat,
+            fuse=False if config.profile else None,  # a timeline shows stages
             max_in_flight=config.max_in_flight,
         )
         trainer = make_trainer(
@@ -93,8 +100,8 @@ def train_and_evaluate(
 
     Args:
         config: made from `jdecouple.config.default()`.
-        workdir: folder for `config.json`, `metrics.jsonl`, `checkpoints/` and `curves.png`;
-            made if missing.
+        workdir: folder for `config.json`, `metrics.jsonl`, `checkpoints/` and `curves.png`, and
+            with `config.profile` `profile/` and `timeline.png`; made if missing.
 
     Returns:
         "step"; "finished" (False after SIGTERM or Ctrl-C, which save and return); and, when
@@ -119,9 +126,10 @@ def train_and_evaluate(
             report.write_config(folder, run)
             writer = MetricsWriter(folder, resume_step=state.step if start else None)
         with writer:
-            loop = _Loop(run, checkpoints, writer, interrupt)
+            profile = Profile(run.trainer, folder, run.config.profile, state.step, run.title)
+            loop = _Loop(run, checkpoints, writer, interrupt, profile)
             state = loop.train(state, start)
-        plot_curves(folder, title=f"{run.config.method.name} on {run.config.data.name}")
+        plot_curves(folder, title=run.title)
     result = {"step": state.step, "finished": state.step >= run.total_steps}
     if result["finished"]:
         result |= report.summary(read_metrics(folder))
@@ -140,6 +148,7 @@ class _Loop:
         checkpoints: Checkpointer,
         writer: MetricsWriter,
         interrupt: Interrupt,
+        profile: Profile,
     ):
         self._run = run
         self._config = run.config
@@ -147,6 +156,7 @@ class _Loop:
         self._checkpoints = checkpoints
         self._writer = writer
         self._interrupt = interrupt
+        self._profile = profile
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
         self._means = Means()
         self._saved = -1
@@ -167,11 +177,15 @@ class _Loop:
         with (
             data.Prefetcher(batches, self._trainer.put) as prefetcher,
             contextlib.closing(progress),
+            contextlib.closing(self._profile) as profile,
         ):
             for step in range(first + 1, run.total_steps + 1):
                 with _one_line():
                     batch = next(prefetcher)
+                profile.before(step, state)
                 state, metrics = self._trainer.step(state, batch)
+                if news := profile.after(step, state):
+                    progress.print(news)
                 self._pending.append((step, metrics))
                 stop = self._interrupt.requested
                 evaluate = step == run.total_steps or step % run.eval_every == 0

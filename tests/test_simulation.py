@@ -1,5 +1,6 @@
 """Simulated schedules against closed forms, and what holds for any costs."""
 
+import dataclasses
 import itertools
 import math
 import random
@@ -201,6 +202,41 @@ def test_host_waits_for_the_batch_before_it_dispatches():
     assert [span.start for span in simulated.spans] == [0.5, 4.0, 7.5]
 
 
+# --- Times of whole calls -----------------------------------------------------------------------
+
+
+def test_time_of_a_call_wins_over_the_sum_of_its_actions():
+    """Of K = 2, M = 2 by hand above; one call has a time of its own."""
+    schedule = build("1f1b", 2, 2)
+    sums = Costs([1, 2], [3, 4], [5, 6])
+    spans = simulate(schedule, dataclasses.replace(sums, calls={(1, (F, B)): 2.5})).spans
+    times = [(span.stage, span.kinds, span.end - span.start) for span in spans]
+    assert times == [
+        *[(0, (F,), 1)] * 2,
+        *[(1, (F, B), 2.5), (0, (B,), 3)],
+        *[(1, (F, B), 2.5), (0, (B, S), 8), (1, (S,), 6)],
+    ]
+
+
+@pytest.mark.parametrize("name", jd.schedules.names())
+def test_times_of_all_calls_are_enough(name):
+    schedule = build(name, 3, 1 if name in DELAYED else 4)
+    sums = {F: UNEQUAL.forward, B: UNEQUAL.backward, S: UNEQUAL.step}
+    calls = {
+        (stage, kinds): sum(sums[kind][stage] for kind in kinds)
+        for stage, kinds, _ in schedule.calls()
+    }
+    link = {"message_bytes": 1.0, "error_bytes": 2.0, "bandwidth": 4.0}
+    wanted = simulate(schedule, dataclasses.replace(UNEQUAL, **link), batches=3)
+    assert simulate(schedule, Costs(calls=calls, **link), batches=3) == wanted
+
+
+def test_call_without_a_time_is_refused():
+    costs = Costs(calls={(0, (F, B, S)): 1.0})
+    with pytest.raises(ValueError, match="calls has no time for stage 1: FBS"):
+        simulate(build("local", 2), costs)
+
+
 # --- Activations ---------------------------------------------------------------------------------
 
 
@@ -332,6 +368,11 @@ def test_nothing_costs_nothing():
         ({"bandwidth": 0}, "bandwidth is 0"),
         ({"bandwidth": math.nan}, "bandwidth is nan"),
         ({"bandwidth": -2}, "bandwidth is -2"),
+        ({"calls": {(0, (F, B)): -1.0}}, "calls[stage 0: FB] is -1.0"),
+        ({"calls": {(1, (S,)): math.nan}}, "calls[stage 1: S] is nan"),
+        ({"calls": {(1, "FB"): 1.0}}, "calls has the key (1, 'FB')"),
+        ({"calls": {(1, ()): 1.0}}, "calls has the key (1, ())"),
+        ({"calls": {"F": 1.0}}, "calls has the key 'F'"),
     ],
 )
 def test_costs_refuse_what_no_cost_can_be(given, words):

@@ -1,7 +1,8 @@
-"""Mesh and placement, partitioning of blocks, and the executor that runs a schedule."""
+"""Mesh and placement, partitioning of blocks, the executor of a schedule and its costs."""
 
 from jdecouple.pipeline.executor import Executor
 from jdecouple.pipeline.gather import gather
+from jdecouple.pipeline.measure import measured_costs
 from jdecouple.pipeline.placement import (
     Seat,
     StageMesh,
@@ -20,6 +21,7 @@ __all__ = [
     "as_stage_mesh",
     "gather",
     "make_mesh",
+    "measured_costs",
     "propose",
     "spread",
     "transfer",

@@ -91,7 +91,7 @@ class Executor:
         if self.fuse:
             raise ValueError("the stages are fused into one call: measuring needs fuse=False")
         found: list[tuple[Call, float]] = []
-        order = iter(self._order)
+        order = iter(self.order)
 
         def timed(call: Any) -> Any:
             def run(*arguments: Any) -> Any:
@@ -113,7 +113,7 @@ class Executor:
         self._flying.clear()
 
     @cached_property
-    def _order(self) -> tuple[Call, ...]:
+    def order(self) -> tuple[Call, ...]:
         """The schedule's calls; where a norm of all stages clips, their steps wait for it."""
         calls = tuple(self.schedule.calls())
         return steps_last(calls) if self._clips else calls
@@ -127,7 +127,7 @@ class Executor:
         """The pure function of every (stage, kinds) that the schedule contains."""
         functions = {
             (call.stage, call.kinds): bind(self.stages[call.stage], self.route, call.kinds)
-            for call in self._order
+            for call in self.order
         }
         if self._clips:
             functions |= {(stage.index, ()): bind_norm(stage) for stage in self.stages}
@@ -157,7 +157,7 @@ class Executor:
     def _needed(self) -> dict[str, set]:
         """What the calls of an iteration take, by (stage, microbatch)."""
         forwards, backwards = set(), set()
-        for stage, kinds, microbatches in self._order:
+        for stage, kinds, microbatches in self.order:
             forward, backward = batches_of(kinds, microbatches)
             forwards.add((stage, forward))
             backwards.add((stage, backward))
@@ -171,7 +171,7 @@ class Executor:
     def _ticks(self, step: int, end: int | None) -> np.ndarray:
         """[batch, microbatch] of every action, in the order of the calls."""
         parts = self.schedule.num_microbatches
-        pairs = [divmod(each, parts) for call in self._order for each in call.microbatches]
+        pairs = [divmod(each, parts) for call in self.order for each in call.microbatches]
         ticks = np.array([(step + entered, part) for entered, part in pairs], np.int32)
         if end is not None:
             ticks[ticks[:, 0] >= end, 0] = -1
@@ -199,7 +199,7 @@ class Executor:
         messages |= {(0, microbatch): part for microbatch, part in enumerate(batch)}
         norms: list[Any] | None = None
         first = 0
-        for stage, kinds, microbatches in self._order:
+        for stage, kinds, microbatches in self.order:
             forward, backward = batches_of(kinds, microbatches)
             out: dict[str, Any] = {}
             if self._clips and Kind.STEP in kinds and norms is None:

@@ -134,6 +134,8 @@ def _wavefront(
     done: dict[Action, int] = {}
     free = [0] * num_rows
     for tick in range(sum(map(len, orders)) + num_stages):
+        if not any(waiting):
+            return
         for row, calls in enumerate(waiting):
             if not calls or free[row] > tick:
                 continue

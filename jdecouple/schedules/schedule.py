@@ -107,7 +107,7 @@ class Schedule:
     @property
     def overlapping(self) -> bool:
         """Whether stages hold something between two iterations."""
-        return any(action.microbatch < 0 for action in self.actions)
+        return self.delayed and any(action.microbatch < 0 for action in self.actions)
 
     @property
     def latency(self) -> int:

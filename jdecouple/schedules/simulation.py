@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import NamedTuple
 
@@ -16,8 +16,10 @@ PerStage = float | Sequence[float]
 class Costs:
     """What the actions and the messages of a schedule cost; one number stands for all stages.
 
+    A call takes the sum of its actions' times, unless `calls` has a time for it.
+
     Attributes:
-        forward: seconds of one microbatch, for each of the K stages.
+        forward: seconds of one microbatch, for each of the K stages; not needed beside all `calls`.
         backward: as forward.
         step: seconds of one optimiser step, for each stage.
         message_bytes: of one microbatch's activations, for each of the K-1 boundaries.
@@ -26,13 +28,16 @@ class Costs:
         latency: seconds that a message takes beside its bytes.
         dispatch: seconds of the host per call. A host dispatches one call after another.
         hosts: the process that drives each stage; by default one drives all.
+        calls: seconds of whole calls by (stage, kinds), such as `pipeline.measured_costs` gives.
+            What joins several actions in one call is faster than the actions one by one.
 
     Raises:
-        ValueError: a number that is negative or not finite (the bandwidth may be infinite).
+        ValueError: a number that is negative or not finite (the bandwidth may be infinite), or a
+            key of `calls` that is not a stage and kinds of actions.
     """
 
-    forward: PerStage
-    backward: PerStage
+    forward: PerStage | None = None
+    backward: PerStage | None = None
     step: PerStage = 0.0
     message_bytes: PerStage = 0.0
     error_bytes: PerStage = 0.0
@@ -40,12 +45,18 @@ class Costs:
     latency: float = 0.0
     dispatch: float = 0.0
     hosts: Sequence[int] | None = None
+    calls: Mapping[tuple[int, tuple[Kind, ...]], float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("forward", "backward", "step", "message_bytes", "error_bytes"):
             given = getattr(self, name)
+            if given is None and self.calls and name in ("forward", "backward"):
+                continue
             for each in given if isinstance(given, Iterable) else [given]:
                 _check_number(name, each)
+        for key, seconds in self.calls.items():
+            _check_key(key)
+            _check_number(f"calls[{_label(*key)}]", seconds)
         _check_number("latency", self.latency)
         _check_number("dispatch", self.dispatch)
         if not isinstance(self.bandwidth, Real) or not self.bandwidth > 0:
@@ -117,11 +128,11 @@ def simulate(
     """Plays consecutive batches as the executor runs them.
 
     The calls are dispatched in the schedule's order, batch after batch, without waiting. A call
-    begins when it is dispatched, its row of devices is free and its inputs are there; it takes the
-    times of its actions; what it sends leaves at its end. A message takes latency + bytes /
-    bandwidth from row to row and nothing within a row; a link carries one at a time each way. An
-    action of a delayed schedule takes its time also before its first input exists, because the
-    executor computes and discards it.
+    begins when it is dispatched, its row of devices is free and its inputs are there; it takes its
+    own time or the times of its actions; what it sends leaves at its end. A message takes latency +
+    bytes / bandwidth from row to row and nothing within a row; a link carries one at a time each
+    way. An action of a delayed schedule takes its time also before its first input exists, because
+    the executor computes and discards it.
 
     Args:
         schedule: a valid schedule.
@@ -133,18 +144,15 @@ def simulate(
         Times, shares and every call.
 
     Raises:
-        ValueError: the schedule is not valid, costs of another number of stages, or counts below 1.
+        ValueError: the schedule is not valid, costs of another number of stages or without a time
+            for a call, or counts below 1.
     """
     schedule.validate()
     _check_count("batches", batches)
     if max_in_flight is not None:
         _check_count("max_in_flight", max_in_flight)
     stages, calls = schedule.num_stages, tuple(schedule.calls())
-    seconds = {
-        Kind.FORWARD: _spread("forward", costs.forward, stages),
-        Kind.BACKWARD: _spread("backward", costs.backward, stages),
-        Kind.STEP: _spread("step", costs.step, stages),
-    }
+    seconds = _seconds(schedule, costs)
     hosts = _spread("hosts", 0 if costs.hosts is None else costs.hosts, stages)
     links = _Links(schedule, costs)
     dispatched: dict[float, float] = defaultdict(float)  # host -> when it is free
@@ -164,7 +172,7 @@ def simulate(
             takes = [(stage, kind, part) for kind, part in zip(kinds, parts, strict=True)]
             ready = [arrived.pop(each, 0.0) for each in takes]
             start = max(free[row], dispatched[host], *ready)
-            free[row] = end = start + sum(seconds[kind][stage] for kind in kinds)
+            free[row] = end = start + seconds[stage, kinds]
             work[row] += end - start
             spans.append(Span(stage, row, kinds, microbatches, batch, start, end))
             for _, kind, part in takes:
@@ -176,13 +184,14 @@ def simulate(
     return Simulation(
         makespan,
         busy=tuple(min(1.0, each / makespan) if makespan else 0.0 for each in work),
-        peak_live=tuple(_peak_live(schedule, stage) for stage in range(stages)),
+        peak_live=_peak_live(schedule),
         bytes_moved=links.moved,
         spans=tuple(spans),
     )
 
 
 _DIRECTION = {Kind.FORWARD: 1, Kind.BACKWARD: -1, Kind.STEP: 0}
+_LIVE = {Kind.FORWARD: 1, Kind.BACKWARD: -1, Kind.STEP: 0}
 
 
 class _Links:
@@ -210,13 +219,37 @@ class _Links:
         return self._free[link] + self._costs.latency
 
 
-def _peak_live(schedule: Schedule, stage: int) -> int:
-    live = peak = len(schedule.waiting(stage).residuals)
-    for action in schedule.actions:
-        if action.stage == stage:
-            live += {Kind.FORWARD: 1, Kind.BACKWARD: -1, Kind.STEP: 0}[action.kind]
-            peak = max(peak, live)
-    return peak
+def _seconds(schedule: Schedule, costs: Costs) -> dict[tuple[int, tuple[Kind, ...]], float]:
+    """What each call of a schedule takes, by (stage, kinds)."""
+    stages = schedule.num_stages
+    forward, backward = (
+        None if given is None else _spread(name, given, stages)
+        for name, given in (("forward", costs.forward), ("backward", costs.backward))
+    )
+    step = _spread("step", costs.step, stages)
+    each = {Kind.FORWARD: forward, Kind.BACKWARD: backward, Kind.STEP: step}
+    found = {}
+    for stage, kinds, _ in schedule.calls():
+        key = stage, kinds
+        if key in costs.calls:
+            found[key] = costs.calls[key]
+            continue
+        times = [each[kind] for kind in kinds]
+        if None in times:
+            raise ValueError(
+                f"calls has no time for {_label(*key)}: that or forward and backward are needed"
+            )
+        found[key] = sum(time[stage] for time in times if time)
+    return found
+
+
+def _peak_live(schedule: Schedule) -> tuple[int, ...]:
+    live = [len(schedule.waiting(stage).residuals) for stage in range(schedule.num_stages)]
+    peak = list(live)
+    for stage, kind, _ in schedule.actions:
+        live[stage] += _LIVE[kind]
+        peak[stage] = max(peak[stage], live[stage])
+    return tuple(peak)
 
 
 def _spread(name: str, given: PerStage, count: int) -> tuple[float, ...]:
@@ -229,6 +262,17 @@ def _spread(name: str, given: PerStage, count: int) -> tuple[float, ...]:
             f"{name} has {len(values)} values: one number or {count} values are needed"
         )
     return values
+
+
+def _label(stage: int, kinds: Iterable[Kind]) -> str:
+    return f"stage {stage}: {''.join(kind.value for kind in kinds)}"
+
+
+def _check_key(key: object) -> None:
+    match key:
+        case (Integral(), (Kind(), *_) as kinds) if all(isinstance(each, Kind) for each in kinds):
+            return
+    raise ValueError(f"calls has the key {key!r}: (stage, kinds of its actions) is needed")
 
 
 def _check_number(name: str, value: object) -> None:
