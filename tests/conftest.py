@@ -21,6 +21,13 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _compiled_functions_stay_in_their_file():
+    """Some files compile without optimisations, and JAX would hand their functions on."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def x64():
     """Double precision for the length of one test."""
