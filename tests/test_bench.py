@@ -47,6 +47,27 @@ def test_concurrency(tmp_path):
     assert set(found["segments"]["pair"][0]["losses"][0]) == {"block_0/loss", "block_1/loss"}
 
 
+def test_peers(tmp_path):
+    pytest.importorskip("torch")
+    output = tmp_path / "peers.json"
+    sizes = ["--width=0.0625", "--projector=16-8", "--batch=4", "--steps=1", "--repeats=2"]
+    peers = ["--peers", "xla", "eager"]
+    done = bench("peers.py", *sizes, *peers, f"--output={output}", JAX_PLATFORMS="cpu")
+    assert done.returncode == 0, done.stderr  # 1 if their first losses differ
+    results = json.loads(output.read_text())["results"]
+    assert {(each["method"], each["set_up"]) for each in results} == {
+        (method, name) for method in ("deinforeg", "bp") for name in ("jdecouple", "xla", "eager")
+    }
+    for each in results:
+        ours = next(
+            other
+            for other in results
+            if (other["method"], other["set_up"]) == (each["method"], "jdecouple")
+        )
+        assert each["first_loss"] == pytest.approx(ours["first_loss"], rel=1e-3)
+        assert each["ours_over_ms"]["low"] > 0
+
+
 def test_dispatch(tmp_path):
     output = tmp_path / "dispatch.json"
     done = bench("dispatch.py", "--leaves=8", "--steps=5", f"--output={output}")
