@@ -7,7 +7,6 @@ VGG-8 in DeInfoReg's layout, trained by DeInfoReg with LARS and by BP with SGD a
 batch that is on the device beforehand:
 
     jdecouple   all blocks in one compiled call
-    xla         the same with XLA's own gradient of the filters on CPUs, too
     eager       `peers_torch.py`, NCHW
     compiled    the same under `torch.compile`
 
@@ -39,7 +38,7 @@ import jdecouple as jd
 from jdecouple.models import layers
 from jdecouple.models.vgg import LAYOUTS
 
-SET_UPS = ("jdecouple", "xla", "eager", "compiled")
+SET_UPS = ("jdecouple", "eager", "compiled")
 METHODS = {"deinforeg": 0.2, "bp": 0.05}  # learning rates
 NUM_CLASSES = 10
 IMAGE_SIZE = 32
@@ -59,14 +58,9 @@ class SetUp(Protocol):
 class Ours:
     """A trainer with its state, and a batch that is on the device."""
 
-    def __init__(
-        self, method: str, options: dict[str, Any], batch: dict[str, np.ndarray], xla: bool
-    ):
+    def __init__(self, method: str, options: dict[str, Any], batch: dict[str, np.ndarray]):
         rate = METHODS[method]
         model = jd.models.vgg8(NUM_CLASSES, width=options["width"], rngs=nnx.Rngs(0))
-        for _, node in nnx.iter_graph(model.blocks) if xla else ():
-            if isinstance(node, nnx.Conv):
-                node.conv_general_dilated = jax.lax.conv_general_dilated
         heads = {"projector": options["projector"]} if method == "deinforeg" else {}
         optimizer = jd.optim.sgd(rate, momentum=0.9) if method == "bp" else jd.optim.lars(rate)
         self._trainer = jd.Trainer(
@@ -100,15 +94,13 @@ def build(method: str, options: dict[str, Any], names: Sequence[str]) -> dict[st
         "x": rng.normal(size=(size, IMAGE_SIZE, IMAGE_SIZE, 3)).astype(np.float32),
         "label": rng.integers(0, NUM_CLASSES, size).astype(np.int32),
     }
-    ours = Ours(method, options, batch, xla=False)
+    ours = Ours(method, options, batch)
     blocks = [
         [each if each == "M" else layers.scaled(int(each), options["width"]) for each in block]
         for block in (text.split(",") for text in LAYOUTS["deinforeg"].split("|"))
     ]
     set_ups: dict[str, SetUp] = {"jdecouple": ours}
-    if "xla" in names:
-        set_ups["xla"] = Ours(method, options, batch, xla=True)
-    for name in (each for each in names if each != "xla"):
+    for name in names:
         peer = Peer(
             method,
             blocks,

@@ -13,7 +13,14 @@ from typing import Any
 
 WORKER = Path(__file__).with_name("worker.py")
 STOP_SECONDS = 30
-ON_CPU = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+# glibc would give every large array's pages back when it is freed and fault them in again for the
+# next: up to a third of a call's time, and more the more arrays come and go.
+KEEP_MEMORY = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TOP_PAD_": str(2**28),
+    "MALLOC_TRIM_THRESHOLD_": str(2**33),
+}
+ON_CPU = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", **KEEP_MEMORY}
 # Several processes share a GPU, and the peak of one must not be what it took beforehand.
 ON_DEVICES = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 

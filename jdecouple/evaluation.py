@@ -14,6 +14,7 @@ import optax
 from jdecouple._checks import check_batch, check_like
 from jdecouple.assembly import abstract
 from jdecouple.pipeline import Seat, gather, transfer
+from jdecouple.pipeline.compiler import compiler_options
 from jdecouple.routes import Message, Stage, StageState
 
 Sums = dict[str, jax.Array]
@@ -122,7 +123,7 @@ class Evaluator:
                 message = jax.tree.map(lambda x: constrain(x, seat.sharding(x)), message)
                 return message, constrain(sums, seat.replicated)
 
-            return jax.jit(call)
+            return jax.jit(call, compiler_options=compiler_options(seat))
 
         return [
             compiled(stage, seat) for stage, seat in zip(self._stages, self._seats, strict=True)
@@ -137,7 +138,9 @@ class Evaluator:
                 totals.append(total)
             return tuple(totals)
 
-        return jax.jit(whole, out_shardings=self._seats[0].replicated)
+        seat = self._seats[0]
+        options = compiler_options(seat)
+        return jax.jit(whole, out_shardings=seat.replicated, compiler_options=options)
 
     @cached_property
     def _names(self) -> list[str]:

@@ -22,8 +22,6 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 
-from jdecouple.models.convolution import conv_general_dilated
-
 INITS = ("flax", "torch", "he")
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": nnx.gelu,
@@ -100,7 +98,6 @@ def conv(
         padding=size // 2,
         use_bias=use_bias,
         param_dtype=param_dtype,
-        conv_general_dilated=conv_general_dilated,
         rngs=rngs,
         **_initializers(init, pixels * in_features, pixels * out_features),
     )

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jdecouple.pipeline.compiler import compiler_options
 from jdecouple.pipeline.placement import Seat
 from jdecouple.routes import Accumulated, Route, Stage, StageState, add
 from jdecouple.schedules import Call, Kind
@@ -160,4 +161,5 @@ def compile_call(function: Any, seat: Seat, kinds: tuple[Kind, ...], waits: int 
     donated: tuple[int, ...] = (0,) if Kind.STEP in kinds else (1,)
     if Kind.STEP in kinds and kinds[-1] is Kind.FORWARD:
         donated = (0, 2)  # the new residuals take the place of the old
-    return jax.jit(constrained, donate_argnums=donated)
+    options = compiler_options(seat)
+    return jax.jit(constrained, donate_argnums=donated, compiler_options=options)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdecouple.pipeline.calls import batches_of, bind, bind_norm, compile_call, steps_last
+from jdecouple.pipeline.compiler import compiler_options
 from jdecouple.pipeline.placement import Seat, transfer
 from jdecouple.pipeline.waiting import Carried, pack, unpack
 from jdecouple.routes import Accumulated, Message, Metrics, Route, Stage
@@ -151,7 +152,8 @@ class Executor:
             left = jax.tree.map(lambda leaf: lay(leaf, seat.waiting(leaf, self._size)), left)
             return lay(states, seat.replicated), left, lay(metrics, seat.replicated)
 
-        return jax.jit(whole, donate_argnums=(0, 1))
+        options = compiler_options(self.seats[0])
+        return jax.jit(whole, donate_argnums=(0, 1), compiler_options=options)
 
     @cached_property
     def _needed(self) -> dict[str, set]:
