@@ -80,13 +80,20 @@ class Row:
             / simulate(self.plan, Costs(forward, backward), batches=batches).makespan
         )
 
-    def simulated(self, found: Sequence[dict], link: dict[str, Any], batches: int) -> float:
+    def simulated(
+        self,
+        found: Sequence[dict],
+        link: dict[str, Any],
+        batches: int,
+        in_flight: int | None = None,
+    ) -> float:
         """Seconds of a segment, simulated from the times of the calls alone.
 
         Args:
             found: replies of `Run.costs`; of each call the median of them counts.
             link: bandwidth and latency.
             batches: length of the segment.
+            in_flight: batches that may be; by default as many as the trainer's default.
         """
         seconds = defaultdict(list)
         for reply in found:
@@ -99,8 +106,8 @@ class Row:
             hosts=[self.plan.row(stage) for stage in range(self.stages)],
             **link,
         )
-        in_flight = 2 * self.stages  # the default of the trainer
-        return simulate(self.plan, costs, batches=batches, max_in_flight=in_flight).makespan
+        flying = in_flight or 2 * self.stages
+        return simulate(self.plan, costs, batches=batches, max_in_flight=flying).makespan
 
     def options(self, apart: bool) -> dict[str, Any]:
         """The row's part of the options of `run.Run`; `apart`: one device, a call a call."""

@@ -55,8 +55,9 @@ class Run:
     Args:
         options: "model", "hidden", "depth", "batch" (global), "head", "dtype", "method",
             "schedule", "stages" (K), "microbatches" (M); "rows" and "data", the shape of the mesh;
-            "fuse", as for `Trainer`; "input": "placed" puts the batches on the devices beforehand,
-            "host" uploads each while the one before it is trained on.
+            "fuse", as for `Trainer`, and "in_flight", its `max_in_flight`, which may be missing;
+            "input": "placed" puts the batches on the devices beforehand, "host" uploads each while
+            the one before it is trained on.
     """
 
     def __init__(self, options: dict[str, Any]):
@@ -82,6 +83,7 @@ class Run:
             example=batches[0],
             dtype=DTYPES[options["dtype"]],
             fuse=options["fuse"],
+            max_in_flight=options.get("in_flight"),
         )
         self.state = self.trainer.init()
         self._prefetcher: jd.data.Prefetcher | None = None

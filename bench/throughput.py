@@ -62,7 +62,6 @@ MODELS = (*SIZES, *(name for name in models.names() if name not in SIZES))
 OTHER_SIZES = {"hidden": None, "depth": None, "batch": 128}
 WARM_UP_BATCHES = 3
 COST_BATCHES = 5
-LINK_BYTES, LINK_REPEATS = 2**20, 20
 NOT_MEASURED = "not measured"
 
 
@@ -98,7 +97,7 @@ def measure(rows: Sequence[Row], options: dict[str, Any], count: int | None) -> 
         for row in simulated:
             alone.ask("build", str(row), {**shared, **row.options(apart=True)})
         pairs = [group for row, group in groups.items() if cores and row.devices > 1]
-        link = measured_link(pairs[0]) if pairs else {}
+        link = workers.measured_link(pairs[0]) if pairs else {}
         for repeat in range(options["repeats"]):
             for row, group in groups.items():
                 each = segment(group, row, options["steps"])
@@ -131,13 +130,6 @@ def segment(processes: Processes, row: Row, batches: int) -> dict[str, Any]:
         "state": max(reply["state"] for reply in replies),
         "cores": [reply["cores"] for reply in replies],
     }
-
-
-def measured_link(processes: Processes) -> dict[str, float]:
-    """Bandwidth (bytes/s) and latency (s) of a message between two processes, half a round trip."""
-    small, large = processes.ask("link", [1, LINK_BYTES], LINK_REPEATS)[0]
-    found = {"latency": small / 2}
-    return {**found, "bandwidth": 2 * LINK_BYTES / (large - small)} if large > small else found
 
 
 def compare(

@@ -13,6 +13,7 @@ from typing import Any
 
 WORKER = Path(__file__).with_name("worker.py")
 STOP_SECONDS = 30
+LINK_BYTES, LINK_REPEATS = 2**20, 20
 # glibc would give every large array's pages back when it is freed and fault them in again for the
 # next: up to a third of a call's time, and more the more arrays come and go.
 KEEP_MEMORY = {
@@ -31,19 +32,27 @@ class Processes:
     Args:
         cores: the core of each process, which then has one CPU device; None is one process that
             is not pinned and has the devices that JAX finds.
+        places: arguments of `distributed.initialize` for each of several processes; by default
+            they find one another on this machine.
+        prefixes: words before the command of each process, by default none.
 
     Attributes:
         pinned: whether every process has a core.
     """
 
-    def __init__(self, cores: Sequence[int] | None):
+    def __init__(
+        self,
+        cores: Sequence[int] | None,
+        places: Sequence[dict[str, Any]] | None = None,
+        prefixes: Sequence[Sequence[str]] = (),
+    ):
         self.pinned = cores is not None
         count = len(cores or [None])
-        places = distributed_arguments(count) if count > 1 else [None]
+        arguments = (places or distributed_arguments(count)) if count > 1 else [None]
         environment = {**os.environ, **(ON_DEVICES if cores is None else ON_CPU)}
         self._processes: list[Any] = [
             subprocess.Popen(
-                [sys.executable, WORKER, json.dumps(place)],
+                [*prefix, sys.executable, WORKER, json.dumps(place)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -51,7 +60,9 @@ class Processes:
                 # Before Python starts, thus before XLA counts the cores.
                 preexec_fn=functools.partial(os.sched_setaffinity, 0, {core}) if cores else None,
             )
-            for core, place in zip(cores or [None], places, strict=True)
+            for core, place, prefix in zip(
+                cores or [None], arguments, prefixes or [()] * count, strict=True
+            )
         ]
 
     def ask(self, command: str, *arguments: Any) -> list[Any]:
@@ -93,6 +104,13 @@ def devices() -> list[str]:
     """Kinds of the devices that JAX finds; asked in another process, which lets go of them."""
     with Processes(None) as one:
         return one.ask("devices")[0]
+
+
+def measured_link(processes: Processes) -> dict[str, float]:
+    """Bandwidth (bytes/s) and latency (s) of a message between two processes, half a round trip."""
+    small, large = processes.ask("link", [1, LINK_BYTES], LINK_REPEATS)[0]
+    found = {"latency": small / 2}
+    return {**found, "bandwidth": 2 * LINK_BYTES / (large - small)} if large > small else found
 
 
 def distributed_arguments(count: int) -> list[dict[str, Any]]:

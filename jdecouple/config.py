@@ -28,7 +28,7 @@ LEARNING_RATE = {
 }
 _MOST = 2**31 - 1
 _SIZES = (
-    *("microbatches", "mesh.stages", "mesh.data", "num_stages", "max_in_flight"),
+    *("microbatches", "mesh.stages", "mesh.data", "num_stages", "max_in_flight", "chunk"),
     *("batch_size", "epochs", "steps", "eval_every", "checkpoint.every", "checkpoint.keep"),
     *("log_every", "profile", "data.image_size", "data.synthetic_size", "data.num_classes"),
 )
@@ -97,6 +97,7 @@ def default() -> ConfigDict:
             "boundaries": placeholder(tuple),  # blocks at which stages begin; None: balanced
             "split": placeholder(str),  # or a published split of the model, such as "fdg"
             "max_in_flight": placeholder(int),
+            "chunk": 1,  # batches that a stage trains on in one compiled call
             "batch_size": 128,
             "epochs": 1,
             "steps": placeholder(int),  # wins over epochs
@@ -215,6 +216,8 @@ def validate(config: Mapping[str, Any]) -> ConfigDict:
             "config.mesh.propose chooses boundaries and replicas: leave config.boundaries, "
             "config.split and config.mesh.replicas alone"
         )
+    if complete.profile and complete.chunk > 1:
+        raise ConfigError("config.profile shows single batches: leave config.chunk at 1")
     data_axis = complete.mesh.data if replicas is None else math.lcm(*replicas)
     if complete.batch_size % (complete.microbatches * data_axis):
         raise ConfigError(

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tqdm
 
@@ -55,6 +55,23 @@ class Means:
         means = {name: total / self._count for name, total in self._sums.items()}
         self._count, self._sums = 0, {}
         return means
+
+
+class Clock(NamedTuple):
+    """A time, and the seconds waited for input until then."""
+
+    time: float
+    waited: float
+
+    @classmethod
+    def now(cls, waited: float) -> "Clock":
+        """The present."""
+        return cls(time.perf_counter(), waited)
+
+    def towards(self, other: "Clock", share: float) -> "Clock":
+        """A clock between this one (share 0) and another (share 1)."""
+        time, waited = (a + share * (b - a) for a, b in zip(self, other, strict=True))
+        return Clock(time, waited)
 
 
 class MetricsWriter:

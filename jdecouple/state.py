@@ -32,6 +32,19 @@ class PlacedBatch:
     parts: tuple[Message | None, ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class PlacedChunk:
+    """Consecutive global batches on the devices; made by `Trainer.put_chunk`.
+
+    Attributes:
+        parts: one message a microbatch, [count, batch, ...]; of a single batch as `PlacedBatch`.
+        count: how many batches.
+    """
+
+    parts: tuple[Message | None, ...]
+    count: int
+
+
 def leaf_names(stage: Stage, values: Any) -> list[str]:
     """Names of the leaves of a stage's state, in the order of its leaves."""
     names = []

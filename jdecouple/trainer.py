@@ -24,11 +24,20 @@ from jdecouple.assembly import (
 from jdecouple.evaluation import Evaluator
 from jdecouple.methods import Method
 from jdecouple.models import Model
-from jdecouple.pipeline import Executor, Seat, as_stage_mesh, gather, make_mesh, spread, waiting
+from jdecouple.pipeline import (
+    Chunks,
+    Executor,
+    Seat,
+    as_stage_mesh,
+    gather,
+    make_mesh,
+    spread,
+    waiting,
+)
 from jdecouple.routes import Message, Synchronous
 from jdecouple.routes.stage import Transform
 from jdecouple.schedules import Call
-from jdecouple.state import PlacedBatch, State, leaf_names, place
+from jdecouple.state import PlacedBatch, PlacedChunk, State, leaf_names, place
 
 
 class Trainer:
@@ -88,7 +97,8 @@ class Trainer:
                 backward; for all, or one a stage.
             fuse: compile all stages into one call; by default where they share their
                 devices.
-            max_in_flight: batches that may be dispatched and unfinished; by default 2K.
+            max_in_flight: batches, or chunks of them, that may be dispatched and unfinished; by
+                default 2K.
 
         Raises:
             TypeError: an argument of a wrong type.
@@ -156,8 +166,8 @@ class Trainer:
         self.schedule = schedules.build(
             route.schedules[0] if schedule == "auto" else schedule, num_stages, microbatches
         )
-        rows = spread(grid.rows, self.schedule.num_rows)
-        self.seats = tuple(Seat.on(rows[self.schedule.row(k)]) for k in range(num_stages))
+        devices = spread(grid.rows, self.schedule.num_rows)
+        self.seats = tuple(Seat.on(devices[self.schedule.row(k)]) for k in range(num_stages))
         together = all(seat.devices == self.seats[0].devices for seat in self.seats)
         if fuse and not together:
             raise ValueError("fuse=True needs all stages on the same devices")
@@ -171,6 +181,7 @@ class Trainer:
             fuse=fuse,
             max_in_flight=max_in_flight,
         )
+        self._chunks = Chunks(self._executor)
         self._evaluator = Evaluator(
             self.stages, self.seats, self._example, fuse=fuse, max_in_flight=max_in_flight
         )
@@ -258,11 +269,48 @@ class Trainer:
             ValueError: other shapes or dtypes than the example's, labels out of range, or numbers
                 that are not finite.
         """
-        check_batch(batch, self.num_classes)
-        check_like(batch, self._example, any_size=False)
+        parts = self._checked(batch)
         seat = self.seats[0]
-        parts = self._split(batch)
         return PlacedBatch(tuple(seat.place(part) if seat.mine else None for part in parts))
+
+    def put_chunk(self, batches: Sequence[Mapping[str, Any] | PlacedBatch]) -> PlacedChunk:
+        """Uploads consecutive global batches to the first stage, stacked on the host, at once.
+
+        Args:
+            batches: T of what `put` takes or has returned.
+
+        Raises:
+            TypeError: not a sequence, or as `put`.
+            ValueError: no batches, more than `check_chunk` allows, or as `put`.
+        """
+        if isinstance(batches, Mapping) or not isinstance(batches, Sequence):
+            raise TypeError(f"batches is a {type(batches).__name__}: a list of batches is needed")
+        self.check_chunk(len(batches))
+        if len(batches) == 1:
+            (batch,) = batches
+            return PlacedChunk(
+                (batch if isinstance(batch, PlacedBatch) else self.put(batch)).parts, 1
+            )
+        parts = [
+            batch.parts if isinstance(batch, PlacedBatch) else self._checked(batch)
+            for batch in batches
+        ]
+        return PlacedChunk(self._chunks.stack(parts), len(batches))
+
+    def check_chunk(self, count: int) -> None:
+        """Checks that `steps` can take so many batches.
+
+        Raises:
+            ValueError: fewer than 1, or more than 1 where a stage needs its neighbours in every
+                batch and is not fused with them.
+        """
+        check_counts(chunk=count)
+        if count > 1 and not self._chunks.possible:
+            raise ValueError(
+                f"a chunk of {count} batches needs a local method, or all stages fused on the same "
+                f"devices: {self.method.name} has {len(self.stages)} stages apart, which need "
+                "one another in every batch"
+            )
 
     def step(
         self, state: State, batch: Mapping[str, Any] | PlacedBatch
@@ -284,6 +332,52 @@ class Trainer:
         for each in found:
             metrics |= each or {}
         return State(state.step + 1, stages), metrics
+
+    def steps(
+        self, state: State, batches: Sequence[Mapping[str, Any] | PlacedBatch] | PlacedChunk
+    ) -> tuple[State, list[dict[str, Any]]]:
+        """Trains on T batches as T calls of `step` would, with the dispatches of one.
+
+        Every stage scans its batches in one compiled call, which is compiled anew for another T.
+
+        Args:
+            state: current state; donated.
+            batches: T of what `step` takes, or what `put_chunk` returned.
+
+        Returns:
+            The new state, and for every batch the metrics of `step`.
+
+        Raises:
+            TypeError, ValueError: what `put_chunk` refuses.
+        """
+        chunk = batches if isinstance(batches, PlacedChunk) else self.put_chunk(batches)
+        if chunk.count == 1:
+            state, metrics = self.step(state, PlacedBatch(chunk.parts))
+            return state, [metrics]
+        state, found = self._run(state, chunk, apart=True)
+        each_batch: list[dict[str, jax.Array]] = [{} for _ in range(chunk.count)]
+        for stage in found:
+            for metrics, more in zip(each_batch, stage or (), strict=bool(stage)):
+                metrics |= more
+        return state, each_batch
+
+    def run_chunk(self, state: State, chunk: PlacedChunk) -> tuple[State, dict[str, jax.Array]]:
+        """As `steps`, with metrics that cost less to dispatch and to bring to the host.
+
+        Args:
+            state: current state; donated.
+            chunk: what `put_chunk` returned.
+
+        Returns:
+            The new state, and the metrics of `step` as arrays [T]; as scalars where T is 1.
+        """
+        if chunk.count == 1:
+            return self.step(state, PlacedBatch(chunk.parts))
+        state, found = self._run(state, chunk, apart=False)
+        stacked: dict[str, jax.Array] = {}
+        for each in found:
+            stacked |= each or {}
+        return state, stacked
 
     def measure(
         self, state: State, batch: Mapping[str, Any] | PlacedBatch
@@ -406,6 +500,16 @@ class Trainer:
                 copy = jax.tree.map(lambda leaf: jnp.asarray(np.array(leaf)), own)
                 pairs.append(unit.modules(*copy))
         return pairs
+
+    def _run(self, state: State, chunk: PlacedChunk, apart: bool) -> tuple[State, tuple]:
+        stages, found = self._chunks.run(state.stages, chunk.parts, state.step, chunk.count, apart)
+        return State(state.step + chunk.count, stages), found
+
+    def _checked(self, batch: Mapping[str, Any]) -> list[Message]:
+        """The microbatches of a batch that is like the example."""
+        check_batch(batch, self.num_classes)
+        check_like(batch, self._example, any_size=False)
+        return self._split(batch)
 
     def _split(self, batch: Mapping[str, Any]) -> list[Message]:
         """Cuts a batch (of arrays or of shapes) into microbatches."""

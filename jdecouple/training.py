@@ -1,5 +1,6 @@
 """The loop: from a configuration to a trained model, with metrics, checkpoints and resume."""
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -20,7 +21,7 @@ from jdecouple.checkpoint import Checkpointer
 from jdecouple.config import ConfigError, chosen
 from jdecouple.diagnostics import SufficientDirection
 from jdecouple.interrupt import Interrupt
-from jdecouple.metrics import Means, MetricsWriter, Progress, plot_curves, read_metrics
+from jdecouple.metrics import Clock, Means, MetricsWriter, Progress, plot_curves, read_metrics
 from jdecouple.pipeline import make_mesh, propose
 from jdecouple.profile import Profile
 from jdecouple.trainer import State, Trainer
@@ -88,6 +89,7 @@ def build(config: ConfigDict | Mapping) -> Run:
         trainer = make_trainer(
             schedule=config.schedule, **_placement(config, make_trainer, len(model.blocks))
         )
+        trainer.check_chunk(config.chunk)
         diagnose = SufficientDirection(trainer) if config.sufficient_direction else _nothing
     eval_every = config.eval_every or steps_per_epoch
     return Run(config, dataset, trainer, total_steps, eval_every, diagnose)
@@ -157,10 +159,11 @@ class _Loop:
         self._writer = writer
         self._interrupt = interrupt
         self._profile = profile
-        self._pending: list[tuple[int, dict[str, jax.Array]]] = []
+        self._pending: list[tuple[range, dict[str, jax.Array]]] = []  # steps, metrics of each
+        self._rows: collections.deque[tuple[int, dict[str, Any]]] = collections.deque()
         self._means = Means()
         self._saved = -1
-        self._clock = (0, time.perf_counter(), 0.0)  # step, time, seconds waited for input
+        self._line = (0, Clock.now(0.0))  # step and time of the last line
 
     def train(self, state: State, start: dict[str, Any] | None) -> State:
         run, config = self._run, self._config
@@ -170,31 +173,37 @@ class _Loop:
         if start:
             batches.set_state(start["iterator"])
             self._means = Means(start["means"])
-        self._clock = (first, time.perf_counter(), 0.0)
+        self._line = (first, Clock.now(0.0))
         progress = Progress(run.total_steps, first, config.batch_size)
         if first:
             progress.print(f"continuing from step {first} of {run.total_steps}")
+        ends = [run.eval_every, config.checkpoint.every or run.eval_every]
+        if config.sufficient_direction:  # measured on the state of its line
+            ends.append(config.log_every)
+        groups = data.Groups(batches, data.group_sizes(first, run.total_steps, config.chunk, *ends))
         with (
-            data.Prefetcher(batches, self._trainer.put) as prefetcher,
+            data.Prefetcher(groups, self._trainer.put_chunk) as prefetcher,
             contextlib.closing(progress),
             contextlib.closing(self._profile) as profile,
         ):
-            for step in range(first + 1, run.total_steps + 1):
+            while state.step < run.total_steps:
+                since, began = state.step, Clock.now(prefetcher.wait_seconds)
                 with _one_line():
-                    batch = next(prefetcher)
-                profile.before(step, state)
-                state, metrics = self._trainer.step(state, batch)
+                    chunk = next(prefetcher)
+                profile.before(since + 1, state)
+                state, metrics = self._trainer.run_chunk(state, chunk)
+                step = state.step
                 if news := profile.after(step, state):
                     progress.print(news)
-                self._pending.append((step, metrics))
+                self._pending.append((range(since + 1, step + 1), metrics))
                 stop = self._interrupt.requested
                 evaluate = step == run.total_steps or step % run.eval_every == 0
                 every = config.checkpoint.every
                 save = evaluate or stop or bool(every and step % every == 0)
-                log = self._closes_interval(step)
-                if save or log:
-                    self._collect()
-                progress.update(step, self._log(state, prefetcher) if log else {})
+                shown = self._log_chunk(since, began, state, prefetcher)
+                if save:
+                    self._collect(step)
+                progress.update(step, shown)
                 accuracy = self._evaluate(state, progress) if evaluate else None
                 if save:
                     self._save(state, prefetcher.state, accuracy)
@@ -203,6 +212,19 @@ class _Loop:
         self._checkpoints.wait()
         return state
 
+    def _log_chunk(
+        self, since: int, began: Clock, state: State, prefetcher: data.Prefetcher
+    ) -> dict[str, Any]:
+        """Writes the lines that are due after the steps from `since` on; they share its time."""
+        shown: dict[str, Any] = {}
+        for step in range(since + 1, state.step + 1):
+            if self._closes_interval(step):
+                self._collect(step)
+                now = Clock.now(prefetcher.wait_seconds)
+                share = (step - since) / (state.step - since)
+                shown = self._log(step, state, began.towards(now, share))
+        return shown
+
     def _closes_interval(self, step: int) -> bool:
         """Whether a line is due: every `log_every` steps, and for a long enough rest."""
         every = self._config.log_every
@@ -210,12 +232,16 @@ class _Loop:
         last = step == self._run.total_steps
         return not rest or (last and (2 * rest >= every or step < every))
 
-    def _collect(self) -> None:
-        """Waits for the steps since the last call; stops at the first that is not finite."""
-        steps = [step for step, _ in self._pending]
-        rows = jax.device_get([metrics for _, metrics in self._pending])
+    def _collect(self, last: int) -> None:
+        """Waits for the steps since the last call up to `last`; stops at one that is not finite."""
+        columns = jax.device_get([metrics for _, metrics in self._pending])
+        for (steps, _), found in zip(self._pending, columns, strict=True):
+            values = [np.atleast_1d(column).tolist() for column in found.values()]
+            rows = (dict(zip(found, row, strict=True)) for row in zip(*values, strict=True))
+            self._rows.extend(zip(steps, rows, strict=True))
         self._pending = []
-        for step, row in zip(steps, rows, strict=True):
+        while self._rows and self._rows[0][0] <= last:
+            step, row = self._rows.popleft()
             if step <= self._trainer.latency:  # no batch has reached the loss yet
                 continue
             self._means.add(row)
@@ -230,16 +256,16 @@ class _Loop:
                     f"at step {step}; {self._last_good()}"
                 )
 
-    def _log(self, state: State, prefetcher: data.Prefetcher) -> dict[str, Any]:
+    def _log(self, step: int, state: State, now: Clock) -> dict[str, Any]:
         """Writes the means since the last line; returns what the console shows."""
-        step, values = state.step, self._means.take()
+        values = self._means.take()
         diagnosed = jax.device_get(self._run.diagnose(state))
         values |= {name: float(value) for name, value in diagnosed.items() if np.isfinite(value)}
-        since, began, had_waited = self._clock
-        now, waited = time.perf_counter(), prefetcher.wait_seconds
-        values["images_per_second"] = (step - since) * self._config.batch_size / (now - began)
-        values["input_wait"] = (waited - had_waited) / (now - began)
-        self._clock = (step, now, waited)
+        since, began = self._line
+        seconds = now.time - began.time
+        values["images_per_second"] = (step - since) * self._config.batch_size / seconds
+        values["input_wait"] = (now.waited - began.waited) / seconds
+        self._line = (step, now)
         self._writer.write(step, "train", values)
         epoch = step * self._config.batch_size / len(self._run.dataset.train)
         shown: dict[str, Any] = {
@@ -266,8 +292,8 @@ class _Loop:
             listed = " ".join(f"{value:.2%}" for value in exits)
             progress.print(f"step {state.step} {split.name:10} accuracy per exit: {listed}")
         # Evaluation is no part of the training speed.
-        since, before, waited = self._clock
-        self._clock = (since, before + time.perf_counter() - began, waited)
+        since, clock = self._line
+        self._line = (since, clock._replace(time=clock.time + time.perf_counter() - began))
         return accuracy
 
     def _save(self, state: State, iterator: Any, accuracy: float | None) -> None:

@@ -221,6 +221,14 @@ def test_training_leaves_the_model_alone(name):
     assert not nets.same_bits(nets.arrays(trainer, state), first)
 
 
+def test_replicas_have_weights_of_their_own():
+    """A step donates the state; what it came from may be placed again."""
+    trainer = nets.build("scpl", mesh=jd.make_mesh(1, 2))
+    first = nets.arrays(trainer, trainer.init())
+    nets.trained(trainer, DATA, 2)
+    assert nets.same_bits(nets.arrays(trainer, trainer.init()), first)
+
+
 @METHODS
 def test_initial_weights_are_the_models(name):
     trainer = shared(name)

@@ -2,6 +2,7 @@
 
 from jdecouple.data import augment
 from jdecouple.data.batches import evaluation_batches, steps_per_epoch, train_batches
+from jdecouple.data.groups import Groups, group_sizes
 from jdecouple.data.noise import symmetric_label_noise
 from jdecouple.data.prefetch import Prefetcher
 from jdecouple.data.sources import channel_statistics, load
@@ -9,6 +10,7 @@ from jdecouple.data.splits import Dataset, Source, Split, from_arrays
 
 __all__ = [
     "Dataset",
+    "Groups",
     "Prefetcher",
     "Source",
     "Split",
@@ -16,6 +18,7 @@ __all__ = [
     "channel_statistics",
     "evaluation_batches",
     "from_arrays",
+    "group_sizes",
     "load",
     "steps_per_epoch",
     "symmetric_label_noise",

@@ -1,5 +1,6 @@
 """Mesh and placement, partitioning of blocks, the executor of a schedule and its costs."""
 
+from jdecouple.pipeline.chunk import Chunks
 from jdecouple.pipeline.executor import Executor
 from jdecouple.pipeline.gather import gather
 from jdecouple.pipeline.measure import measured_costs
@@ -14,6 +15,7 @@ from jdecouple.pipeline.placement import (
 from jdecouple.pipeline.proposal import Proposal, propose
 
 __all__ = [
+    "Chunks",
     "Executor",
     "Proposal",
     "Seat",

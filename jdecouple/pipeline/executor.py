@@ -56,19 +56,30 @@ class Executor:
         Returns:
             The new states and the metrics of the stages that this process runs.
         """
-        while len(self._flying) >= self.max_in_flight:
-            jax.block_until_ready(self._flying.popleft())
-        function = self._fused if self.fuse else functools.partial(self._dispatch, self._calls)
-        states, metrics = self._iterate(function, states, batch, step, end)
-        self._flying.append([each["loss"] for each in metrics if each] + self._credits(metrics))
+        self.make_room()
+        function = self._fused
+        if not self.fuse:
+            function = functools.partial(self.dispatch, self.order, self._calls)
+        states, metrics = self.iterate(function, states, batch, step, end)
+        self.launched(metrics)
         return states, metrics
 
-    def _iterate(
+    def make_room(self) -> None:
+        """Waits until one more may be in flight."""
+        while len(self._flying) >= self.max_in_flight:
+            jax.block_until_ready(self._flying.popleft())
+
+    def launched(self, metrics: Sequence[Metrics | None], shape: tuple[int, ...] = ()) -> None:
+        """Counts what was dispatched as in flight until its losses, of this shape, are there."""
+        losses = [each["loss"] for each in metrics if each]
+        self._flying.append(losses + self._credits(metrics, shape))
+
+    def iterate(
         self,
         function: Any,
         states: tuple,
         batch: Sequence[Message | None],
-        step: int,
+        step: Any,
         end: int | None = None,
     ) -> tuple[tuple, tuple[Metrics | None, ...]]:
         """Gives a function what one iteration takes, and puts away what it leaves."""
@@ -77,7 +88,8 @@ class Executor:
             kind: {key: carried[kind].pop(key) for key in sorted(carried[kind]) if key in keys}
             for kind, keys in self._needed.items()
         }
-        states, left, metrics = function(states, taken, tuple(batch), self._ticks(step, end))
+        ticks = self.ticks(self.order, step, end)
+        states, left, metrics = function(states, taken, tuple(batch), ticks)
         left = {kind: carried[kind] | left[kind] for kind in carried}
         return pack(self.schedule, states, left), metrics
 
@@ -105,7 +117,8 @@ class Executor:
             return run
 
         calls = {key: timed(call) if key[1] else call for key, call in self._calls.items()}
-        states, _ = self._iterate(functools.partial(self._dispatch, calls), states, batch, step)
+        function = functools.partial(self.dispatch, self.order, calls)
+        states, _ = self.iterate(function, states, batch, step)
         return states, found
 
     def wait(self, states: Any) -> None:
@@ -124,7 +137,7 @@ class Executor:
         return self.stages[0].clip_norm is not None
 
     @cached_property
-    def _functions(self) -> dict[tuple[int, tuple[Kind, ...]], Any]:
+    def functions(self) -> dict[tuple[int, tuple[Kind, ...]], Any]:
         """The pure function of every (stage, kinds) that the schedule contains."""
         functions = {
             (call.stage, call.kinds): bind(self.stages[call.stage], self.route, call.kinds)
@@ -136,20 +149,22 @@ class Executor:
 
     @cached_property
     def _calls(self) -> dict[tuple[int, tuple[Kind, ...]], Any]:
-        waits = self._size if self.schedule.overlapping else None
+        waits = self.size if self.schedule.overlapping else None
         return {
             (stage, kinds): compile_call(function, self.seats[stage], kinds, waits)
-            for (stage, kinds), function in self._functions.items()
+            for (stage, kinds), function in self.functions.items()
             if self.seats[stage].mine
         }
 
     @cached_property
     def _fused(self) -> Any:
         def whole(states: tuple, taken: Carried, batch: tuple, ticks: jax.Array) -> tuple:
-            states, left, metrics = self._dispatch(self._functions, states, taken, batch, ticks)
+            states, left, metrics = self.dispatch(
+                self.order, self.functions, states, taken, batch, ticks
+            )
             seat = self.seats[0]
             lay = jax.lax.with_sharding_constraint
-            left = jax.tree.map(lambda leaf: lay(leaf, seat.waiting(leaf, self._size)), left)
+            left = jax.tree.map(lambda leaf: lay(leaf, seat.waiting(leaf, self.size)), left)
             return lay(states, seat.replicated), left, lay(metrics, seat.replicated)
 
         options = compiler_options(self.seats[0])
@@ -166,28 +181,29 @@ class Executor:
         return {"messages": forwards, "residuals": backwards, "errors": backwards}
 
     @property
-    def _size(self) -> int:
+    def size(self) -> int:
         """Examples in a microbatch."""
         return self.stages[0].message["label"].shape[0]
 
-    def _ticks(self, step: int, end: int | None) -> np.ndarray:
-        """[batch, microbatch] of every action, in the order of the calls."""
+    def ticks(self, order: Sequence[Call], step: Any, end: int | None = None) -> Any:
+        """[batch, microbatch] of every action of some calls; `step` may be traced without `end`."""
         parts = self.schedule.num_microbatches
-        pairs = [divmod(each, parts) for call in self.order for each in call.microbatches]
-        ticks = np.array([(step + entered, part) for entered, part in pairs], np.int32)
+        pairs = [divmod(each, parts) for call in order for each in call.microbatches]
+        ticks = np.array(pairs, np.int32) + step * np.array([1, 0], np.int32)
         if end is not None:
             ticks[ticks[:, 0] >= end, 0] = -1
         return ticks
 
-    def _dispatch(
+    def dispatch(
         self,
+        order: Sequence[Call],
         functions: dict,
         states: tuple,
         taken: Carried,
         batch: tuple[Message | None, ...],
         ticks: Any,
     ) -> tuple[tuple, Carried, tuple[Metrics | None, ...]]:
-        """Goes through the schedule; also traced as a whole where the stages are fused.
+        """Goes through calls in order; also traced as a whole where the stages are fused.
 
         Returns:
             The new states, what no call has taken, and the metrics of the stages.
@@ -201,7 +217,7 @@ class Executor:
         messages |= {(0, microbatch): part for microbatch, part in enumerate(batch)}
         norms: list[Any] | None = None
         first = 0
-        for stage, kinds, microbatches in self.order:
+        for stage, kinds, microbatches in order:
             forward, backward = batches_of(kinds, microbatches)
             out: dict[str, Any] = {}
             if self._clips and Kind.STEP in kinds and norms is None:
@@ -257,12 +273,12 @@ class Executor:
         if target < source:
             shapes = shapes["x"]
         else:
-            # Sums of losses stay in their process: its metrics cover its own stages.
-            shapes = {name: leaf for name, leaf in shapes.items() if name != "loss"}
-            message = message and {name: message[name] for name in shapes}
+            message, shapes = own_losses_kept(message, shapes)
         return self._hand(message, shapes, source, target)
 
-    def _credits(self, metrics: Sequence[Metrics | None]) -> list[jax.Array]:
+    def _credits(
+        self, metrics: Sequence[Metrics | None], shape: tuple[int, ...]
+    ) -> list[jax.Array]:
         """Scalars that other processes return once they have trained on this batch.
 
         A local stage gets nothing back from the stages above it; without these it would run
@@ -270,10 +286,19 @@ class Executor:
         """
         if not self.route.local:
             return []
-        scalar = jax.ShapeDtypeStruct((), jnp.float32)
+        scalar = jax.ShapeDtypeStruct(shape, jnp.float32)
         received = []
         for stage, (below, above) in enumerate(itertools.pairwise(self.seats)):
             if not (below.whole and above.whole):
                 mine = metrics[stage + 1]
                 received.append(transfer(mine and mine["loss"], scalar, above, below))
         return [credit for credit in received if credit is not None]
+
+
+def own_losses_kept(message: Message | None, shapes: Message) -> tuple[Message | None, Message]:
+    """What of a message, and of its shapes, goes to another process.
+
+    Sums of losses stay in theirs: its metrics cover its own stages.
+    """
+    shapes = {name: leaf for name, leaf in shapes.items() if name != "loss"}
+    return message and {name: message[name] for name in shapes}, shapes

@@ -123,6 +123,7 @@ class Seat:
         replicated: sharding of weights and scalars.
         mine: whether this process runs the stage.
         whole: whether no other process takes part.
+        axis: of a message's arrays the one that counts examples; before it, batches are stacked.
     """
 
     devices: tuple[jax.Device, ...]
@@ -130,6 +131,7 @@ class Seat:
     replicated: NamedSharding
     mine: bool
     whole: bool
+    axis: int = 0
 
     @classmethod
     def on(cls, devices: tuple[jax.Device, ...]) -> "Seat":
@@ -144,9 +146,15 @@ class Seat:
             whole=all(here),
         )
 
+    @property
+    def stacked(self) -> "Seat":
+        """The same devices for messages of several batches, [T, batch, ...] and [T]."""
+        batched = NamedSharding(self.batched.mesh, PartitionSpec(None, "data"))
+        return dataclasses.replace(self, batched=batched, axis=1)
+
     def sharding(self, leaf: Any) -> NamedSharding:
         """Sharding of a message's leaf: [batch, ...] over `data`, scalars everywhere."""
-        return self.batched if np.ndim(leaf) else self.replicated
+        return self.batched if np.ndim(leaf) > self.axis else self.replicated
 
     def waiting(self, leaf: Any, size: int) -> NamedSharding:
         """Sharding of a leaf of residuals that wait; `size` examples in a microbatch."""
@@ -164,6 +172,8 @@ class Seat:
 
         def put(leaf: Any) -> jax.Array:
             target = (sharding or self.sharding)(leaf)
+            if own and len(self.devices) > 1 and isinstance(leaf, jax.Array):
+                leaf = np.array(leaf)  # may_alias holds for single devices alone
             if self.whole:
                 return jax.device_put(leaf, target, may_alias=False if own else None)
             value = np.asarray(leaf)
