@@ -1,14 +1,16 @@
 """What it costs the host to dispatch one stage call, against the number of leaves of its state.
 
     python bench/dispatch.py --output runs/dispatch.json
+    python bench/dispatch.py --chunk 16
 
 K stages train by deinforeg. A stage is one block: a tiny dense layer with many biases, all of them
 trained, so that leaves come without computation (a perceptron with as many leaves spends more time
-on its thousands of small operations than the dispatch takes). A sample is one `Trainer.step` with
-nothing in flight before it, on a batch that is on the devices, divided by K:
+on its thousands of small operations than the dispatch takes). A sample is one `Trainer.step`, or
+one `Trainer.run_chunk` of T batches, with nothing in flight before it, on batches that are on the
+devices, divided by K and T:
 
-    dispatched   until `step` returns: the host's share
-    done         until the batch is trained on: how little the computation adds
+    dispatched   until it returns: the host's share
+    done         until the batches are trained on: how little the computation adds
 
     devices   each stage on a device of its own (devices that the CPU is made to look like), so that
               messages are sent
@@ -69,14 +71,14 @@ def build(leaves: int, stages: int, placement: str) -> tuple[jd.Trainer, dict[st
     return trainer, batch
 
 
-def measure(leaves: int, stages: int, placement: str, steps: int) -> dict[str, Any]:
-    """Times single steps; "dispatched" and "done" are microseconds a stage.
+def measure(leaves: int, stages: int, placement: str, chunk: int, steps: int) -> dict[str, Any]:
+    """Times single steps or chunks; "dispatched" and "done" are microseconds a stage and batch.
 
     Raises:
         RuntimeError: a stage's state has another number of leaves than asked for.
     """
     trainer, batch = build(leaves, stages, placement)
-    state, placed = trainer.init(), trainer.put(batch)
+    state, placed = trainer.init(), trainer.put_chunk([batch] * chunk)
     counted = {len(jax.tree.leaves(stage)) for stage in state.stages}
     if counted != {leaves}:
         raise RuntimeError(f"stages have {counted} leaves: {leaves} were asked for")
@@ -84,11 +86,11 @@ def measure(leaves: int, stages: int, placement: str, steps: int) -> dict[str, A
     for _ in range(WARM_UP + steps):
         trainer.wait(state)
         start = time.perf_counter()
-        state, _ = trainer.step(state, placed)
+        state, _ = trainer.run_chunk(state, placed)
         dispatched.append(time.perf_counter() - start)
         trainer.wait(state)
         done.append(time.perf_counter() - start)
-    scale = 1e6 / stages
+    scale = 1e6 / (stages * chunk)
     return {
         "leaves": leaves,
         "placement": placement,
@@ -113,11 +115,12 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--leaves", type=int, nargs="+", default=[8, 64, 256])
     parser.add_argument("--stages", type=int, default=2, help="K, and devices")
+    parser.add_argument("--chunk", type=int, default=1, help="T, batches of a call")
     parser.add_argument("--steps", type=int, default=300, help="samples")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args()
-    if options.stages < 1 or options.steps < 1:
-        parser.error("--stages and --steps must be at least 1")
+    if min(options.stages, options.chunk, options.steps) < 1:
+        parser.error("--stages, --chunk and --steps must be at least 1")
     for leaves in options.leaves:
         if leaves < OTHER_LEAVES:
             parser.error(f"--leaves is {leaves}: at least {OTHER_LEAVES} are needed")
@@ -130,15 +133,18 @@ def main() -> None:
     jax.config.update("jax_num_cpu_devices", options.stages)
     setup = describe()
     found = [
-        measure(leaves, options.stages, placement, options.steps)
+        measure(leaves, options.stages, placement, options.chunk, options.steps)
         for leaves in options.leaves
         for placement in PLACEMENTS
     ]
     print(heading(setup))
-    print(f"Microseconds a stage, medians of {options.steps} steps; {options.stages} stages\n")
+    print(
+        f"Microseconds a stage and batch, medians of {options.steps} samples; "
+        f"{options.stages} stages, {options.chunk} batch(es) a call\n"
+    )
     print(report(found))
     if options.output:
-        asked = {name: getattr(options, name) for name in ("leaves", "stages", "steps")}
+        asked = {name: getattr(options, name) for name in ("leaves", "stages", "chunk", "steps")}
         save(options.output, {"setup": setup, "options": asked, "found": found})
 
 

@@ -68,9 +68,11 @@ def test_peers(tmp_path):
         assert each["ours_over_ms"]["low"] > 0
 
 
-def test_dispatch(tmp_path):
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_dispatch(tmp_path, chunk):
     output = tmp_path / "dispatch.json"
-    done = bench("dispatch.py", "--leaves=8", "--steps=5", f"--output={output}")
+    sizes = ("--leaves=8", "--steps=5", f"--chunk={chunk}")
+    done = bench("dispatch.py", *sizes, f"--output={output}")
     assert done.returncode == 0, done.stderr
     assert sum(line.startswith("| 8 |") for line in done.stdout.splitlines()) == 1
     found = json.loads(output.read_text())["found"]
