@@ -10,7 +10,7 @@ from typing import Any
 from jdecouple import methods, schedules
 from jdecouple.schedules import Costs, Kind, Schedule, simulate
 
-COUNTS = {"K": "stages", "D": "data", "M": "microbatches"}
+COUNTS = {"K": "stages", "D": "data", "M": "microbatches", "T": "chunk"}
 TOGETHER = "together"
 
 
@@ -24,6 +24,7 @@ class Row:
         stages: K.
         data: D, replicas of every stage.
         microbatches: M.
+        chunk: T, batches of a call.
         together: all stages on one device.
     """
 
@@ -32,6 +33,7 @@ class Row:
     stages: int = 1
     data: int = 1
     microbatches: int = 1
+    chunk: int = 1
     together: bool = False
 
     @cached_property
@@ -93,21 +95,22 @@ class Row:
             found: replies of `Run.costs`; of each call the median of them counts.
             link: bandwidth and latency.
             batches: length of the segment.
-            in_flight: batches that may be; by default as many as the trainer's default.
+            in_flight: batches (or chunks) that may be; by default as many as the trainer's default.
         """
         seconds = defaultdict(list)
         for reply in found:
             for stage, kinds, each in reply["calls"]:
                 seconds[stage, tuple(map(Kind, kinds))].append(each)
         costs = Costs(
-            calls={key: statistics.median(values) for key, values in seconds.items()},
-            message_bytes=found[0]["message_bytes"],
-            error_bytes=found[0]["error_bytes"],
+            calls={key: self.chunk * statistics.median(each) for key, each in seconds.items()},
+            message_bytes=[self.chunk * each for each in found[0]["message_bytes"]],
+            error_bytes=[self.chunk * each for each in found[0]["error_bytes"]],
             hosts=[self.plan.row(stage) for stage in range(self.stages)],
             **link,
         )
         flying = in_flight or 2 * self.stages
-        return simulate(self.plan, costs, batches=batches, max_in_flight=flying).makespan
+        chunks = -(-batches // self.chunk)
+        return simulate(self.plan, costs, batches=chunks, max_in_flight=flying).makespan
 
     def options(self, apart: bool) -> dict[str, Any]:
         """The row's part of the options of `run.Run`; `apart`: one device, a call a call."""
@@ -116,6 +119,7 @@ class Row:
             "schedule": self.schedule,
             "stages": self.stages,
             "microbatches": self.microbatches,
+            "chunk": 1 if apart else self.chunk,
             "rows": 1 if apart else self.rows,
             "data": 1 if apart else self.data,
             "fuse": False if apart else None,
@@ -133,7 +137,7 @@ BP = Row("bp", "sequential")
 
 
 def parse(text: str) -> Row:
-    """Reads `method[:schedule][,K=2][,D=1][,M=4][,together]`.
+    """Reads `method[:schedule][,K=2][,D=1][,M=4][,T=1][,together]`.
 
     Raises:
         ValueError: in one line, whatever is wrong with it.
@@ -153,7 +157,7 @@ def parse(text: str) -> Row:
                 values[COUNTS[key]] = int(value)
             else:
                 raise ValueError(
-                    f"{setting!r} is none of K=, D=, M= with a count of at least 1, {TOGETHER}"
+                    f"{setting!r} is none of K=, D=, M=, T= with a count of at least 1, {TOGETHER}"
                 )
         row = Row(method, schedule or allowed[0], **values)
         if row.together and row.data > 1:

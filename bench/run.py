@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from flax import nnx
 
 import jdecouple as jd
 from jdecouple.pipeline import measured_costs
+from jdecouple.state import PlacedBatch
 
 NUM_CLASSES = 10
 IMAGE_SIZE = 16  # of the vgg of equal blocks, in pixels
@@ -54,10 +56,10 @@ class Run:
 
     Args:
         options: "model", "hidden", "depth", "batch" (global), "head", "dtype", "method",
-            "schedule", "stages" (K), "microbatches" (M); "rows" and "data", the shape of the mesh;
-            "fuse", as for `Trainer`, and "in_flight", its `max_in_flight`, which may be missing;
-            "input": "placed" puts the batches on the devices beforehand, "host" uploads each while
-            the one before it is trained on.
+            "schedule", "stages" (K), "microbatches" (M), "chunk" (T, by default 1); "rows" and
+            "data", the shape of the mesh; "fuse", as for `Trainer`, and "in_flight", its
+            `max_in_flight`, which may be missing; "input": "placed" puts the batches on the devices
+            beforehand, "host" uploads each while the one before it is trained on.
     """
 
     def __init__(self, options: dict[str, Any]):
@@ -87,48 +89,58 @@ class Run:
         )
         self.state = self.trainer.init()
         self._prefetcher: jd.data.Prefetcher | None = None
+        chunk = self._chunk = options.get("chunk", 1)
+        cycle = itertools.cycle(batches)
+        groups = [list(itertools.islice(cycle, chunk)) for _ in range(DISTINCT_BATCHES)]
         if options["input"] == "host":
-            source = itertools.cycle(batches)
-            self._prefetcher = jd.data.Prefetcher(source, self.trainer.put)
-            self.batches: Any = self._prefetcher
+            source = itertools.cycle(groups)
+            self._prefetcher = jd.data.Prefetcher(source, self.trainer.put_chunk)
+            self.chunks: Any = self._prefetcher
         else:
-            self.batches = itertools.cycle([self.trainer.put(batch) for batch in batches])
+            self.chunks = itertools.cycle([self.trainer.put_chunk(group) for group in groups])
         seats = self.trainer.seats
         together = all(seat.devices == seats[0].devices for seat in seats)
-        mine = sum(seats[call.stage].mine for call in self.trainer.calls)
+        calls = [call.stage for call in self.trainer.calls]
+        mine = sum(seats[stage].mine for stage in (calls if chunk == 1 else set(calls)))
         self._calls = 1 if together and options["fuse"] is None else mine
 
     def run(self, steps: int) -> dict[str, Any]:
         """Trains; the time runs from the first dispatch to the end of the last computation.
 
+        Args:
+            steps: batches, rounded up to whole chunks.
+
         Returns:
             "start" and "end" in seconds of a clock that all processes of the machine share;
             "processor", seconds of all threads; "dispatch", seconds of processor time of the one
-            thread that dispatches, inside `step`, and the "calls" that it dispatched; "waited",
+            thread that dispatches, inside the trainer, and the "calls" that it dispatched; "waited",
             seconds without input; "losses" of every batch; "cores"; and "state" and "peak", see
             `_memory`.
         """
         found, dispatch = [], 0.0
         waited, resident = self._waited, _reset_peak()
         start, processor = time.perf_counter(), time.process_time()
-        for _ in range(steps):
-            batch = next(self.batches)
+        rounds = -(-steps // self._chunk)
+        for _ in range(rounds):
+            chunk = next(self.chunks)
             began = time.thread_time()
-            self.state, metrics = self.trainer.step(self.state, batch)
+            self.state, metrics = self.trainer.run_chunk(self.state, chunk)
             dispatch += time.thread_time() - began
             found.append(metrics)
         self.trainer.wait(self.state)
         end, processor = time.perf_counter(), time.process_time() - processor
-        losses = [
-            {name: float(value) for name, value in each.items() if name.endswith("/loss")}
-            for each in found
-        ]
+        losses = []
+        for each in found:
+            rows = {name: np.ravel(each[name]) for name in each if name.endswith("/loss")}
+            losses += [
+                {name: float(row[t]) for name, row in rows.items()} for t in range(self._chunk)
+            ]
         return {
             "start": start,
             "end": end,
             "processor": processor,
             "dispatch": dispatch,
-            "calls": steps * self._calls,
+            "calls": rounds * self._calls,
             "waited": self._waited - waited,
             "losses": losses,
             "cores": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [],
@@ -175,7 +187,7 @@ class Run:
         found = []
         for _ in range(steps):
             seconds = [0.0] * len(self.trainer.stages)
-            self.state, calls = self.trainer.measure(self.state, next(self.batches))
+            self.state, calls = self.trainer.measure(self.state, next(self._batches()))
             for call, time_taken in calls:
                 seconds[call.stage] += time_taken
             found.append(seconds)
@@ -183,13 +195,17 @@ class Run:
 
     def costs(self, steps: int) -> dict[str, Any]:
         """Median seconds of every call over `steps` batches, and bytes of the messages."""
-        self.state, costs = measured_costs(self.trainer, self.state, self.batches, steps)
+        self.state, costs = measured_costs(self.trainer, self.state, self._batches(), steps)
         calls = [
             [stage, "".join(kind.value for kind in kinds), seconds]
             for (stage, kinds), seconds in costs.calls.items()
         ]
         sizes = {"message_bytes": costs.message_bytes, "error_bytes": costs.error_bytes}
         return {"calls": calls, **sizes}
+
+    def _batches(self) -> Iterator[PlacedBatch]:
+        """Batches to measure calls with; of a run without chunks."""
+        return (PlacedBatch(chunk.parts) for chunk in self.chunks)
 
     @property
     def _waited(self) -> float:

@@ -10,7 +10,9 @@ segment of about `--seconds`, from the first dispatch until all work is done.
 
 Rows are those of `bench/throughput.py`. A local row may have `--in-flight` batches dispatched and
 unfinished (the Trainer's `max_in_flight`): their number must cover the time in which a message goes
-up and word of its end comes back, two delays, or the link would hold the lower stage back.
+up and word of its end comes back, two delays, or the link would hold the lower stage back. JAX's
+socket transport has a bound of its own, four arrays from a process in a round trip: where that is
+too little, as for 30 ms a batch beyond a delay of 60 ms, T batches must make one message (T=2).
 
 Columns, as medians (lowest to highest) over the segments:
 
@@ -39,7 +41,10 @@ from link import ADDRESSES, SETTINGS, LinkError, SlowLink, missing
 from rows import Row
 from workers import Processes
 
-ROWS = ("deinforeg,K=2", "fdg,K=2", "bp:1f1b,K=2,M=4", "bp:gpipe,K=2,M=4")
+ROWS = (
+    *("deinforeg,K=2", "deinforeg,K=2,T=2", "fdg,K=2"),
+    *("bp:1f1b,K=2,M=4", "bp:gpipe,K=2,M=4"),
+)
 DELAYS = (0.0, 10.0, 50.0, 100.0)
 COORDINATOR_PORT, TRANSFER_PORT = 7000, 7001
 FEWEST_BATCHES = 8
@@ -108,9 +113,10 @@ def batches(
     row: Row, found: dict[str, Any], link: dict[str, float], delay: float, options: dict[str, Any]
 ) -> int:
     """Batches of a segment of about the wanted length, by simulation."""
-    some = 4 * FEWEST_BATCHES
+    some = 4 * FEWEST_BATCHES * row.chunk
     each = simulated(row, found, link, delay, options, some) / some
-    return max(FEWEST_BATCHES, math.ceil(1e3 * options["seconds"] / each))
+    wanted = max(FEWEST_BATCHES, math.ceil(1e3 * options["seconds"] / each))
+    return row.chunk * math.ceil(wanted / row.chunk)
 
 
 def simulated(

@@ -3,8 +3,8 @@
     python bench/throughput.py --output runs/throughput.json
     python bench/throughput.py --rows bp:1f1b,K=2,M=4 deinforeg,K=2 fdg,K=2 bp,D=2
 
-A row is `method[:schedule][,K=2][,D=1][,M=4][,together]`: K stages, D replicas of each, M
-microbatches, and `together` keeps the stages on one device. All rows train the same net on the same
+A row is `method[:schedule][,K=2][,D=1][,M=4][,T=1][,together]`: K stages, D replicas of each, M
+microbatches, T batches a call, and `together` keeps the stages on one device. All rows train the same net on the same
 global batches. BP on one device and every row's method on one device are added as references.
 
 Every row has processes of its own, which live from beginning to end. The rows take turns: each
@@ -278,6 +278,8 @@ def check(options: argparse.Namespace, rows: Sequence[Row]) -> None:
     for row in rows:
         if options.depth and options.depth % row.stages:
             raise ValueError(f"row {str(row)!r}: --depth {options.depth} is no multiple of K")
+        if options.steps % row.chunk:
+            raise ValueError(f"row {str(row)!r}: --steps {options.steps} is no multiple of T")
         if options.batch % (row.microbatches * row.data):
             raise ValueError(f"row {str(row)!r}: --batch {options.batch} is no multiple of M x D")
 

@@ -180,6 +180,7 @@ def benchmark(monkeypatch):
         ("fdg,K=3", 3, 3, "fdg,K=3,together"),
         ("ddg", 1, 1, "ddg"),
         ("fr,K=2,together", 1, 1, "fr,K=2,together"),
+        ("scpl,K=2,T=5", 2, 2 * 10 / 11, "scpl"),
     ],
 )
 def test_rows(benchmark, text, devices, ideal, reference):
@@ -194,7 +195,7 @@ def test_rows(benchmark, text, devices, ideal, reference):
     [
         ("sgd", "unknown method 'sgd'"),
         ("bp:local", "method bp runs on sequential, gpipe, 1f1b"),
-        ("bp:gpipe,N=2", "'N=2' is none of K=, D=, M="),
+        ("bp:gpipe,N=2", "'N=2' is none of K=, D=, M=, T="),
         ("bp:gpipe,K=0", "'K=0' is none"),
         ("fdg,K=2,M=2", "schedule delayed takes 1"),
         ("bp,D=2,together", "D is 2"),

@@ -10,9 +10,9 @@ from jdecouple.pipeline.placement import (
     as_stage_mesh,
     make_mesh,
     spread,
-    transfer,
 )
 from jdecouple.pipeline.proposal import Proposal, propose
+from jdecouple.pipeline.transfer import transfer
 
 __all__ = [
     "Chunks",

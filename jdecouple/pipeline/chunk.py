@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jdecouple.pipeline.compiler import compiler_options
 from jdecouple.pipeline.executor import Executor, own_losses_kept
-from jdecouple.pipeline.placement import Seat, transfer
+from jdecouple.pipeline.placement import Seat
+from jdecouple.pipeline.transfer import transfer
 from jdecouple.routes import Message, StageState
 
 
@@ -193,7 +195,8 @@ class Chunks:
             return state, _lay_messages(handed, seat), metrics
 
         chunk.__name__ = name
-        return jax.jit(chunk, donate_argnums=0, static_argnums=3)
+        options = compiler_options(seat)
+        return jax.jit(chunk, donate_argnums=0, static_argnums=3, compiler_options=options)
 
 
 def _lay_messages(messages: Any, seat: Seat) -> Any:

@@ -15,7 +15,8 @@ import numpy as np
 
 from jdecouple.pipeline.calls import batches_of, bind, bind_norm, compile_call, steps_last
 from jdecouple.pipeline.compiler import compiler_options
-from jdecouple.pipeline.placement import Seat, transfer
+from jdecouple.pipeline.placement import Seat
+from jdecouple.pipeline.transfer import transfer
 from jdecouple.pipeline.waiting import Carried, pack, unpack
 from jdecouple.routes import Accumulated, Message, Metrics, Route, Stage
 from jdecouple.schedules import Call, Kind, Schedule

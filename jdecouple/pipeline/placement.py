@@ -180,34 +180,3 @@ class Seat:
             return jax.make_array_from_callback(value.shape, target, lambda index: value[index])
 
         return jax.tree.map(put, tree)
-
-
-def transfer(message: Any, shapes: Any, source: Seat, target: Seat) -> Any:
-    """Moves a message to another stage's devices without waiting.
-
-    Every process that takes part in either stage calls it, in the same order.
-
-    Args:
-        message: the tree; None where this process does not run the source.
-        shapes: its `jax.ShapeDtypeStruct`s.
-        source: seat of the stage that sends.
-        target: seat of the stage that receives.
-
-    Returns:
-        The tree on the target's devices; None where this process does not run the target.
-    """
-    if source.devices == target.devices:
-        return message
-    if not (source.mine or target.mine):
-        return None
-    if not source.mine:
-        message = jax.tree.map(
-            lambda shape: jax.make_array_from_single_device_arrays(
-                shape.shape, source.sharding(shape), [], dtype=shape.dtype
-            ),
-            shapes,
-        )
-    if source.whole and target.whole and len(target.devices) == 1:
-        return jax.device_put(message, target.devices[0])  # half the time of shardings
-    moved = jax.device_put(message, jax.tree.map(target.sharding, message))
-    return moved if target.mine else None
