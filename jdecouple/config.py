@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from jdecouple import data, methods, models, optim, schedules
+from jdecouple import data, methods, models, optim, pipeline, schedules
 
 DTYPES = {"float32": None, "bfloat16": jnp.bfloat16}
 # Keys of the optimizer section that make its learning rate; the others are its arguments.
@@ -85,6 +85,7 @@ def default() -> ConfigDict:
                 **LEARNING_RATE,
                 **_union(optim.names(), optimizer_arguments),
             },
+            "engine": "mpmd",  # a call for every stage; "spmd": one for all; "auto": where it fits
             "schedule": "auto",
             "microbatches": 1,
             "mesh": {
@@ -188,12 +189,17 @@ def validate(config: Mapping[str, Any]) -> ConfigDict:
     _one_of(complete.optimizer.schedule, optim.schedule_names(), "optimizer.schedule")
     _one_of(complete.data.augment, data.augment.names(), "data.augment")
     _one_of(complete.schedule, ("auto", *schedules.names()), "schedule")
+    _one_of(complete.engine, pipeline.ENGINES, "engine")
     _one_of(complete.dtype, DTYPES, "dtype")
     for key in _SIZES:
         _whole(complete, key, 1, _MOST)
     _whole(complete, "seed", 0, 2**32 - 1)
     for key, least, excluded, most in _NUMBERS:
         _number(complete, key, least, excluded, most)
+    if complete.profile is not None and complete.engine == "spmd":
+        raise ConfigError(
+            "config.profile shows the calls of stages: config.engine 'spmd' has none, 'mpmd' has"
+        )
     _numbers(complete, "boundaries", int)
     if complete.split is not None and complete.boundaries is not None:
         raise ConfigError("config.split and config.boundaries are both set: give one of them")

@@ -21,6 +21,7 @@ def write_config(folder: Path, run: Any) -> None:
     content = {
         "config": run.config.to_dict(),
         "total_steps": run.total_steps,
+        "engine": trainer.engine,
         "boundaries": list(trainer.boundaries),
         "parameters": sum(
             int(np.prod(leaf.shape)) for name, leaf in leaves.items() if "/params/" in name

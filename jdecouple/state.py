@@ -19,10 +19,11 @@ class State:
         stages: state of every stage ("params", "stats", "opt", and with a delayed method
             "waiting"); None for the stages of other
             processes. `Trainer.step` donates it: keep the returned state, not the old one.
+            With engine "spmd" the arrays are stacked, and cut when a stage is asked for.
     """
 
     step: int
-    stages: tuple[Any, ...]
+    stages: Any
 
 
 @dataclasses.dataclass(frozen=True)

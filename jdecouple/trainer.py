@@ -28,9 +28,12 @@ from jdecouple.pipeline import (
     Chunks,
     Executor,
     Seat,
+    SpmdChunks,
+    SpmdExecutor,
     as_stage_mesh,
     gather,
     make_mesh,
+    spmd,
     spread,
     waiting,
 )
@@ -67,6 +70,7 @@ class Trainer:
         remat: bool | Sequence[bool] = False,
         fuse: bool | None = None,
         max_in_flight: int | None = None,
+        engine: str = "mpmd",
     ):
         """Places the stages and prepares their functions; compiles at the first step.
 
@@ -99,6 +103,9 @@ class Trainer:
                 devices.
             max_in_flight: batches, or chunks of them, that may be dispatched and unfinished; by
                 default 2K.
+            engine: "mpmd" compiles calls for every stage; "spmd" compiles one program for all,
+                which needs equal blocks between the first and the last, and a local method or
+                `gpipe`; "auto" takes "spmd" where it fits and there are devices for two stages.
 
         Raises:
             TypeError: an argument of a wrong type.
@@ -163,6 +170,19 @@ class Trainer:
                 f"schedule {schedule!r} does not fit method {method.name}: "
                 f"allowed are auto, {', '.join(route.schedules)}"
             )
+        layout = spmd.fitting(
+            engine,
+            self.stages,
+            tuple(map(Seat.on, spread(grid.rows, num_stages))),
+            route,
+            schedule=schedule,
+            fuse=fuse,
+            inputs=built.inputs,
+            message=prepared,
+        )
+        self.engine = "mpmd" if layout is None else "spmd"
+        if layout is not None:
+            schedule = spmd.schedule_of(route)
         self.schedule = schedules.build(
             route.schedules[0] if schedule == "auto" else schedule, num_stages, microbatches
         )
@@ -173,15 +193,21 @@ class Trainer:
             raise ValueError("fuse=True needs all stages on the same devices")
         fuse = together if fuse is None else fuse
         max_in_flight = max_in_flight or 2 * num_stages
-        self._executor = Executor(
-            stages=self.stages,
-            seats=self.seats,
-            route=route,
-            schedule=self.schedule,
-            fuse=fuse,
-            max_in_flight=max_in_flight,
-        )
-        self._chunks = Chunks(self._executor)
+        self._executor: Any
+        self._chunks: Any
+        if layout is not None:
+            self._executor = SpmdExecutor(layout, route, self.schedule, max_in_flight)
+            self._chunks = SpmdChunks(self._executor)
+        else:
+            self._executor = Executor(
+                stages=self.stages,
+                seats=self.seats,
+                route=route,
+                schedule=self.schedule,
+                fuse=fuse,
+                max_in_flight=max_in_flight,
+            )
+            self._chunks = Chunks(self._executor)
         self._evaluator = Evaluator(
             self.stages, self.seats, self._example, fuse=fuse, max_in_flight=max_in_flight
         )
@@ -214,7 +240,7 @@ class Trainer:
                 if seat.mine
                 else None
             )
-        return State(0, tuple(stages))
+        return State(0, self._executor.load(stages))
 
     def abstract(self) -> State:
         """Shapes and dtypes of the state of all stages, without allocating it."""
@@ -255,7 +281,7 @@ class Trainer:
             stages.append(
                 place(self.stages[k], self.seats[k], values) if self.seats[k].mine else None
             )
-        return State(step, tuple(stages))
+        return State(step, self._executor.load(stages))
 
     def put(self, batch: Mapping[str, Any]) -> PlacedBatch:
         """Uploads a global batch to the first stage, so that a later step need not.
@@ -269,9 +295,7 @@ class Trainer:
             ValueError: other shapes or dtypes than the example's, labels out of range, or numbers
                 that are not finite.
         """
-        parts = self._checked(batch)
-        seat = self.seats[0]
-        return PlacedBatch(tuple(seat.place(part) if seat.mine else None for part in parts))
+        return PlacedBatch(self._executor.put(self._checked(batch)))
 
     def put_chunk(self, batches: Sequence[Mapping[str, Any] | PlacedBatch]) -> PlacedChunk:
         """Uploads consecutive global batches to the first stage, stacked on the host, at once.
@@ -285,6 +309,8 @@ class Trainer:
         """
         if isinstance(batches, Mapping) or not isinstance(batches, Sequence):
             raise TypeError(f"batches is a {type(batches).__name__}: a list of batches is needed")
+        if not batches:
+            raise ValueError("batches is empty: at least one batch is needed")
         self.check_chunk(len(batches))
         if len(batches) == 1:
             (batch,) = batches
@@ -328,7 +354,7 @@ class Trainer:
         """
         placed = batch if isinstance(batch, PlacedBatch) else self.put(batch)
         stages, found = self._executor.run(state.stages, placed.parts, state.step)
-        metrics: dict[str, jax.Array] = {}
+        metrics: dict[str, Any] = {}
         for each in found:
             metrics |= each or {}
         return State(state.step + 1, stages), metrics
@@ -338,7 +364,8 @@ class Trainer:
     ) -> tuple[State, list[dict[str, Any]]]:
         """Trains on T batches as T calls of `step` would, with the dispatches of one.
 
-        Every stage scans its batches in one compiled call, which is compiled anew for another T.
+        Every stage scans its batches in one compiled call (all stages together, with engine
+        "spmd"), which is compiled anew for another T.
 
         Args:
             state: current state; donated.
@@ -416,9 +443,9 @@ class Trainer:
         """
         if not self.schedule.overlapping:
             return state
-        seat, stages = self.seats[0], state.stages
+        stages = state.stages
         nothing = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), self._example)
-        parts = [seat.place(part) if seat.mine else None for part in self._split(nothing)]
+        parts = self._executor.put(self._split(nothing))
         for late in range(self.schedule.depth):
             stages, _ = self._executor.run(stages, parts, state.step + late, end=state.step)
         since = np.int32(state.step)

@@ -87,7 +87,9 @@ def build(config: ConfigDict | Mapping) -> Run:
             max_in_flight=config.max_in_flight,
         )
         trainer = make_trainer(
-            schedule=config.schedule, **_placement(config, make_trainer, len(model.blocks))
+            schedule=config.schedule,
+            engine=config.engine,
+            **_placement(config, make_trainer, len(model.blocks)),
         )
         trainer.check_chunk(config.chunk)
         diagnose = SufficientDirection(trainer) if config.sufficient_direction else _nothing

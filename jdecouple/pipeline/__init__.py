@@ -12,13 +12,17 @@ from jdecouple.pipeline.placement import (
     spread,
 )
 from jdecouple.pipeline.proposal import Proposal, propose
+from jdecouple.pipeline.spmd import ENGINES, SpmdChunks, SpmdExecutor
 from jdecouple.pipeline.transfer import transfer
 
 __all__ = [
+    "ENGINES",
     "Chunks",
     "Executor",
     "Proposal",
     "Seat",
+    "SpmdChunks",
+    "SpmdExecutor",
     "StageMesh",
     "as_stage_mesh",
     "gather",

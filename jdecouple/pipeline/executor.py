@@ -43,6 +43,15 @@ class Executor:
     max_in_flight: int
     _flying: collections.deque = dataclasses.field(default_factory=collections.deque)
 
+    def load(self, states: Sequence[Any]) -> tuple:
+        """The placed states of all stages as `run` takes them: as they are."""
+        return tuple(states)
+
+    def put(self, parts: Sequence[Message]) -> tuple[Message | None, ...]:
+        """Uploads the microbatches of a batch to the first stage, where this process runs it."""
+        seat = self.seats[0]
+        return tuple(seat.place(part) if seat.mine else None for part in parts)
+
     def run(
         self, states: tuple, batch: Sequence[Message | None], step: int, end: int | None = None
     ) -> tuple[tuple, tuple[Metrics | None, ...]]:

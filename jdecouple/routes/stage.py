@@ -86,8 +86,12 @@ class Stage:
         """Key of a unit for (step, microbatch); independent of the schedule and of K."""
         key = jax.random.fold_in(jax.random.key(self.seed), tick[0])
         # Offset so that no unit shares a key with an example of `prepare`.
-        key = jax.random.fold_in(key, np.uint32(2**32 - 1 - unit.index))
+        key = jax.random.fold_in(key, np.uint32(2**32 - 1) - self.number(unit))
         return jax.random.fold_in(key, tick[1])
+
+    def number(self, unit: Unit) -> Any:
+        """Index of a unit in the model, as its keys count it."""
+        return np.uint32(unit.index)
 
     def squared_norm(self, gradients: Any) -> jax.Array:
         """Squared norm of the mean of the microbatches' gradients."""

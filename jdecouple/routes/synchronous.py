@@ -35,6 +35,28 @@ class Synchronous(Route):
         return pull_back(residuals, cotangent)
 
 
+def advance(
+    stage: Stage, params: tuple, stats: tuple, message: Message, tick: jax.Array
+) -> tuple[Any, jax.Array, tuple, Metrics]:
+    """Forward of the units of a stage on a message that is already prepared.
+
+    Returns:
+        Features of the last unit, sum of the units' losses, moved statistics, metrics.
+    """
+    loss = jnp.zeros((), jnp.float32)
+    moved: list[Any] = []
+    metrics: Metrics = {}
+    x = message["x"]
+    for unit, unit_params, unit_stats in zip(stage.units, params, stats, strict=True):
+        here = {**message, "x": x}
+        x, output, new_stats = unit.train(unit_params, unit_stats, here, stage.key(unit, tick))
+        moved.append(new_stats)
+        if output is not None:
+            loss = loss + output.loss
+            metrics |= block_metrics(unit, output, here)
+    return x, loss, tuple(moved), metrics
+
+
 def linearize(
     stage: Stage, state: StageState, message: Message, tick: jax.Array
 ) -> tuple[Any, Metrics, tuple[Callable, jax.Array], Message]:
@@ -46,17 +68,8 @@ def linearize(
     message = stage.prepare(message, tick, True)
 
     def run(params, x):
-        loss = jnp.zeros((), jnp.float32)
-        stats: list[Any] = []
-        metrics: Metrics = {}
-        for unit, unit_params, unit_stats in zip(stage.units, params, state["stats"], strict=True):
-            here = {**message, "x": x}
-            x, output, moved = unit.train(unit_params, unit_stats, here, stage.key(unit, tick))
-            stats.append(moved)
-            if output is not None:
-                loss = loss + output.loss
-                metrics |= block_metrics(unit, output, here)
-        return (None if stage.is_last else x, loss), (tuple(stats), metrics, x)
+        x, loss, stats, metrics = advance(stage, params, state["stats"], {**message, "x": x}, tick)
+        return (None if stage.is_last else x, loss), (stats, metrics, x)
 
     if stage.remat:
         run = jax.checkpoint(run)

@@ -75,6 +75,10 @@ class Unit:
             _definitions=definitions,
         )
 
+    def same_definition(self, other: "Unit") -> bool:
+        """Whether another unit is made of equal modules, whatever their arrays."""
+        return self._definitions == other._definitions
+
     def initial(self) -> tuple[Arrays, Arrays]:
         """Initial parameters and statistics, as the modules carry them."""
         return (

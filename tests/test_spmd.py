@@ -1,0 +1,477 @@
+"""The SPMD engine trains as the per-stage engine does, in one call for several batches."""
+
+import functools
+import gzip
+import json
+import re
+from collections import Counter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import nets
+import numpy as np
+import pytest
+import runs
+from flax import nnx
+
+import jdecouple as jd
+from jdecouple import training
+from jdecouple.config import ConfigError
+
+STEPS = 20
+TOLERANCE = 1e-12
+CHANGING = ("microbatches", "clip_norm")  # options that training depends on
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _double_precision_and_quick_compile():
+    with jax.enable_x64(True), nets.quick_compile():
+        yield
+
+
+class Ends(nnx.Module):
+    """A table of vectors, to be read by the signs of the input: neither dense nor of its shape."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.table = nnx.Embed(2, 8, param_dtype=jnp.float64, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.table((x > 0).astype(jnp.int32)).mean(1)
+
+
+def with_ends() -> jd.Model:
+    """Six blocks: an embedding, four equal ones, and one that outputs the logits."""
+    rngs = nnx.Rngs(0)
+    options = {"param_dtype": jnp.float64, "rngs": rngs}
+    middle = [nnx.Sequential(nnx.Linear(8, 8, **options), nnx.tanh) for _ in range(4)]
+    return jd.Model([Ends(rngs), *middle, nnx.Linear(8, nets.CLASSES, **options)])
+
+
+def setting(net: str) -> tuple[jd.Model, list[dict], Any]:
+    """Model, batches and augmentation."""
+    if net == "vgg":  # convolutions and BatchNorm
+        options = {"image_size": 8, "channels": 1, "init": "torch"}
+        model = jd.models.vgg(
+            nets.CLASSES, blocks="4|4|4|4", param_dtype=jnp.float64, rngs=nnx.Rngs(0), **options
+        )
+        return model, nets.images(), jd.data.augment.get("basic", mean=[0.5], std=[0.25])
+    data = nets.batches(dtype=np.float64)
+    if net == "mlp":
+        return nets.mlp(param_dtype=jnp.float64), data, None
+    if net == "ends":
+        return with_ends(), data, None
+    depth, dropout = {"norm": (4, 0.0), "dropout": (4, 0.2), "deep": (7, 0.2)}[net]
+    return nets.user_model(depth=depth, dropout=dropout, param_dtype=jnp.float64), data, None
+
+
+def build(
+    name: str, net: str, stages: int = 1, data: int = 1, engine: str = "spmd", **options: Any
+) -> jd.Trainer:
+    model, batches, transform = setting(net)
+    options = {
+        # Its learning rate makes the optimiser's state hold a scalar.
+        "optimizer": jd.optim.sgd(jd.optim.cosine(0.05, 0.0, 2 * STEPS), momentum=0.9),
+        "mesh": jd.make_mesh(stages, data),
+        "transform": transform,
+        "example": batches[0],
+        **options,
+    }
+    method = nets.method(name, **options.pop("arguments", {}))
+    return jd.Trainer(model, method, options.pop("optimizer"), engine=engine, **options)
+
+
+def in_groups(trainer: jd.Trainer, data: list, sizes: list[int], state: Any = None) -> tuple:
+    """State and metrics of groups of batches, each in one call of `steps`."""
+    state = trainer.init() if state is None else state
+    metrics = []
+    for size in sizes:
+        group = [data[(state.step + each) % len(data)] for each in range(size)]
+        state, found = trainer.steps(state, group)
+        metrics += found
+    return state, [{name: float(value) for name, value in each.items()} for each in metrics]
+
+
+@functools.cache
+def reference(name: str, net: str, **options: Any) -> tuple:
+    """Arrays and metrics of 20 steps on one device, stage after stage."""
+    trainer = build(name, net, engine="mpmd", **options)
+    state, metrics = nets.trained(trainer, setting(net)[1], STEPS)
+    return nets.arrays(trainer, state), metrics
+
+
+def assert_close(found: tuple, wanted: tuple) -> None:
+    assert nets.largest_error(found[0], wanted[0]) < TOLERANCE
+    assert len(found[1]) == len(wanted[1])
+    for here, there in zip(found[1], wanted[1], strict=True):
+        assert here == pytest.approx(there, rel=2e-6, abs=1e-7)  # metrics are float32
+
+
+def check(name: str, net: str, stages: int, data: int, group: int, **options: Any) -> None:
+    trainer = build(name, net, stages, data, **options)
+    batches = setting(net)[1]
+    whole, rest = divmod(STEPS, group)
+    state, metrics = in_groups(trainer, batches, [group] * whole + [rest] * bool(rest))
+    assert state.step == STEPS
+    changing = {key: value for key, value in options.items() if key in CHANGING}
+    assert_close((nets.arrays(trainer, state), metrics), reference(name, net, **changing))
+
+
+@pytest.mark.parametrize(
+    ("name", "net", "stages", "data", "group"),
+    [
+        ("deinforeg", "dropout", 4, 1, 3),
+        ("deinforeg", "dropout", 2, 2, 5),
+        pytest.param("deinforeg", "dropout", 1, 2, 5, marks=pytest.mark.slow),
+        ("deinforeg", "vgg", 2, 2, 5),
+        ("scpl", "norm", 4, 1, 5),
+        ("scpl", "norm", 2, 2, 1),
+        ("bp", "dropout", 4, 1, 3),
+        ("bp", "vgg", 2, 2, 5),
+        ("bp", "ends", 4, 1, 5),
+    ],
+)
+def test_training_is_that_of_one_device(name, net, stages, data, group):
+    check(name, net, stages, data, group)
+
+
+@pytest.mark.parametrize(
+    ("name", "net", "stages", "data", "microbatches"),
+    [
+        ("bp", "mlp", 4, 1, 4),
+        ("bp", "dropout", 2, 2, 2),
+        pytest.param("bp", "dropout", 1, 1, 2, marks=pytest.mark.slow),
+        ("deinforeg", "dropout", 2, 2, 2),
+    ],
+)
+def test_microbatches(name, net, stages, data, microbatches):
+    """Running statistics move once a microbatch, in order; dropout has a key for each."""
+    check(name, net, stages, data, 5, microbatches=microbatches)
+
+
+@pytest.mark.parametrize(("name", "boundaries"), [("scpl", (3, 4)), ("bp", (1, 5))])
+def test_rows_need_not_hold_equally_many_blocks(name, boundaries):
+    check(name, "deep", 3, 1, 5, boundaries=boundaries)
+
+
+def test_more_stages_than_rows():
+    check("scpl", "deep", 2, 1, 5, mesh=jd.make_mesh(2), num_stages=7)
+
+
+@pytest.mark.parametrize("options", [{"clip_norm": 2.0}, {"remat": True}])
+def test_options_of_the_synchronous_route(options):
+    check("bp", "dropout", 2, 1, 5, microbatches=2, **options)
+    if "clip_norm" in options:
+        norms = [
+            each["gradient_norm"]
+            for each in reference("bp", "dropout", microbatches=2, **options)[1]
+        ]
+        assert min(norms) < options["clip_norm"] < max(norms)
+
+
+def test_rematerialised_stages_of_a_local_route():
+    check("deinforeg", "dropout", 2, 1, 5, remat=(True, False), boundaries=(2,))
+
+
+# --- The state -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "name", "net"),
+    [("mpmd", "spmd", "deinforeg", "dropout"), ("spmd", "mpmd", "bp", "ends")],
+)
+def test_what_one_engine_began_the_other_ends(first, second, name, net):
+    """A checkpoint holds names and arrays, which are the same; on other devices, too."""
+    batches = setting(net)[1]
+    began, ends = build(name, net, 4, engine=first), build(name, net, 2, 2, engine=second)
+    state, metrics = in_groups(began, batches, [5, 5])
+    arrays = nets.arrays(began, state)
+    template = ends.arrays(ends.abstract())
+    assert {k: (v.shape, v.dtype) for k, v in arrays.items()} == {
+        k: (v.shape, v.dtype) for k, v in template.items()
+    }
+    sizes = [5, 5] if second == "spmd" else [1] * 10
+    state, others = in_groups(ends, batches, sizes, ends.with_arrays(10, arrays))
+    assert_close((nets.arrays(ends, state), metrics + others), reference(name, net))
+
+
+def test_what_is_read_from_a_state_is_that_of_the_blocks():
+    batches = setting("dropout")[1]
+    found = []
+    for engine in ("mpmd", "spmd"):
+        trainer = build("scpl", "dropout", 4, engine=engine)
+        state, _ = in_groups(trainer, batches, [3])
+        before = nets.arrays(trainer, state)
+        values = trainer.evaluate(state, batches)
+        modules = [*trainer.modules(state), *trainer.heads(state)]
+        states = [jax.tree.leaves(nnx.state(module, nnx.Param)) for module in modules]
+        assert nets.same_bits(nets.arrays(trainer, state), before)
+        state, _ = trainer.step(state, batches[3])  # reading took nothing from it
+        found.append((values, states, nets.arrays(trainer, state)))
+    (values, states, arrays), (wanted, expected, after) = found
+    assert values == pytest.approx(wanted)
+    assert nets.largest_error(arrays, after) < TOLERANCE
+    for here, there in zip(states, expected, strict=True):
+        assert len(here) == len(there) > 0
+        for mine, other in zip(here, there, strict=True):
+            np.testing.assert_allclose(mine, other, atol=TOLERANCE)
+
+
+def test_a_row_holds_its_own_block_and_room_for_the_ends():
+    trainer = build("bp", "ends", 4, boundaries=(0, 2, 3, 4))
+    arrays = trainer.init().stages.arrays["params"]
+    # Two blocks of the first and the last row, which the ends come on top of.
+    shapes = Counter(leaf.shape for leaf in jax.tree.leaves(arrays) if leaf.ndim == 2)
+    assert shapes == {(4 * 8, 8): 1, (4 * 2, 8): 1, (4 * 8, nets.CLASSES): 1}
+    for leaf in jax.tree.leaves(arrays):
+        assert [shard.data.shape[0] * 4 for shard in leaf.addressable_shards] == [len(leaf)] * 4
+
+
+def test_states_are_donated():
+    trainer = build("bp", "mlp", 2)
+    state = trainer.init()
+    new, _ = trainer.step(state, setting("mlp")[1][0])
+    trainer.wait(new)
+    leaves = jax.tree.leaves(state.stages)
+    assert leaves
+    assert all(leaf.is_deleted() for leaf in leaves)
+
+
+# --- One call ------------------------------------------------------------------------------------
+
+
+def dispatched(call: Any, folder: Any) -> Counter:
+    """Compiled functions that a call dispatches, by name, as JAX's profiler saw them."""
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    with jax.profiler.trace(folder, profiler_options=options):
+        jax.block_until_ready(call())
+    (path,) = folder.glob("**/*.trace.json.gz")
+    found: Counter = Counter()
+    end = 0.0
+    for event in sorted(json.loads(gzip.decompress(path.read_bytes()))["traceEvents"], key=_time):
+        match = re.fullmatch(r"PjitFunction\((.*)\)", event.get("name", ""))
+        if match and event["ts"] >= end:  # a dispatch may show as one event in another
+            found[match[1]] += 1
+            end = event["ts"] + event["dur"]
+    return found
+
+
+def _time(event: dict) -> float:
+    return event.get("ts", 0)
+
+
+@pytest.mark.parametrize(
+    ("engine", "count"), [("spmd", {"spmd": 1}), ("mpmd", {f"stage{k}_FBS": 5 for k in range(4)})]
+)
+def test_dispatches(engine, count, tmp_path):
+    """Five batches in four stages: one dispatch, where there are twenty."""
+    trainer = build("deinforeg", "dropout", 4, engine=engine)
+    batches = [trainer.put(batch) for batch in (*setting("dropout")[1], setting("dropout")[1][0])]
+    groups = [batches] if engine == "spmd" else [[batch] for batch in batches]
+
+    def train(state):
+        for group in groups:
+            state, _ = trainer.steps(state, group)
+        return state
+
+    state = train(trainer.init())
+    assert dispatched(lambda: train(state).stages, tmp_path) == count
+
+
+def test_placed_batches_and_a_step_are_the_same_training():
+    trainer = build("scpl", "mlp", 2)
+    batches = setting("mlp")[1]
+    state, wanted = in_groups(trainer, batches, [3])
+    again, found = trainer.steps(trainer.init(), [trainer.put(batches[0]), *batches[1:3]])
+    alone, metrics = nets.trained(trainer, batches, 3)
+    for other in (again, alone):
+        assert nets.largest_error(nets.arrays(trainer, state), nets.arrays(trainer, other)) < 1e-14
+    for each in (found, metrics):
+        for here, there in zip(each, wanted, strict=True):
+            assert {k: float(v) for k, v in here.items()} == pytest.approx(there, rel=1e-6)
+
+
+def test_metrics_convert_like_scalars():
+    trainer = build("bp", "dropout", 2)
+    _, metrics = trainer.step(trainer.init(), setting("dropout")[1][0])
+    loss = metrics["loss"]
+    value = float(loss)
+    assert value > 0
+    assert loss.block_until_ready().is_ready()
+    found = [np.asarray(loss), jax.device_get(metrics)["loss"], jnp.asarray(loss), loss.item()]
+    assert [float(each) for each in [*found, loss * 1, 0 + loss, np.mean(loss)]] == [value] * 7
+    assert loss > 0
+    assert f"{loss:.3f}" == f"{value:.3f}"
+    assert (loss.dtype, loss.shape, repr(loss)) == (np.float32, (), repr(np.asarray(loss)))
+
+
+def test_weights_are_kept_once_for_all_ticks():
+    """And with `remat` activations inside a stage not at all."""
+    kept = []
+    for remat in (False, True):
+        trainer = build("bp", "mlp", 2, microbatches=4, remat=remat)
+        messages = trainer._executor.put(trainer._split(setting("mlp")[1][0]))
+        states = trainer.init().stages.arrays
+        text = str(trainer._executor.program.call.trace(states, messages, np.int32(0)).jaxpr)
+        assert "f64[24,24]" in text
+        assert "f64[5,24,24]" not in text  # 4 + 2 - 1 ticks
+        kept.append(text.count("f64[5,4,24]"))
+    assert kept[0] > kept[1] > 0
+
+
+# --- What fits -----------------------------------------------------------------------------------
+
+
+ONE, OTHER = jax.devices()[:2]
+
+
+class Scaled(nnx.Module):
+    """A dense layer times a constant that is no part of its state."""
+
+    def __init__(self, scale: float, features: int = 8, rngs: nnx.Rngs | None = None):
+        self.dense = nnx.Linear(8, features, param_dtype=jnp.float64, rngs=rngs or nnx.Rngs(0))
+        self.scale = scale
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.dense(x) * np.linspace(0, self.scale, 1000)[-1]
+
+
+def blocks(*modules: nnx.Module, **options: Any) -> dict[str, Any]:
+    """Options of a trainer of these blocks between an embedding and a classifier."""
+    rngs = nnx.Rngs(0)
+    classifier = nnx.Linear(8, nets.CLASSES, param_dtype=jnp.float64, rngs=rngs)
+    return {"model": jd.Model([Ends(rngs), *modules, classifier]), **options}
+
+
+def dropout(rate: float) -> nnx.Module:
+    dense = nnx.Linear(8, 8, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+    return nnx.Sequential(dense, nnx.Dropout(rate, rngs=nnx.Rngs(0)))
+
+
+def pooled() -> dict[str, Any]:
+    model = jd.models.vgg(
+        nets.CLASSES, blocks="4|4,M|4|4", image_size=8, channels=1, rngs=nnx.Rngs(0)
+    )
+    return {"model": model, "example": nets.images(1)[0]}
+
+
+def refuse(words: tuple[str, ...], name: str = "bp", **options: Any) -> None:
+    options = {
+        "model": nets.mlp(),
+        "optimizer": jd.optim.sgd(0.1),
+        "mesh": jd.make_mesh(2),
+        "example": nets.batches(1)[0],
+        "engine": "spmd",
+        **options,
+    }
+
+    def make(engine: str) -> jd.Trainer:
+        values = {**options, "engine": engine}
+        model, optimizer = values.pop("model"), values.pop("optimizer")
+        return jd.Trainer(model, nets.method(name), optimizer, **values)
+
+    nets.assert_clear(ValueError, ("engine", *words), lambda: make(options["engine"]))
+    if options["engine"] == "spmd":
+        assert make("auto").engine == "mpmd"
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: blocks(Scaled(1), dropout(0), Scaled(1)), ("2", "1", "block/dense/bias")),
+        (lambda: blocks(Scaled(1), Scaled(2), Scaled(1)), ("2", "1", "program")),
+        (lambda: blocks(dropout(0.1), dropout(0.2), dropout(0.1)), ("2", "1", "program")),
+        (pooled, ("2", "1", "input", "[16, 4, 4, 4] instead of", "[16, 8, 8, 4]")),
+        (lambda: {"model": nets.mlp(depth=3)}, ("2", "1", "head/classifier")),
+        (lambda: {"model": nets.mlp(depth=2)}, ("1", "0", "block/layers/0")),
+        (
+            lambda: {"model": nets.mlp(depth=2), "name": "deinforeg", "mesh": jd.make_mesh(1, 2)},
+            ("1", "0", "block/layers/0"),
+        ),
+    ],
+)
+def test_other_blocks_are_named(make, words):
+    first, second, *others = words
+    refuse((f"block {first} differs from block {second}: ", *others), **make())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"name": "fdg"}, ("delayed",)),
+        ({"schedule": "1f1b"}, ("gpipe", "1f1b")),
+        ({"schedule": "sequential"}, ("gpipe", "sequential")),
+        ({"fuse": False}, ("fuse=False",)),
+        ({"remat": (True, False)}, ("all", "[True, False]")),
+        ({"mesh": jd.make_mesh(replicas=(2, 1))}, ("replicas", "2, 1")),
+        ({"engine": "fast"}, ("fast", "mpmd, spmd, auto")),
+        ({"mesh": jd.pipeline.StageMesh(((ONE,), (OTHER,), (ONE,)))}, ("row of devices",)),
+    ],
+)
+def test_what_does_not_fit_is_refused(options, words):
+    refuse(words, **options)
+
+
+def test_other_functions_that_drew_the_weights_do_not_matter():
+    """Every layer of init="torch" holds a function of its own, which no program sees."""
+    assert build("deinforeg", "vgg", 4).engine == "spmd"
+
+
+@pytest.mark.parametrize(
+    ("stages", "options", "engine"),
+    [(2, {}, "spmd"), (1, {}, "mpmd"), (2, {"schedule": "1f1b"}, "mpmd")],
+)
+def test_auto(stages, options, engine):
+    trainer = build("bp", "dropout", stages, engine="auto", **options)
+    assert trainer.engine == engine
+    assert trainer.schedule.name == {"spmd": "gpipe"}.get(
+        engine, options.get("schedule", "sequential")
+    )
+
+
+@pytest.mark.parametrize("engine", ["mpmd", "spmd"])
+def test_no_batches_are_refused(engine):
+    trainer = build("bp", "dropout", 2, engine=engine)
+    nets.assert_clear(ValueError, ("empty",), lambda: trainer.steps(trainer.init(), []))
+
+
+def test_bad_batches_are_refused_before_anything_runs():
+    trainer = build("bp", "dropout", 2)
+    (batch, *_) = setting("dropout")[1]
+    state = trainer.init()
+    bad = {**batch, "label": batch["label"] + nets.CLASSES}
+    nets.assert_clear(ValueError, ("label",), lambda: trainer.steps(state, [batch, bad]))
+    with pytest.raises(ValueError, match="mpmd"):
+        trainer.measure(state, batch)
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state.stages))
+
+
+# --- From the command line -----------------------------------------------------------------------
+
+TWO = {"mesh__stages": 2, "model__depth": 3, "engine": "spmd", "optimizer__name": "sgd"}
+
+
+def test_a_run_of_one_engine_is_continued_by_the_other(tmp_path):
+    wanted = runs.finished(**{**TWO, "steps": 9, "engine": "mpmd", "mesh__stages": 1})
+    for engine, steps in (("mpmd", 4), ("spmd", 9)):
+        values = {**TWO, "engine": engine, "steps": steps}
+        run = runs.server().run(*runs.arguments(tmp_path, **values), devices=2)
+        assert run.returncode == 0, run.stderr
+    (step, found), (last, expected) = runs.final_arrays(tmp_path), runs.final_arrays(wanted)
+    assert step == last == 9
+    assert nets.largest_error(found, expected) < 1e-4
+    assert json.loads((tmp_path / "config.json").read_text())["engine"] == "spmd"
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"engine": "fast"}, ("config.engine", "fast", "mpmd, spmd, auto")),
+        ({"profile": 3}, ("config.profile", "spmd")),
+        ({"model__depth": 2}, ("engine 'spmd'", "block 1")),
+    ],
+)
+def test_refused_configurations(values, words):
+    config = runs.tiny(**{**TWO, **values})
+    nets.assert_clear(ConfigError, words, lambda: training.build(config))
