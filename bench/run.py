@@ -113,9 +113,9 @@ class Run:
         Returns:
             "start" and "end" in seconds of a clock that all processes of the machine share;
             "processor", seconds of all threads; "dispatch", seconds of processor time of the one
-            thread that dispatches, inside the trainer, and the "calls" that it dispatched; "waited",
-            seconds without input; "losses" of every batch; "cores"; and "state" and "peak", see
-            `_memory`.
+            thread that dispatches, inside the trainer, and the "calls" that it dispatched;
+            "waited", seconds without input; "losses" of every batch; "cores"; and "state" and
+            "peak", see `_memory`.
         """
         found, dispatch = [], 0.0
         waited, resident = self._waited, _reset_peak()

@@ -4,8 +4,9 @@
     python bench/throughput.py --rows bp:1f1b,K=2,M=4 deinforeg,K=2 fdg,K=2 bp,D=2
 
 A row is `method[:schedule][,K=2][,D=1][,M=4][,T=1][,together]`: K stages, D replicas of each, M
-microbatches, T batches a call, and `together` keeps the stages on one device. All rows train the same net on the same
-global batches. BP on one device and every row's method on one device are added as references.
+microbatches, T batches a call, and `together` keeps the stages on one device. All rows train the
+same net on the same global batches. BP on one device and every row's method on one device are added
+as references.
 
 Every row has processes of its own, which live from beginning to end. The rows take turns: each
 trains a segment of N batches, while the others idle, and so on, again and again. A segment lasts

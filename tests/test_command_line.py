@@ -16,7 +16,7 @@ VISION = "configs/vision.py"
 DELAYED = "configs/delayed.py"
 SIZES = (
     *("batch_size", "steps", "epochs", "microbatches", "mesh__stages", "mesh__data", "num_stages"),
-    *("log_every", "eval_every", "checkpoint__every", "checkpoint__keep", "max_in_flight"),
+    *("log_every", "eval_every", "checkpoint__every", "checkpoint__keep", "max_in_flight", "chunk"),
     *("data__image_size", "data__synthetic_size"),
 )
 

@@ -36,6 +36,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "steps": 13,
         "trainer": {"max_in_flight": 2},
     },
+    "chunk": {"method": "scpl", "model": "four_blocks", "stages": 4, "steps": 8, "chunk": 4},
     # "finish" drains before that step, and the stages fill again.
     "fdg": {"method": "fdg", "model": "two_blocks", "stages": 2, "steps": 8},
     "fr": {"method": "fr", "model": "two_blocks", "stages": 2, "steps": 9, "finish": 5},

@@ -44,8 +44,11 @@ def train(run: dict) -> tuple[dict[str, np.ndarray], dict]:
             start = time.perf_counter()
         if step == run.get("finish"):
             state = trainer.finish(state)
-        state, metrics = trainer.step(state, data[step % len(data)])
-        found.append(metrics)
+        count = run.get("chunk", 1)
+        if step % count == 0:
+            batches = [data[(step + each) % len(data)] for each in range(count)]
+            state, metrics = trainer.steps(state, batches)
+            found += metrics
     dispatched = time.perf_counter() - start
     trainer.wait(state)
     result = {
