@@ -1,9 +1,11 @@
 """The command line of train.py: flags, one-line errors and exit codes."""
 
 import logging as python_logging
+import os
 import re
 import runpy
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -12,6 +14,12 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 _USAGE = "usage: python train.py --config FILE[:ARGUMENT] --workdir FOLDER [--config.KEY=VALUE ...]"
+_HOSTS = """Several processes (docs/multi-host.md); SLURM and Open MPI need no flags:
+  --coordinator HOST:PORT   where process 0 waits for the others
+  --num_processes N         processes in the run
+  --process_index I         number of this one, from 0
+  --transport_address HOST  where the others reach this one; by default as process 0 sees it"""
+_INTERRUPTED = "interrupted before anything new could be saved"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -23,29 +31,78 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: with code 1 if the training diverged, 2 after bad input, told in one line,
             130 if Ctrl-C came where there was nothing to save. A run that ends, or that SIGTERM
-            or Ctrl-C stopped after saving, just returns.
+            or Ctrl-C stopped after saving, just returns. Of several processes, one that fails
+            ends the others with its code; one that is lost ends them with 3.
     """
     _log_in_short()
     try:
         from jdecouple.config import ConfigError
-        from jdecouple.training import NonFiniteError, train_and_evaluate
 
+        argv = sys.argv if argv is None else argv
         try:
-            config, workdir = parse(sys.argv if argv is None else argv)
-            train_and_evaluate(config, workdir)
+            config, workdir = parse(argv)
+            place = parse_place(argv)
         except ConfigError as error:
             _fail(error, 2)
-        except NonFiniteError as error:
-            _fail(error, 1)
+        if place is None:
+            _train_alone(config, workdir)
+        else:
+            _train_among(place, config, workdir)
     except KeyboardInterrupt:
-        _fail("interrupted before anything new could be saved", 130)
+        _fail(_INTERRUPTED, 130)
+
+
+def _train_alone(config: ConfigDict, workdir: str) -> None:
+    from jdecouple.config import ConfigError
+    from jdecouple.training import NonFiniteError, train_and_evaluate
+
+    try:
+        train_and_evaluate(config, workdir)
+    except ConfigError as error:
+        _fail(error, 2)
+    except NonFiniteError as error:
+        _fail(error, 1)
+
+
+def _train_among(place: Any, config: ConfigDict, workdir: str) -> None:
+    """As `_train_alone`, as one of several processes."""
+    from jdecouple import hosts
+    from jdecouple.config import ConfigError, validate
+    from jdecouple.training import NonFiniteError, train_and_evaluate
+
+    _keep_stdout()
+    try:
+        validate(config)  # others need not wait for a process that cannot train
+        processes = hosts.join(place)
+    except ValueError as error:
+        _fail(error, 2)
+    code, shown = 0, ""
+    try:
+        train_and_evaluate(config, workdir, processes)
+        processes.close()
+    except ConfigError as error:
+        code, shown = 2, _first_line(error)
+    except NonFiniteError as error:
+        code, shown = 1, _first_line(error)
+    except KeyboardInterrupt:
+        code, shown = 130, _INTERRUPTED
+    except BaseException as error:
+        processes.settle()
+        traceback.print_exc()
+        code, shown = 1, f"{type(error).__name__}: {_first_line(error)}"
+    if code:
+        processes.fail(shown, code)
+        print(f"error: {shown}", file=sys.stderr)
+        sys.stdout.flush()
+        os._exit(code)  # JAX would wait for processes that end as well
 
 
 def parse(argv: Sequence[str]) -> tuple[ConfigDict, str]:
     """Reads the command line.
 
     Args:
-        argv: the program, `--config`, `--workdir`, and any `--config.KEY=VALUE`.
+        argv: the program, `--config`, `--workdir`, any `--config.KEY=VALUE`, and what
+            `parse_place` reads.
 
     Returns:
         The complete configuration, its values not yet checked, and the workdir.
@@ -56,13 +113,9 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, str]:
     """
     from jdecouple import config as configuration
 
-    given = flags.FlagValues()
-    flags.DEFINE_string("config", None, "", flag_values=given)
-    flags.DEFINE_string("workdir", None, "", flag_values=given)
-    flags.DEFINE_bool("help", False, "", flag_values=given)
-    program, *rest = _parsed(given, argv, known_only=True)
+    given, program, rest = _own_flags(argv)
     if given.help:
-        print(f"{_USAGE}\n\nKeys and their defaults:\n\n{configuration.default()}")
+        print(f"{_USAGE}\n\n{_HOSTS}\n\nKeys and their defaults:\n\n{configuration.default()}")
         sys.exit(0)
     for argument in rest:
         if match := re.match(r"--?(?:no)?config\.([^=]*)", argument):
@@ -77,6 +130,40 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, str]:
     if extra := _parsed(overrides, [program, *rest])[1:]:
         raise configuration.ConfigError(f"unknown argument {extra[0]!r}; {_USAGE}")
     return overrides.config, given.workdir
+
+
+def parse_place(argv: Sequence[str]) -> Any:
+    """The `jdecouple.hosts.Place` of the process by its flags and variables; None if it is alone.
+
+    Raises:
+        ConfigError: a part of a place without the rest, or a bad value, in one line.
+    """
+    from jdecouple.config import ConfigError
+    from jdecouple.hosts import find_place
+
+    given, *_ = _own_flags(argv)
+    try:
+        return find_place(
+            os.environ,
+            coordinator=given.coordinator,
+            count=given.num_processes,
+            index=given.process_index,
+            address=given.transport_address,
+        )
+    except ValueError as error:
+        raise ConfigError(_first_line(error)) from error
+
+
+def _own_flags(argv: Sequence[str]) -> tuple[flags.FlagValues, str, list[str]]:
+    """Values of the flags that are no key of the configuration; the program; other arguments."""
+    given = flags.FlagValues()
+    for name in ("config", "workdir", "coordinator", "transport_address"):
+        flags.DEFINE_string(name, None, "", flag_values=given)
+    for name in ("num_processes", "process_index"):
+        flags.DEFINE_integer(name, None, "", flag_values=given)
+    flags.DEFINE_bool("help", False, "", flag_values=given)
+    program, *rest = _parsed(given, argv, known_only=True)
+    return given, program, rest
 
 
 def _parsed(values: flags.FlagValues, argv: Sequence[str], known_only: bool = False) -> list[str]:
@@ -125,6 +212,14 @@ def _log_in_short() -> None:
     logging.get_absl_handler().setFormatter(python_logging.Formatter("%(levelname)s: %(message)s"))
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # absl notes with the first line that they are not
+
+
+def _keep_stdout() -> None:
+    """Leaves stdout to Python: the libraries of several processes talk there."""
+    sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.close(null)
 
 
 def _first_line(error: object) -> str:

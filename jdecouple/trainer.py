@@ -37,7 +37,7 @@ from jdecouple.pipeline import (
     spread,
     waiting,
 )
-from jdecouple.routes import Message, Synchronous
+from jdecouple.routes import Message, Stage, Synchronous
 from jdecouple.routes.stage import Transform
 from jdecouple.schedules import Call
 from jdecouple.state import PlacedBatch, PlacedChunk, State, leaf_names, place
@@ -242,10 +242,16 @@ class Trainer:
             )
         return State(0, self._executor.load(stages))
 
-    def abstract(self) -> State:
-        """Shapes and dtypes of the state of all stages, without allocating it."""
+    def abstract(self, *, mine: bool = False) -> State:
+        """Shapes and dtypes of the state, without allocating it: of all stages, or of this process.
+
+        Args:
+            mine: leave out the stages of other processes, as `init` does.
+        """
         shapes = [
             {**jax.eval_shape(stage.initial), **self._waiting(k)}
+            if self.seats[k].mine or not mine
+            else None
             for k, stage in enumerate(self.stages)
         ]
         return State(0, tuple(shapes))
@@ -272,16 +278,31 @@ class Trainer:
 
         Args:
             step: batches trained so far.
-            arrays: by the names of `arrays`, from a trainer of any partition.
+            arrays: by the names of `arrays`, from a trainer of any partition; those of the stages
+                of this process are enough.
         """
-        stages = []
-        for k, (stage, shapes) in enumerate(zip(self.stages, self.abstract().stages, strict=True)):
+
+        def read(stage: Stage, seat: Seat, shapes: Any) -> Any:
             leaves = [arrays[name] for name in leaf_names(stage, shapes)]
-            values = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
-            stages.append(
-                place(self.stages[k], self.seats[k], values) if self.seats[k].mine else None
-            )
+            return place(stage, seat, jax.tree.unflatten(jax.tree.structure(shapes), leaves))
+
+        shapes = self.abstract(mine=True).stages
+        each = zip(self.stages, self.seats, shapes, strict=True)
+        stages = [known and read(stage, seat, known) for stage, seat, known in each]
         return State(step, self._executor.load(stages))
+
+    def share(self, size: int, parts: int = 1) -> np.ndarray:
+        """Examples of a global batch that the devices of this process take in.
+
+        Args:
+            size: examples in the batch.
+            parts: microbatches that it is cut into.
+
+        Returns:
+            Their positions, rising; none without the first stage.
+        """
+        own = self.seats[0].share(size // parts)
+        return np.concatenate([part * (size // parts) + own for part in range(parts)])
 
     def put(self, batch: Mapping[str, Any]) -> PlacedBatch:
         """Uploads a global batch to the first stage, so that a later step need not.

@@ -16,14 +16,16 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from jdecouple import config as configuration
-from jdecouple import data, methods, models, optim, report
+from jdecouple import data, hosts, methods, models, optim, report
 from jdecouple.checkpoint import Checkpointer
 from jdecouple.config import ConfigError, chosen
 from jdecouple.diagnostics import SufficientDirection
 from jdecouple.interrupt import Interrupt
 from jdecouple.metrics import Clock, Means, MetricsWriter, Progress, plot_curves, read_metrics
 from jdecouple.pipeline import make_mesh, propose
+from jdecouple.processes import Unwritten, check_alike, check_processes
 from jdecouple.profile import Profile
+from jdecouple.resume import identity, restore
 from jdecouple.trainer import State, Trainer
 
 
@@ -92,25 +94,31 @@ def build(config: ConfigDict | Mapping) -> Run:
             **_placement(config, make_trainer, len(model.blocks)),
         )
         trainer.check_chunk(config.chunk)
+        check_processes(trainer, config)
         diagnose = SufficientDirection(trainer) if config.sufficient_direction else _nothing
     eval_every = config.eval_every or steps_per_epoch
     return Run(config, dataset, trainer, total_steps, eval_every, diagnose)
 
 
 def train_and_evaluate(
-    config: ConfigDict | Mapping, workdir: str | os.PathLike[str]
+    config: ConfigDict | Mapping,
+    workdir: str | os.PathLike[str],
+    processes: hosts.Alone = hosts.ALONE,
 ) -> dict[str, Any]:
     """Trains as a configuration says; continues what the workdir already holds.
 
     Args:
         config: made from `jdecouple.config.default()`.
         workdir: folder for `config.json`, `metrics.jsonl`, `checkpoints/` and `curves.png`, and
-            with `config.profile` `profile/` and `timeline.png`; made if missing.
+            with `config.profile` `profile/` and `timeline.png`; made if missing. Of several
+            processes the first alone reads and writes it.
+        processes: what `jdecouple.hosts.join` returned, where there are several.
 
     Returns:
         "step"; "finished" (False after SIGTERM or Ctrl-C, which save and return); and, when
-        finished, "test" (metrics at the last step), "test_at_best_validation" and
-        "best_test" (the papers' figure: the best step by test accuracy, never a result).
+        finished, on the first process, "test" (metrics at the last step),
+        "test_at_best_validation" and "best_test" (the papers' figure: the best step by test
+        accuracy, never a result).
 
     Raises:
         ConfigError: bad values or input, in one line; checkpoints are left untouched.
@@ -119,22 +127,25 @@ def train_and_evaluate(
     run = build(config)
     folder = Path(workdir)
     with _one_line():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"workdir {str(folder)!r}: {error.strerror}") from error
-        checkpoints = Checkpointer(folder / "checkpoints", keep=run.config.checkpoint.keep)
+        check_alike(run.config, processes)
+        checkpoints = _open(folder, run) if processes.first else Unwritten()
+    processes.on_loss(checkpoints.wait)
     with checkpoints, Interrupt() as interrupt:
         with _one_line():
-            state, start = _restore(run, checkpoints)
-            report.write_config(folder, run)
-            writer = MetricsWriter(folder, resume_step=state.step if start else None)
+            state, start = restore(run, checkpoints, processes)
+            writer: MetricsWriter | Unwritten = Unwritten()
+            if processes.first:
+                report.write_config(folder, run)
+                writer = MetricsWriter(folder, resume_step=state.step if start else None)
         with writer:
             profile = Profile(run.trainer, folder, run.config.profile, state.step, run.title)
-            loop = _Loop(run, checkpoints, writer, interrupt, profile)
+            loop = _Loop(run, checkpoints, writer, interrupt, profile, processes)
             state = loop.train(state, start)
-        plot_curves(folder, title=run.title)
+        if processes.first:
+            plot_curves(folder, title=run.title)
     result = {"step": state.step, "finished": state.step >= run.total_steps}
+    if not processes.first:
+        return result
     if result["finished"]:
         result |= report.summary(read_metrics(folder))
         report.show(result, folder, checkpoints.best_step)
@@ -149,10 +160,11 @@ class _Loop:
     def __init__(
         self,
         run: Run,
-        checkpoints: Checkpointer,
-        writer: MetricsWriter,
+        checkpoints: Checkpointer | Unwritten,
+        writer: MetricsWriter | Unwritten,
         interrupt: Interrupt,
         profile: Profile,
+        processes: hosts.Alone,
     ):
         self._run = run
         self._config = run.config
@@ -163,6 +175,7 @@ class _Loop:
         self._profile = profile
         self._pending: list[tuple[range, dict[str, jax.Array]]] = []  # steps, metrics of each
         self._rows: collections.deque[tuple[int, dict[str, Any]]] = collections.deque()
+        self._processes = processes
         self._means = Means()
         self._saved = -1
         self._line = (0, Clock.now(0.0))  # step and time of the last line
@@ -171,12 +184,19 @@ class _Loop:
         run, config = self._run, self._config
         first = state.step
         self._saved = first if start else -1
-        batches = data.train_batches(run.dataset.train, config.batch_size, seed=config.seed)
+        batches = data.train_batches(
+            run.dataset.train,
+            config.batch_size,
+            seed=config.seed,
+            share=self._trainer.share(config.batch_size, config.microbatches),
+        )
         if start:
             batches.set_state(start["iterator"])
             self._means = Means(start["means"])
         self._line = (first, Clock.now(0.0))
-        progress = Progress(run.total_steps, first, config.batch_size)
+        progress = Progress(
+            run.total_steps, first, config.batch_size, enabled=self._processes.first
+        )
         if first:
             progress.print(f"continuing from step {first} of {run.total_steps}")
         ends = [run.eval_every, config.checkpoint.every or run.eval_every]
@@ -198,7 +218,7 @@ class _Loop:
                 if news := profile.after(step, state):
                     progress.print(news)
                 self._pending.append((range(since + 1, step + 1), metrics))
-                stop = self._interrupt.requested
+                stop = self._processes.stops(step, self._interrupt.requested)
                 evaluate = step == run.total_steps or step % run.eval_every == 0
                 every = config.checkpoint.every
                 save = evaluate or stop or bool(every and step % every == 0)
@@ -239,11 +259,14 @@ class _Loop:
         columns = jax.device_get([metrics for _, metrics in self._pending])
         for (steps, _), found in zip(self._pending, columns, strict=True):
             values = [np.atleast_1d(column).tolist() for column in found.values()]
-            rows = (dict(zip(found, row, strict=True)) for row in zip(*values, strict=True))
-            self._rows.extend(zip(steps, rows, strict=True))
+            rows = [dict(zip(found, row, strict=True)) for row in zip(*values, strict=True)]
+            self._rows.extend(zip(steps, rows or [{}] * len(steps), strict=True))
         self._pending = []
+        due = []
         while self._rows and self._rows[0][0] <= last:
-            step, row = self._rows.popleft()
+            due.append(self._rows.popleft())
+        merged = hosts.merged_rows(self._processes, [row for _, row in due])
+        for (step, _), row in zip(due, merged, strict=self._processes.first):
             if step <= self._trainer.latency:  # no batch has reached the loss yet
                 continue
             self._means.add(row)
@@ -284,9 +307,9 @@ class _Loop:
             if not len(split):
                 continue
             with _one_line():
-                values = self._trainer.evaluate(
-                    state, data.evaluation_batches(split, self._config.batch_size)
-                )
+                size = self._config.batch_size
+                batches = data.evaluation_batches(split, size, share=self._trainer.share(size))
+                values = self._trainer.evaluate(state, batches)
             self._writer.write(state.step, split.name, values)
             if split.name == "validation":
                 accuracy = values["accuracy"]
@@ -301,9 +324,8 @@ class _Loop:
     def _save(self, state: State, iterator: Any, accuracy: float | None) -> None:
         if state.step == self._saved:
             return
-        arrays = self._trainer.arrays(state)
+        arrays = hosts.gather(self._processes, self._trainer.arrays(state))
         for name, value in arrays.items():
-            value = np.asarray(value)
             if np.issubdtype(value.dtype, np.floating) and not np.isfinite(value).all():
                 raise NonFiniteError(
                     f"{name} is not finite after step {state.step}; {self._last_good()}"
@@ -311,7 +333,7 @@ class _Loop:
         extra = {
             "iterator": iterator,
             "means": self._means.state,
-            "identity": _identity(self._run),
+            "identity": identity(self._run),
         }
         with _one_line():
             self._checkpoints.save(state.step, arrays, extra, accuracy)
@@ -319,48 +341,21 @@ class _Loop:
 
     def _last_good(self) -> str:
         self._checkpoints.wait()
-        step = self._checkpoints.latest_step
+        step = self._checkpoints.latest_step  # on the first process, which finds what is wrong
         return "no checkpoint was saved" if step is None else f"the last good checkpoint is {step}"
 
 
-def _restore(run: Run, checkpoints: Checkpointer) -> tuple[State, dict[str, Any] | None]:
-    """The state to begin with, and what the checkpoint says of it."""
-    mine = _identity(run)
-    found = [extra.get("identity", {}) for extra in checkpoints.extras().values()]
-    if found and mine not in found:
-        configuration.check_identity(mine, found[-1])
-    restored = checkpoints.restore(
-        run.trainer.arrays(run.trainer.abstract()),
-        accept=lambda extra: None if extra.get("identity") == mine else "it is another run's",
-    )
-    if restored is None:
-        return run.trainer.init(), None
-    if restored.step > run.total_steps:
-        raise ConfigError(
-            f"the workdir holds step {restored.step}: the configuration ends at {run.total_steps}"
-        )
-    return run.trainer.with_arrays(restored.step, restored.tree), restored.extra
+def _open(folder: Path, run: Run) -> Checkpointer:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"workdir {str(folder)!r}: {error.strerror}") from error
+    return Checkpointer(folder / "checkpoints", keep=run.config.checkpoint.keep)
 
 
 def _nothing(state: State) -> dict[str, jax.Array]:
     del state
     return {}
-
-
-def _identity(run: Run) -> dict[str, Any]:
-    """What makes a run what it is; a delayed method also depends on where the stages begin.
-
-    Its queues hold what JAX's differentiation left, in the compute dtype; another version of JAX
-    may lay it out otherwise.
-    """
-    found = configuration.identity(run.config)
-    if run.trainer.schedule.overlapping:
-        found |= {
-            "boundaries": list(run.trainer.boundaries),
-            "dtype": run.config.dtype,
-            "JAX version": jax.__version__,
-        }
-    return found
 
 
 def _placement(
@@ -387,7 +382,8 @@ def _placement(
         microbatches=config.microbatches,
         batch_size=config.batch_size,
     )
-    print(f"proposal: {proposal}")
+    if jax.process_index() == 0:
+        print(f"proposal: {proposal}")
     return {"boundaries": proposal.boundaries, "mesh": make_mesh(replicas=proposal.replicas)}
 
 

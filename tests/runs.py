@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -110,7 +110,7 @@ class Run:
     def wait(self) -> "Run":
         """Waits for its end; `returncode` is that of subprocess, minus the signal if killed."""
         if self.returncode is None:
-            self.returncode = self._server.read()["returncode"]
+            self.returncode = self._server.ask(wait=self.pid)["returncode"]
         return self
 
     @property
@@ -127,12 +127,12 @@ class Run:
 
 
 class Server:
-    """Starts one run after another; see the module."""
+    """Starts runs, one after another or processes of one run together; see the module."""
 
     def __init__(self, folder: Path):
         self._folder = folder
         self._count = 0
-        self._last: Run | None = None
+        self._started: list[Run] = []
         self._process = subprocess.Popen(
             [sys.executable, TINY],
             stdin=subprocess.PIPE,
@@ -144,22 +144,30 @@ class Server:
 
     def start(self, *arguments: str, devices: int = 1) -> Run:
         """Starts `train.py` with these arguments on so many CPU devices."""
-        if self._last is not None and self._last.returncode is None:  # a test failed half-way
-            self._last.signal(signal.SIGKILL)
-            self._last.wait()
+        return self.start_together([arguments], devices=devices)[0]
+
+    def start_together(self, commands: Sequence[Sequence[str]], devices: int = 1) -> list[Run]:
+        """Starts several processes at once."""
+        for run in self._started:
+            if run.returncode is None:  # a test failed half-way
+                run.signal(signal.SIGKILL)
+                run.wait()
+        self._started = [self._start(command, devices) for command in commands]
+        return self._started
+
+    def _start(self, arguments: Sequence[str], devices: int) -> Run:
         output = self._folder / f"run{self._count}"
         self._count += 1
         for suffix in (".out", ".err"):
             output.with_suffix(suffix).touch()
-        request = {"arguments": arguments, "devices": devices, "output": str(output)}
-        print(json.dumps(request), file=self._process.stdin, flush=True)
-        self._last = Run(self, self.read()["pid"], output)
-        return self._last
+        found = self.ask(arguments=arguments, devices=devices, output=str(output))
+        return Run(self, found["pid"], output)
 
     def run(self, *arguments: str, devices: int = 1) -> Run:
         return self.start(*arguments, devices=devices).wait()
 
-    def read(self) -> dict[str, Any]:
+    def ask(self, **request: Any) -> dict[str, Any]:
+        print(json.dumps(request), file=self._process.stdin, flush=True)
         return json.loads(self._process.stdout.readline())
 
     def close(self) -> None:
@@ -289,12 +297,14 @@ def _serve() -> None:
 
     while request := sys.stdin.readline():
         request = json.loads(request)
-        pid = os.fork()
-        if not pid:
-            _child(request)
-        print(json.dumps({"pid": pid}), flush=True)
-        _, status = os.waitpid(pid, 0)
-        print(json.dumps({"returncode": os.waitstatus_to_exitcode(status)}), flush=True)
+        if "wait" in request:
+            _, status = os.waitpid(request["wait"], 0)
+            reply = {"returncode": os.waitstatus_to_exitcode(status)}
+        else:
+            reply = {"pid": os.fork()}
+            if not reply["pid"]:
+                _child(request)
+        print(json.dumps(reply), flush=True)
 
 
 def _child(request: Mapping[str, Any]) -> None:

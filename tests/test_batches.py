@@ -81,3 +81,46 @@ class TestEvaluationBatches:
         empty = data.load("digits", validation=0).validation
         with pytest.raises(ValueError, match="validation split is empty"):
             data.evaluation_batches(empty, 3)
+
+
+class Recorded:
+    """A split that notes what is read of it."""
+
+    def __init__(self, count):
+        self._split = numbered(count)
+        self.name = "recorded"
+        self.read = []
+
+    def __len__(self):
+        return len(self._split)
+
+    def gather(self, indices):
+        self.read += list(map(int, indices))
+        return self._split.gather(indices)
+
+
+class TestShare:
+    @pytest.mark.parametrize("share", [[0, 1, 2, 3], [1, 4], [7], []])
+    def test_reads_its_positions_alone(self, share):
+        split, share = Recorded(24), np.array(share, int)
+        part = data.train_batches(split, 8, seed=2, share=share, threads=1)
+        wanted = set()
+        for whole in islice(data.train_batches(numbered(24), 8, seed=2), 3):
+            own = next(part)
+            assert own["x"].shape == whole["x"].shape
+            assert own["label"].dtype == whole["label"].dtype
+            np.testing.assert_array_equal(own["x"][share], whole["x"][share], strict=True)
+            assert not own["x"][np.setdiff1d(np.arange(8), share)].any()
+            wanted |= set(whole["x"][share].ravel().astype(int))
+        part.close()
+        assert wanted <= set(split.read)
+        assert len(split.read) % max(1, len(share)) == 0
+
+    def test_evaluation(self):
+        """The short batch is padded, and who reads a part of full ones needs it whole."""
+        split = Recorded(10)
+        batches = list(data.evaluation_batches(split, 4, share=np.array([2, 3])))
+        assert [rows(batch) for batch in batches] == [[0, 0, 2, 3], [0, 0, 6, 7], [8, 9]]
+        assert split.read == [2, 3, 6, 7, 8, 9]
+        batches = list(data.evaluation_batches(split, 4, share=np.arange(0)))
+        assert [rows(batch) for batch in batches] == [[0] * 4, [0] * 4, [0] * 2]

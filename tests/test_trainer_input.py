@@ -302,3 +302,9 @@ def test_large_finite_numbers_are_no_error():
 def test_evaluation_refuses_bad_data(data, words):
     trainer = trainer_of("bp")
     nets.assert_clear(ValueError, words, lambda: trainer.evaluate(trainer.init(), data))
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_one_process_takes_in_the_whole_batch(parts):
+    """What each of several takes in, tests/test_hosts.py sees in their results."""
+    np.testing.assert_array_equal(trainer_of("bp").share(16, parts), np.arange(16))

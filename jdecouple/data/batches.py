@@ -30,7 +30,13 @@ def steps_per_epoch(split: Split, batch_size: int) -> int:
 
 
 def train_batches(
-    split: Split, batch_size: int, *, seed: int, start: int = 0, threads: int = 2
+    split: Split,
+    batch_size: int,
+    *,
+    seed: int,
+    start: int = 0,
+    threads: int = 2,
+    share: np.ndarray | None = None,
 ) -> grain.DatasetIterator[Batch]:
     """Batches without end, the examples in a new order in each epoch.
 
@@ -45,6 +51,8 @@ def train_batches(
         seed: of the order, not negative.
         start: number of the first batch.
         threads: threads that read ahead (twice as many batches as threads).
+        share: positions in a batch that are read, the same in all; the others are zero. By default
+            all.
 
     Returns:
         A grain iterator over `{"x": [batch_size, H, W, C], "label": int32 [batch_size]}` with
@@ -64,7 +72,7 @@ def train_batches(
 
     def read(number: int) -> Batch:
         epoch, step = divmod(number, steps)
-        return split.gather(order(epoch)[step * batch_size : (step + 1) * batch_size])
+        return _gather(split, order(epoch)[step * batch_size : (step + 1) * batch_size], share)
 
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     iterator = iter(grain.MapDataset.range(sys.maxsize).map(read).to_iter_dataset(options))
@@ -72,8 +80,16 @@ def train_batches(
     return iterator
 
 
-def evaluation_batches(split: Split, batch_size: int) -> Iterator[Batch]:
+def evaluation_batches(
+    split: Split, batch_size: int, *, share: np.ndarray | None = None
+) -> Iterator[Batch]:
     """One pass in order; the last batch holds what is left.
+
+    Args:
+        split: what to read.
+        batch_size: examples a batch.
+        share: positions in a full batch that are read; the others are zero, as are all positions
+            of the last batch without any share. By default all.
 
     Raises:
         ValueError: `batch_size` is not a whole number of at least 1, or the split is empty.
@@ -81,10 +97,25 @@ def evaluation_batches(split: Split, batch_size: int) -> Iterator[Batch]:
     _check_batch_size(batch_size)
     if not len(split):
         raise ValueError(f"the {split.name} split is empty")
-    return (
-        split.gather(np.arange(first, min(first + batch_size, len(split))))
-        for first in range(0, len(split), batch_size)
-    )
+
+    def read(first: int) -> Batch:
+        indices = np.arange(first, min(first + batch_size, len(split)))
+        cut = share is not None and len(share) and len(indices) < batch_size
+        return _gather(split, indices, None if cut else share)
+
+    return map(read, range(0, len(split), batch_size))
+
+
+def _gather(split: Split, indices: np.ndarray, share: np.ndarray | None) -> Batch:
+    """Examples of a split; where there is a share, it alone is read, and the rest is zero."""
+    if share is None or len(share) == len(indices):
+        return split.gather(indices)
+    # With no share one example is read nevertheless, to tell the shapes.
+    found = split.gather(indices[share if len(share) else [0]])
+    batch = {name: np.zeros((len(indices), *x.shape[1:]), x.dtype) for name, x in found.items()}
+    for name, leaf in found.items():
+        batch[name][share] = leaf[: len(share)]
+    return batch
 
 
 def _check_batch_size(batch_size: Any) -> None:

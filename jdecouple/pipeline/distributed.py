@@ -2,6 +2,8 @@
 
 import jax
 
+_COMPILE_SECONDS = 3600
+
 
 def initialize(
     coordinator: str,
@@ -10,6 +12,8 @@ def initialize(
     *,
     address: str = "127.0.0.1",
     transfer_port: int | None = None,
+    all_devices: bool = False,
+    heartbeat_timeout: int = 100,
 ) -> None:
     """Starts `jax.distributed` with a transport for messages between processes.
 
@@ -23,6 +27,9 @@ def initialize(
         address: address under which the other processes reach this one.
         transfer_port: port of this process for messages; by default the coordinator's port
             + 1 + `process_id`.
+        all_devices: see all devices of the machine, under SLURM and Open MPI too, where a process
+            otherwise sees one GPU.
+        heartbeat_timeout: seconds without a sign of life after which JAX aborts all processes.
 
     Raises:
         ValueError: an index out of range, or a coordinator without a port.
@@ -34,6 +41,16 @@ def initialize(
         raise ValueError(f"coordinator is {coordinator!r}: 'host:port' is needed")
     if transfer_port is None:
         transfer_port = int(port) + 1 + process_id
-    jax.config.update("jax_cross_host_transfer_socket_address", f"{address}:{transfer_port}")
-    jax.config.update("jax_cross_host_transport_addresses", f"{address}:0")
-    jax.distributed.initialize(coordinator, num_processes, process_id)
+    host = f"[{address}]" if ":" in address else address
+    jax.config.update("jax_cross_host_transfer_socket_address", f"{host}:{transfer_port}")
+    jax.config.update("jax_cross_host_transport_addresses", f"{host}:0")
+    # A receiver waits for the sender's first message, and the sender compiles before that.
+    jax.config.update("jax_cross_host_transfer_timeout_seconds", _COMPILE_SECONDS)
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM
+    jax.distributed.initialize(
+        coordinator,
+        num_processes,
+        process_id,
+        cluster_detection_method="deactivate" if all_devices else None,
+        heartbeat_timeout_seconds=heartbeat_timeout,
+    )

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from numbers import Integral
 from typing import Any
 
@@ -152,9 +153,19 @@ class Seat:
         batched = NamedSharding(self.batched.mesh, PartitionSpec(None, "data"))
         return dataclasses.replace(self, batched=batched, axis=1)
 
+    @cached_property
+    def processes(self) -> frozenset[int]:
+        """Indices of the processes that run the stage."""
+        return frozenset(device.process_index for device in self.devices)
+
     def sharding(self, leaf: Any) -> NamedSharding:
         """Sharding of a message's leaf: [batch, ...] over `data`, scalars everywhere."""
         return self.batched if np.ndim(leaf) > self.axis else self.replicated
+
+    def share(self, size: int) -> np.ndarray:
+        """Positions in arrays [size, ...] over `data` that lie on devices of this process."""
+        parts = self.batched.addressable_devices_indices_map((size,)).values()
+        return np.unique(np.concatenate([np.arange(0), *(np.arange(size)[part] for part in parts)]))
 
     def waiting(self, leaf: Any, size: int) -> NamedSharding:
         """Sharding of a leaf of residuals that wait; `size` examples in a microbatch."""

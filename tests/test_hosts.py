@@ -1,0 +1,254 @@
+"""`train.py` as several processes on loopback: the results, checkpoints and ends of one run."""
+
+import atexit
+import functools
+import signal
+import socket
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import runs
+from runs import arguments, assert_same_run, copy, delayed, final_arrays, finished, lines, server
+
+DEINFOREG = {"mesh__stages": 2}
+FDG = {**delayed("fdg"), "mesh__stages": 2}
+BP = {**runs.BP, "mesh__stages": 2, "schedule": "1f1b", "microbatches": 2}
+ONE_STAGE = {**runs.BP, "mesh__stages": 1, "mesh__data": 2}
+SHORT = {"epochs": 1}  # nine steps
+TOTAL = 27
+SOON = 60  # seconds in which all end after one is lost
+
+
+def start(folder: Path, count: int, devices: int = 1, **values) -> list[runs.Run]:
+    """Starts or continues a run as so many processes."""
+    return start_each(folder, [{}] * count, devices, **values)
+
+
+def start_each(
+    folder: Path, own: list[dict[str, Any]], devices: int = 1, **values
+) -> list[runs.Run]:
+    """Processes with values of their own; each is given a folder, the first alone uses it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return server().start_together(
+        [
+            [
+                *arguments(folder.with_name("unused") if index else folder, **values, **mine),
+                f"--coordinator=127.0.0.1:{port}",
+                f"--num_processes={len(own)}",
+                f"--process_index={index}",
+            ]
+            for index, mine in enumerate(own)
+        ],
+        devices=devices,
+    )
+
+
+def end(processes: list[runs.Run], code: int = 0) -> list[runs.Run]:
+    """Waits for all; only the first has said anything."""
+    codes = [process.wait().returncode for process in processes]
+    assert codes == [code] * len(codes), [process.stderr[-2000:] for process in processes]
+    assert [process.stdout for process in processes[1:]] == [""] * (len(processes) - 1)
+    return processes
+
+
+def train(folder: Path, count: int, devices: int = 1, **values) -> runs.Run:
+    """A run to its end; returns the first process."""
+    first, *others = end(start(folder, count, devices, **values))
+    assert [process.stderr for process in others] == [""] * len(others)
+    assert not folder.with_name("unused").exists()
+    return first
+
+
+@functools.cache
+def whole(devices: int = 2, **values) -> Path:
+    """Workdir of the same run in one process that nothing has interrupted."""
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    return alone(Path(folder.name) / "run", devices, **values)
+
+
+def alone(folder: Path, devices: int, **values) -> Path:
+    run = server().run(*arguments(folder, **values), devices=devices)
+    assert run.returncode == 0, run.stderr
+    return folder
+
+
+def reached(step: int, folder: Path):
+    return lambda: any(line["step"] >= step for line in lines(folder))
+
+
+def assert_close(folder: Path, reference: Path, tolerance: float = 1e-5) -> None:
+    """Arrays of the last checkpoints within a share of each one's largest entry (float32)."""
+    (step, arrays), (wanted_step, wanted) = map(final_arrays, (folder, reference))
+    assert step == wanted_step
+    assert arrays.keys() == wanted.keys()
+    for name, array in wanted.items():
+        assert arrays[name].shape == array.shape
+        scale = max(1e-3, float(np.max(np.abs(array), initial=0)))
+        np.testing.assert_allclose(
+            arrays[name].astype(float), array.astype(float), rtol=0, atol=tolerance * scale
+        )
+
+
+class TestResults:
+    """Stages in several processes train like stages on several devices of one."""
+
+    @pytest.mark.parametrize("values", [DEINFOREG, FDG, BP], ids=lambda v: v.get("schedule", ""))
+    def test_two_processes_to_the_bit(self, tmp_path, values):
+        first = train(tmp_path / "two", 2, **values, **SHORT)
+        assert "test accuracy" in first.stdout
+        assert (tmp_path / "two" / "curves.png").is_file()
+        assert_same_run(tmp_path / "two", alone(tmp_path / "one", 2, **values, **SHORT))
+
+    @pytest.mark.parametrize(
+        "values",
+        [
+            {**FDG, "num_stages": 4},
+            pytest.param({}, marks=pytest.mark.slow),
+            pytest.param(BP, marks=pytest.mark.slow),
+        ],
+        ids=["fdg", "deinforeg", "bp"],
+    )
+    def test_four_processes_to_the_bit(self, tmp_path, values):
+        values = {**values, "mesh__stages": 4, "model__depth": 4, **SHORT}
+        train(tmp_path / "four", 4, **values)
+        assert_same_run(tmp_path / "four", alone(tmp_path / "one", 4, **values))
+
+    @pytest.mark.parametrize(
+        ("count", "devices", "values"),
+        [
+            (2, 1, ONE_STAGE),
+            # The second stage has a device in either process, and twice as many as the first: its
+            # messages are cut, and what waits in it lies in both.
+            (2, 2, {**delayed("fdg"), "mesh__replicas": "(1,2)"}),
+            pytest.param(
+                4, 1, {**DEINFOREG, "mesh__data": 2}, marks=pytest.mark.slow, id="two-by-two"
+            ),
+        ],
+        ids=["one-stage", "uneven", None],
+    )
+    def test_a_stage_in_two_processes(self, tmp_path, count, devices, values):
+        """To 1e-5 of the largest entry: two processes add up their gradients in another way."""
+        values = {**values, **SHORT}
+        train(tmp_path / "run", count, devices, **values)
+        assert_close(tmp_path / "run", alone(tmp_path / "one", 4, **values))
+
+
+class TestResume:
+    def test_on_fewer_and_on_more_processes(self, tmp_path):
+        """Two processes, then one, then two; to the bit, as the stages are the same."""
+        folder = tmp_path / "run"
+        train(folder, 2, **FDG, epochs=1)
+        alone(folder, 2, **FDG, epochs=2)
+        last = train(folder, 2, **FDG)
+        assert "continuing from step 18 of 27" in last.stdout
+        assert_same_run(folder, whole(**FDG))
+
+    @pytest.mark.slow
+    def test_on_one_device(self, tmp_path):
+        """The stages are fused there, hence not to the bit."""
+        train(tmp_path / "run", 2, **DEINFOREG, epochs=1)
+        alone(tmp_path / "run", 1, mesh__stages=1, epochs=2)
+        assert_close(tmp_path / "run", finished(mesh__stages=1, epochs=2))
+
+
+class TestLost:
+    @pytest.mark.parametrize(
+        ("victim", "values"),
+        [(0, FDG), (1, DEINFOREG), (1, ONE_STAGE), pytest.param(0, BP, marks=pytest.mark.slow)],
+        ids=["0-fdg", "1-deinforeg", "1-replica", "0-bp"],
+    )
+    def test_a_killed_process_ends_the_others_and_the_run_goes_on(self, tmp_path, victim, values):
+        processes = start(tmp_path / "run", 2, **values)
+        runs.wait_for(reached(11, tmp_path / "run"), processes[0])
+        processes[victim].signal(signal.SIGKILL)
+        began = time.monotonic()
+        assert processes[victim].wait().returncode == -signal.SIGKILL
+        other = processes[1 - victim].wait()
+        assert time.monotonic() - began < SOON
+        assert other.returncode == 3
+        (line,) = [line for line in other.stderr.splitlines() if "images/s" not in line][-1:]
+        assert line.startswith(f"error: process {victim} (")
+        assert line.endswith(
+            "is lost: start all processes again, and the run continues from its last checkpoint"
+        )
+        if victim == 0:
+            assert other.stderr.splitlines() == [line]
+        again = train(tmp_path / "run", 2, **values)
+        assert "continuing from step" in again.stdout
+        if values is ONE_STAGE:
+            assert final_arrays(tmp_path / "run")[0] == TOTAL
+        else:
+            assert_same_run(tmp_path / "run", whole(**values))
+
+    @pytest.mark.slow
+    def test_a_silent_process_is_lost_too(self, tmp_path):
+        """It is held: its machine answers, but nothing more comes."""
+        processes = start(tmp_path / "run", 2, **DEINFOREG, epochs=1000)
+        runs.wait_for(reached(2, tmp_path / "run"), processes[0])
+        processes[1].pause()
+        try:
+            assert processes[0].wait().returncode == 3
+            assert "error: process 1 (" in processes[0].stderr
+        finally:
+            processes[1].signal(signal.SIGKILL)
+
+
+class TestSignals:
+    @pytest.mark.parametrize(
+        "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+    )
+    def test_one_signal_saves_and_ends_all(self, tmp_path, number):
+        folder = tmp_path / "run"
+        processes = start(folder, 2, **DEINFOREG)
+        runs.wait_for(reached(5, folder), processes[0])
+        processes[number == signal.SIGTERM].signal(number)
+        first, _ = end(processes)
+        stopped, _ = final_arrays(folder)
+        assert 5 <= stopped < TOTAL
+        assert f"stopped at step {stopped} of {TOTAL}: the same command continues" in first.stdout
+        train(folder, 2, **DEINFOREG)
+        assert_same_run(folder, whole(**DEINFOREG))
+
+
+class TestRefused:
+    def test_another_run_in_the_workdir(self, tmp_path):
+        folder = copy(whole(**DEINFOREG), tmp_path)
+        before = runs.fingerprint(folder)
+        first, second = end(start(folder, 2, **DEINFOREG, seed=5), code=2)
+        told = "the workdir holds a run with config.seed = 0, now 5"
+        assert_one_line(first, f"error: {told}")
+        assert_one_line(second, "error: process 0 (", told)
+        assert runs.fingerprint(folder) == before
+
+    def test_processes_with_other_configurations(self, tmp_path):
+        commands = [{"seed": 0}, {"seed": 1}]
+        first, second = end(start_each(tmp_path / "run", commands, **DEINFOREG), code=2)
+        told = "process 1 has config.seed = 1, process 0 0"
+        assert_one_line(first, f"error: {told}")
+        assert_one_line(second, "error: process 0 (", told)
+        assert not (tmp_path / "run").exists()
+
+    def test_a_process_without_work(self, tmp_path):
+        """Both find it, and either may be the first to say so."""
+        for process in end(start(tmp_path / "run", 2, mesh__stages=1), code=2):
+            assert_one_line(process, "error: ", "the stages take no device of process 1: 2 ")
+        assert not (tmp_path / "run").exists()
+
+    def test_divergence(self, tmp_path):
+        values = {**DEINFOREG, "optimizer__learning_rate": 1e30, "optimizer__name": "sgd"}
+        first, second = end(start(tmp_path / "run", 2, **values), code=1)
+        assert "is not finite" in first.stderr or "the loss of block" in first.stderr
+        assert_one_line(second, "error: process 0 (", "checkpoint")
+
+
+def assert_one_line(process: runs.Run, begin: str, *parts: str) -> None:
+    (line,) = process.stderr.splitlines()
+    assert line.startswith(begin)
+    assert all(part in line for part in parts)
