@@ -344,13 +344,11 @@ def main() -> None:
     output, picture = options.pop("output"), options.pop("picture")
     options["rows"] = [str(row) for row in rows]
     options["delays"] = sorted(set(options["delays"]))
-    for number in (signal.SIGTERM, signal.SIGHUP):  # clean up as for Ctrl-C
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # clean up on the way out
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     setup = describe()
     try:
         found = measure(rows, options)
-    except KeyboardInterrupt:
-        sys.exit(130)
     except LinkError as error:
         sys.exit(f"error: {error}")
     results = compare(rows, found, options)

@@ -215,7 +215,7 @@ def test_bad_batches_are_refused():
     engine = trainer("bp")
     state, good = engine.init(), groups(1)[0][0]
     bad = {**good, "label": good["label"] + nets.CLASSES}
-    nets.assert_clear(ValueError, ("at least 1",), lambda: engine.steps(state, []))
+    nets.assert_clear(ValueError, ("empty", "at least one"), lambda: engine.steps(state, []))
     nets.assert_clear(TypeError, ("dict", "list of batches"), lambda: engine.steps(state, good))
     nets.assert_clear(ValueError, ("out of range",), lambda: engine.steps(state, [good, bad]))
     smaller = {key: value[:8] for key, value in good.items()}
