@@ -11,8 +11,9 @@ segment of about `--seconds`, from the first dispatch until all work is done.
 Rows are those of `bench/throughput.py`. A local row may have `--in-flight` batches dispatched and
 unfinished (the Trainer's `max_in_flight`): their number must cover the time in which a message goes
 up and word of its end comes back, two delays, or the link would hold the lower stage back. JAX's
-socket transport has a bound of its own, four arrays from a process in a round trip: where that is
-too little, as for 30 ms a batch beyond a delay of 60 ms, T batches must make one message (T=2).
+socket transport has a bound of its own, four arrays from a process in a round trip, thus two
+batches: where that is too little, as for 30 ms a batch beyond a delay of 30 ms, T batches must make
+one message (T=4).
 
 Columns, as medians (lowest to highest) over the segments:
 
@@ -42,7 +43,7 @@ from rows import Row
 from workers import Processes
 
 ROWS = (
-    *("deinforeg,K=2", "deinforeg,K=2,T=2", "fdg,K=2"),
+    *("deinforeg,K=2", "deinforeg,K=2,T=4", "fdg,K=2"),
     *("bp:1f1b,K=2,M=4", "bp:gpipe,K=2,M=4"),
 )
 DELAYS = (0.0, 10.0, 50.0, 100.0)

@@ -277,6 +277,7 @@ class TestStops:
 
         def train(member):
             for step in range(1, 2000):
+                time.sleep(0.001)  # or one could be through before another begins
                 if member.index == 2 and step == 2:
                     others.wait(60)
                 if member.stops(step, requested=step >= 5):

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding, SingleDeviceSharding
 
-from jdecouple.pipeline.packing import packed, packer, unpack
 from jdecouple.pipeline.placement import Seat
 
 
@@ -35,25 +34,15 @@ def transfer(message: Any, shapes: Any, source: Seat, target: Seat) -> Any:
         return jax.device_put(message, jax.tree.map(target.sharding, message))
     if source.processes == target.processes and len(source.processes) == 1:
         return None  # inside another process
-    single = packed(shapes, source.axis)
-    if single is None:
-        return _cross(message, shapes, source, target)
-    sent = packer(source)(message) if source.mine else None
-    arrived = _cross(sent, single, source, target)
-    return unpack(arrived, shapes, target) if target.mine else None
-
-
-def _cross(message: Any, shapes: Any, source: Seat, target: Seat) -> Any:
-    """Moves a message between stages of which one is not in this process alone."""
     if len(source.devices) != len(target.devices) or source.processes & target.processes:
-        return _cross_in_pieces(message, shapes, source, target)
+        return _transfer_pieces(message, shapes, source, target)
     if not source.mine:
         message = jax.tree.map(lambda shape: _absent(shape, source.sharding(shape)), shapes)
     moved = jax.device_put(message, jax.tree.map(target.sharding, message))
     return moved if target.mine else None
 
 
-def _cross_in_pieces(message: Any, shapes: Any, source: Seat, target: Seat) -> Any:
+def _transfer_pieces(message: Any, shapes: Any, source: Seat, target: Seat) -> Any:
     """Moves a message in the largest pieces that lie on one device before and after.
 
     JAX itself moves arrays between processes only if all their parts cross, and as they are cut.
