@@ -11,9 +11,9 @@ segment of about `--seconds`, from the first dispatch until all work is done.
 Rows are those of `bench/throughput.py`. A local row may have `--in-flight` batches dispatched and
 unfinished (the Trainer's `max_in_flight`): their number must cover the time in which a message goes
 up and word of its end comes back, two delays, or the link would hold the lower stage back. JAX's
-socket transport has a bound of its own, four arrays from a process in a round trip, thus two
-batches: where that is too little, as for 30 ms a batch beyond a delay of 30 ms, T batches must make
-one message (T=4).
+socket transport has a bound of its own, about four arrays from a process in a round trip. A message
+is one array; where that is still too little, as for 45 ms a batch at a delay of 100 ms, T batches
+must make one message (T=4).
 
 Columns, as medians (lowest to highest) over the segments:
 

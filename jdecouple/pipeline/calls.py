@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from jdecouple.pipeline.compiler import compiler_options
+from jdecouple.pipeline.packing import pack, unpack
 from jdecouple.pipeline.placement import Seat
-from jdecouple.routes import Accumulated, Route, Stage, StageState, add
+from jdecouple.routes import Accumulated, Message, Route, Stage, StageState, add
 from jdecouple.schedules import Call, Kind
 
 
@@ -126,6 +127,33 @@ def bind(stage: Stage, route: Route, kinds: tuple[Kind, ...]) -> Any:
         )
 
     call.__name__ = f"stage{stage.index}_" + "".join(kind.value for kind in kinds)
+    return call
+
+
+def join(function: Any, below: Message | None, above: Message | None) -> Any:
+    """The call of a stage that gets and leaves as one array what crosses processes.
+
+    Args:
+        function: the call.
+        below: shapes of the message from the stage below, where that one is elsewhere.
+        above: shapes of the message to the stage above, likewise.
+    """
+    if below is None and above is None:
+        return function
+
+    def call(state, accumulated, residuals, message, cotangent, *others):
+        if below and message is not None:
+            message = unpack(message, below)
+        if above and cotangent is not None:
+            cotangent = unpack(cotangent, above["x"])
+        out = function(state, accumulated, residuals, message, cotangent, *others)
+        if above and "message" in out:
+            out["message"] = pack({name: out["message"][name] for name in above})
+        if below and out.get("cotangent") is not None:
+            out["cotangent"] = pack(out["cotangent"])
+        return out
+
+    call.__name__ = function.__name__
     return call
 
 

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jdecouple.pipeline.calls import batches_of, bind, bind_norm, compile_call, steps_last
+from jdecouple.pipeline.calls import batches_of, bind, bind_norm, compile_call, join, steps_last
 from jdecouple.pipeline.compiler import compiler_options
+from jdecouple.pipeline.packing import packed
 from jdecouple.pipeline.placement import Seat
 from jdecouple.pipeline.transfer import transfer
 from jdecouple.pipeline.waiting import Carried, pack, unpack
@@ -160,11 +161,13 @@ class Executor:
     @cached_property
     def _calls(self) -> dict[tuple[int, tuple[Kind, ...]], Any]:
         waits = self.size if self.schedule.overlapping else None
-        return {
-            (stage, kinds): compile_call(function, self.seats[stage], kinds, waits)
-            for (stage, kinds), function in self.functions.items()
-            if self.seats[stage].mine
-        }
+        calls = {}
+        for (stage, kinds), function in self.functions.items():
+            if self.seats[stage].mine:
+                if kinds:
+                    function = join(function, *self._joined[stage : stage + 2])
+                calls[stage, kinds] = compile_call(function, self.seats[stage], kinds, waits)
+        return calls
 
     @cached_property
     def _fused(self) -> Any:
@@ -279,12 +282,30 @@ class Executor:
         """Hands a message (or, downwards, an error) to a neighbouring stage."""
         if self.fuse or (self.seats[source].whole and self.seats[target].whole):
             return self._hand(message, None, source, target)
-        shapes: Any = self.stages[max(source, target)].message
+        above = max(source, target)
+        joined = self._joined[above]
+        shapes: Any = joined or self.stages[above].message
         if target < source:
             shapes = shapes["x"]
-        else:
+        elif not joined:
             message, shapes = own_losses_kept(message, shapes)
-        return self._hand(message, shapes, source, target)
+        return self._hand(message, packed(shapes) if joined else shapes, source, target)
+
+    @cached_property
+    def _joined(self) -> list[Message | None]:
+        """For every stage, and for the end, shapes of its message where that comes as one array.
+
+        It does from another process, unless messages may wait in the state of the stage: what a
+        checkpoint holds does not depend on the placement.
+        """
+        found: list[Message | None] = [None]
+        for (below, above), stage in zip(
+            itertools.pairwise(self.seats), self.stages[1:], strict=True
+        ):
+            here = (below.whole and above.whole) or below.devices == above.devices
+            stays = here or self.schedule.overlapping
+            found.append(None if stays else own_losses_kept(None, stage.message)[1])
+        return [*found, None]
 
     def _credits(
         self, metrics: Sequence[Metrics | None], shape: tuple[int, ...]
