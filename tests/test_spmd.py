@@ -12,14 +12,11 @@ import jax.numpy as jnp
 import nets
 import numpy as np
 import pytest
-import runs
 from flax import nnx
+from spmd_nets import STEPS, build, setting
 
 import jdecouple as jd
-from jdecouple import training
-from jdecouple.config import ConfigError
 
-STEPS = 20
 TOLERANCE = 1e-12
 CHANGING = ("microbatches", "clip_norm")  # options that training depends on
 
@@ -28,57 +25,6 @@ CHANGING = ("microbatches", "clip_norm")  # options that training depends on
 def _double_precision_and_quick_compile():
     with jax.enable_x64(True), nets.quick_compile():
         yield
-
-
-class Ends(nnx.Module):
-    """A table of vectors, to be read by the signs of the input: neither dense nor of its shape."""
-
-    def __init__(self, rngs: nnx.Rngs):
-        self.table = nnx.Embed(2, 8, param_dtype=jnp.float64, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.table((x > 0).astype(jnp.int32)).mean(1)
-
-
-def with_ends() -> jd.Model:
-    """Six blocks: an embedding, four equal ones, and one that outputs the logits."""
-    rngs = nnx.Rngs(0)
-    options = {"param_dtype": jnp.float64, "rngs": rngs}
-    middle = [nnx.Sequential(nnx.Linear(8, 8, **options), nnx.tanh) for _ in range(4)]
-    return jd.Model([Ends(rngs), *middle, nnx.Linear(8, nets.CLASSES, **options)])
-
-
-def setting(net: str) -> tuple[jd.Model, list[dict], Any]:
-    """Model, batches and augmentation."""
-    if net == "vgg":  # convolutions and BatchNorm
-        options = {"image_size": 8, "channels": 1, "init": "torch"}
-        model = jd.models.vgg(
-            nets.CLASSES, blocks="4|4|4|4", param_dtype=jnp.float64, rngs=nnx.Rngs(0), **options
-        )
-        return model, nets.images(), jd.data.augment.get("basic", mean=[0.5], std=[0.25])
-    data = nets.batches(dtype=np.float64)
-    if net == "mlp":
-        return nets.mlp(param_dtype=jnp.float64), data, None
-    if net == "ends":
-        return with_ends(), data, None
-    depth, dropout = {"norm": (4, 0.0), "dropout": (4, 0.2), "deep": (7, 0.2)}[net]
-    return nets.user_model(depth=depth, dropout=dropout, param_dtype=jnp.float64), data, None
-
-
-def build(
-    name: str, net: str, stages: int = 1, data: int = 1, engine: str = "spmd", **options: Any
-) -> jd.Trainer:
-    model, batches, transform = setting(net)
-    options = {
-        # Its learning rate makes the optimiser's state hold a scalar.
-        "optimizer": jd.optim.sgd(jd.optim.cosine(0.05, 0.0, 2 * STEPS), momentum=0.9),
-        "mesh": jd.make_mesh(stages, data),
-        "transform": transform,
-        "example": batches[0],
-        **options,
-    }
-    method = nets.method(name, **options.pop("arguments", {}))
-    return jd.Trainer(model, method, options.pop("optimizer"), engine=engine, **options)
 
 
 def in_groups(trainer: jd.Trainer, data: list, sizes: list[int], state: Any = None) -> tuple:
@@ -118,35 +64,29 @@ def check(name: str, net: str, stages: int, data: int, group: int, **options: An
 
 
 @pytest.mark.parametrize(
-    ("name", "net", "stages", "data", "group"),
+    ("name", "net", "stages", "data", "group", "microbatches"),
     [
-        ("deinforeg", "dropout", 4, 1, 3),
-        ("deinforeg", "dropout", 2, 2, 5),
-        pytest.param("deinforeg", "dropout", 1, 2, 5, marks=pytest.mark.slow),
-        ("deinforeg", "vgg", 2, 2, 5),
-        ("scpl", "norm", 4, 1, 5),
-        ("scpl", "norm", 2, 2, 1),
-        ("bp", "dropout", 4, 1, 3),
-        ("bp", "vgg", 2, 2, 5),
-        ("bp", "ends", 4, 1, 5),
+        ("deinforeg", "dropout", 4, 1, 3, 1),
+        ("deinforeg", "dropout", 2, 2, 5, 1),
+        pytest.param("deinforeg", "dropout", 1, 2, 5, 1, marks=pytest.mark.slow),
+        ("deinforeg", "vgg", 2, 2, 5, 1),
+        ("deinforeg", "dropout", 2, 2, 5, 2),
+        ("deinforeg", "residual", 4, 1, 5, 1),
+        ("scpl", "norm", 4, 1, 5, 1),
+        ("scpl", "norm", 2, 2, 1, 1),
+        ("bp", "dropout", 4, 1, 3, 1),
+        ("bp", "vgg", 2, 2, 5, 1),
+        ("bp", "ends", 4, 1, 5, 1),
+        ("bp", "residual", 2, 2, 5, 1),
+        ("bp", "mlp", 4, 1, 5, 4),
+        ("bp", "dropout", 2, 2, 5, 2),
+        pytest.param("bp", "dropout", 1, 1, 5, 2, marks=pytest.mark.slow),
     ],
 )
-def test_training_is_that_of_one_device(name, net, stages, data, group):
-    check(name, net, stages, data, group)
-
-
-@pytest.mark.parametrize(
-    ("name", "net", "stages", "data", "microbatches"),
-    [
-        ("bp", "mlp", 4, 1, 4),
-        ("bp", "dropout", 2, 2, 2),
-        pytest.param("bp", "dropout", 1, 1, 2, marks=pytest.mark.slow),
-        ("deinforeg", "dropout", 2, 2, 2),
-    ],
-)
-def test_microbatches(name, net, stages, data, microbatches):
+def test_training_is_that_of_one_device(name, net, stages, data, group, microbatches):
     """Running statistics move once a microbatch, in order; dropout has a key for each."""
-    check(name, net, stages, data, 5, microbatches=microbatches)
+    options = {"microbatches": microbatches} if microbatches > 1 else {}
+    check(name, net, stages, data, group, **options)
 
 
 @pytest.mark.parametrize(("name", "boundaries"), [("scpl", (3, 4)), ("bp", (1, 5))])
@@ -321,157 +261,3 @@ def test_weights_are_kept_once_for_all_ticks():
 
 
 # --- What fits -----------------------------------------------------------------------------------
-
-
-ONE, OTHER = jax.devices()[:2]
-
-
-class Scaled(nnx.Module):
-    """A dense layer times a constant that is no part of its state."""
-
-    def __init__(self, scale: float, features: int = 8, rngs: nnx.Rngs | None = None):
-        self.dense = nnx.Linear(8, features, param_dtype=jnp.float64, rngs=rngs or nnx.Rngs(0))
-        self.scale = scale
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.dense(x) * np.linspace(0, self.scale, 1000)[-1]
-
-
-def blocks(*modules: nnx.Module, **options: Any) -> dict[str, Any]:
-    """Options of a trainer of these blocks between an embedding and a classifier."""
-    rngs = nnx.Rngs(0)
-    classifier = nnx.Linear(8, nets.CLASSES, param_dtype=jnp.float64, rngs=rngs)
-    return {"model": jd.Model([Ends(rngs), *modules, classifier]), **options}
-
-
-def dropout(rate: float) -> nnx.Module:
-    dense = nnx.Linear(8, 8, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
-    return nnx.Sequential(dense, nnx.Dropout(rate, rngs=nnx.Rngs(0)))
-
-
-def pooled() -> dict[str, Any]:
-    model = jd.models.vgg(
-        nets.CLASSES, blocks="4|4,M|4|4", image_size=8, channels=1, rngs=nnx.Rngs(0)
-    )
-    return {"model": model, "example": nets.images(1)[0]}
-
-
-def refuse(words: tuple[str, ...], name: str = "bp", **options: Any) -> None:
-    options = {
-        "model": nets.mlp(),
-        "optimizer": jd.optim.sgd(0.1),
-        "mesh": jd.make_mesh(2),
-        "example": nets.batches(1)[0],
-        "engine": "spmd",
-        **options,
-    }
-
-    def make(engine: str) -> jd.Trainer:
-        values = {**options, "engine": engine}
-        model, optimizer = values.pop("model"), values.pop("optimizer")
-        return jd.Trainer(model, nets.method(name), optimizer, **values)
-
-    nets.assert_clear(ValueError, ("engine", *words), lambda: make(options["engine"]))
-    if options["engine"] == "spmd":
-        assert make("auto").engine == "mpmd"
-
-
-@pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (lambda: blocks(Scaled(1), dropout(0), Scaled(1)), ("2", "1", "block/dense/bias")),
-        (lambda: blocks(Scaled(1), Scaled(2), Scaled(1)), ("2", "1", "program")),
-        (lambda: blocks(dropout(0.1), dropout(0.2), dropout(0.1)), ("2", "1", "program")),
-        (pooled, ("2", "1", "input", "[16, 4, 4, 4] instead of", "[16, 8, 8, 4]")),
-        (lambda: {"model": nets.mlp(depth=3)}, ("2", "1", "head/classifier")),
-        (lambda: {"model": nets.mlp(depth=2)}, ("1", "0", "block/layers/0")),
-        (
-            lambda: {"model": nets.mlp(depth=2), "name": "deinforeg", "mesh": jd.make_mesh(1, 2)},
-            ("1", "0", "block/layers/0"),
-        ),
-    ],
-)
-def test_other_blocks_are_named(make, words):
-    first, second, *others = words
-    refuse((f"block {first} differs from block {second}: ", *others), **make())
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"name": "fdg"}, ("delayed",)),
-        ({"schedule": "1f1b"}, ("gpipe", "1f1b")),
-        ({"schedule": "sequential"}, ("gpipe", "sequential")),
-        ({"fuse": False}, ("fuse=False",)),
-        ({"remat": (True, False)}, ("all", "[True, False]")),
-        ({"mesh": jd.make_mesh(replicas=(2, 1))}, ("replicas", "2, 1")),
-        ({"engine": "fast"}, ("fast", "mpmd, spmd, auto")),
-        ({"mesh": jd.pipeline.StageMesh(((ONE,), (OTHER,), (ONE,)))}, ("row of devices",)),
-    ],
-)
-def test_what_does_not_fit_is_refused(options, words):
-    refuse(words, **options)
-
-
-def test_other_functions_that_drew_the_weights_do_not_matter():
-    """Every layer of init="torch" holds a function of its own, which no program sees."""
-    assert build("deinforeg", "vgg", 4).engine == "spmd"
-
-
-@pytest.mark.parametrize(
-    ("stages", "options", "engine"),
-    [(2, {}, "spmd"), (1, {}, "mpmd"), (2, {"schedule": "1f1b"}, "mpmd")],
-)
-def test_auto(stages, options, engine):
-    trainer = build("bp", "dropout", stages, engine="auto", **options)
-    assert trainer.engine == engine
-    assert trainer.schedule.name == {"spmd": "gpipe"}.get(
-        engine, options.get("schedule", "sequential")
-    )
-
-
-@pytest.mark.parametrize("engine", ["mpmd", "spmd"])
-def test_no_batches_are_refused(engine):
-    trainer = build("bp", "dropout", 2, engine=engine)
-    nets.assert_clear(ValueError, ("empty",), lambda: trainer.steps(trainer.init(), []))
-
-
-def test_bad_batches_are_refused_before_anything_runs():
-    trainer = build("bp", "dropout", 2)
-    (batch, *_) = setting("dropout")[1]
-    state = trainer.init()
-    bad = {**batch, "label": batch["label"] + nets.CLASSES}
-    nets.assert_clear(ValueError, ("label",), lambda: trainer.steps(state, [batch, bad]))
-    with pytest.raises(ValueError, match="mpmd"):
-        trainer.measure(state, batch)
-    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state.stages))
-
-
-# --- From the command line -----------------------------------------------------------------------
-
-TWO = {"mesh__stages": 2, "model__depth": 3, "engine": "spmd", "optimizer__name": "sgd"}
-
-
-def test_a_run_of_one_engine_is_continued_by_the_other(tmp_path):
-    wanted = runs.finished(**{**TWO, "steps": 9, "engine": "mpmd", "mesh__stages": 1})
-    for engine, steps in (("mpmd", 4), ("spmd", 9)):
-        values = {**TWO, "engine": engine, "steps": steps}
-        run = runs.server().run(*runs.arguments(tmp_path, **values), devices=2)
-        assert run.returncode == 0, run.stderr
-    (step, found), (last, expected) = runs.final_arrays(tmp_path), runs.final_arrays(wanted)
-    assert step == last == 9
-    assert nets.largest_error(found, expected) < 1e-4
-    assert json.loads((tmp_path / "config.json").read_text())["engine"] == "spmd"
-
-
-@pytest.mark.parametrize(
-    ("values", "words"),
-    [
-        ({"engine": "fast"}, ("config.engine", "fast", "mpmd, spmd, auto")),
-        ({"profile": 3}, ("config.profile", "spmd")),
-        ({"model__depth": 2}, ("engine 'spmd'", "block 1")),
-    ],
-)
-def test_refused_configurations(values, words):
-    config = runs.tiny(**{**TWO, **values})
-    nets.assert_clear(ConfigError, words, lambda: training.build(config))
