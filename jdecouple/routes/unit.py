@@ -112,6 +112,26 @@ class Unit:
         }
         return features, output, new_stats
 
+    def written(self, features: Any, message: Message) -> Message:
+        """Shapes of what the head writes into the message, from the shapes of what it reads.
+
+        Raises:
+            ValueError: an entry that is not for heads to write.
+        """
+
+        def head(params, stats, features, message, key):
+            head = self._module(True, params, stats, key).head
+            return {} if head is None else dict(head(features, message).message)
+
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        found = jax.eval_shape(head, *jax.eval_shape(self.initial), features, message, key)
+        if reserved := {"x", "loss"} & found.keys():
+            raise ValueError(
+                f"the head of block {self.index} writes {', '.join(sorted(reserved))} into the "
+                "message: all names but x and loss are allowed"
+            )
+        return found
+
     def evaluate(
         self, params: Arrays, stats: Arrays, message: Message
     ) -> tuple[Any, jax.Array | None]:
