@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from jdecouple.objectives import (
+    AssociatedLearning,
     CrossEntropy,
+    Exits,
     InformationRegularization,
     Objective,
     SupervisedContrastive,
@@ -46,8 +48,11 @@ class _Row(NamedTuple):
 
 _METHODS: dict[str, _Row] = {
     "bp": _Row(CrossEntropy, Synchronous, "end-to-end backpropagation"),
+    "early_exit": _Row(Exits, Synchronous, "arXiv:1709.01686"),
+    "greedy_exit": _Row(Exits, Local, "arXiv:1812.11446"),
     "deinforeg": _Row(InformationRegularization, Local, "arXiv:2506.18193"),
     "scpl": _Row(SupervisedContrastive, Local, "arXiv:2602.00062"),
+    "al": _Row(AssociatedLearning, Local, "arXiv:1906.05560"),
     "ddg": _Row(CrossEntropy, Delayed, "arXiv:1804.10574", {"forward_pass": "locked"}),
     "fr": _Row(
         CrossEntropy,

@@ -4,8 +4,10 @@ The route, not the objective, decides what is stopped between blocks; a head han
 inside itself.
 """
 
-from jdecouple.objectives.base import Head, HeadOutput, Objective, Site
+from jdecouple.objectives.associated_learning import AssociatedLearning, associated_learning
+from jdecouple.objectives.base import Descending, Head, HeadOutput, Objective, Site
 from jdecouple.objectives.cross_entropy import CrossEntropy, cross_entropy
+from jdecouple.objectives.exits import Exits
 from jdecouple.objectives.information_regularization import (
     InformationRegularization,
     information_regularization,
@@ -17,13 +19,17 @@ from jdecouple.objectives.supervised_contrastive import (
 )
 
 __all__ = [
+    "AssociatedLearning",
     "CrossEntropy",
+    "Descending",
+    "Exits",
     "Head",
     "HeadOutput",
     "InformationRegularization",
     "Objective",
     "Site",
     "SupervisedContrastive",
+    "associated_learning",
     "cross_entropy",
     "information_regularization",
     "similarity_matching",

@@ -57,11 +57,14 @@ class HeadOutput(NamedTuple):
         loss: Scalar that block and head minimise, float32 at least.
         metrics: Terms of the loss by name, unweighted scalars.
         logits: `[batch, classes]` if the head is an exit, else None.
+        message: Entries, batch first, that the head adds to the message for the blocks above, or
+            replaces in it; no gradient flows back through them. "x" and "loss" are the routes'.
     """
 
     loss: jax.Array
     metrics: dict[str, jax.Array]
     logits: jax.Array | None
+    message: Mapping[str, Any] = {}
 
 
 @runtime_checkable
@@ -69,11 +72,30 @@ class Head(Protocol):
     """Module that an objective adds to a block."""
 
     def __call__(self, features: Any, message: Mapping[str, Any]) -> HeadOutput:
-        """Loss of the block's output; `message["label"]` holds int labels `[batch]`."""
+        """Loss of the block's output.
+
+        Args:
+            features: The block's output.
+            message: "label" holds int labels `[batch]`, "x" the block's input; what else there is
+                came with the batch or from the heads below.
+        """
         ...
 
     def logits(self, features: Any) -> jax.Array | None:
         """Logits `[batch, classes]` for evaluation; None if the head is no exit."""
+        ...
+
+
+@runtime_checkable
+class Descending(Protocol):
+    """A head whose answer comes down from the last block: evaluation visits it a second time."""
+
+    def turn(self, features: Any) -> Any:
+        """At the last block: what its output becomes before it comes down, batch first."""
+        ...
+
+    def descend(self, target: Any) -> Any:
+        """What the block below gets for what came from above; below the first block, logits."""
         ...
 
 
