@@ -1,9 +1,13 @@
 """What training changes, how its arrays are called, and where they lie."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
 
 from jdecouple.pipeline import Seat
 from jdecouple.routes import Message, Stage
@@ -68,3 +72,21 @@ def place(stage: Stage, seat: Seat, values: Any) -> Any:
         **seat.place(others, own=True, sharding=lambda leaf: seat.replicated),
         **seat.place(queues, own=True, sharding=lambda leaf: seat.waiting(leaf, size)),
     }
+
+
+def modules(
+    stages: Sequence[Stage], state: State
+) -> list[tuple[nnx.Module | None, nnx.Module | None]]:
+    """Every block and its head as nnx modules; None for those of other processes."""
+    pairs: list[tuple[nnx.Module | None, nnx.Module | None]] = []
+    for stage, values in zip(stages, state.stages, strict=True):
+        for number, unit in enumerate(stage.units):
+            if values is None:
+                pairs.append((None, None))
+                continue
+            # Copies, because the next step donates the state's own buffers; bound to no device,
+            # because a caller applies blocks of several stages to one input.
+            own = values["params"][number], values["stats"][number]
+            copy = jax.tree.map(lambda leaf: jnp.asarray(np.array(leaf)), own)
+            pairs.append(unit.modules(*copy))
+    return pairs

@@ -5,13 +5,11 @@ from functools import cached_property
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
 
-from jdecouple import schedules
-from jdecouple._checks import check_batch, check_counts, check_like, check_options, check_type
+from jdecouple._checks import check_batch, check_counts, check_options, check_type
 from jdecouple.assembly import (
     abstract,
     build_stages,
@@ -22,25 +20,15 @@ from jdecouple.assembly import (
     unit_costs,
 )
 from jdecouple.evaluation import Evaluator
+from jdecouple.intake import Intake
 from jdecouple.methods import Method
 from jdecouple.models import Model
-from jdecouple.pipeline import (
-    Chunks,
-    Executor,
-    Seat,
-    SpmdChunks,
-    SpmdExecutor,
-    as_stage_mesh,
-    gather,
-    make_mesh,
-    spmd,
-    spread,
-    waiting,
-)
+from jdecouple.pipeline import Seat, as_stage_mesh, gather, make_mesh, waiting
+from jdecouple.pipeline.engine import start
 from jdecouple.routes import Message, Stage, Synchronous
 from jdecouple.routes.stage import Transform
 from jdecouple.schedules import Call
-from jdecouple.state import PlacedBatch, PlacedChunk, State, leaf_names, place
+from jdecouple.state import PlacedBatch, PlacedChunk, State, leaf_names, modules, place
 
 
 class Trainer:
@@ -137,9 +125,9 @@ class Trainer:
         self.model = model
         self.method = method
         self.microbatches = microbatches
-        self._replicas = grid.shape["data"]
         self._example = abstract(dict(example))
-        received = self._split(self._example)[0]
+        self._intake = Intake(self._example, microbatches, grid.shape["data"])
+        received = self._intake.split(self._example)[0]
         prepared = self._prepared = model_input(received, transform)
         built = build_units(model, method, prepared, num_classes, seed, dtype)
         self.num_classes = built.num_classes
@@ -169,45 +157,24 @@ class Trainer:
                 f"schedule {schedule!r} does not fit method {method.name}: "
                 f"allowed are auto, {', '.join(route.schedules)}"
             )
-        layout = spmd.fitting(
+        chosen = start(
             engine,
             self.stages,
-            tuple(map(Seat.on, spread(grid.rows, num_stages))),
+            grid.rows,
             route,
             schedule=schedule,
             fuse=fuse,
+            max_in_flight=max_in_flight,
             messages=built.messages,
         )
-        self.engine = "mpmd" if layout is None else "spmd"
-        if layout is not None:
-            schedule = spmd.schedule_of(route)
-        self.schedule = schedules.build(
-            route.schedules[0] if schedule == "auto" else schedule, num_stages, microbatches
-        )
-        devices = spread(grid.rows, self.schedule.num_rows)
-        self.seats = tuple(Seat.on(devices[self.schedule.row(k)]) for k in range(num_stages))
-        together = all(seat.devices == self.seats[0].devices for seat in self.seats)
-        if fuse and not together:
-            raise ValueError("fuse=True needs all stages on the same devices")
-        fuse = together if fuse is None else fuse
-        max_in_flight = max_in_flight or 2 * num_stages
-        self._executor: Any
-        self._chunks: Any
-        if layout is not None:
-            self._executor = SpmdExecutor(layout, route, self.schedule, max_in_flight)
-            self._chunks = SpmdChunks(self._executor)
-        else:
-            self._executor = Executor(
-                stages=self.stages,
-                seats=self.seats,
-                route=route,
-                schedule=self.schedule,
-                fuse=fuse,
-                max_in_flight=max_in_flight,
-            )
-            self._chunks = Chunks(self._executor)
+        self.engine, self.schedule, self.seats = chosen.name, chosen.schedule, chosen.seats
+        self._executor, self._chunks = chosen.executor, chosen.chunks
         self._evaluator = Evaluator(
-            self.stages, self.seats, self._example, fuse=fuse, max_in_flight=max_in_flight
+            self.stages,
+            self.seats,
+            self._example,
+            fuse=chosen.fuse,
+            max_in_flight=chosen.max_in_flight,
         )
 
     def block_costs(self) -> list[float]:
@@ -337,7 +304,9 @@ class Trainer:
                 (batch if isinstance(batch, PlacedBatch) else self.put(batch)).parts, 1
             )
         parts = [
-            batch.parts if isinstance(batch, PlacedBatch) else self._checked(batch)
+            batch.parts
+            if isinstance(batch, PlacedBatch)
+            else self._intake.checked(batch, self.num_classes)
             for batch in batches
         ]
         return PlacedChunk(self._chunks.stack(parts), len(batches))
@@ -464,7 +433,7 @@ class Trainer:
             return state
         stages = state.stages
         nothing = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), self._example)
-        parts = self._executor.put(self._split(nothing))
+        parts = self._executor.put(self._intake.split(nothing))
         for late in range(self.schedule.depth):
             stages, _ = self._executor.run(stages, parts, state.step + late, end=state.step)
         since = np.int32(state.step)
@@ -514,7 +483,7 @@ class Trainer:
         A classifier that the method does not train is returned as it was given; blocks of
         other processes are None.
         """
-        pairs = self._pairs(state)
+        pairs = modules(self.stages, state)
         blocks = [block for block, _ in pairs]
         if self.model.classifier is None:
             return blocks
@@ -524,7 +493,7 @@ class Trainer:
 
     def heads(self, state: State) -> list[nnx.Module | None]:
         """Trained heads, one per block; None where a block has none."""
-        return [head for _, head in self._pairs(state)]
+        return [head for _, head in modules(self.stages, state)]
 
     @cached_property
     def _metric_names(self) -> tuple[str, ...]:
@@ -533,47 +502,9 @@ class Trainer:
     def _waiting(self, index: int) -> Any:
         return waiting.shapes(self.schedule, self.method.route, self.stages, index)
 
-    def _pairs(self, state: State) -> list[tuple[nnx.Module | None, nnx.Module | None]]:
-        pairs: list[tuple[nnx.Module | None, nnx.Module | None]] = []
-        for stage, values in zip(self.stages, state.stages, strict=True):
-            for number, unit in enumerate(stage.units):
-                if values is None:
-                    pairs.append((None, None))
-                    continue
-                # Copies, because the next step donates the state's own buffers; bound to no
-                # device, because a caller applies blocks of several stages to one input.
-                own = values["params"][number], values["stats"][number]
-                copy = jax.tree.map(lambda leaf: jnp.asarray(np.array(leaf)), own)
-                pairs.append(unit.modules(*copy))
-        return pairs
-
     def _run(self, state: State, chunk: PlacedChunk, apart: bool) -> tuple[State, tuple]:
         stages, found = self._chunks.run(state.stages, chunk.parts, state.step, chunk.count, apart)
         return State(state.step + chunk.count, stages), found
 
     def _checked(self, batch: Mapping[str, Any]) -> list[Message]:
-        """The microbatches of a batch that is like the example."""
-        check_batch(batch, self.num_classes)
-        check_like(batch, self._example, any_size=False)
-        return self._split(batch)
-
-    def _split(self, batch: Mapping[str, Any]) -> list[Message]:
-        """Cuts a batch (of arrays or of shapes) into microbatches."""
-        count = batch["label"].shape[0]
-        parts = self.microbatches
-        if count % (parts * self._replicas):
-            raise ValueError(
-                f"a batch of {count} does not divide into {parts} microbatch(es) on "
-                f"{self._replicas} replica(s)"
-            )
-        size = count // parts
-
-        def cut(leaf: Any, part: int) -> Any:
-            if isinstance(leaf, jax.ShapeDtypeStruct):
-                return jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype)
-            return leaf if parts == 1 else leaf[part * size : (part + 1) * size]
-
-        return [
-            jax.tree.map(lambda leaf, part=part: cut(leaf, part), dict(batch))
-            for part in range(parts)
-        ]
+        return self._intake.checked(batch, self.num_classes)
