@@ -4,12 +4,15 @@ The route, not the objective, decides what is stopped between blocks; a head han
 inside itself.
 """
 
+from jdecouple.objectives.auxiliary_net import AuxiliaryNet
 from jdecouple.objectives.base import Head, HeadOutput, Objective, Site
 from jdecouple.objectives.cross_entropy import CrossEntropy, cross_entropy
+from jdecouple.objectives.information_propagation import InformationPropagation, unit_range
 from jdecouple.objectives.information_regularization import (
     InformationRegularization,
     information_regularization,
 )
+from jdecouple.objectives.prediction_similarity import PredictionSimilarity
 from jdecouple.objectives.similarity_matching import similarity_matching, similarity_matrix
 from jdecouple.objectives.supervised_contrastive import (
     SupervisedContrastive,
@@ -17,11 +20,14 @@ from jdecouple.objectives.supervised_contrastive import (
 )
 
 __all__ = [
+    "AuxiliaryNet",
     "CrossEntropy",
     "Head",
     "HeadOutput",
+    "InformationPropagation",
     "InformationRegularization",
     "Objective",
+    "PredictionSimilarity",
     "Site",
     "SupervisedContrastive",
     "cross_entropy",
@@ -29,4 +35,5 @@ __all__ = [
     "similarity_matching",
     "similarity_matrix",
     "supervised_contrastive",
+    "unit_range",
 ]

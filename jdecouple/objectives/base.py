@@ -24,6 +24,7 @@ class Site:
         classifier: The model's classifier, or None.
         init: Initial weights of the head's layers, "flax" or "torch".
         param_dtype: Dtype of the head's parameters.
+        input: Shape and dtype of the model's input, the first block's `message["x"]`.
     """
 
     index: int
@@ -33,6 +34,7 @@ class Site:
     classifier: nnx.Module | None = None
     init: str = "flax"
     param_dtype: Any = jnp.float32
+    input: Any = None
 
     @property
     def is_last(self) -> bool:

@@ -19,6 +19,7 @@ from jdecouple.objectives.base import (
     require_number,
 )
 from jdecouple.objectives.cross_entropy import cross_entropy
+from jdecouple.objectives.maps import check_head_pool, pool_maps, pooled_site
 from jdecouple.objectives.similarity_matching import similarity_matching
 
 MODES = ("merge", "unmerge")
@@ -84,6 +85,7 @@ class InformationRegularizationHead(nnx.Module):
     def __init__(self, objective: "InformationRegularization", site: Site, rngs: nnx.Rngs):
         self.objective = objective
         self.num_classes = site.num_classes
+        site = pooled_site(site, objective.head_pool)
         options = {"init": site.init, "param_dtype": site.param_dtype, "rngs": rngs}
         widths = objective.widths
         self.projector = layers.perceptron(site.size, widths, batch_norm=True, **options)
@@ -101,6 +103,7 @@ class InformationRegularizationHead(nnx.Module):
         """Loss of `features` `[batch, ...]` under `message["label"]`."""
         labels = message["label"]
         weights = self.objective
+        features = pool_maps(features, weights.head_pool)
         z = self.projector(features)
         logits = self._classify(features, z)
         terms = information_regularization(z, labels, self.num_classes, normalize=weights.normalize)
@@ -116,6 +119,7 @@ class InformationRegularizationHead(nnx.Module):
     def logits(self, features: jax.Array) -> jax.Array:
         """Logits `[batch, classes]` of this exit."""
         merged = self.objective.mode == "merge"
+        features = pool_maps(features, self.objective.head_pool)
         return self._classify(features, self.projector(features) if merged else None)
 
     def _classify(self, features: jax.Array, z: jax.Array | None) -> jax.Array:
@@ -141,6 +145,8 @@ class InformationRegularization:
         covariance: Weight of the covariance term.
         alpha: Weight of the cross-entropy.
         normalize: Whether z is L2-normalised by row before the terms.
+        head_pool: Average maps over this many bins a side before projector and classifier; 0: do
+            not, as in the paper.
 
     Raises:
         ValueError: An argument is not among those allowed.
@@ -153,6 +159,7 @@ class InformationRegularization:
     covariance: float = 1.0
     alpha: float = 0.001
     normalize: bool = True
+    head_pool: int = 0
     needs_classifier: ClassVar[bool] = False
     trains_classifier: ClassVar[bool] = False
 
@@ -174,6 +181,7 @@ class InformationRegularization:
         )
         if not isinstance(self.normalize, bool):
             raise ValueError(f"normalize must be True or False, got {self.normalize!r}")
+        check_head_pool(self.head_pool)
 
     def _split(self) -> tuple[Any, ...]:
         if self.projector == "identity":

@@ -1,0 +1,42 @@
+"""Feature maps, and `head_pool`: heads that read their means over a few bins, not all pixels."""
+
+import dataclasses
+import functools
+from numbers import Integral
+from typing import Any
+
+import jax
+
+from jdecouple.models.resampling import adaptive_average_pool
+from jdecouple.objectives.base import Site
+
+
+def is_map(features: Any) -> bool:
+    """Whether an activation, or its shape and dtype, is `[batch, height, width, channels]`."""
+    return len(getattr(features, "shape", ())) == 4
+
+
+def pool_maps(features: Any, size: int) -> Any:
+    """Feature maps averaged over `size` x `size` bins; any other activation is left as it is.
+
+    Args:
+        features: Activation of a block. Maps are `[batch, height, width, channels]`.
+        size: Bins a side, as `adaptive_average_pool` cuts them. 0 pools nothing, and a side of
+            fewer pixels keeps those it has.
+    """
+    if not size or not is_map(features):
+        return features
+    height, width = (min(size, side) for side in features.shape[1:3])
+    return adaptive_average_pool(features, height, width)
+
+
+def pooled_site(site: Site, size: int) -> Site:
+    """The site of a head that reads `pool_maps(features, size)`."""
+    features = jax.eval_shape(functools.partial(pool_maps, size=size), site.features)
+    return dataclasses.replace(site, features=features)
+
+
+def check_head_pool(value: Any) -> None:
+    """Raise ValueError unless `value` is a whole number of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 0:
+        raise ValueError(f"head_pool must be a whole number of at least 0 (off), got {value!r}")
