@@ -9,9 +9,9 @@ from flax import nnx
 
 from jdecouple.models import layers
 from jdecouple.models.resampling import adaptive_average_pool
-from jdecouple.objectives.base import HeadOutput, Site
+from jdecouple.objectives.base import HeadOutput, Site, require_whole
 from jdecouple.objectives.cross_entropy import CrossEntropy, cross_entropy
-from jdecouple.objectives.maps import check_head_pool, is_map, pool_maps, pooled_site
+from jdecouple.objectives.maps import is_map, pool_maps, pooled_site
 
 NETS = ("mlp_sr", "linear")
 
@@ -103,9 +103,7 @@ class AuxiliaryNet:
     def __post_init__(self):
         if self.aux not in NETS:
             raise ValueError(f"aux must be one of {', '.join(NETS)}, got {self.aux!r}")
-        if self.hidden != 0 or isinstance(self.hidden, bool):
-            layers.require_positive(hidden=self.hidden)
-        check_head_pool(self.head_pool)
+        require_whole(hidden=self.hidden, head_pool=self.head_pool)
 
     def head(self, site: Site, rngs: nnx.Rngs) -> nnx.Module | None:
         """Head for any block.

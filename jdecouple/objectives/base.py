@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -149,3 +149,10 @@ def require_number(*, positive: bool = False, **values: Any) -> None:
         if not is_number or not math.isfinite(value) or value < 0 or (positive and value == 0):
             kind = "positive" if positive else "non-negative"
             raise ValueError(f"{name} must be a finite {kind} number, got {value!r}")
+
+
+def require_whole(**values: Any) -> None:
+    """Raise ValueError, naming it, for the first of `values` that is no whole number >= 0."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 0:
+            raise ValueError(f"{name} must be a whole number of at least 0, got {value!r}")

@@ -17,9 +17,10 @@ from jdecouple.objectives.base import (
     inner_products,
     normalized_rows,
     require_number,
+    require_whole,
 )
 from jdecouple.objectives.cross_entropy import cross_entropy
-from jdecouple.objectives.maps import check_head_pool, pool_maps, pooled_site
+from jdecouple.objectives.maps import pool_maps, pooled_site
 from jdecouple.objectives.similarity_matching import similarity_matching
 
 MODES = ("merge", "unmerge")
@@ -181,7 +182,7 @@ class InformationRegularization:
         )
         if not isinstance(self.normalize, bool):
             raise ValueError(f"normalize must be True or False, got {self.normalize!r}")
-        check_head_pool(self.head_pool)
+        require_whole(head_pool=self.head_pool)
 
     def _split(self) -> tuple[Any, ...]:
         if self.projector == "identity":

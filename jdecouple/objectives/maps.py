@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from numbers import Integral
 from typing import Any
 
 import jax
@@ -34,9 +33,3 @@ def pooled_site(site: Site, size: int) -> Site:
     """The site of a head that reads `pool_maps(features, size)`."""
     features = jax.eval_shape(functools.partial(pool_maps, size=size), site.features)
     return dataclasses.replace(site, features=features)
-
-
-def check_head_pool(value: Any) -> None:
-    """Raise ValueError unless `value` is a whole number of at least 0."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 0:
-        raise ValueError(f"head_pool must be a whole number of at least 0 (off), got {value!r}")

@@ -17,9 +17,10 @@ from jdecouple.objectives.base import (
     inner_products,
     normalized_rows,
     require_number,
+    require_whole,
 )
 from jdecouple.objectives.cross_entropy import cross_entropy
-from jdecouple.objectives.maps import check_head_pool, pool_maps, pooled_site
+from jdecouple.objectives.maps import pool_maps, pooled_site
 
 PROJECTORS = ("mlp", "linear", "identity")
 
@@ -120,7 +121,7 @@ class SupervisedContrastive:
             )
         layers.require_positive(hidden=self.hidden, features=self.features)
         require_number(positive=True, temperature=self.temperature)
-        check_head_pool(self.head_pool)
+        require_whole(head_pool=self.head_pool)
 
     @property
     def widths(self) -> tuple[int, ...]:
