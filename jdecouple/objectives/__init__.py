@@ -4,9 +4,11 @@ The route, not the objective, decides what is stopped between blocks; a head han
 inside itself.
 """
 
+from jdecouple.objectives.associated_learning import AssociatedLearning, associated_learning
 from jdecouple.objectives.auxiliary_net import AuxiliaryNet
-from jdecouple.objectives.base import Head, HeadOutput, Objective, Site
+from jdecouple.objectives.base import Descending, Head, HeadOutput, Objective, Site
 from jdecouple.objectives.cross_entropy import CrossEntropy, cross_entropy
+from jdecouple.objectives.exits import Exits
 from jdecouple.objectives.information_propagation import InformationPropagation, unit_range
 from jdecouple.objectives.information_regularization import (
     InformationRegularization,
@@ -20,8 +22,11 @@ from jdecouple.objectives.supervised_contrastive import (
 )
 
 __all__ = [
+    "AssociatedLearning",
     "AuxiliaryNet",
     "CrossEntropy",
+    "Descending",
+    "Exits",
     "Head",
     "HeadOutput",
     "InformationPropagation",
@@ -30,6 +35,7 @@ __all__ = [
     "PredictionSimilarity",
     "Site",
     "SupervisedContrastive",
+    "associated_learning",
     "cross_entropy",
     "information_regularization",
     "similarity_matching",

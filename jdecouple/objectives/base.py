@@ -89,6 +89,19 @@ class Head(Protocol):
 
 
 @runtime_checkable
+class Descending(Protocol):
+    """A head whose answer comes down from the last block: evaluation visits it a second time."""
+
+    def turn(self, features: Any) -> Any:
+        """At the last block: what its output becomes before it comes down, batch first."""
+        ...
+
+    def descend(self, target: Any) -> Any:
+        """What the block below gets for what came from above; below the first block, logits."""
+        ...
+
+
+@runtime_checkable
 class Objective(Protocol):
     """What each block minimises.
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jdecouple.objectives import HeadOutput
+from jdecouple.objectives import Descending, HeadOutput
 
 Arrays = dict[str, jax.Array]
 Message = dict[str, Any]
@@ -32,6 +32,7 @@ class Unit:
         params: trained variables by name.
         stats: all other variables (BatchNorm statistics, ...) by name, moved by the forward.
         has_loss: whether the block has a head.
+        descends: whether the head is one whose answer comes down from the last block.
         dtype: compute dtype; parameters and activations are cast to it. None casts nothing.
     """
 
@@ -39,6 +40,7 @@ class Unit:
     params: dict[str, nnx.Variable]
     stats: dict[str, nnx.Variable]
     has_loss: bool
+    descends: bool
     dtype: Any
     _paths: dict[str, tuple]
     _keys: dict[tuple, nnx.Variable]
@@ -69,6 +71,7 @@ class Unit:
             params=flat(params),
             stats=flat(stats),
             has_loss=head is not None,
+            descends=isinstance(head, Descending),
             dtype=dtype,
             _paths=paths,
             _keys=dict(nnx.to_flat_state(keys)),
@@ -140,6 +143,14 @@ class Unit:
         features = module.block(_cast(message["x"], self.dtype))
         logits = None if module.head is None else module.head.logits(features)
         return features, logits
+
+    def turn(self, params: Arrays, stats: Arrays, features: Any) -> Any:
+        """What comes down from the last block, whose output the features are."""
+        return self._module(False, params, stats, jax.random.key(0)).head.turn(features)
+
+    def descend(self, params: Arrays, stats: Arrays, target: Any) -> Any:
+        """What the block below gets for what came down."""
+        return self._module(False, params, stats, jax.random.key(0)).head.descend(target)
 
     def modules(self, params: Arrays, stats: Arrays) -> tuple[nnx.Module, nnx.Module | None]:
         """The block and its head as nnx modules in training mode, with the given values."""
