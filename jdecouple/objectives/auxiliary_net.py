@@ -63,13 +63,13 @@ class AuxiliaryNetHead(nnx.Module):
             rngs=rngs,
         )
 
-    def __call__(self, features: jax.Array, message: Mapping[str, Any]) -> HeadOutput:
-        """Loss of `features` `[batch, ...]` under `message["label"]`."""
+    def __call__(self, features: Any, message: Mapping[str, Any]) -> HeadOutput:
+        """Loss of `features` `[batch, ...]`, or a sequence, under `message["label"]`."""
         logits = self.logits(features)
         loss = cross_entropy(logits, message["label"])
         return HeadOutput(loss, {"cross_entropy": loss}, logits)
 
-    def logits(self, features: jax.Array) -> jax.Array:
+    def logits(self, features: Any) -> jax.Array:
         """Logits `[batch, classes]` of this exit."""
         features = pool_maps(features, self.head_pool)
         return self.readout(features if self.reduction is None else self.reduction(features))

@@ -13,9 +13,9 @@ from flax import nnx
 
 from jdecouple.models import layers
 from jdecouple.models.resampling import bilinear
-from jdecouple.objectives.base import HeadOutput, Site, at_least_float32, require_number
+from jdecouple.objectives.base import HeadOutput, Site, at_least_float32, pooled, require_number
 from jdecouple.objectives.cross_entropy import CrossEntropy, cross_entropy
-from jdecouple.objectives.maps import is_map
+from jdecouple.objectives.maps import is_map, pooled_site
 from jdecouple.objectives.supervised_contrastive import supervised_contrastive
 
 TASK_LOSSES = ("contrastive", "cross_entropy")
@@ -97,6 +97,7 @@ class InformationPropagationHead(nnx.Module):
 
     def __init__(self, objective: "InformationPropagation", site: Site, rngs: nnx.Rngs):
         self.objective = objective
+        site = pooled_site(site, 0)
         self.is_first = site.index == 0
         self.weights = objective.weights(site.index, site.num_blocks)
         reconstruction, task = self.weights
@@ -107,12 +108,13 @@ class InformationPropagationHead(nnx.Module):
             objective.weights(index, site.num_blocks)[0] for index in above
         )
 
-    def __call__(self, features: jax.Array, message: Mapping[str, Any]) -> HeadOutput:
+    def __call__(self, features: Any, message: Mapping[str, Any]) -> HeadOutput:
         """Loss of `features` under `message["label"]` and the image.
 
         The image is made from the first block's input, `message["x"]`, and travels to the blocks
         above as `message["image"]`.
         """
+        features = pooled(features)
         image = message.get("image")
         if self.is_first:
             image = unit_range(message["x"], self.objective.image_mean, self.objective.image_std)
@@ -136,11 +138,11 @@ class InformationPropagationHead(nnx.Module):
             loss += self.weights[1] * task
         return HeadOutput(loss, metrics, logits, {"image": image} if self.sends else {})
 
-    def logits(self, features: jax.Array) -> jax.Array | None:
+    def logits(self, features: Any) -> jax.Array | None:
         """Logits `[batch, classes]` under `task_loss="cross_entropy"`, else None."""
         if self.task_net is None or self.objective.task_loss == "contrastive":
             return None
-        return self.task_net(features)
+        return self.task_net(pooled(features))
 
 
 @dataclasses.dataclass(frozen=True)

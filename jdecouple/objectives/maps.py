@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from jdecouple.models.resampling import adaptive_average_pool
-from jdecouple.objectives.base import Site
+from jdecouple.objectives.base import Site, pooled
 
 
 def is_map(features: Any) -> bool:
@@ -16,13 +16,15 @@ def is_map(features: Any) -> bool:
 
 
 def pool_maps(features: Any, size: int) -> Any:
-    """Feature maps averaged over `size` x `size` bins; any other activation is left as it is.
+    """The array that a head reads, feature maps averaged over `size` x `size` bins.
 
     Args:
-        features: Activation of a block. Maps are `[batch, height, width, channels]`.
+        features: Activation of a block. Maps are `[batch, height, width, channels]`; of a sequence
+            it is the summary, and any other array is left as it is.
         size: Bins a side, as `adaptive_average_pool` cuts them. 0 pools nothing, and a side of
             fewer pixels keeps those it has.
     """
+    features = pooled(features)
     if not size or not is_map(features):
         return features
     height, width = (min(size, side) for side in features.shape[1:3])

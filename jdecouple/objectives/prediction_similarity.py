@@ -11,9 +11,9 @@ from flax import nnx
 
 from jdecouple.models import layers
 from jdecouple.models.resampling import adaptive_average_pool
-from jdecouple.objectives.base import HeadOutput, Site, require_number
+from jdecouple.objectives.base import HeadOutput, Site, pooled, require_number
 from jdecouple.objectives.cross_entropy import cross_entropy
-from jdecouple.objectives.maps import is_map
+from jdecouple.objectives.maps import is_map, pooled_site
 from jdecouple.objectives.similarity_matching import similarity_matching
 
 STATISTICS = ("deviation", "features")
@@ -28,6 +28,7 @@ class PredictionSimilarityHead(nnx.Module):
     def __init__(self, objective: "PredictionSimilarity", site: Site, rngs: nnx.Rngs):
         self.objective = objective
         self.num_classes = site.num_classes
+        site = pooled_site(site, 0)
         options: dict[str, Any] = {"init": site.init, "param_dtype": site.param_dtype, "rngs": rngs}
         self.pooled: tuple[int, int] | None = None
         self.deviation = False
@@ -47,10 +48,10 @@ class PredictionSimilarityHead(nnx.Module):
         self.decoder = nnx.Sequential(layers.Flatten(), readout)
         self.classifier = site.classifier if site.is_last else None
 
-    def __call__(self, features: jax.Array, message: Mapping[str, Any]) -> HeadOutput:
-        """Loss of `features` `[batch, ...]` under `message["label"]`."""
+    def __call__(self, features: Any, message: Mapping[str, Any]) -> HeadOutput:
+        """Loss of `features` `[batch, ...]`, or a sequence, under `message["label"]`."""
         labels = message["label"]
-        compared = self.layer(features)
+        compared = self.layer(pooled(features))
         if not self.deviation:
             compared = compared.reshape(compared.shape[0], -1)
         logits = self._decode(features)
@@ -68,11 +69,12 @@ class PredictionSimilarityHead(nnx.Module):
             loss = loss + metrics["classifier"]
         return HeadOutput(loss, metrics, logits)
 
-    def logits(self, features: jax.Array) -> jax.Array:
+    def logits(self, features: Any) -> jax.Array:
         """Logits `[batch, classes]` of this exit."""
         return self._decode(features) if self.classifier is None else self.classifier(features)
 
-    def _decode(self, features: jax.Array) -> jax.Array:
+    def _decode(self, features: Any) -> jax.Array:
+        features = pooled(features)
         if self.pooled is not None:
             features = adaptive_average_pool(features, *self.pooled)
         return self.decoder(features)

@@ -70,8 +70,8 @@ class SupervisedContrastiveHead(nnx.Module):
         )
         self.classifier = site.classifier if site.is_last else None
 
-    def __call__(self, features: jax.Array, message: Mapping[str, Any]) -> HeadOutput:
-        """Loss of `features` `[batch, ...]` under `message["label"]`."""
+    def __call__(self, features: Any, message: Mapping[str, Any]) -> HeadOutput:
+        """Loss of `features` `[batch, ...]`, or a sequence, under `message["label"]`."""
         labels = message["label"]
         z = self.projector(pool_maps(features, self.head_pool))
         loss = supervised_contrastive(z, labels, self.temperature)
@@ -82,7 +82,7 @@ class SupervisedContrastiveHead(nnx.Module):
             loss = loss + metrics["cross_entropy"]
         return HeadOutput(loss, metrics, logits)
 
-    def logits(self, features: jax.Array) -> jax.Array | None:
+    def logits(self, features: Any) -> jax.Array | None:
         """Logits `[batch, classes]` at the last block, else None."""
         return None if self.classifier is None else self.classifier(features)
 
