@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -29,6 +29,7 @@ class Site:
         param_dtype: Dtype of the head's parameters.
         is_embedding: Whether the block is one that only embeds tokens or patches, and says so by an
             attribute `is_embedding`.
+        input: Shape and dtype of the model's input, the first block's `message["x"]`.
     """
 
     index: int
@@ -39,6 +40,7 @@ class Site:
     init: str = "flax"
     param_dtype: Any = jnp.float32
     is_embedding: bool = False
+    input: Any = None
 
     @property
     def is_last(self) -> bool:
@@ -171,3 +173,10 @@ def require_number(*, positive: bool = False, **values: Any) -> None:
         if not is_number or not math.isfinite(value) or value < 0 or (positive and value == 0):
             kind = "positive" if positive else "non-negative"
             raise ValueError(f"{name} must be a finite {kind} number, got {value!r}")
+
+
+def require_whole(**values: Any) -> None:
+    """Raise ValueError, naming it, for the first of `values` that is no whole number >= 0."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 0:
+            raise ValueError(f"{name} must be a whole number of at least 0, got {value!r}")
