@@ -1,4 +1,4 @@
-"""Data sets by name: `digits`, `synthetic`, and the image sets of TensorFlow Datasets."""
+"""Data sets by name: `digits`, `synthetic`, folders of images, TensorFlow Datasets."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 
 import numpy as np
 
-from jdecouple.data import tfds_images
+from jdecouple.data import folders, tfds_images
 from jdecouple.data.noise import symmetric_label_noise
 from jdecouple.data.splits import (
     CACHE_BYTES,
@@ -52,7 +52,8 @@ def load(
     """Loads a data set with its fixed training, validation and test splits.
 
     `digits` is scikit-learn's bundled set of 1,797 real 8x8 images; a fixed stratified fifth is
-    the test split. `synthetic` is random, for benchmarks. Any other name is an image set of
+    the test split. `synthetic` is random, for benchmarks. `folder:PATH` is a folder of images in
+    class folders, see `folders.sources`. Any other name is an image set of
     TensorFlow Datasets that is already prepared as `array_record`; reading it imports no
     TensorFlow. A TFDS set without a test split is tested on its own validation split.
 
@@ -62,8 +63,8 @@ def load(
     training images.
 
     Args:
-        name: `digits`, `synthetic` or a TFDS name.
-        data_dir: folder of the prepared TFDS sets; None is TFDS's own.
+        name: `digits`, `synthetic`, `folder:PATH` or a TFDS name.
+        data_dir: folder of the prepared TFDS sets; None is TFDS's own. PATH begins there.
         validation: training examples to hold out: a fraction in [0, 1) or a count. None is the
             set's own validation split where it has one besides a test split, else a tenth.
         label_noise: share of the training labels drawn anew, in [0, 1].
@@ -83,7 +84,7 @@ def load(
     Raises:
         ValueError: a bad argument, or a set that is unknown, not prepared, empty or without
             images and labels.
-        FileNotFoundError: `data_dir` does not exist.
+        FileNotFoundError: `data_dir` or a folder of images does not exist.
     """
     if not isinstance(name, str) or not name:
         raise ValueError(f"data set name {name!r} given; 'digits', 'synthetic' or a TFDS name")
@@ -180,7 +181,8 @@ def _tfds(
     image_size: int | None,
     cache_bytes: int,
 ) -> Dataset:
-    base, sources, num_classes, shape = tfds_images.sources(
+    opener = folders if name.startswith(folders.PREFIX) else tfds_images
+    base, sources, num_classes, shape = opener.sources(
         name,
         data_dir=data_dir,
         download=download,
