@@ -137,6 +137,7 @@ def build_units(
             classifier=model.classifier,
             init=method.init,
             param_dtype=_param_dtype(block),
+            is_embedding=getattr(block, "is_embedding", False),
         )
         head = objective.head(site, nnx.Rngs(jax.random.fold_in(root, index)))
         if head is None and method.route.local:

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jdecouple.models.sequence import pooled
+
 
 @dataclasses.dataclass(frozen=True)
 class Site:
@@ -19,11 +21,14 @@ class Site:
         index: Index of the block, from 0.
         num_blocks: Number of blocks of the model.
         features: Shape and dtype (`jax.ShapeDtypeStruct`, or a pytree of them) of the block's
-            output, batch axis first.
+            output, batch axis first. Of a sequence (see :mod:`jdecouple.models.sequence`) heads
+            read the summary: `pooled(features)`.
         num_classes: Number of classes of the labels.
         classifier: The model's classifier, or None.
         init: Initial weights of the head's layers, "flax" or "torch".
         param_dtype: Dtype of the head's parameters.
+        is_embedding: Whether the block is one that only embeds tokens or patches, and says so by an
+            attribute `is_embedding`.
     """
 
     index: int
@@ -33,6 +38,7 @@ class Site:
     classifier: nnx.Module | None = None
     init: str = "flax"
     param_dtype: Any = jnp.float32
+    is_embedding: bool = False
 
     @property
     def is_last(self) -> bool:
@@ -41,13 +47,18 @@ class Site:
 
     @property
     def size(self) -> int:
-        """Numbers in one example's flattened features; TypeError if they are not one array."""
-        if not hasattr(self.features, "shape"):
+        """Numbers in one example's flattened features, of a sequence in its summary.
+
+        Raises:
+            TypeError: They are neither one array nor a sequence.
+        """
+        features = pooled(self.features)
+        if not hasattr(features, "shape"):
             raise TypeError(
-                f"the output of block {self.index} must be one array for this objective, "
-                f"got {type(self.features).__name__}"
+                f"the output of block {self.index} must be one array, or a sequence with "
+                f'"summary", for this objective, got {type(features).__name__}'
             )
-        return math.prod(self.features.shape[1:])
+        return math.prod(features.shape[1:])
 
 
 class HeadOutput(NamedTuple):

@@ -16,6 +16,7 @@ from jdecouple.objectives.base import (
     check_batch,
     inner_products,
     normalized_rows,
+    pooled,
     require_number,
 )
 from jdecouple.objectives.cross_entropy import cross_entropy
@@ -79,7 +80,7 @@ def _covariance_penalty(centred: jax.Array) -> jax.Array:
 
 
 class InformationRegularizationHead(nnx.Module):
-    """Projector under the three terms, and a classifier: an exit at every block."""
+    """Projector under the three terms, and a classifier: an exit at every block but embeddings."""
 
     def __init__(self, objective: "InformationRegularization", site: Site, rngs: nnx.Rngs):
         self.objective = objective
@@ -87,7 +88,9 @@ class InformationRegularizationHead(nnx.Module):
         options = {"init": site.init, "param_dtype": site.param_dtype, "rngs": rngs}
         widths = objective.widths
         self.projector = layers.perceptron(site.size, widths, batch_norm=True, **options)
-        if objective.mode == "unmerge":
+        if site.is_embedding:
+            self.classifier = None
+        elif objective.mode == "unmerge":
             self.classifier = layers.perceptron(
                 site.size, (*widths[:-1], site.num_classes), batch_norm=True, **options
             )
@@ -97,28 +100,33 @@ class InformationRegularizationHead(nnx.Module):
             readout = layers.linear(out, site.num_classes, **options)
             self.classifier = nnx.Sequential(norm, nnx.relu, readout)
 
-    def __call__(self, features: jax.Array, message: Mapping[str, Any]) -> HeadOutput:
-        """Loss of `features` `[batch, ...]` under `message["label"]`."""
+    def __call__(self, features: Any, message: Mapping[str, Any]) -> HeadOutput:
+        """Loss of `features` `[batch, ...]`, or a sequence, under `message["label"]`."""
         labels = message["label"]
         weights = self.objective
+        features = pooled(features)
         z = self.projector(features)
         logits = self._classify(features, z)
         terms = information_regularization(z, labels, self.num_classes, normalize=weights.normalize)
-        terms["cross_entropy"] = cross_entropy(logits, labels)
         loss = (
             weights.variance * terms["variance"]
             + weights.invariance * terms["invariance"]
             + weights.covariance * terms["covariance"]
-            + weights.alpha * terms["cross_entropy"]
         )
+        if logits is not None:
+            terms["cross_entropy"] = cross_entropy(logits, labels)
+            loss = loss + weights.alpha * terms["cross_entropy"]
         return HeadOutput(loss, terms, logits)
 
-    def logits(self, features: jax.Array) -> jax.Array:
-        """Logits `[batch, classes]` of this exit."""
+    def logits(self, features: Any) -> jax.Array | None:
+        """Logits `[batch, classes]` of this exit; None at an embedding block."""
+        features = pooled(features)
         merged = self.objective.mode == "merge"
         return self._classify(features, self.projector(features) if merged else None)
 
-    def _classify(self, features: jax.Array, z: jax.Array | None) -> jax.Array:
+    def _classify(self, features: jax.Array, z: jax.Array | None) -> jax.Array | None:
+        if self.classifier is None:
+            return None
         merged = self.objective.mode == "merge"
         return self.classifier(z if merged else jax.lax.stop_gradient(features))
 
@@ -127,7 +135,8 @@ class InformationRegularizationHead(nnx.Module):
 class InformationRegularization:
     """DeInfoReg: the three weighted terms of every block plus `alpha` times its cross-entropy.
 
-    The model's own classifier is ignored: every block has one.
+    The model's own classifier is ignored: every block has one, except those that only embed tokens
+    or patches, which have no cross-entropy and are no exits.
 
     Attributes:
         projector: Widths of the projector's dense layers (BatchNorm and ReLU between them), as text

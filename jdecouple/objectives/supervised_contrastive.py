@@ -16,6 +16,7 @@ from jdecouple.objectives.base import (
     check_batch,
     inner_products,
     normalized_rows,
+    pooled,
     require_number,
 )
 from jdecouple.objectives.cross_entropy import cross_entropy
@@ -63,10 +64,11 @@ class SupervisedContrastiveHead(nnx.Module):
         )
         self.classifier = site.classifier if site.is_last else None
 
-    def __call__(self, features: jax.Array, message: Mapping[str, Any]) -> HeadOutput:
-        """Loss of `features` `[batch, ...]` under `message["label"]`."""
+    def __call__(self, features: Any, message: Mapping[str, Any]) -> HeadOutput:
+        """Loss of `features` `[batch, ...]`, or a sequence, under `message["label"]`."""
         labels = message["label"]
-        loss = supervised_contrastive(self.projector(features), labels, self.temperature)
+        z = self.projector(pooled(features))
+        loss = supervised_contrastive(z, labels, self.temperature)
         metrics = {"contrastive": loss}
         logits = self.logits(jax.lax.stop_gradient(features))
         if logits is not None:
@@ -74,7 +76,7 @@ class SupervisedContrastiveHead(nnx.Module):
             loss = loss + metrics["cross_entropy"]
         return HeadOutput(loss, metrics, logits)
 
-    def logits(self, features: jax.Array) -> jax.Array | None:
+    def logits(self, features: Any) -> jax.Array | None:
         """Logits `[batch, classes]` at the last block, else None."""
         return None if self.classifier is None else self.classifier(features)
 
