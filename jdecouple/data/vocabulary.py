@@ -23,8 +23,9 @@ class Vocabulary:
     """Numbers of words: 0 is padding, 1 any word that is not in the vocabulary.
 
     A text is lower-cased, HTML line breaks (`<br>`, `<br />`) become spaces, curled apostrophes
-    straight ones, and what is left falls into words: letters, digits and underscores with the apostrophes between them ("don't"), endings
-    that stand alone ("'s", "'ll"), and runs of every other sign ("...", "-").
+    straight ones, and what is left falls into words: letters, digits and underscores with the
+    apostrophes between them ("don't"), endings that stand alone ("'s", "'ll"), and runs of every
+    other sign ("...", "-").
 
     Args:
         words: the words with the numbers 2, 3, ...
