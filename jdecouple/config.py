@@ -31,6 +31,7 @@ _SIZES = (
     *("microbatches", "mesh.stages", "mesh.data", "num_stages", "max_in_flight", "chunk"),
     *("batch_size", "epochs", "steps", "eval_every", "checkpoint.every", "checkpoint.keep"),
     *("log_every", "profile", "data.image_size", "data.synthetic_size", "data.num_classes"),
+    *("data.max_length", "data.vocabulary_size"),
 )
 # Key, least value, whether that one is excluded, largest value.
 _NUMBERS = (
@@ -79,6 +80,10 @@ def default() -> ConfigDict:
                 "synthetic_size": 4096,
                 "channels": 3,  # of synthetic images
                 "num_classes": 10,  # of synthetic images
+                "max_length": placeholder(int),  # words kept of a text; None: the last bucket, 256
+                "vocabulary_size": placeholder(int),  # None: 30000
+                "glove": placeholder(str),  # text file of word vectors
+                "buckets": placeholder(tuple),  # lengths that batches of texts are padded to
             },
             "optimizer": {
                 "name": "adam",
@@ -118,6 +123,23 @@ def default() -> ConfigDict:
 def model_arguments(name: str) -> dict[str, Any]:
     """Arguments of a model builder that a configuration may set, with their defaults."""
     return _arguments(models.get(name))
+
+
+def check_model_reads(name: str, inputs: Mapping[str, Any], what: str) -> None:
+    """Raises ConfigError unless a model takes what a data set tells of its inputs.
+
+    Args:
+        name: of the model.
+        inputs: the arguments that the data set gives to a builder.
+        what: what the data set is called and holds.
+    """
+
+    def reads(other: str) -> bool:
+        return set(inputs) <= set(inspect.signature(models.get(other)).parameters)
+
+    if not reads(name):
+        fitting = ", ".join(filter(reads, models.names())) or "no built-in model"
+        raise ConfigError(f"config.model.name is {name!r}: {what}, which {fitting} read")
 
 
 def optimizer_arguments(name: str) -> dict[str, Any]:
@@ -201,6 +223,7 @@ def validate(config: Mapping[str, Any]) -> ConfigDict:
             "config.profile shows the calls of stages: config.engine 'spmd' has none, 'mpmd' has"
         )
     _numbers(complete, "boundaries", int)
+    _check_buckets(complete)
     if complete.split is not None and complete.boundaries is not None:
         raise ConfigError("config.split and config.boundaries are both set: give one of them")
     _numbers(complete, "optimizer.decay_epochs", (int, float))
@@ -330,12 +353,29 @@ def _number(config: ConfigDict, key: str, least: float, excluded: bool, most: fl
     raise ConfigError(f"config.{key} is {value}: a finite number {bounds} is needed")
 
 
-def _numbers(config: ConfigDict, key: str, kind: Any) -> None:
+def _numbers(config: ConfigDict, key: str, kind: Any, least: int = 0) -> None:
     values = _value(config, key) or ()
     good = all(isinstance(each, kind) and not isinstance(each, bool) for each in values)
-    if not (good and all(a < b for a, b in itertools.pairwise((-1, *values)))):
+    if not (good and all(a < b for a, b in itertools.pairwise((least - 1, *values)))):
         what = "whole numbers" if kind is int else "numbers"
-        raise ConfigError(f"config.{key} is {values}: increasing {what} from 0 on are needed")
+        raise ConfigError(f"config.{key} is {values}: increasing {what} from {least} on are needed")
+
+
+def _check_buckets(config: ConfigDict) -> None:
+    _numbers(config, "data.buckets", int, least=1)
+    buckets, length = config.data.buckets, config.data.max_length
+    if not buckets:
+        return
+    if length not in (None, buckets[-1]):
+        raise ConfigError(
+            f"config.data.buckets is {buckets}: its last must be config.data.max_length, {length}"
+        )
+    for key, least in (("chunk", 1), ("profile", None)):
+        if config[key] != least:
+            raise ConfigError(
+                f"config.data.buckets is set: config.{key} is {config[key]}, which needs batches "
+                f"of one length: leave it at {least}"
+            )
 
 
 def _difference(before: Any, now: Any) -> str:

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from jdecouple import config as configuration
 from jdecouple import data, hosts, methods, models, optim, report
+from jdecouple.bucketing import by_length, check_buckets
 from jdecouple.checkpoint import Checkpointer
 from jdecouple.config import ConfigError, chosen
 from jdecouple.diagnostics import SufficientDirection
@@ -26,6 +27,7 @@ from jdecouple.pipeline import make_mesh, propose
 from jdecouple.processes import Unwritten, check_alike, check_processes
 from jdecouple.profile import Profile
 from jdecouple.resume import identity, restore
+from jdecouple.state import PlacedChunk
 from jdecouple.trainer import State, Trainer
 
 
@@ -43,6 +45,8 @@ class Run:
     total_steps: int
     eval_every: int
     diagnose: Callable[[State], dict[str, jax.Array]]
+    trainer_of: Callable[[Mapping[str, Any]], Trainer]
+    """The trainer of a batch: `trainer`, or one like it for texts of another length."""
 
     @property
     def title(self) -> str:
@@ -61,12 +65,13 @@ def build(config: ConfigDict | Mapping) -> Run:
         dataset = data.load(config.data.name, **_data_arguments(config))
         steps_per_epoch = data.steps_per_epoch(dataset.train, config.batch_size)
         total_steps = config.steps or config.epochs * steps_per_epoch
-        height, _, channels = dataset.image_shape
+        inputs = dataset.model_arguments()
         name = config.model.name
+        what = f"data set {dataset.name!r} holds {dataset.kind}"
+        configuration.check_model_reads(name, inputs, what)
         model = models.get(name)(
             dataset.num_classes,
-            image_size=height,
-            channels=channels,
+            **inputs,
             rngs=nnx.Rngs(config.seed),
             **chosen(config.model, configuration.model_arguments(name), "model"),
         )
@@ -77,26 +82,29 @@ def build(config: ConfigDict | Mapping) -> Run:
             method,
             _optimizer(config, total_steps, steps_per_epoch, method.route.accumulate),
             microbatches=config.microbatches,
-            example=dataset.train.gather(np.arange(config.batch_size)),
             num_classes=dataset.num_classes,
             seed=config.seed,
-            transform=data.augment.get(config.data.augment, mean=dataset.mean, std=dataset.std),
+            transform=dataset.transform(config.data.augment),
             dtype=configuration.DTYPES[config.dtype],
             clip_norm=config.clip_norm,
             remat=config.remat,
             fuse=False if config.profile else None,  # a timeline shows stages
             max_in_flight=config.max_in_flight,
         )
-        trainer = make_trainer(
-            schedule=config.schedule,
-            engine=config.engine,
-            **_placement(config, make_trainer, len(model.blocks)),
-        )
+        example = dataset.train.gather(np.arange(config.batch_size))
+        probe = functools.partial(make_trainer, example=example)
+        placement = _placement(config, probe, len(model.blocks))
+        placement |= {"schedule": config.schedule, "engine": config.engine}
+        make_trainer = functools.partial(make_trainer, **placement)
+        trainer = make_trainer(example=example)
+        trainer_of = by_length(trainer, example, make_trainer)
         trainer.check_chunk(config.chunk)
+        if config.data.buckets:
+            check_buckets(trainer)
         check_processes(trainer, config)
         diagnose = SufficientDirection(trainer) if config.sufficient_direction else _nothing
     eval_every = config.eval_every or steps_per_epoch
-    return Run(config, dataset, trainer, total_steps, eval_every, diagnose)
+    return Run(config, dataset, trainer, total_steps, eval_every, diagnose, trainer_of)
 
 
 def train_and_evaluate(
@@ -188,6 +196,7 @@ class _Loop:
             config.batch_size,
             seed=config.seed,
             share=self._trainer.share(config.batch_size, config.microbatches),
+            buckets=config.data.buckets or (),
         )
         if start:
             batches.set_state(start["iterator"])
@@ -203,16 +212,16 @@ class _Loop:
             ends.append(config.log_every)
         groups = data.Groups(batches, data.group_sizes(first, run.total_steps, config.chunk, *ends))
         with (
-            data.Prefetcher(groups, self._trainer.put_chunk) as prefetcher,
+            data.Prefetcher(groups, self._put) as prefetcher,
             contextlib.closing(progress),
             contextlib.closing(self._profile) as profile,
         ):
             while state.step < run.total_steps:
                 since, began = state.step, Clock.now(prefetcher.wait_seconds)
                 with _one_line():
-                    chunk = next(prefetcher)
+                    trainer, chunk = next(prefetcher)
                 profile.before(since + 1, state)
-                state, metrics = self._trainer.run_chunk(state, chunk)
+                state, metrics = trainer.run_chunk(state, chunk)
                 step = state.step
                 if news := profile.after(step, state):
                     progress.print(news)
@@ -232,6 +241,10 @@ class _Loop:
                     break
         self._checkpoints.wait()
         return state
+
+    def _put(self, batches: list[Mapping[str, Any]]) -> tuple[Trainer, PlacedChunk]:
+        trainer = self._run.trainer_of(batches[0])
+        return trainer, trainer.put_chunk(batches)
 
     def _log_chunk(
         self, since: int, began: Clock, state: State, prefetcher: data.Prefetcher
@@ -388,9 +401,14 @@ def _placement(
 
 def _data_arguments(config: ConfigDict) -> dict[str, Any]:
     section = config.data
-    names = ("data_dir", "download", "validation", "label_noise", "image_size")
+    names = (
+        *("data_dir", "download", "validation", "label_noise"),
+        *("image_size", "vocabulary_size", "glove"),
+    )
     sizes = ("synthetic_size", "channels", "num_classes") if section.name == "synthetic" else ()
-    return {**{name: section[name] for name in (*names, *sizes)}, "seed": config.seed}
+    given = {name: section[name] for name in (*names, *sizes)}
+    length = section.buckets[-1] if section.buckets else section.max_length
+    return {**given, "max_length": length, "seed": config.seed}
 
 
 def _method_arguments(config: ConfigDict, dataset: data.Dataset) -> dict[str, Any]:

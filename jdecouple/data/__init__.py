@@ -6,14 +6,19 @@ from jdecouple.data.groups import Groups, group_sizes
 from jdecouple.data.noise import symmetric_label_noise
 from jdecouple.data.prefetch import Prefetcher
 from jdecouple.data.sources import channel_statistics, load
-from jdecouple.data.splits import Dataset, Source, Split, from_arrays
+from jdecouple.data.splits import Dataset, ImageDataset, Source, Split, from_arrays
+from jdecouple.data.texts import TextDataset
+from jdecouple.data.vocabulary import Vocabulary, word_vectors
 
 __all__ = [
     "Dataset",
     "Groups",
+    "ImageDataset",
     "Prefetcher",
     "Source",
     "Split",
+    "TextDataset",
+    "Vocabulary",
     "augment",
     "channel_statistics",
     "evaluation_batches",
@@ -23,4 +28,5 @@ __all__ = [
     "steps_per_epoch",
     "symmetric_label_noise",
     "train_batches",
+    "word_vectors",
 ]

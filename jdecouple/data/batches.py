@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -37,10 +37,11 @@ def train_batches(
     start: int = 0,
     threads: int = 2,
     share: np.ndarray | None = None,
+    buckets: Sequence[int] = (),
 ) -> grain.DatasetIterator[Batch]:
     """Batches without end, the examples in a new order in each epoch.
 
-    Batch number b is a function of the split, `batch_size`, `seed` and b alone, so an iterator
+    Batch number b is a function of the arguments and b alone, so an iterator
     resumes exactly from its state, `{"next_index": b}`. The order is drawn for a whole epoch at
     once with NumPy: grain's own per-element shuffle costs 1.5 ms of interpreter time a batch of
     128, which is as long as a small model's step.
@@ -53,31 +54,82 @@ def train_batches(
         threads: threads that read ahead (twice as many batches as threads).
         share: positions in a batch that are read, the same in all; the others are zero. By default
             all.
+        buckets: rising lengths, the last that of the longest text. Texts of about the same length
+            then make a batch, which is padded to the first of these lengths that holds them.
 
     Returns:
-        A grain iterator over `{"x": [batch_size, H, W, C], "label": int32 [batch_size]}` with
-        `get_state()`, `set_state(state)` (JSON-serialisable) and `close()`.
+        A grain iterator over `{"x": [batch_size, H, W, C], "label": int32 [batch_size]}`, of texts
+        with x int32 [batch_size, length], with `get_state()`, `set_state(state)`
+        (JSON-serialisable) and `close()`.
 
     Raises:
-        ValueError: `batch_size` does not fit the split, or `start` is negative.
+        ValueError: `batch_size` does not fit the split, `start` is negative, or the buckets do not
+            hold all examples.
     """
     steps = steps_per_epoch(split, batch_size)
     if start < 0:
         raise ValueError(f"start={start} given; a batch number of at least 0 wanted")
 
+    sizes = _bucket_of(split.lengths, buckets) if buckets else np.zeros(len(split), int)
+
     @functools.lru_cache(maxsize=2)
-    def order(epoch: int) -> np.ndarray:
+    def plan(epoch: int) -> _Plan:
         generator = np.random.Generator(np.random.PCG64([seed, epoch]))
-        return generator.permutation(len(split))
+        order = generator.permutation(len(split))
+        if not buckets:
+            return _Plan(order[: steps * batch_size].reshape(steps, batch_size), None)
+        return _bucketed(order, sizes, buckets, batch_size, generator)
 
     def read(number: int) -> Batch:
         epoch, step = divmod(number, steps)
-        return _gather(split, order(epoch)[step * batch_size : (step + 1) * batch_size], share)
+        rows, lengths = plan(epoch)
+        batch = _gather(split, rows[step], share)
+        return batch if lengths is None else {**batch, "x": batch["x"][:, : lengths[step]]}
 
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     iterator = iter(grain.MapDataset.range(sys.maxsize).map(read).to_iter_dataset(options))
     iterator.set_state({"next_index": start})
     return iterator
+
+
+class _Plan(NamedTuple):
+    """The examples of all batches of an epoch, and the lengths that their texts are padded to."""
+
+    rows: np.ndarray
+    lengths: np.ndarray | None
+
+
+def _bucket_of(lengths: np.ndarray, buckets: Sequence[int]) -> np.ndarray:
+    """Number of the first bucket that holds each example."""
+    if lengths.max() > buckets[-1]:
+        raise ValueError(
+            f"buckets={tuple(buckets)} given; the longest example has {lengths.max()} words"
+        )
+    return np.searchsorted(np.asarray(buckets), lengths)
+
+
+def _bucketed(
+    order: np.ndarray,
+    bucket_of: np.ndarray,
+    buckets: Sequence[int],
+    batch_size: int,
+    generator: np.random.Generator,
+) -> _Plan:
+    """Cuts an epoch into batches of one bucket each, in random order.
+
+    What fills no batch of a bucket goes up into the next, so that an epoch has as many batches as
+    without buckets.
+    """
+    rows, lengths = [], []
+    rest = order[:0]
+    for number, length in enumerate(buckets):
+        rest = np.concatenate([rest, order[bucket_of[order] == number]])
+        full = len(rest) // batch_size
+        rows.append(rest[: full * batch_size].reshape(full, batch_size))
+        lengths.append(np.full(full, length))
+        rest = rest[full * batch_size :]
+    shuffled = generator.permutation(sum(map(len, rows)))
+    return _Plan(np.concatenate(rows)[shuffled], np.concatenate(lengths)[shuffled])
 
 
 def evaluation_batches(

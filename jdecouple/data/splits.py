@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from PIL import Image
+
+from jdecouple.data import augment
 
 CACHE_BYTES = 4 << 30
 _FIXED_ORDER_SEED = 0
@@ -20,7 +22,10 @@ class Source(Protocol):
         """Number of rows."""
 
     def gather(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Images [n, H, W, C] (uint8, or float32 in 0..1) and int32 labels [n] of `indices`."""
+        """Inputs and int32 labels [n] of `indices`.
+
+        Inputs are images [n, H, W, C] (uint8, or float32 in 0..1) or words [n, length] (int32).
+        """
 
 
 class Records(Protocol):
@@ -62,41 +67,81 @@ class Split:
             indices: integers [n] in 0..len(self)-1, in any order.
 
         Returns:
-            `x`, uint8 (or float32 in 0..1) [n, H, W, C], and `label`, int32 [n].
+            `x`, as of the source, and `label`, int32 [n].
 
         Raises:
             ValueError: an example cannot be decoded, or a label or pixel is out of range.
         """
-        images, labels = self.source.gather(self.indices[indices])
+        inputs, labels = self.source.gather(self.indices[indices])
         if self.overrides is not None:
             replacements = self.overrides[indices]
             labels = np.where(replacements >= 0, replacements, labels)
-        return {"x": images, "label": labels}
+        return {"x": inputs, "label": labels}
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Words of every example, int [n].
+
+        Raises:
+            ValueError: the examples are no texts.
+        """
+        if not hasattr(self.source, "lengths"):
+            raise ValueError(f"the {self.name} split has no lengths: its examples are no texts")
+        return self.source.lengths[self.indices]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
-    """An image classification set with its fixed splits.
+    """A classification set with its fixed splits; `ImageDataset` or `texts.TextDataset`.
 
     Attributes:
+        kind: what its examples are.
         name: the name it was loaded by.
         train: training split, label noise included.
         validation: split held out of the training examples (or the set's own).
         test: test split, never altered.
         num_classes: labels are 0..num_classes-1.
-        image_shape: (H, W, C).
-        mean: per-channel mean of the images scaled to 0..1, length C.
-        std: per-channel standard deviation on the same scale, length C.
     """
 
+    kind: ClassVar[str]
     name: str
     train: Split
     validation: Split
     test: Split
     num_classes: int
+
+    def model_arguments(self) -> dict[str, Any]:
+        """What a builder of `jdecouple.models` has to know of the inputs."""
+        raise NotImplementedError
+
+    def transform(self, name: str) -> Callable[..., Any] | None:
+        """The augmentation of this name for the Trainer; ValueError if it does not fit."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ImageDataset(Dataset):
+    """Images with their normalisation.
+
+    Attributes:
+        image_shape: (H, W, C).
+        mean: per-channel mean of the images scaled to 0..1, length C.
+        std: per-channel standard deviation on the same scale, length C.
+    """
+
+    kind = "images"
     image_shape: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+    def model_arguments(self) -> dict[str, Any]:
+        """See `Dataset.model_arguments`."""
+        height, _, channels = self.image_shape
+        return {"image_size": height, "channels": channels}
+
+    def transform(self, name: str) -> Callable[..., Any]:
+        """See `Dataset.transform`."""
+        return augment.get(name, mean=self.mean, std=self.std)
 
 
 class ArraySource:
@@ -196,7 +241,7 @@ class DecodedSource:
     def _decode(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         images = np.empty((len(indices), *self._shape), self._dtype)
         labels = np.empty(len(indices), np.int64)
-        for row, example in enumerate(self._read([int(index) for index in indices])):
+        for row, example in enumerate(read(self._records, indices, self._name)):
             image = np.asarray(example[self._keys[0]])
             images[row] = resize_image(image, self._shape) if self._resize else image
             labels[row] = example[self._keys[1]]
@@ -205,21 +250,21 @@ class DecodedSource:
             check_finite(images, self._name, indices)
         return images, labels.astype(np.int32)
 
-    def _read(self, indices: list[int]) -> Sequence[Any]:
-        try:
-            return self._records.__getitems__(indices)
-        except Exception:
-            for index in indices:
-                self._read_one(index)
-            raise
 
-    def _read_one(self, index: int) -> Any:
-        try:
-            return self._records[index]
-        except Exception as error:
-            raise ValueError(
-                f"split {self._name!r}: example {index} cannot be read ({first_line(error)})"
-            ) from error
+def read(records: Records, indices: np.ndarray, name: str) -> Sequence[Mapping[str, Any]]:
+    """Reads examples; ValueError with the number of one that cannot be decoded."""
+    rows = [int(index) for index in indices]
+    try:
+        return records.__getitems__(rows)
+    except Exception:
+        for index in rows:
+            try:
+                records[index]
+            except Exception as error:
+                raise ValueError(
+                    f"split {name!r}: example {index} cannot be read ({first_line(error)})"
+                ) from error
+        raise
 
 
 def from_arrays(

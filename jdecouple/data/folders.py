@@ -1,0 +1,277 @@
+"""Images in class folders, by name `folder:PATH`: any such set, and Tiny ImageNet as it is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+
+from jdecouple.data.splits import (
+    CACHE_BYTES,
+    DecodedSource,
+    first_line,
+    held_out,
+    resize_image,
+    stratified_order,
+)
+
+PREFIX = "folder:"
+EXTENSIONS = ("png", "jpg", "jpeg", "bmp", "gif", "webp", "tif", "tiff", "ppm", "pgm")
+TEST_SHARE = 0.2  # of a folder that has no test images of its own
+_VALIDATION = ("val", "validation")
+_GREY = ("1", "L", "LA", "La", "I;16", "I;16B", "I;16L")
+_TRANSPARENT = ("RGBA", "RGBa", "LA", "La", "PA")
+_TOO_DEEP = ("I", "F")  # 32 bits, of which no range is known
+_ORIENTATION, _SIDEWAYS = ExifTags.Base.Orientation, (5, 6, 7, 8)
+_SPLITS = ("train", "test", *_VALIDATION)
+
+Files = list[tuple[str, int]]  # path and label of every image
+
+
+def sources(
+    name: str,
+    *,
+    data_dir: str | os.PathLike[str] | None = None,
+    download: bool = False,
+    image_size: int | None = None,
+    cache_bytes: int = CACHE_BYTES,
+) -> tuple[str, dict[str, DecodedSource], int, tuple[int, int, int]]:
+    """Opens a folder of images; each is decoded at its first use.
+
+    Label i is the i-th name of a class in sorted order. The folder holds either
+
+    - `train/CLASS/...` and at least one of `test`, `val` (or `validation`), each with the same
+      classes, or with its images in `images` and their classes in a file such as
+      `val_annotations.txt`, whose lines begin with a file name, a tab and a class (Tiny ImageNet).
+      A `test` of unlabelled images is passed over; a `val` without a labelled `test` is the test
+      split, as with TFDS sets;
+    - or `CLASS/...`, of which a fixed stratified fifth is the test split.
+
+    Images may lie at any depth below their class. Hidden files and files that do not end in one of
+    `EXTENSIONS` are passed over. Images are turned as their EXIF data say; transparent ones are
+    laid on white; of 16 bits the upper 8 are used. They are brought to one channel if all are
+    greyscale, else to three; with `image_size` only one image of every class is asked for that.
+
+    Args:
+        name: `folder:PATH`.
+        data_dir: folder that a relative PATH begins at; the current one by default.
+        download: not used.
+        image_size: resize to this many pixels a side; needed where images differ in size.
+        cache_bytes: bound on the decoded images that one split keeps in memory.
+
+    Returns:
+        The name, the `train`, `validation` and `test` sources that there are, their rows in a fixed
+        order that mixes the classes, the number of classes and the image shape (H, W, C).
+
+    Raises:
+        ValueError: the folder is not laid out like that, an image cannot be read, or the images
+            differ in size.
+        FileNotFoundError: there is no such folder.
+    """
+    del download
+    root = Path(data_dir or "").expanduser() / Path(name.removeprefix(PREFIX)).expanduser()
+    if name == PREFIX or not root.is_dir():
+        raise FileNotFoundError(f"data set {name!r}: there is no folder '{root}'")
+    classes, splits = _splits(root)
+    files = [path for each in splits.values() for path, _ in each]
+    shape = _image_shape(files if image_size is None else _first_of_classes(splits), image_size)
+    opened = {
+        split: DecodedSource(
+            _Images(each, shape, resize=image_size is not None),
+            keys=("image", "label"),
+            image_shape=shape,
+            dtype=np.dtype(np.uint8),
+            num_classes=len(classes),
+            name=split,
+            cache_bytes=cache_bytes,
+        )
+        for split, each in splits.items()
+    }
+    return name, opened, len(classes), shape
+
+
+class _Images:
+    """Files as `splits.Records`, decoded one by one."""
+
+    def __init__(self, files: Files, shape: tuple[int, int, int], *, resize: bool):
+        self._files, self._shape, self._resize = files, shape, resize
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int, /) -> dict[str, Any]:
+        path, label = self._files[index]
+        image = _decode(path, self._shape[-1])
+        if self._resize:
+            image = resize_image(image, self._shape)
+        elif image.shape != self._shape:
+            raise ValueError(_other_size(path, image.shape, self._shape))
+        return {"image": image, "label": label}
+
+    def __getitems__(self, indices: Sequence[int], /) -> list[dict[str, Any]]:
+        return [self[index] for index in indices]
+
+
+def _splits(root: Path) -> tuple[list[str], dict[str, Files]]:
+    """Names of the classes, and the files of every split in their fixed order."""
+    if not _is_divided(root):
+        classes = _class_names(root)
+        files = _mixed(_in_classes(root, classes))
+        kept, held = held_out(np.arange(len(files)), TEST_SHARE)
+        if not len(held):
+            raise ValueError(f"{len(files)} images in '{root}': too few to hold some out for tests")
+        return classes, {"train": [files[i] for i in kept], "test": [files[i] for i in held]}
+    classes = _class_names(root / "train")
+    found = {"train": _in_classes(root / "train", classes)}
+    own = next((root / each for each in _VALIDATION if (root / each).is_dir()), None)
+    for split, folder in (("test", root / "test"), ("validation", own)):
+        if folder and folder.is_dir() and not _is_unlabelled(folder, classes):
+            found[split] = _labelled(folder, classes)
+    if len(found) == 1:
+        raise ValueError(f"'{root}' has 'train', but neither 'test' nor 'val' with labelled images")
+    return classes, {split: _mixed(files) for split, files in found.items()}
+
+
+def _is_divided(root: Path) -> bool:
+    """Whether there is a split `train`; a class may have that name, too."""
+    names = _subfolders(root)
+    return "train" in names and (set(names) <= {*_SPLITS} or bool(_subfolders(root / "train")))
+
+
+def _class_names(folder: Path) -> list[str]:
+    names = _subfolders(folder)
+    if len(names) < 2:
+        raise ValueError(
+            f"'{folder}' has {len(names)} class folders: at least 2 with images are needed "
+            "(PATH/CLASS/*.png, or PATH/train/CLASS/*.png and PATH/test/CLASS/*.png)"
+        )
+    return names
+
+
+def _in_classes(folder: Path, classes: Sequence[str]) -> Files:
+    files = []
+    for label, name in enumerate(classes):
+        paths = _images_below(folder / name)
+        if not paths:
+            raise ValueError(f"class folder '{folder / name}' holds no images")
+        files += [(path, label) for path in paths]
+    return files
+
+
+def _labelled(folder: Path, classes: Sequence[str]) -> Files:
+    """Files of a split other than train, whose classes must be the same."""
+    if _annotations(folder).is_file():
+        return _annotated(folder, classes)
+    if other := sorted(set(_subfolders(folder)) ^ set(classes)):
+        here, there = (folder.name, "train") if other[0] not in classes else ("train", folder.name)
+        raise ValueError(f"class {other[0]!r} is in '{folder.with_name(here)}', but not in {there}")
+    return _in_classes(folder, classes)
+
+
+def _annotated(folder: Path, classes: Sequence[str]) -> Files:
+    listing, labels = _annotations(folder), {name: label for label, name in enumerate(classes)}
+    files, listed = [], set()
+    for number, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        name, _, rest = line.partition("\t")
+        path, known = folder / "images" / name, rest.split("\t")[0].strip()
+        if known not in labels:
+            raise ValueError(f"'{listing}', line {number}: {known!r} is no class of 'train'")
+        if not path.is_file():
+            raise ValueError(f"'{listing}', line {number}: there is no file '{path}'")
+        files.append((str(path), labels[known]))
+        listed.add(str(path))
+    if missing := [path for path in _images_below(folder / "images") if path not in listed]:
+        raise ValueError(f"'{listing}' has no line for '{missing[0]}'")
+    if absent := sorted(set(range(len(classes))) - {label for _, label in files}):
+        raise ValueError(f"'{listing}' has no image of class {classes[absent[0]]!r}")
+    return sorted(files)
+
+
+def _is_unlabelled(folder: Path, classes: Sequence[str]) -> bool:
+    """Whether a split has images, but not in class folders, and no list of their classes."""
+    bare = not set(_subfolders(folder)) - {"images"} and "images" not in classes
+    return bare and not _annotations(folder).is_file()
+
+
+def _annotations(folder: Path) -> Path:
+    return folder / f"{folder.name}_annotations.txt"
+
+
+def _subfolders(folder: Path) -> list[str]:
+    with os.scandir(folder) as entries:
+        return sorted(e.name for e in entries if not e.name.startswith(".") and e.is_dir())
+
+
+def _images_below(folder: Path) -> list[str]:
+    found = []
+    for path, folders, names in os.walk(folder):
+        folders[:] = [each for each in folders if not each.startswith(".")]
+        found += [
+            os.path.join(path, each)
+            for each in names
+            if not each.startswith(".") and each.lower().rpartition(".")[2] in EXTENSIONS
+        ]
+    return sorted(found)
+
+
+def _mixed(files: Files) -> Files:
+    """The files in a fixed order of which every part holds the classes in proportion."""
+    return [files[i] for i in stratified_order(np.array([label for _, label in files]))]
+
+
+def _first_of_classes(splits: dict[str, Files]) -> list[str]:
+    first = {label: path for path, label in reversed(splits["train"])}
+    return [first[label] for label in sorted(first)]
+
+
+def _image_shape(paths: Sequence[str], image_size: int | None) -> tuple[int, int, int]:
+    """Reads what the heads of files say of their size and colours."""
+    shape, grey = None, True
+    for path in paths:
+        try:
+            with Image.open(path) as picture:
+                width, height = picture.size
+                # Other formats would decode the pixels to find their EXIF data.
+                if picture.format == "JPEG" and picture.getexif().get(_ORIENTATION, 1) in _SIDEWAYS:
+                    width, height = height, width
+                grey = grey and picture.mode in _GREY
+        except Exception as error:  # whatever Pillow makes of a broken file
+            raise ValueError(f"'{path}' cannot be read ({first_line(error)})") from error
+        shape = shape or (height, width)
+        if image_size is None and shape != (height, width):
+            raise ValueError(_other_size(path, (height, width), shape))
+    assert shape is not None
+    height, width = (image_size, image_size) if image_size else shape
+    return height, width, 1 if grey else 3
+
+
+def _other_size(path: str, found: Sequence[int], wanted: Sequence[int]) -> str:
+    return (
+        f"'{path}' is {found[1]} x {found[0]} pixels, others are {wanted[1]} x {wanted[0]}: "
+        "set data.image_size"
+    )
+
+
+def _decode(path: str, channels: int) -> np.ndarray:
+    """An image as uint8 [h, w, channels]; channels is 1 or 3."""
+    try:
+        with Image.open(path) as opened:
+            picture = ImageOps.exif_transpose(opened)
+            if picture.mode in _TOO_DEEP:
+                raise ValueError(f"pixels of 32 bits (mode {picture.mode}); 8 or 16 wanted")
+            if picture.mode.startswith("I;16"):
+                picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+            if picture.mode in _TRANSPARENT or "transparency" in picture.info:
+                picture = picture.convert("RGBA")
+                white = Image.new("RGBA", picture.size, "white")
+                picture = Image.alpha_composite(white, picture)
+            pixels = np.asarray(picture.convert("L" if channels == 1 else "RGB"))
+    except Exception as error:  # whatever Pillow makes of a broken file
+        raise ValueError(f"'{path}': {first_line(error)}") from error
+    return pixels.reshape(*pixels.shape[:2], channels)

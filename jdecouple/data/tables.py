@@ -1,0 +1,198 @@
+"""Labelled texts in CSV or Parquet files, by name `csv:PATH` or `parquet:PATH`."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jdecouple.data.splits import first_line, held_out, stratified_order
+from jdecouple.data.texts import Texts
+
+TEST_SHARE = 0.2  # of a single file
+_LABELS = ("label", "class")  # names of the column of labels
+_LONGEST_FIELD = 1 << 30
+
+
+class Table(NamedTuple):
+    """Labels as they are written, a whole number or a text each, and texts of some files."""
+
+    labels: list[Any]
+    texts: list[str]
+
+
+def splits(name: str, data_dir: str | os.PathLike[str] | None) -> tuple[dict[str, Texts], int]:
+    """Reads a set of labelled texts from files.
+
+    PATH is a folder with the files `train.csv`, `test.csv` and perhaps `validation.csv` (or
+    `train-*.csv`, ... in alphabetical order), or a single file, of which a fixed stratified fifth
+    is the test split; `.parquet` likewise. The column called `label` or `class` holds the labels,
+    all others (in Parquet: all others of texts) the text, joined by spaces. A CSV file whose first
+    line names neither has no header, and its first column holds the labels. Labels may be numbers
+    or words; class i is the i-th of those of the training file in sorted order.
+
+    Args:
+        name: `csv:PATH` or `parquet:PATH`.
+        data_dir: folder that a relative PATH begins at; the current one by default.
+
+    Returns:
+        The splits that there are, and the number of classes.
+
+    Raises:
+        ValueError: a file is not laid out like that, or pyarrow is not installed.
+        FileNotFoundError: there is no such folder or file.
+    """
+    kind, _, given = name.partition(":")
+    path = Path(data_dir or "").expanduser() / Path(given).expanduser()
+    if not given or not path.exists():
+        raise FileNotFoundError(f"data set {name!r}: there is no file or folder '{path}'")
+    read = _READERS[kind]
+    if path.is_file():
+        whole = _labelled({"train": read([path])}, name)
+        (texts, labels), count = whole["train"], _count(whole)
+        kept, held = held_out(stratified_order(labels), TEST_SHARE)
+        parts = {"train": kept, "test": held}
+        return {
+            split: Texts([texts[row] for row in rows], labels[rows])
+            for split, rows in parts.items()
+        }, count
+    files = {
+        split: sorted([*path.glob(f"{split}.{kind}"), *path.glob(f"{split}-*.{kind}")])
+        for split in ("train", "validation", "test")
+    }
+    tables = {split: read(paths) for split, paths in files.items() if paths}
+    if "train" not in tables:
+        raise ValueError(f"data set {name!r}: there is no 'train.{kind}' in '{path}'")
+    found = _labelled(tables, name)
+    return found, _count(found)
+
+
+def names_files(name: str) -> bool:
+    """Whether the name of a data set is one of files with texts."""
+    return name.partition(":")[0] in _READERS and ":" in name
+
+
+def _count(found: dict[str, Texts]) -> int:
+    return int(found["train"].labels.max()) + 1
+
+
+def _labelled(tables: dict[str, Table], name: str) -> dict[str, Texts]:
+    """Numbers the labels by those of the training split."""
+    known = set(tables["train"].labels)
+    numbers = {label: number for number, label in enumerate(sorted(known, key=_order))}
+    if len(numbers) < 2:
+        raise ValueError(
+            f"data set {name!r}: {len(numbers)} label(s) among {len(tables['train'].labels)} "
+            "training examples; at least 2 wanted"
+        )
+    found = {}
+    for split, table in tables.items():
+        for row, label in enumerate(table.labels):
+            if label not in numbers:
+                raise ValueError(
+                    f"data set {name!r}: split {split!r}: example {row} has label {label!r}, "
+                    "which no training example has"
+                )
+        labels = np.array([numbers[label] for label in table.labels], np.int64)
+        found[split] = Texts(table.texts, labels)
+    return found
+
+
+def _order(label: Any) -> tuple[bool, Any]:
+    """Numbers by value, then texts by letters."""
+    return (not isinstance(label, int), label)
+
+
+def _number(label: str) -> int | str:
+    label = label.strip()
+    return int(label) if label.lstrip("+-").isdecimal() else label
+
+
+def _read_csv(paths: Sequence[Path]) -> Table:
+    table = Table([], [])
+    before = csv.field_size_limit(_LONGEST_FIELD)  # a text may be longer than Python's default
+    try:
+        for path in paths:
+            _append_csv(path, table)
+    finally:
+        csv.field_size_limit(before)
+    return table
+
+
+def _append_csv(path: Path, table: Table) -> None:
+    column = width = None
+    for number, row in _csv_rows(path):
+        if column is None:
+            names = [cell.strip().lower() for cell in row]
+            column = next((names.index(each) for each in _LABELS if each in names), None)
+            width = len(row)
+            if column is not None:
+                continue
+            column = 0
+        if len(row) != width or len(row) < 2:
+            raise ValueError(
+                f"'{path}', line {number}: {len(row)} column(s) found; a label and at least one "
+                f"text wanted, and as many as in the first line ({width})"
+            )
+        table.labels.append(_number(row[column]))
+        table.texts.append(" ".join(row[:column] + row[column + 1 :]))
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, strict=True)
+            for row in reader:
+                if row:
+                    yield reader.line_num, row
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"'{path}' cannot be read as CSV in UTF-8 ({first_line(error)})"
+        ) from error
+
+
+def _read_parquet(paths: Sequence[Path]) -> Table:
+    try:
+        import pyarrow as arrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ValueError(
+            "reading Parquet files needs pyarrow: pip install 'jdecouple[parquet]'"
+        ) from error
+    table = Table([], [])
+    for path in paths:
+        try:
+            found = parquet.read_table(path)
+        except arrow.ArrowInvalid as error:
+            raise ValueError(f"'{path}' cannot be read ({first_line(error)})") from error
+        names = {name.lower(): name for name in reversed(found.column_names)}
+        label = next((names[each] for each in _LABELS if each in names), None)
+        texts = [
+            field.name
+            for field in found.schema
+            if field.name != label
+            and (arrow.types.is_string(field.type) or arrow.types.is_large_string(field.type))
+        ]
+        if label is None or not texts:
+            raise ValueError(
+                f"'{path}' has the columns {', '.join(found.column_names)}; 'label' (or 'class') "
+                "and at least one of texts wanted"
+            )
+        labels = found.column(label).to_pylist()
+        rows = zip(*(found.column(each).to_pylist() for each in texts), strict=True)
+        for number, (value, row) in enumerate(zip(labels, rows, strict=True)):
+            if not isinstance(value, int | str) or None in row:
+                raise ValueError(f"'{path}': row {number} lacks its label or a text")
+            table.labels.append(value)
+            table.texts.append(" ".join(row))
+    return table
+
+
+_READERS: dict[str, Callable[[Sequence[Path]], Table]] = {
+    "csv": _read_csv,
+    "parquet": _read_parquet,
+}

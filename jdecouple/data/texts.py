@@ -1,0 +1,150 @@
+"""Text data sets: what was read of one, as numbers of words."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jdecouple.data.splits import Dataset, Split, check_labels
+from jdecouple.data.vocabulary import PADDING, Vocabulary, word_vectors
+
+MAX_LENGTH = 256
+VOCABULARY_SIZE = 30_000
+
+
+class Texts(NamedTuple):
+    """The texts of one stored split and their labels, int64 [n]."""
+
+    texts: Sequence[str]
+    labels: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TextDataset(Dataset):
+    """Texts as numbers of words.
+
+    Attributes:
+        words: the word of every number; 0 is padding, 1 stands for unknown words.
+        max_length: words of the longest text; shorter ones are padded to it.
+        embeddings: initial vectors of the words, float32 [len(words), width], or None.
+    """
+
+    kind = "texts"
+    words: tuple[str, ...]
+    max_length: int
+    embeddings: np.ndarray | None
+
+    def model_arguments(self) -> dict[str, Any]:
+        """See `Dataset.model_arguments`."""
+        return {
+            "vocabulary_size": len(self.words),
+            "max_length": self.max_length,
+            "embeddings": self.embeddings,
+        }
+
+    def transform(self, name: str) -> None:
+        """See `Dataset.transform`."""
+        if name != "none":
+            raise ValueError(
+                f"augmentation {name!r} given; data set {self.name!r} holds texts, which take "
+                "'none'"
+            )
+
+
+class TextSource:
+    """Texts of different lengths, padded where they are gathered.
+
+    Args:
+        found: texts and labels.
+        vocabulary: numbers of their words.
+        max_length: words that are kept of a text.
+        num_classes: labels must lie in 0..num_classes-1.
+        name: name of the split, for error messages.
+
+    Raises:
+        ValueError: no texts, or a label out of range; the example is named.
+    """
+
+    def __init__(
+        self,
+        found: Texts,
+        *,
+        vocabulary: Vocabulary,
+        max_length: int,
+        num_classes: int,
+        name: str,
+    ):
+        if not len(found.labels):
+            raise ValueError(f"split {name!r} is empty")
+        check_labels(found.labels, num_classes, name, np.arange(len(found.labels)))
+        self._numbers, self.lengths = vocabulary.encode(found.texts, max_length)
+        self._starts = np.cumsum(self.lengths, dtype=np.int64) - self.lengths
+        self._labels = found.labels.astype(np.int32)
+        self._max_length = max_length
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def gather(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Words, int32 [n, max_length], and labels; see `splits.Source.gather`."""
+        position = np.arange(self._max_length)
+        real = position < self.lengths[indices, None]
+        words = np.full(real.shape, PADDING, np.int32)
+        words[real] = self._numbers[(self._starts[indices, None] + position)[real]]
+        return words, self._labels[indices]
+
+
+def dataset(
+    name: str,
+    stored: Mapping[str, Texts],
+    parts: Mapping[str, tuple[str, np.ndarray]],
+    num_classes: int,
+    *,
+    max_length: int | None = None,
+    vocabulary_size: int | None = None,
+    glove: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+) -> TextDataset:
+    """Makes a data set of texts; its vocabulary is that of its training split alone.
+
+    Args:
+        name: of the data set.
+        stored: texts and labels of the splits as they are stored.
+        parts: for "train", "validation" and "test" the stored split and the rows there.
+        num_classes: labels are 0..num_classes-1.
+        max_length: words that are kept of a text; 256 if None.
+        vocabulary_size: most numbers of words; 30,000 if None.
+        glove: file of word vectors, see `vocabulary.word_vectors`; None leaves them to the model.
+        seed: of the vectors of words that the file does not have.
+
+    Raises:
+        ValueError: a split or a file that does not fit.
+        OSError: `glove` cannot be read.
+    """
+    max_length = MAX_LENGTH if max_length is None else max_length
+    texts = stored[parts["train"][0]].texts
+    vocabulary = Vocabulary.of(
+        (texts[row] for row in parts["train"][1]), vocabulary_size or VOCABULARY_SIZE
+    )
+    sources = {
+        split: TextSource(
+            stored[split],
+            vocabulary=vocabulary,
+            max_length=max_length,
+            num_classes=num_classes,
+            name=split,
+        )
+        for split in sorted({split for split, _ in parts.values()})
+    }
+    return TextDataset(
+        name,
+        **{role: Split(role, sources[split], rows) for role, (split, rows) in parts.items()},
+        num_classes=num_classes,
+        words=vocabulary.words,
+        max_length=max_length,
+        embeddings=None if glove is None else word_vectors(glove, vocabulary.words, seed),
+    )

@@ -1,0 +1,125 @@
+"""Data sets that TensorFlow Datasets has prepared, opened without TensorFlow."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from jdecouple.data.splits import first_line
+
+_PREPARE = (
+    "import sys, tensorflow_datasets as tfds; "
+    "tfds.builder(sys.argv[1], data_dir=sys.argv[2] or None, file_format='array_record')"
+    ".download_and_prepare()"
+)
+_PREPARE_NEEDS = ("tensorflow", "importlib_resources")
+
+
+def prepared(
+    name: str, *, data_dir: str | os.PathLike[str] | None = None, download: bool = False
+) -> Any:
+    """Opens a prepared set.
+
+    TFDS 4.9 writes a set only with TensorFlow (its image encoder and example serialiser call
+    it), so preparing runs in a process of its own and never brings TensorFlow into this one.
+
+    Args:
+        name: a TFDS name, such as `cifar10` or `dataset/config:version`.
+        data_dir: folder of prepared sets; None is TFDS's own (`~/tensorflow_datasets`).
+        download: prepare the set (download included) where it is not prepared yet.
+
+    Returns:
+        The TFDS builder.
+
+    Raises:
+        ValueError: the set is unknown or not prepared.
+        FileNotFoundError: `data_dir` does not exist.
+    """
+    folder = None if data_dir is None else Path(data_dir).expanduser()
+    if folder is not None and not folder.is_dir() and not download:
+        raise FileNotFoundError(f"data_dir {str(folder)!r} does not exist")
+    builder = _builder(name, folder)
+    if not _is_readable(builder):
+        if download:
+            _prepare(name, folder)
+            builder = _builder(name, folder)
+        if not _is_readable(builder):
+            raise ValueError(_not_prepared(name, builder, folder))
+    return builder
+
+
+def features(builder: Any) -> dict[str, Any]:
+    """The features of a set's examples by name; none if an example is no mapping."""
+    import tensorflow_datasets as tfds
+
+    is_dict = isinstance(builder.info.features, tfds.features.FeaturesDict)
+    return dict(builder.info.features.items()) if is_dict else {}
+
+
+def records(name: str, builder: Any, split: str) -> Any:
+    """Opens one split of a prepared set, as `splits.Records`.
+
+    Raises:
+        ValueError: the split is empty, or its files are missing or cannot be read.
+    """
+    info = builder.info.splits[split]
+    if not info.num_examples:
+        raise ValueError(f"split {split!r} of data set {name!r} is empty")
+    # array_record itself finds out only when it reads the first row of the shard.
+    missing = [path for path in info.filepaths if not Path(path).is_file()]
+    if missing:
+        raise ValueError(f"split {split!r} of data set {name!r} lacks the file '{missing[0]}'")
+    try:
+        return builder.as_data_source(split)
+    except Exception as error:
+        raise ValueError(
+            f"split {split!r} of data set {name!r} cannot be read ({first_line(error)})"
+        ) from error
+
+
+def _builder(name: str, folder: Path | None) -> Any:
+    import tensorflow_datasets as tfds
+
+    try:
+        return tfds.builder(name, data_dir=None if folder is None else str(folder), try_gcs=False)
+    except Exception as error:
+        raise ValueError(
+            f"data set {name!r} cannot be opened ({first_line(error)}); "
+            "give 'digits', 'synthetic', 'folder:', 'csv:' or 'parquet:' and a path, or a TFDS name"
+        ) from error
+
+
+def _is_readable(builder: Any) -> bool:
+    return builder.is_prepared() and builder.info.file_format.value == "array_record"
+
+
+def _not_prepared(name: str, builder: Any, folder: Path | None) -> str:
+    place = "" if folder is None else f"data_dir='{folder}', "
+    command = (
+        "import tensorflow_datasets as tfds; "
+        f"tfds.builder('{name}', {place}file_format='array_record').download_and_prepare()"
+    )
+    needs = " ".join(_PREPARE_NEEDS)
+    return (
+        f"data set {name!r} is not prepared as array_record at '{builder.data_path}'; TFDS "
+        f'prepares it only with TensorFlow: pip install {needs} && python -c "{command}"'
+    )
+
+
+def _prepare(name: str, folder: Path | None) -> None:
+    missing = [module for module in _PREPARE_NEEDS if importlib.util.find_spec(module) is None]
+    if missing:
+        raise ValueError(
+            f"data set {name!r} is not prepared, and TFDS prepares it only with TensorFlow: "
+            f"pip install {' '.join(missing)}"
+        )
+    command = [sys.executable, "-c", _PREPARE, name, "" if folder is None else str(folder)]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines()
+        reason = lines[-1] if lines else f"exit code {done.returncode}"
+        raise ValueError(f"data set {name!r} could not be prepared ({reason})")

@@ -1,0 +1,147 @@
+"""Words and their numbers: cleaning, counting, encoding, and vectors from a file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+PADDING, UNKNOWN = 0, 1
+_RESERVED = ("[padding]", "[unknown]")  # no word of a text has brackets
+_APOSTROPHE = "\u2019"  # as typographers set it
+_BREAK = r"<br\s*/?>"
+# A word keeps its apostrophes inside; endings ('s) and runs of one sign are words of their own.
+_WORD = r"\w+(?:'\w+)*|'(?:s|t|d|m|re|ve|ll)\b|([^\w\s])\1*"
+_TEXTS_AT_ONCE = 8192
+_DEVIATION = 0.1  # of the vectors of words that a file does not have
+
+
+class Vocabulary:
+    """Numbers of words: 0 is padding, 1 any word that is not in the vocabulary.
+
+    A text is lower-cased, HTML line breaks (`<br>`, `<br />`) become spaces, curled apostrophes
+    straight ones, and what is left falls into words: letters, digits and underscores with the
+    apostrophes between them ("don't"), endings that stand alone ("'s", "'ll"), and runs of every
+    other sign ("...", "-").
+
+    Args:
+        words: the words with the numbers 2, 3, ...
+    """
+
+    def __init__(self, words: Iterable[str]):
+        self.words = (*_RESERVED, *words)
+        self._tokenizer = _tokenizer({word: number for number, word in enumerate(self.words)})
+
+    @classmethod
+    def of(cls, texts: Iterable[str], size: int) -> Vocabulary:
+        """The most frequent words of some texts, equally frequent ones in alphabetical order.
+
+        Args:
+            texts: the texts, of which the vocabulary is a function.
+            size: most numbers, the two reserved ones included.
+        """
+        tokenizer = _tokenizer({})
+        trainer = trainers.WordLevelTrainer(
+            vocab_size=size - len(_RESERVED), show_progress=False, special_tokens=[]
+        )
+        tokenizer.train_from_iterator(texts, trainer)
+        numbers = tokenizer.get_vocab()
+        return cls(sorted(numbers, key=numbers.__getitem__))
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def encode(self, texts: Sequence[str], max_length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers of the first words of texts.
+
+        Args:
+            texts: n texts.
+            max_length: most words of a text; the others are dropped.
+
+        Returns:
+            The numbers of all texts, one after another, int32; and how many each has, int32 [n], at
+            least 1: a text without words is one unknown word.
+        """
+        self._tokenizer.enable_truncation(max_length)
+        numbers, lengths = [], []
+        for first in range(0, len(texts), _TEXTS_AT_ONCE):
+            some = list(texts[first : first + _TEXTS_AT_ONCE])
+            for found in self._tokenizer.encode_batch_fast(some, add_special_tokens=False):
+                numbers.append(np.array(found.ids or [UNKNOWN], np.int32))
+                lengths.append(len(numbers[-1]))
+        return np.concatenate([np.zeros(0, np.int32), *numbers]), np.array(lengths, np.int32)
+
+
+def word_vectors(path: str | os.PathLike[str], words: Sequence[str], seed: int) -> np.ndarray:
+    """Vectors of words from a text file such as those of GloVe: a word and its numbers a line.
+
+    A first line of two whole numbers, as word2vec writes it, is passed over.
+
+    Args:
+        path: the file, in UTF-8.
+        words: the words of a `Vocabulary`, padding first.
+        seed: of the words that the file does not have.
+
+    Returns:
+        float32 [len(words), width]; row i is the vector of word i. Padding is 0; words that are not
+        in the file are normal with deviation 0.1, whatever else is in the file.
+
+    Raises:
+        ValueError: a line has another number of values, or ones that are no finite numbers, or the
+            file has none of the words.
+        OSError: the file cannot be read.
+    """
+    rows = {word: row for row, word in enumerate(words) if row > UNKNOWN}
+    generator = np.random.Generator(np.random.PCG64(seed))
+    vectors: np.ndarray | None = None
+    missing = set(rows)
+    with Path(path).expanduser().open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            values = line.rstrip().split(" ")
+            if number == 1 and len(values) == 2 and all(map(str.isdecimal, values)):
+                continue
+            if vectors is None:
+                shape = len(words), len(values) - 1
+                vectors = generator.normal(0, _DEVIATION, shape).astype(np.float32)
+                vectors[PADDING] = 0
+            width = vectors.shape[1]
+            word = " ".join(values[:-width])  # some files have words with spaces
+            if len(values) <= width:
+                raise ValueError(
+                    f"glove file '{path}', line {number}: {len(values) - 1} numbers given; {width} "
+                    "wanted, as in the first line"
+                )
+            if word in missing:
+                vectors[rows[word]] = _finite(
+                    values[-width:], f"glove file '{path}', line {number}"
+                )
+                missing.remove(word)
+    if vectors is None or not vectors.size or len(missing) == len(rows):
+        raise ValueError(f"glove file '{path}' has none of the {len(rows)} words of the vocabulary")
+    return vectors
+
+
+def _finite(values: list[str], where: str) -> np.ndarray:
+    try:
+        vector = np.array(values, np.float32)
+    except ValueError:
+        vector = np.full(len(values), np.nan, np.float32)
+    if not np.isfinite(vector).all():
+        raise ValueError(f"{where}: a word and {len(values)} finite numbers wanted")
+    return vector
+
+
+def _tokenizer(numbers: dict[str, int]) -> Tokenizer:
+    tokenizer = Tokenizer(models.WordLevel(numbers, unk_token=_RESERVED[UNKNOWN]))
+    tokenizer.normalizer = normalizers.Sequence(
+        [
+            normalizers.Lowercase(),
+            normalizers.Replace(_APOSTROPHE, "'"),
+            normalizers.Replace(Regex(_BREAK), " "),
+        ]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_WORD), "removed", invert=True)
+    return tokenizer
