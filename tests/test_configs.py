@@ -20,7 +20,8 @@ DELAYED += ["cifar10,mlp,fdg,1", "cifar10,resnet20,fdg,3"]
 SLOW = [
     pytest.param("vision", f"cifar10,vgg8,{x}", marks=pytest.mark.slow) for x in ("bp", "deinforeg")
 ]
-ARGUMENTS = {"vision": VISION, "delayed": DELAYED}
+EQUAL = ["digits,mlp,deinforeg", "cifar10,mlp,scpl"]
+ARGUMENTS = {"vision": VISION, "delayed": DELAYED, "equal": EQUAL}
 CASES = [
     (path.stem, argument)
     for path in sorted(FOLDER.glob("*.py"))
