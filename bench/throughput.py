@@ -39,6 +39,7 @@ Columns, as medians (lowest to highest) over the segments:
 
 import argparse
 import contextlib
+import inspect
 import math
 import os
 import statistics
@@ -59,7 +60,14 @@ ROWS = (
     *("bp,D=2", "bp:gpipe,K=2,M=4", "bp:1f1b,K=2,M=4", "deinforeg,K=2", "scpl,K=2"),
     *("fdg,K=2", "ddg,K=2", "fr,K=2"),
 )
-MODELS = (*SIZES, *(name for name in models.names() if name not in SIZES))
+MODELS = (
+    *SIZES,
+    *(
+        name
+        for name in models.names()
+        if name not in SIZES and "image_size" in inspect.signature(models.get(name)).parameters
+    ),
+)
 OTHER_SIZES = {"hidden": None, "depth": None, "batch": 128}
 WARM_UP_BATCHES = 3
 COST_BATCHES = 5

@@ -127,6 +127,7 @@ def build_units(
         num_classes = width
     # The last key of the 32-bit range: steps count up from 0 and never reach it.
     root = jax.random.fold_in(jax.random.key(seed), np.uint32(2**32 - 1))
+    inputs = message["x"]
     units = []
     messages: list[Message] = []
     for index, (block, features) in enumerate(zip(model.blocks, outputs, strict=True)):
@@ -138,6 +139,8 @@ def build_units(
             classifier=model.classifier,
             init=method.init,
             param_dtype=_param_dtype(block),
+            is_embedding=getattr(block, "is_embedding", False),
+            input=inputs,
         )
         head = objective.head(site, nnx.Rngs(jax.random.fold_in(root, index)))
         if head is None and method.route.local:

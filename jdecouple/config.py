@@ -47,7 +47,7 @@ _NUMBERS = (
 _IDENTITY = ("method", "model", "data", "optimizer.name", "batch_size", "seed")
 # Arguments of builders that the run itself fills in.
 _FILLED = {"num_classes", "image_size", "channels", "input_size", "param_dtype", "rngs"}
-_FILLED |= {"learning_rate"}
+_FILLED |= {"vocabulary_size", "max_length", "embeddings", "learning_rate"}
 
 
 class ConfigError(ValueError):

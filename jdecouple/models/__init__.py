@@ -1,13 +1,16 @@
 """Models cut into blocks: builders that return a :class:`Model` of plain nnx modules.
 
-Every builder takes `num_classes`, `image_size`, `channels`, `init`, `param_dtype` and `rngs`, and
-arguments of its own with defaults, so that a configuration can call any of them by name.
+Every builder takes `num_classes`, what its input is, `init`, `param_dtype` and `rngs`, and
+arguments of its own with defaults, so that a configuration can call any of them by name. The input
+is images of `image_size` and `channels`, or texts (`lstm`, `transformer`): `vocabulary_size`,
+`max_length` and, if there are any, `embeddings`.
 """
 
 from collections.abc import Callable
 
 from jdecouple.models import layers
 from jdecouple.models.base import Model
+from jdecouple.models.lstm import lstm
 from jdecouple.models.mlp import mlp
 from jdecouple.models.resnet import (
     resnet,
@@ -19,10 +22,13 @@ from jdecouple.models.resnet import (
     resnet101,
     resnet110,
 )
+from jdecouple.models.transformer import transformer
 from jdecouple.models.vgg import vgg, vgg8
+from jdecouple.models.vit import vit
 from jdecouple.models.wide_resnet import wide_resnet, wrn28_10
 
 _BUILDERS: dict[str, Callable[..., Model]] = {
+    "lstm": lstm,
     "mlp": mlp,
     "resnet": resnet,
     "resnet18": resnet18,
@@ -32,8 +38,10 @@ _BUILDERS: dict[str, Callable[..., Model]] = {
     "resnet56": resnet56,
     "resnet101": resnet101,
     "resnet110": resnet110,
+    "transformer": transformer,
     "vgg": vgg,
     "vgg8": vgg8,
+    "vit": vit,
     "wide_resnet": wide_resnet,
     "wrn28_10": wrn28_10,
 }
@@ -59,6 +67,7 @@ __all__ = [
     "Model",
     "get",
     "layers",
+    "lstm",
     "mlp",
     "names",
     "resnet",
@@ -69,8 +78,10 @@ __all__ = [
     "resnet56",
     "resnet101",
     "resnet110",
+    "transformer",
     "vgg",
     "vgg8",
+    "vit",
     "wide_resnet",
     "wrn28_10",
 ]

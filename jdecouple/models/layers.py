@@ -38,9 +38,20 @@ def activation(name: str) -> Callable[[jax.Array], jax.Array]:
     return ACTIVATIONS[name]
 
 
-def _initializers(init: str, fan_in: int, he_fan: int) -> dict[str, Any]:
+def require_init(init: str) -> None:
+    """Raise ValueError unless there is an `init` of that name."""
     if init not in INITS:
         raise ValueError(f"unknown init {init!r}: expected one of {', '.join(INITS)}")
+
+
+def embedding_deviation(init: str, features: int) -> float:
+    """Standard deviation of initial embeddings: 1 under "torch", else 1/sqrt(features)."""
+    require_init(init)
+    return 1.0 if init == "torch" else 1.0 / math.sqrt(features)
+
+
+def _initializers(init: str, fan_in: int, he_fan: int) -> dict[str, Any]:
+    require_init(init)
     if init == "flax":
         return {}
     if init == "he":
@@ -144,6 +155,41 @@ def _normalize_only(operands: Any, /, *, dtype: Any = None, inexact: bool = True
     """Promotes input and statistics, and keeps scale and bias from flax's own formula."""
     x, mean, var, _, _ = operands
     return *promote_dtype((x, mean, var), dtype=dtype, inexact=inexact), None, None
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalisation over the last axis.
+
+    Like :class:`BatchNorm` it keeps the input's dtype, and its scale multiplies what is already
+    normalised.
+
+    Args:
+        num_features: Size of the last axis.
+        unbiased: Divide by the unbiased standard deviation plus 1e-6 (as the papers' transformer
+            does) instead of the root of the variance plus 1e-5.
+        param_dtype: Dtype of scale and bias.
+    """
+
+    def __init__(
+        self, num_features: int, *, unbiased: bool = False, param_dtype: Any = jnp.float32
+    ):
+        self.unbiased = unbiased
+        self.scale = nnx.Param(jnp.ones(num_features, param_dtype))
+        self.bias = nnx.Param(jnp.zeros(num_features, param_dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalise `x` of shape `[..., num_features]`."""
+        scale, bias = self.scale[...], self.bias[...]
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        centred = wide - wide.mean(-1, keepdims=True)
+        squares = jnp.square(centred)
+        if self.unbiased:
+            variance = squares.sum(-1, keepdims=True) / max(x.shape[-1] - 1, 1)
+            varies = variance > 0  # the root's gradient at 0 is infinite
+            y = centred / (jnp.where(varies, jnp.sqrt(jnp.where(varies, variance, 1)), 0) + 1e-6)
+        else:
+            y = centred * jax.lax.rsqrt(squares.mean(-1, keepdims=True) + 1e-5)
+        return (y * scale + bias).astype(jnp.result_type(x, scale))
 
 
 class Flatten(nnx.Module):

@@ -1,7 +1,11 @@
-"""Residual nets for small images; the stem is block 0, every residual unit one more block."""
+"""Residual nets for small images.
+
+The stem is block 0, every residual unit one more block, unless the cut is another.
+"""
 
 import functools
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
@@ -15,6 +19,7 @@ from jdecouple.models import layers
 from jdecouple.models.base import Model
 
 SHORTCUTS = ("pad", "projection")
+CUTS = ("units", "paper")
 Splits = Mapping[str, Mapping[int, tuple[int, ...]]]
 
 # Blocks at which stages 1 to K - 1 begin, by K, in the code of FDG (arXiv 1906.09108): by depth for
@@ -111,6 +116,7 @@ def resnet_of_four_groups(
     bottleneck: bool,
     splits: Splits,
     width: float = 1.0,
+    cut: str = "units",
     image_size: int = 32,
     channels: int = 3,
     init: str = "flax",
@@ -130,6 +136,8 @@ def resnet_of_four_groups(
         bottleneck: Whether units are bottlenecks.
         splits: Named cuts into stages, see :class:`Model`.
         width: Factor on all channel counts; each is rounded and at least 1.
+        cut: "units": the stem is block 0, every unit one more. "paper": four blocks, the groups,
+            the first with the stem, as in DeInfoReg (arXiv 2506.18193) and SCPL (2602.00062).
         image_size: Height and width of an image, in pixels; at least 8.
         channels: Channels of an image.
         init: "flax", "torch" or "he", see :mod:`jdecouple.models.layers`. The code of FDG (arXiv
@@ -138,11 +146,12 @@ def resnet_of_four_groups(
         rngs: Source of initial weights.
 
     Returns:
-        A model of 1 + sum(counts) blocks between NHWC activations, with a classifier of global
-        average pooling and a dense layer.
+        A model of 1 + sum(counts) blocks, or of four, between NHWC activations, with a classifier
+        of global average pooling and a dense layer. Under "paper" it has those of the splits that
+        cut no group.
 
     Raises:
-        ValueError: A size is not positive or the image too small.
+        ValueError: A size is not positive, the cut unknown, or the image too small.
     """
     return _residual_net(
         num_classes,
@@ -150,6 +159,7 @@ def resnet_of_four_groups(
         bottleneck=bottleneck,
         shortcut="projection",
         splits=splits,
+        cut=cut,
         width=width,
         image_size=image_size,
         channels=channels,
@@ -167,6 +177,7 @@ def _residual_net(
     shortcut: str,
     splits: Splits,
     width: float,
+    cut: str = "units",
     image_size: int,
     channels: int,
     init: str,
@@ -176,6 +187,8 @@ def _residual_net(
     layers.require_positive(num_classes=num_classes, image_size=image_size, channels=channels)
     stem = layers.scaled(groups[0][0], width)
     layers.require_pixels(image_size, len(groups) - 1, "halvings")
+    if cut not in CUTS:
+        raise ValueError(f"unknown cut {cut!r}: expected one of {', '.join(CUTS)}")
     options = {"init": init, "param_dtype": param_dtype, "rngs": rngs}
     blocks = [nnx.Sequential(*_conv_norm(channels, stem, **options), nnx.relu)]
     channels = stem
@@ -195,7 +208,23 @@ def _residual_net(
     classifier = nnx.Sequential(
         layers.GlobalAveragePool(), layers.linear(channels, num_classes, **options)
     )
+    if cut == "paper":
+        counts = [count for _, count in groups]
+        starts = [0, *itertools.accumulate(counts, initial=1)]
+        del starts[1]  # the stem belongs to the first group
+        blocks = [nnx.Sequential(*blocks[a:b]) for a, b in itertools.pairwise(starts)]
+        splits = _regrouped(splits, starts)
     return Model(blocks, classifier, splits)
+
+
+def _regrouped(splits: Splits, starts: Sequence[int]) -> Splits:
+    """Splits by units as splits by groups that begin at the units `starts`, where they are any."""
+    found: dict[str, dict[int, tuple[int, ...]]] = {}
+    for name, cuts in splits.items():
+        for num_stages, units in cuts.items():
+            if set(units) <= set(starts):
+                found.setdefault(name, {})[num_stages] = tuple(map(starts.index, units))
+    return found
 
 
 def _conv_norm(

@@ -3,12 +3,14 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from jdecouple.models.sequence import pooled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,11 +21,15 @@ class Site:
         index: Index of the block, from 0.
         num_blocks: Number of blocks of the model.
         features: Shape and dtype (`jax.ShapeDtypeStruct`, or a pytree of them) of the block's
-            output, batch axis first.
+            output, batch axis first. Of a sequence (see :mod:`jdecouple.models.sequence`) heads
+            read the summary: `pooled(features)`.
         num_classes: Number of classes of the labels.
         classifier: The model's classifier, or None.
         init: Initial weights of the head's layers, "flax" or "torch".
         param_dtype: Dtype of the head's parameters.
+        is_embedding: Whether the block is one that only embeds tokens or patches, and says so by an
+            attribute `is_embedding`.
+        input: Shape and dtype of the model's input, the first block's `message["x"]`.
     """
 
     index: int
@@ -33,6 +39,8 @@ class Site:
     classifier: nnx.Module | None = None
     init: str = "flax"
     param_dtype: Any = jnp.float32
+    is_embedding: bool = False
+    input: Any = None
 
     @property
     def is_last(self) -> bool:
@@ -41,13 +49,18 @@ class Site:
 
     @property
     def size(self) -> int:
-        """Numbers in one example's flattened features; TypeError if they are not one array."""
-        if not hasattr(self.features, "shape"):
+        """Numbers in one example's flattened features, of a sequence in its summary.
+
+        Raises:
+            TypeError: They are neither one array nor a sequence.
+        """
+        features = pooled(self.features)
+        if not hasattr(features, "shape"):
             raise TypeError(
-                f"the output of block {self.index} must be one array for this objective, "
-                f"got {type(self.features).__name__}"
+                f"the output of block {self.index} must be one array, or a sequence with "
+                f'"summary", for this objective, got {type(features).__name__}'
             )
-        return math.prod(self.features.shape[1:])
+        return math.prod(features.shape[1:])
 
 
 class HeadOutput(NamedTuple):
@@ -160,3 +173,10 @@ def require_number(*, positive: bool = False, **values: Any) -> None:
         if not is_number or not math.isfinite(value) or value < 0 or (positive and value == 0):
             kind = "positive" if positive else "non-negative"
             raise ValueError(f"{name} must be a finite {kind} number, got {value!r}")
+
+
+def require_whole(**values: Any) -> None:
+    """Raise ValueError, naming it, for the first of `values` that is no whole number >= 0."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 0:
+            raise ValueError(f"{name} must be a whole number of at least 0, got {value!r}")

@@ -29,13 +29,13 @@ class CrossEntropyHead(nnx.Module):
     def __init__(self, classifier: nnx.Module | None):
         self.classifier = classifier
 
-    def __call__(self, features: jax.Array, message: Mapping[str, Any]) -> HeadOutput:
+    def __call__(self, features: Any, message: Mapping[str, Any]) -> HeadOutput:
         """Loss of `features` under `message["label"]`."""
         logits = self.logits(features)
         loss = cross_entropy(logits, message["label"])
         return HeadOutput(loss, {"cross_entropy": loss}, logits)
 
-    def logits(self, features: jax.Array) -> jax.Array:
+    def logits(self, features: Any) -> jax.Array:
         """Logits `[batch, classes]`."""
         return features if self.classifier is None else self.classifier(features)
 

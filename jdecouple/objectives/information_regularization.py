@@ -17,8 +17,10 @@ from jdecouple.objectives.base import (
     inner_products,
     normalized_rows,
     require_number,
+    require_whole,
 )
 from jdecouple.objectives.cross_entropy import cross_entropy
+from jdecouple.objectives.maps import pool_maps, pooled_site
 from jdecouple.objectives.similarity_matching import similarity_matching
 
 MODES = ("merge", "unmerge")
@@ -79,15 +81,18 @@ def _covariance_penalty(centred: jax.Array) -> jax.Array:
 
 
 class InformationRegularizationHead(nnx.Module):
-    """Projector under the three terms, and a classifier: an exit at every block."""
+    """Projector under the three terms, and a classifier: an exit at every block but embeddings."""
 
     def __init__(self, objective: "InformationRegularization", site: Site, rngs: nnx.Rngs):
         self.objective = objective
         self.num_classes = site.num_classes
+        site = pooled_site(site, objective.head_pool)
         options = {"init": site.init, "param_dtype": site.param_dtype, "rngs": rngs}
         widths = objective.widths
         self.projector = layers.perceptron(site.size, widths, batch_norm=True, **options)
-        if objective.mode == "unmerge":
+        if site.is_embedding:
+            self.classifier = None
+        elif objective.mode == "unmerge":
             self.classifier = layers.perceptron(
                 site.size, (*widths[:-1], site.num_classes), batch_norm=True, **options
             )
@@ -97,28 +102,33 @@ class InformationRegularizationHead(nnx.Module):
             readout = layers.linear(out, site.num_classes, **options)
             self.classifier = nnx.Sequential(norm, nnx.relu, readout)
 
-    def __call__(self, features: jax.Array, message: Mapping[str, Any]) -> HeadOutput:
-        """Loss of `features` `[batch, ...]` under `message["label"]`."""
+    def __call__(self, features: Any, message: Mapping[str, Any]) -> HeadOutput:
+        """Loss of `features` `[batch, ...]`, or a sequence, under `message["label"]`."""
         labels = message["label"]
         weights = self.objective
+        features = pool_maps(features, weights.head_pool)
         z = self.projector(features)
         logits = self._classify(features, z)
         terms = information_regularization(z, labels, self.num_classes, normalize=weights.normalize)
-        terms["cross_entropy"] = cross_entropy(logits, labels)
         loss = (
             weights.variance * terms["variance"]
             + weights.invariance * terms["invariance"]
             + weights.covariance * terms["covariance"]
-            + weights.alpha * terms["cross_entropy"]
         )
+        if logits is not None:
+            terms["cross_entropy"] = cross_entropy(logits, labels)
+            loss = loss + weights.alpha * terms["cross_entropy"]
         return HeadOutput(loss, terms, logits)
 
-    def logits(self, features: jax.Array) -> jax.Array:
-        """Logits `[batch, classes]` of this exit."""
+    def logits(self, features: Any) -> jax.Array | None:
+        """Logits `[batch, classes]` of this exit; None at an embedding block."""
         merged = self.objective.mode == "merge"
+        features = pool_maps(features, self.objective.head_pool)
         return self._classify(features, self.projector(features) if merged else None)
 
-    def _classify(self, features: jax.Array, z: jax.Array | None) -> jax.Array:
+    def _classify(self, features: jax.Array, z: jax.Array | None) -> jax.Array | None:
+        if self.classifier is None:
+            return None
         merged = self.objective.mode == "merge"
         return self.classifier(z if merged else jax.lax.stop_gradient(features))
 
@@ -127,7 +137,8 @@ class InformationRegularizationHead(nnx.Module):
 class InformationRegularization:
     """DeInfoReg: the three weighted terms of every block plus `alpha` times its cross-entropy.
 
-    The model's own classifier is ignored: every block has one.
+    The model's own classifier is ignored: every block has one, except those that only embed tokens
+    or patches, which have no cross-entropy and are no exits.
 
     Attributes:
         projector: Widths of the projector's dense layers (BatchNorm and ReLU between them), as text
@@ -141,6 +152,8 @@ class InformationRegularization:
         covariance: Weight of the covariance term.
         alpha: Weight of the cross-entropy.
         normalize: Whether z is L2-normalised by row before the terms.
+        head_pool: Average maps over this many bins a side before projector and classifier; 0: do
+            not, as in the paper.
 
     Raises:
         ValueError: An argument is not among those allowed.
@@ -153,6 +166,7 @@ class InformationRegularization:
     covariance: float = 1.0
     alpha: float = 0.001
     normalize: bool = True
+    head_pool: int = 0
     needs_classifier: ClassVar[bool] = False
     trains_classifier: ClassVar[bool] = False
 
@@ -174,6 +188,7 @@ class InformationRegularization:
         )
         if not isinstance(self.normalize, bool):
             raise ValueError(f"normalize must be True or False, got {self.normalize!r}")
+        require_whole(head_pool=self.head_pool)
 
     def _split(self) -> tuple[Any, ...]:
         if self.projector == "identity":

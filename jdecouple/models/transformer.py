@@ -1,0 +1,226 @@
+"""Transformer encoders over texts: an embedding block, then one encoder layer a block."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jdecouple.models import layers
+from jdecouple.models.base import Model
+from jdecouple.models.sequence import (
+    Embedding,
+    Sequence,
+    dropout,
+    masked_mean,
+    pooled,
+    read,
+    sequence,
+)
+
+
+class Layout(NamedTuple):
+    """What the two kinds of encoder differ in.
+
+    Attributes:
+        positions: Whether the embedding block adds a learned vector for every position.
+        expansion: Width of the feed-forward layer over that of the states.
+        activation: Name of the function inside the feed-forward layer.
+        unbiased: Whether LayerNorm divides by the unbiased standard deviation.
+        norm_each: Whether LayerNorm ends every block; else it begins the classifier.
+    """
+
+    positions: bool
+    expansion: int
+    activation: str
+    unbiased: bool
+    norm_each: bool
+
+
+LAYOUTS = {
+    "standard": Layout(True, 4, "gelu", unbiased=False, norm_each=False),
+    "paper": Layout(False, 1, "relu", unbiased=True, norm_each=True),
+}
+POOLINGS = ("mean", "class")
+
+
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array,
+    drop: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """Scaled dot-product attention (arXiv 1706.03762, equation 1) of every head.
+
+    `jax.nn.dot_product_attention` takes its softmax in float32, whatever the dtype.
+
+    Args:
+        query: `[batch, length, heads, size]`.
+        key: As `query`.
+        value: As `query`.
+        mask: `[batch, length]`, 0 at positions that get no weight. A row of zeros alone gives
+            every position the same, and finite gradients.
+        drop: Dropout on the weights.
+
+    Returns:
+        `[batch, length, heads, size]`.
+    """
+    scores = jnp.einsum("btnh,bsnh->bnts", query / math.sqrt(query.shape[-1]), key)
+    scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+    scores = jnp.where(mask[:, None, None, :] > 0, scores, jnp.finfo(scores.dtype).min)
+    weights = nnx.softmax(scores, axis=-1).astype(value.dtype)
+    return jnp.einsum("bnts,bsnh->btnh", drop(weights), value)
+
+
+class EncoderBlock(nnx.Module):
+    """Self-attention and a feed-forward layer, each behind LayerNorm and past a shortcut.
+
+    Args:
+        hidden: Width of the states.
+        heads: Number of attention heads, a divisor of `hidden`.
+        feed_forward: Width inside the feed-forward layer.
+        layout: Which kind of encoder it is part of.
+        pooling: What the summary is: the "mean" over real positions, or the first position, that
+            of the "class" token.
+        drop: Rate of dropout on attention weights, inside the feed-forward layer and before each
+            addition.
+        init: "flax", "torch" or "he", see :mod:`jdecouple.models.layers`.
+        param_dtype: Dtype of the parameters.
+        rngs: Source of initial weights and of dropout's keys.
+    """
+
+    def __init__(
+        self,
+        hidden: int,
+        heads: int,
+        feed_forward: int,
+        *,
+        layout: Layout = LAYOUTS["standard"],
+        pooling: str = "mean",
+        drop: float = 0.0,
+        init: str = "flax",
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        layers.require_positive(hidden=hidden, heads=heads, feed_forward=feed_forward)
+        if hidden % heads:
+            raise ValueError(f"hidden={hidden} does not divide into heads={heads} equal parts")
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
+        self.heads, self.pooling = heads, pooling
+        self.activation = layers.activation(layout.activation)
+        norm = {"unbiased": layout.unbiased, "param_dtype": param_dtype}
+        options = {"init": init, "param_dtype": param_dtype, "rngs": rngs}
+        self.attention_norm = layers.LayerNorm(hidden, **norm)
+        self.projections = layers.linear(hidden, 3 * hidden, **options)
+        self.out = layers.linear(hidden, hidden, **options)
+        self.feed_norm = layers.LayerNorm(hidden, **norm)
+        self.up = layers.linear(hidden, feed_forward, **options)
+        self.down = layers.linear(feed_forward, hidden, **options)
+        self.norm = layers.LayerNorm(hidden, **norm) if layout.norm_each else None
+        self.drop = dropout(drop, rngs)
+
+    def __call__(self, x: Sequence) -> Sequence:
+        """Sequence of the same shapes."""
+        h, mask = read(x)
+        h = h + self.drop(self._attend(self.attention_norm(h), mask))
+        inner = self.drop(self.activation(self.up(self.feed_norm(h))))
+        h = h + self.drop(self.down(inner))
+        if self.norm is not None:
+            h = self.norm(h)
+        summary = h[:, 0] if self.pooling == "class" else masked_mean(h, mask)
+        return sequence(h, mask, summary)
+
+    def _attend(self, h: jax.Array, mask: jax.Array) -> jax.Array:
+        batch, length, hidden = h.shape
+        parts = self.projections(h).reshape(batch, length, 3, self.heads, hidden // self.heads)
+        query, key, value = (parts[:, :, each] for each in range(3))
+        return self.out(attention(query, key, value, mask, self.drop).reshape(h.shape))
+
+
+def transformer(
+    num_classes: int,
+    *,
+    vocabulary_size: int,
+    max_length: int,
+    embeddings: Any = None,
+    hidden: int = 300,
+    depth: int = 4,
+    heads: int = 6,
+    feed_forward: int = 0,
+    layout: str = "standard",
+    dropout: float = 0.0,
+    mask_padding: bool = True,
+    init: str = "flax",
+    param_dtype: Any = jnp.float32,
+    rngs: nnx.Rngs,
+) -> Model:
+    """Embedding block and `depth` encoder layers (arXiv 1706.03762, pre-norm as in 2002.04745).
+
+    Args:
+        num_classes: Number of logits.
+        vocabulary_size: Number of token ids; 0 is padding.
+        max_length: Most tokens in a text.
+        embeddings: Initial word vectors `[vocabulary_size, hidden]`, trained further; None draws
+            them.
+        hidden: Width of the states; 300 in DeInfoReg (arXiv 2506.18193) and SCPL (2602.00062).
+        depth: Number of encoder blocks.
+        heads: Attention heads of every block, a divisor of `hidden`.
+        feed_forward: Width inside the feed-forward layers; 0 for the layout's own.
+        layout: "standard": learned positions, feed-forward of 4 x `hidden` with GELU, LayerNorm
+            before the classifier's dense layer. "paper": no positions, feed-forward of `hidden`
+            with ReLU, LayerNorm with the unbiased standard deviation, which also ends every block.
+        dropout: Share of numbers dropped from embeddings, attention weights, inside the
+            feed-forward layers and before every addition.
+        mask_padding: Whether padding is masked, in attention as in means. If not, it is a word
+            like others.
+        init: "flax", "torch" or "he", see :mod:`jdecouple.models.layers` and
+            :class:`~jdecouple.models.sequence.Embedding`.
+        param_dtype: Dtype of the parameters.
+        rngs: Source of initial weights, and of dropout's keys.
+
+    Returns:
+        A model of 1 + `depth` blocks from token ids, int `[batch, length]`, to sequences (see
+        :mod:`jdecouple.models.sequence`) whose summary `[batch, hidden]` is the mean over real
+        positions. The classifier reads the summary.
+
+    Raises:
+        ValueError: A size is not positive or does not divide, dropout not in [0, 1), a name
+            unknown, or the embeddings of another shape.
+    """
+    layers.require_positive(num_classes=num_classes, hidden=hidden, depth=depth)
+    if layout not in LAYOUTS:
+        raise ValueError(f"unknown layout {layout!r}: expected one of {', '.join(LAYOUTS)}")
+    kind = LAYOUTS[layout]
+    options = {"init": init, "param_dtype": param_dtype, "rngs": rngs}
+    embedding = Embedding(
+        vocabulary_size,
+        hidden,
+        max_length=max_length,
+        embeddings=embeddings,
+        positions=kind.positions,
+        drop=dropout,
+        mask_padding=mask_padding,
+        **options,
+    )
+    blocks = encoder(hidden, depth, heads, feed_forward, layout=kind, drop=dropout, **options)
+    return Model([embedding, *blocks], classifier(hidden, num_classes, kind, **options))
+
+
+def encoder(
+    hidden: int, depth: int, heads: int, feed_forward: int, *, layout: Layout, **options: Any
+) -> list[nnx.Module]:
+    """`depth` equal encoder blocks; `feed_forward` 0 means the layout's own width."""
+    width = layout.expansion * hidden if feed_forward == 0 else feed_forward
+    return [EncoderBlock(hidden, heads, width, layout=layout, **options) for _ in range(depth)]
+
+
+def classifier(hidden: int, num_classes: int, layout: Layout, **options: Any) -> nnx.Module:
+    """Summary of a sequence, LayerNorm if no block has it, dense."""
+    norm = (
+        [] if layout.norm_each else [layers.LayerNorm(hidden, param_dtype=options["param_dtype"])]
+    )
+    return nnx.Sequential(pooled, *norm, layers.linear(hidden, num_classes, **options))
