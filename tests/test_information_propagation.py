@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import nets
 import numpy as np
 import pytest
 from flax import nnx
@@ -10,6 +11,12 @@ from heads import IMAGES, LABELS, MAPS, run, site
 from jdecouple import objectives
 from jdecouple.models.resampling import bilinear
 from jdecouple.objectives import InformationPropagation, cross_entropy
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_compile():
+    with nets.quick_compile():
+        yield
 
 
 def test_weights_run_from_the_first_to_the_last_local_module():
@@ -84,7 +91,10 @@ def test_unit_range():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: InformationPropagation((1,)), r"reconstruction must be two weights .* got \(1,\)"),
+        (
+            lambda: InformationPropagation((1,)),
+            r"must be two weights, .* got \(1,\)",
+        ),
         (lambda: InformationPropagation(task=1.0), "task must hold finite numbers .* got 1.0"),
         (lambda: InformationPropagation((1, -1)), "reconstruction must hold finite numbers"),
         (lambda: InformationPropagation(task_loss="ce"), "one of contrastive, cross_entropy"),

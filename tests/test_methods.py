@@ -113,9 +113,8 @@ def test_exits(name):
     assert np.allclose(hits, np.round(hits), atol=1e-5)
 
     x, with_logits = jnp.asarray(batches(1)[0]["x"]), []
-    for index, (block, head) in enumerate(
-        zip(each.modules(state), each.heads(state), strict=False)
-    ):
+    blocks, heads = each.modules(state)[:BLOCKS], each.heads(state)
+    for index, (block, head) in enumerate(zip(blocks, heads, strict=True)):
         block.eval()
         x = block(x)
         if head is None:
@@ -124,7 +123,7 @@ def test_exits(name):
         logits = head.logits(x)
         if logits is None and index == BLOCKS - 1:
             logits = head.turn(x)
-            for below in reversed(each.heads(state)):
+            for below in reversed(heads):
                 logits = below.descend(logits)
         if logits is not None:
             assert logits.shape == (BATCH, nets.CLASSES)
