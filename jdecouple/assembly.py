@@ -28,12 +28,12 @@ class Built(NamedTuple):
 
     Attributes:
         units: every block with its head.
-        inputs: shapes of every block's input.
+        messages: shapes of the message that every block receives.
         num_classes: width of the logits.
     """
 
     units: tuple[Unit, ...]
-    inputs: tuple[Any, ...]
+    messages: tuple[Message, ...]
     num_classes: int
 
 
@@ -127,7 +127,9 @@ def build_units(
         num_classes = width
     # The last key of the 32-bit range: steps count up from 0 and never reach it.
     root = jax.random.fold_in(jax.random.key(seed), np.uint32(2**32 - 1))
+    inputs = message["x"]
     units = []
+    messages: list[Message] = []
     for index, (block, features) in enumerate(zip(model.blocks, outputs, strict=True)):
         site = Site(
             index=index,
@@ -138,12 +140,15 @@ def build_units(
             init=method.init,
             param_dtype=_param_dtype(block),
             is_embedding=getattr(block, "is_embedding", False),
+            input=inputs,
         )
         head = objective.head(site, nnx.Rngs(jax.random.fold_in(root, index)))
         if head is None and method.route.local:
             raise ValueError(f"method {method.name} gives block {index} no loss of its own")
         units.append(Unit.build(index, block, head, dtype))
-    return Built(tuple(units), (message["x"], *outputs[:-1]), num_classes)
+        messages.append(message)
+        message = {**message, **units[-1].written(features, message), "x": features}
+    return Built(tuple(units), tuple(messages), num_classes)
 
 
 def split_blocks(
@@ -182,7 +187,7 @@ def unit_costs(units: tuple[Unit, ...], route: Route, message: Message) -> list[
                 total = jnp.zeros((), jnp.float32) if output is None else output.loss
                 if not route.local:
                     total += sum(jnp.sum(leaf) for leaf in jax.tree.leaves(features))
-                return total, features
+                return total, (features, {} if output is None else dict(output.message))
 
             if route.local or unit.index == 0:
                 return jax.grad(loss, has_aux=True)(params, message["x"])
@@ -190,7 +195,8 @@ def unit_costs(units: tuple[Unit, ...], route: Route, message: Message) -> list[
 
         arguments = (*abstract(unit.initial()), message)
         costs.append(program_cost(work, *arguments))
-        message["x"] = jax.eval_shape(work, *arguments)[1]
+        features, written = jax.eval_shape(work, *arguments)[1]
+        message |= {**written, "x": features}
     return costs
 
 
@@ -198,7 +204,6 @@ def build_stages(
     built: Built,
     boundaries: Sequence[int],
     received: Message,
-    prepared: Message,
     optimizers: Sequence[optax.GradientTransformation],
     remat: Sequence[bool],
     **common: Any,
@@ -208,8 +213,7 @@ def build_stages(
     Args:
         built: the units.
         boundaries: index of the first block of every stage.
-        received: shapes of a microbatch.
-        prepared: shapes of a microbatch after the transform.
+        received: shapes of a microbatch, before the transform.
         optimizers: of every stage.
         remat: of every stage.
         **common: `seed`, `num_microbatches`, `transform` and `clip_norm` of all.
@@ -223,7 +227,7 @@ def build_stages(
         )
     stages = []
     for k, (start, end) in enumerate(itertools.pairwise((*boundaries, len(built.units)))):
-        message = {**prepared, "x": built.inputs[start]} if k else received
+        message = dict(built.messages[start]) if k else received
         if any(unit.has_loss for unit in built.units[:start]):
             message["loss"] = jax.ShapeDtypeStruct((), jnp.float32)
         stages.append(

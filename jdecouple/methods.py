@@ -5,9 +5,14 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from jdecouple.objectives import (
+    AssociatedLearning,
+    AuxiliaryNet,
     CrossEntropy,
+    Exits,
+    InformationPropagation,
     InformationRegularization,
     Objective,
+    PredictionSimilarity,
     SupervisedContrastive,
 )
 from jdecouple.routes import Delayed, Local, Route, Synchronous
@@ -46,8 +51,14 @@ class _Row(NamedTuple):
 
 _METHODS: dict[str, _Row] = {
     "bp": _Row(CrossEntropy, Synchronous, "end-to-end backpropagation"),
+    "early_exit": _Row(Exits, Synchronous, "arXiv:1709.01686"),
+    "greedy_exit": _Row(Exits, Local, "arXiv:1812.11446"),
     "deinforeg": _Row(InformationRegularization, Local, "arXiv:2506.18193"),
     "scpl": _Row(SupervisedContrastive, Local, "arXiv:2602.00062"),
+    "al": _Row(AssociatedLearning, Local, "arXiv:1906.05560"),
+    "dgl": _Row(AuxiliaryNet, Local, "arXiv:1901.08164"),
+    "predsim": _Row(PredictionSimilarity, Local, "arXiv:1901.06656"),
+    "infopro": _Row(InformationPropagation, Local, "arXiv:2101.10832"),
     "ddg": _Row(CrossEntropy, Delayed, "arXiv:1804.10574", {"forward_pass": "locked"}),
     "fr": _Row(
         CrossEntropy,

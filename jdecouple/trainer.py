@@ -157,7 +157,6 @@ class Trainer:
             built,
             self.boundaries,
             received,
-            prepared,
             [route.optimizer(k, optimizer) for k in range(num_stages)],
             [remat] * num_stages if isinstance(remat, bool) else list(remat),
             seed=seed,
@@ -177,8 +176,7 @@ class Trainer:
             route,
             schedule=schedule,
             fuse=fuse,
-            inputs=built.inputs,
-            message=prepared,
+            messages=built.messages,
         )
         self.engine = "mpmd" if layout is None else "spmd"
         if layout is not None:

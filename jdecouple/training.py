@@ -75,8 +75,7 @@ def build(config: ConfigDict | Mapping) -> Run:
             rngs=nnx.Rngs(config.seed),
             **chosen(config.model, configuration.model_arguments(name), "model"),
         )
-        name = config.method.name
-        method = methods.get(name, **chosen(config.method, methods.arguments(name), "method"))
+        method = methods.get(config.method.name, **_method_arguments(config, dataset))
         make_trainer = functools.partial(
             Trainer,
             model,
@@ -410,6 +409,14 @@ def _data_arguments(config: ConfigDict) -> dict[str, Any]:
     given = {name: section[name] for name in (*names, *sizes)}
     length = section.buckets[-1] if section.buckets else section.max_length
     return {**given, "max_length": length, "seed": config.seed}
+
+
+def _method_arguments(config: ConfigDict, dataset: data.Dataset) -> dict[str, Any]:
+    """What the configuration sets, and the images' statistics where the method asks for them."""
+    allowed = methods.arguments(config.method.name)
+    statistics = {"image_mean": dataset.mean, "image_std": dataset.std}
+    known = {key: value for key, value in statistics.items() if key in allowed}
+    return known | chosen(config.method, allowed, "method")
 
 
 def _optimizer(config: ConfigDict, total_steps: int, steps_per_epoch: int, accumulate: int) -> Any:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -29,6 +29,7 @@ class Site:
         param_dtype: Dtype of the head's parameters.
         is_embedding: Whether the block is one that only embeds tokens or patches, and says so by an
             attribute `is_embedding`.
+        input: Shape and dtype of the model's input, the first block's `message["x"]`.
     """
 
     index: int
@@ -39,6 +40,7 @@ class Site:
     init: str = "flax"
     param_dtype: Any = jnp.float32
     is_embedding: bool = False
+    input: Any = None
 
     @property
     def is_last(self) -> bool:
@@ -68,11 +70,14 @@ class HeadOutput(NamedTuple):
         loss: Scalar that block and head minimise, float32 at least.
         metrics: Terms of the loss by name, unweighted scalars.
         logits: `[batch, classes]` if the head is an exit, else None.
+        message: Entries, batch first, that the head adds to the message for the blocks above, or
+            replaces in it; no gradient flows back through them. "x" and "loss" are the routes'.
     """
 
     loss: jax.Array
     metrics: dict[str, jax.Array]
     logits: jax.Array | None
+    message: Mapping[str, Any] = {}
 
 
 @runtime_checkable
@@ -80,11 +85,30 @@ class Head(Protocol):
     """Module that an objective adds to a block."""
 
     def __call__(self, features: Any, message: Mapping[str, Any]) -> HeadOutput:
-        """Loss of the block's output; `message["label"]` holds int labels `[batch]`."""
+        """Loss of the block's output.
+
+        Args:
+            features: The block's output.
+            message: "label" holds int labels `[batch]`, "x" the block's input; what else there is
+                came with the batch or from the heads below.
+        """
         ...
 
     def logits(self, features: Any) -> jax.Array | None:
         """Logits `[batch, classes]` for evaluation; None if the head is no exit."""
+        ...
+
+
+@runtime_checkable
+class Descending(Protocol):
+    """A head whose answer comes down from the last block: evaluation visits it a second time."""
+
+    def turn(self, features: Any) -> Any:
+        """At the last block: what its output becomes before it comes down, batch first."""
+        ...
+
+    def descend(self, target: Any) -> Any:
+        """What the block below gets for what came from above; below the first block, logits."""
         ...
 
 
@@ -149,3 +173,10 @@ def require_number(*, positive: bool = False, **values: Any) -> None:
         if not is_number or not math.isfinite(value) or value < 0 or (positive and value == 0):
             kind = "positive" if positive else "non-negative"
             raise ValueError(f"{name} must be a finite {kind} number, got {value!r}")
+
+
+def require_whole(**values: Any) -> None:
+    """Raise ValueError, naming it, for the first of `values` that is no whole number >= 0."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 0:
+            raise ValueError(f"{name} must be a whole number of at least 0, got {value!r}")

@@ -16,10 +16,11 @@ from jdecouple.objectives.base import (
     check_batch,
     inner_products,
     normalized_rows,
-    pooled,
     require_number,
+    require_whole,
 )
 from jdecouple.objectives.cross_entropy import cross_entropy
+from jdecouple.objectives.maps import pool_maps, pooled_site
 from jdecouple.objectives.similarity_matching import similarity_matching
 
 MODES = ("merge", "unmerge")
@@ -85,6 +86,7 @@ class InformationRegularizationHead(nnx.Module):
     def __init__(self, objective: "InformationRegularization", site: Site, rngs: nnx.Rngs):
         self.objective = objective
         self.num_classes = site.num_classes
+        site = pooled_site(site, objective.head_pool)
         options = {"init": site.init, "param_dtype": site.param_dtype, "rngs": rngs}
         widths = objective.widths
         self.projector = layers.perceptron(site.size, widths, batch_norm=True, **options)
@@ -104,7 +106,7 @@ class InformationRegularizationHead(nnx.Module):
         """Loss of `features` `[batch, ...]`, or a sequence, under `message["label"]`."""
         labels = message["label"]
         weights = self.objective
-        features = pooled(features)
+        features = pool_maps(features, weights.head_pool)
         z = self.projector(features)
         logits = self._classify(features, z)
         terms = information_regularization(z, labels, self.num_classes, normalize=weights.normalize)
@@ -120,8 +122,8 @@ class InformationRegularizationHead(nnx.Module):
 
     def logits(self, features: Any) -> jax.Array | None:
         """Logits `[batch, classes]` of this exit; None at an embedding block."""
-        features = pooled(features)
         merged = self.objective.mode == "merge"
+        features = pool_maps(features, self.objective.head_pool)
         return self._classify(features, self.projector(features) if merged else None)
 
     def _classify(self, features: jax.Array, z: jax.Array | None) -> jax.Array | None:
@@ -150,6 +152,8 @@ class InformationRegularization:
         covariance: Weight of the covariance term.
         alpha: Weight of the cross-entropy.
         normalize: Whether z is L2-normalised by row before the terms.
+        head_pool: Average maps over this many bins a side before projector and classifier; 0: do
+            not, as in the paper.
 
     Raises:
         ValueError: An argument is not among those allowed.
@@ -162,6 +166,7 @@ class InformationRegularization:
     covariance: float = 1.0
     alpha: float = 0.001
     normalize: bool = True
+    head_pool: int = 0
     needs_classifier: ClassVar[bool] = False
     trains_classifier: ClassVar[bool] = False
 
@@ -183,6 +188,7 @@ class InformationRegularization:
         )
         if not isinstance(self.normalize, bool):
             raise ValueError(f"normalize must be True or False, got {self.normalize!r}")
+        require_whole(head_pool=self.head_pool)
 
     def _split(self) -> tuple[Any, ...]:
         if self.projector == "identity":

@@ -16,10 +16,11 @@ from jdecouple.objectives.base import (
     check_batch,
     inner_products,
     normalized_rows,
-    pooled,
     require_number,
+    require_whole,
 )
 from jdecouple.objectives.cross_entropy import cross_entropy
+from jdecouple.objectives.maps import pool_maps, pooled_site
 
 PROJECTORS = ("mlp", "linear", "identity")
 
@@ -59,15 +60,20 @@ class SupervisedContrastiveHead(nnx.Module):
 
     def __init__(self, objective: "SupervisedContrastive", site: Site, rngs: nnx.Rngs):
         self.temperature = objective.temperature
+        self.head_pool = objective.head_pool
         self.projector = layers.perceptron(
-            site.size, objective.widths, init=site.init, param_dtype=site.param_dtype, rngs=rngs
+            pooled_site(site, self.head_pool).size,
+            objective.widths,
+            init=site.init,
+            param_dtype=site.param_dtype,
+            rngs=rngs,
         )
         self.classifier = site.classifier if site.is_last else None
 
     def __call__(self, features: Any, message: Mapping[str, Any]) -> HeadOutput:
         """Loss of `features` `[batch, ...]`, or a sequence, under `message["label"]`."""
         labels = message["label"]
-        z = self.projector(pooled(features))
+        z = self.projector(pool_maps(features, self.head_pool))
         loss = supervised_contrastive(z, labels, self.temperature)
         metrics = {"contrastive": loss}
         logits = self.logits(jax.lax.stop_gradient(features))
@@ -93,6 +99,8 @@ class SupervisedContrastive:
         hidden: Width of the hidden layer of "mlp".
         features: Width of the projector's output.
         temperature: Divisor of the cosines.
+        head_pool: Average maps over this many bins a side before the projector; 0: do not, as in
+            the paper. The classifier reads the whole map.
 
     Raises:
         ValueError: An argument is not among those allowed.
@@ -102,6 +110,7 @@ class SupervisedContrastive:
     hidden: int = 512
     features: int = 1024
     temperature: float = 0.1
+    head_pool: int = 0
     needs_classifier: ClassVar[bool] = True
     trains_classifier: ClassVar[bool] = True
 
@@ -112,6 +121,7 @@ class SupervisedContrastive:
             )
         layers.require_positive(hidden=self.hidden, features=self.features)
         require_number(positive=True, temperature=self.temperature)
+        require_whole(head_pool=self.head_pool)
 
     @property
     def widths(self) -> tuple[int, ...]:

@@ -142,9 +142,11 @@ class Row:
         moved: list[StageState] = []
         for stage, state in zip(self.stages, self.states(arrays), strict=True):
             message = stage.prepare(message, tick, True)
-            x, own, new, found = advance(stage, state["params"], state["stats"], message, tick)
+            message, own, new, found = advance(
+                stage, state["params"], state["stats"], message, tick
+            )
             found, message = totals(message, found)
-            message = {**jax.lax.stop_gradient(message), "x": x}
+            message = {**jax.lax.stop_gradient(message), "x": message["x"]}
             loss += own
             metrics |= found
             moved.append({"stats": new})

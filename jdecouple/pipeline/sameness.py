@@ -11,9 +11,7 @@ from jdecouple.routes import Message, Unit
 MIDDLE, FIRST, LAST = 0, 1, 2
 
 
-def kinds(
-    units: Sequence[Unit], inputs: Sequence[Any], message: Message
-) -> tuple[tuple[int, ...], str | None]:
+def kinds(units: Sequence[Unit], messages: Sequence[Message]) -> tuple[tuple[int, ...], str | None]:
     """Tells repeated blocks from the ends.
 
     All blocks but the first and the last have to be the same: weights of the same shapes under the
@@ -22,8 +20,7 @@ def kinds(
 
     Args:
         units: every block with its head.
-        inputs: shapes of every block's input.
-        message: shapes of what else a block receives ("label", ...).
+        messages: shapes of the message that every block receives.
 
     Returns:
         The kind of every block, and which block differs from another that it has to be equal to,
@@ -33,12 +30,7 @@ def kinds(
         return (MIDDLE,), None
 
     def difference(index: int, reference: int) -> str | None:
-        found = _difference(
-            units[index],
-            units[reference],
-            {**message, "x": inputs[index]},
-            {**message, "x": inputs[reference]},
-        )
+        found = _difference(units[index], units[reference], messages[index], messages[reference])
         return found and f"block {index} differs from block {reference}: {found}"
 
     last = len(units) - 1
@@ -63,6 +55,8 @@ def _difference(unit: Unit, other: Unit, message: Message, expected: Message) ->
             return found
     if _listed(message["x"]) != _listed(expected["x"]):
         return f"its input is {_listed(message['x'])} instead of {_listed(expected['x'])}"
+    if found := _first_difference("message entry", message, expected):
+        return found
     # Equal definitions make equal programs; others may do so too, because modules also hold what no
     # program sees, such as the functions that drew their weights.
     if unit.dtype == other.dtype and unit.same_definition(other):
@@ -112,7 +106,7 @@ def _program(unit: Unit, message: Message) -> str:
         def run(params, x):
             features, output, moved = unit.train(params, stats, {**message, "x": x}, key)
             loss = jnp.zeros((), jnp.float32) if output is None else output.loss
-            return (features, loss), (moved, output and output.metrics)
+            return (features, loss), (moved, output and (output.metrics, dict(output.message)))
 
         x = message["x"]
         leaves = jax.tree.leaves(x)

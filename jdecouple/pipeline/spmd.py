@@ -184,8 +184,7 @@ def fitting(
     *,
     schedule: str,
     fuse: bool | None,
-    inputs: Sequence[Any],
-    message: Message,
+    messages: Sequence[Message],
 ) -> Layout | None:
     """The layout of a training that the engine can run, and is to run.
 
@@ -196,8 +195,7 @@ def fitting(
         route: how error reaches the blocks.
         schedule: name of the schedule, or "auto".
         fuse: the Trainer's option.
-        inputs: shapes of every block's input.
-        message: shapes of a microbatch as blocks see it.
+        messages: shapes of the message that every block receives.
 
     Returns:
         None where the stages are to be compiled one by one.
@@ -212,7 +210,7 @@ def fitting(
     reason = _misfit(stages, seats, route, schedule, fuse)
     if not reason:
         units = [unit for stage in stages for unit in stage.units]
-        found, difference = kinds(units, inputs, message)
+        found, difference = kinds(units, messages)
         if not difference:
             return Layout(stages, seats, found)
         reason = f"needs equal blocks between the first and the last: {difference}"

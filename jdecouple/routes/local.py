@@ -7,7 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from jdecouple.routes.route import Route
-from jdecouple.routes.stage import Metrics, Stage, StageState, block_metrics, totals
+from jdecouple.routes.stage import (
+    Metrics,
+    Stage,
+    StageState,
+    block_metrics,
+    handed_on,
+    totals,
+)
 from jdecouple.routes.unit import Message
 
 
@@ -45,7 +52,7 @@ class Local(Route):
             stats.append(moved)
             residuals.append((pullback, output.loss))
             metrics |= block_metrics(unit, output, message)
-            message = {**message, "x": jax.lax.stop_gradient(features)}
+            message = handed_on(message, jax.lax.stop_gradient(features), output)
         metrics, message = totals(message, metrics)
         return tuple(stats), metrics, residuals, message
 

@@ -149,6 +149,12 @@ def block_metrics(unit: Unit, output: HeadOutput, message: Message) -> Metrics:
     return {name: value.astype(jnp.float32) for name, value in metrics.items()}
 
 
+def handed_on(message: Message, features: Any, output: HeadOutput | None) -> Message:
+    """What the block above receives: the message, what the head wrote into it, the features."""
+    written = {} if output is None else jax.lax.stop_gradient(dict(output.message))
+    return {**message, **written, "x": features}
+
+
 def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Fraction of arg-maxes that hit."""
     return jnp.mean(jnp.argmax(logits, axis=-1) == labels, dtype=jnp.float32)

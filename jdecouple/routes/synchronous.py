@@ -8,7 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from jdecouple.routes.route import Route
-from jdecouple.routes.stage import Metrics, Stage, StageState, block_metrics, totals
+from jdecouple.routes.stage import (
+    Metrics,
+    Stage,
+    StageState,
+    block_metrics,
+    handed_on,
+    totals,
+)
 from jdecouple.routes.unit import Message
 
 
@@ -37,24 +44,25 @@ class Synchronous(Route):
 
 def advance(
     stage: Stage, params: tuple, stats: tuple, message: Message, tick: jax.Array
-) -> tuple[Any, jax.Array, tuple, Metrics]:
+) -> tuple[Message, jax.Array, tuple, Metrics]:
     """Forward of the units of a stage on a message that is already prepared.
 
     Returns:
-        Features of the last unit, sum of the units' losses, moved statistics, metrics.
+        The message on, with gradients through its "x" alone; the sum of the units' losses, moved
+        statistics, metrics.
     """
     loss = jnp.zeros((), jnp.float32)
     moved: list[Any] = []
     metrics: Metrics = {}
-    x = message["x"]
     for unit, unit_params, unit_stats in zip(stage.units, params, stats, strict=True):
-        here = {**message, "x": x}
-        x, output, new_stats = unit.train(unit_params, unit_stats, here, stage.key(unit, tick))
+        key = stage.key(unit, tick)
+        features, output, new_stats = unit.train(unit_params, unit_stats, message, key)
         moved.append(new_stats)
         if output is not None:
             loss = loss + output.loss
-            metrics |= block_metrics(unit, output, here)
-    return x, loss, tuple(moved), metrics
+            metrics |= block_metrics(unit, output, message)
+        message = handed_on(message, features, output)
+    return message, loss, tuple(moved), metrics
 
 
 def linearize(
@@ -68,8 +76,9 @@ def linearize(
     message = stage.prepare(message, tick, True)
 
     def run(params, x):
-        x, loss, stats, metrics = advance(stage, params, state["stats"], {**message, "x": x}, tick)
-        return (None if stage.is_last else x, loss), (stats, metrics, x)
+        received = {**message, "x": x}
+        handed, loss, stats, metrics = advance(stage, params, state["stats"], received, tick)
+        return (None if stage.is_last else handed["x"], loss), (stats, metrics, handed)
 
     if stage.remat:
         run = jax.checkpoint(run)
@@ -77,9 +86,9 @@ def linearize(
         result = jax.vjp(run, state["params"], message["x"], has_aux=True)
     else:  # the input of the model, which may be integers, gets no gradient
         result = jax.vjp(lambda params: run(params, message["x"]), state["params"], has_aux=True)
-    (_, loss), pullback, (stats, metrics, x) = result
-    metrics, message = totals(message, metrics)
-    return stats, metrics, (pullback, loss), {**message, "x": x}
+    (_, loss), pullback, (stats, metrics, handed) = result
+    metrics, handed = totals(handed, metrics)
+    return stats, metrics, (pullback, loss), handed
 
 
 def pull_back(linearized: tuple[Callable, jax.Array], cotangent: Any) -> tuple[Any, Any]:

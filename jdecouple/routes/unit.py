@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jdecouple.objectives import HeadOutput
+from jdecouple.objectives import Descending, HeadOutput
 
 Arrays = dict[str, jax.Array]
 Message = dict[str, Any]
@@ -32,6 +32,7 @@ class Unit:
         params: trained variables by name.
         stats: all other variables (BatchNorm statistics, ...) by name, moved by the forward.
         has_loss: whether the block has a head.
+        descends: whether the head is one whose answer comes down from the last block.
         dtype: compute dtype; parameters and activations are cast to it. None casts nothing.
     """
 
@@ -39,6 +40,7 @@ class Unit:
     params: dict[str, nnx.Variable]
     stats: dict[str, nnx.Variable]
     has_loss: bool
+    descends: bool
     dtype: Any
     _paths: dict[str, tuple]
     _keys: dict[tuple, nnx.Variable]
@@ -69,6 +71,7 @@ class Unit:
             params=flat(params),
             stats=flat(stats),
             has_loss=head is not None,
+            descends=isinstance(head, Descending),
             dtype=dtype,
             _paths=paths,
             _keys=dict(nnx.to_flat_state(keys)),
@@ -112,6 +115,26 @@ class Unit:
         }
         return features, output, new_stats
 
+    def written(self, features: Any, message: Message) -> Message:
+        """Shapes of what the head writes into the message, from the shapes of what it reads.
+
+        Raises:
+            ValueError: an entry that is not for heads to write.
+        """
+
+        def head(params, stats, features, message, key):
+            head = self._module(True, params, stats, key).head
+            return {} if head is None else dict(head(features, message).message)
+
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        found = jax.eval_shape(head, *jax.eval_shape(self.initial), features, message, key)
+        if reserved := {"x", "loss"} & found.keys():
+            raise ValueError(
+                f"the head of block {self.index} writes {', '.join(sorted(reserved))} into the "
+                "message: all names but x and loss are allowed"
+            )
+        return found
+
     def evaluate(
         self, params: Arrays, stats: Arrays, message: Message
     ) -> tuple[Any, jax.Array | None]:
@@ -120,6 +143,14 @@ class Unit:
         features = module.block(_cast(message["x"], self.dtype))
         logits = None if module.head is None else module.head.logits(features)
         return features, logits
+
+    def turn(self, params: Arrays, stats: Arrays, features: Any) -> Any:
+        """What comes down from the last block, whose output the features are."""
+        return self._module(False, params, stats, jax.random.key(0)).head.turn(features)
+
+    def descend(self, params: Arrays, stats: Arrays, target: Any) -> Any:
+        """What the block below gets for what came down."""
+        return self._module(False, params, stats, jax.random.key(0)).head.descend(target)
 
     def modules(self, params: Arrays, stats: Arrays) -> tuple[nnx.Module, nnx.Module | None]:
         """The block and its head as nnx modules in training mode, with the given values."""

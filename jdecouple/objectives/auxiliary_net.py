@@ -1,0 +1,116 @@
+"""DGL's objective: cross-entropy of an auxiliary net at every block (arXiv 1901.08164)."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import jax
+from flax import nnx
+
+from jdecouple.models import layers
+from jdecouple.models.resampling import adaptive_average_pool
+from jdecouple.objectives.base import HeadOutput, Site, require_whole
+from jdecouple.objectives.cross_entropy import CrossEntropy, cross_entropy
+from jdecouple.objectives.maps import is_map, pool_maps, pooled_site
+
+NETS = ("mlp_sr", "linear")
+
+
+class SpatialReduction(nnx.Module):
+    """Maps to 2 x 2: means over a quarter of each side, three 1x1 convolutions, means again.
+
+    BatchNorm and ReLU follow every convolution. A side of n pixels is left at ceil(n / 4), then at
+    2, or at 1 where no more are left.
+    """
+
+    def __init__(self, site: Site, rngs: nnx.Rngs):
+        _, height, width, channels = site.features.shape
+        self.quarter = (-(-height // 4), -(-width // 4))
+        self.end = (min(2, self.quarter[0]), min(2, self.quarter[1]))
+        stack: list[Callable[..., jax.Array]] = []
+        for _ in range(3):
+            options = {"param_dtype": site.param_dtype, "rngs": rngs}
+            stack.append(layers.conv(channels, channels, 1, init=site.init, **options))
+            stack += [layers.BatchNorm(channels, **options), nnx.relu]
+        self.convolutions = nnx.Sequential(*stack)
+        self.size = self.end[0] * self.end[1] * channels
+
+    def __call__(self, features: jax.Array) -> jax.Array:
+        """`[batch, height, width, channels] -> [batch, 2, 2, channels]`."""
+        reduced = self.convolutions(adaptive_average_pool(features, *self.quarter))
+        return adaptive_average_pool(reduced, *self.end)
+
+
+class AuxiliaryNetHead(nnx.Module):
+    """An auxiliary net under cross-entropy: an exit."""
+
+    def __init__(self, objective: "AuxiliaryNet", site: Site, rngs: nnx.Rngs):
+        self.head_pool = objective.head_pool
+        site = pooled_site(site, self.head_pool)
+        size, widths = site.size, [site.num_classes]
+        self.reduction: nnx.Module | None = None
+        if objective.aux == "mlp_sr":
+            if is_map(site.features):
+                self.reduction = SpatialReduction(site, rngs)
+                size = self.reduction.size
+            widths = [objective.hidden or size] * 3 + widths
+        self.readout = layers.perceptron(
+            size,
+            widths,
+            batch_norm=True,
+            init=site.init,
+            param_dtype=site.param_dtype,
+            rngs=rngs,
+        )
+
+    def __call__(self, features: Any, message: Mapping[str, Any]) -> HeadOutput:
+        """Loss of `features` `[batch, ...]`, or a sequence, under `message["label"]`."""
+        logits = self.logits(features)
+        loss = cross_entropy(logits, message["label"])
+        return HeadOutput(loss, {"cross_entropy": loss}, logits)
+
+    def logits(self, features: Any) -> jax.Array:
+        """Logits `[batch, classes]` of this exit."""
+        features = pool_maps(features, self.head_pool)
+        return self.readout(features if self.reduction is None else self.reduction(features))
+
+
+@dataclasses.dataclass(frozen=True)
+class AuxiliaryNet:
+    """Cross-entropy of an auxiliary net at every block but the last, which has the model's end.
+
+    As in the paper, the last block trains with the model's own classifier (or with its output as
+    logits where there is none).
+
+    Attributes:
+        aux: "mlp_sr", the paper's net: means over a quarter of each side, three 1x1 convolutions
+            with BatchNorm and ReLU, means over 2 x 2 bins, three hidden dense layers with BatchNorm
+            and ReLU, dense. Features that are no maps go to the dense layers at once. Or "linear":
+            flatten, dense.
+        hidden: Width of the hidden dense layers; 0: that of their input, as in the paper.
+        head_pool: Average maps over this many bins a side before the net; 0: do not.
+
+    Raises:
+        ValueError: An argument is not among those allowed.
+    """
+
+    aux: str = "mlp_sr"
+    hidden: int = 0
+    head_pool: int = 0
+    needs_classifier: ClassVar[bool] = False
+    trains_classifier: ClassVar[bool] = True
+
+    def __post_init__(self):
+        if self.aux not in NETS:
+            raise ValueError(f"aux must be one of {', '.join(NETS)}, got {self.aux!r}")
+        require_whole(hidden=self.hidden, head_pool=self.head_pool)
+
+    def head(self, site: Site, rngs: nnx.Rngs) -> nnx.Module | None:
+        """Head for any block.
+
+        Raises:
+            ValueError: There is no classifier and the last block's output is no logits.
+        """
+        if site.is_last:
+            return CrossEntropy().head(site, rngs)
+        return AuxiliaryNetHead(self, site, rngs)
