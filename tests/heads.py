@@ -1,5 +1,7 @@
 """Features, sites and gradients that the tests of heads share."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -24,17 +26,16 @@ def site(features=MAPS, index=1, num_blocks=4, *, num_classes=CLASSES, image=IMA
 
 def run(head, features=MAPS, labels=LABELS, image=IMAGES):
     """Output, gradient of the features, and gradients of the head's parameters."""
-    graphdef, params, rest = nnx.split(head, nnx.Param, ...)
-    scale = objectives.unit_range(image)
-
-    @jax.jit
-    def gradients(params, features):
-        def loss(params, features):
-            merged = nnx.merge(graphdef, params, rest, copy=True)
-            output = merged(features, {"label": labels, "x": image, "image": scale})
-            return output.loss, output
-
-        return jax.grad(loss, argnums=(0, 1), has_aux=True)(params, features)
-
-    (in_params, in_features), output = gradients(params, features)
+    message = {"label": labels, "x": image, "image": objectives.unit_range(image)}
+    parts = nnx.split(head, nnx.Param, ...)
+    (in_params, in_features), output = gradients(*parts, features, message)
     return output, in_features, in_params
+
+
+@functools.partial(jax.jit, static_argnums=0)  # equal heads are compiled once
+def gradients(graphdef, params, rest, features, message):
+    def loss(params, features):
+        output = nnx.merge(graphdef, params, rest, copy=True)(features, message)
+        return output.loss, output
+
+    return jax.grad(loss, argnums=(0, 1), has_aux=True)(params, features)

@@ -29,7 +29,7 @@ def weights(golden, prefix="w", bits=64):
     names = sorted({key.rsplit(".", 1)[0] for key in golden.group(prefix)})
     return {
         name: tuple(
-            jnp.asarray(convert(golden[f"{prefix}.{name}.{part}"]), f"float{bits}")
+            np.asarray(convert(golden[f"{prefix}.{name}.{part}"]), f"float{bits}")
             for part, convert in (("weight", gv.dense_kernel), ("bias", np.asarray))
         )
         for name in names
@@ -104,8 +104,8 @@ class Net(nnx.Module):
         for name, (kernel, bias) in weights(golden).items():
             layer = located(self, name)
             assert layer.kernel.shape == kernel.shape
-            layer.kernel.set_value(kernel)
-            layer.bias.set_value(bias)
+            layer.kernel.set_value(jnp.asarray(kernel))
+            layer.bias.set_value(jnp.asarray(bias))
 
 
 def located(net, name):

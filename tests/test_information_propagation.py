@@ -2,14 +2,21 @@
 
 import jax
 import jax.numpy as jnp
+import nets
 import numpy as np
 import pytest
 from flax import nnx
 from heads import IMAGES, LABELS, MAPS, run, site
 
-from jdecouple import objectives
+from jdecouple import objectives, training
 from jdecouple.models.resampling import bilinear
 from jdecouple.objectives import InformationPropagation, cross_entropy
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_compile():
+    with nets.quick_compile():
+        yield
 
 
 def test_weights_run_from_the_first_to_the_last_local_module():
@@ -81,10 +88,26 @@ def test_unit_range():
     assert objectives.unit_range(pixels.astype(jnp.bfloat16)).dtype == jnp.float32
 
 
+def test_a_run_knows_how_its_images_were_normalised():
+    config = {"method": {"name": "infopro"}, "model": {"name": "mlp", "hidden": 8, "depth": 2}}
+    config |= {"data": {"name": "synthetic", "image_size": 4, "synthetic_size": 40}}
+    run_ = training.build({**config, "batch_size": 8})
+    objective = run_.trainer.method.objective
+    assert objective.image_mean == pytest.approx(run_.dataset.mean)
+    assert objective.image_std == pytest.approx(run_.dataset.std)
+    config["method"] |= {"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "task": [1, 0]}
+    objective = training.build({**config, "batch_size": 8}).trainer.method.objective
+    assert objective.image_mean == (0.5,) * 3
+    assert objective.task == (1.0, 0.0)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: InformationPropagation((1,)), r"reconstruction must be two weights .* got \(1,\)"),
+        (
+            lambda: InformationPropagation((1,)),
+            r"must be two weights, .* got \(1,\)",
+        ),
         (lambda: InformationPropagation(task=1.0), "task must hold finite numbers .* got 1.0"),
         (lambda: InformationPropagation((1, -1)), "reconstruction must hold finite numbers"),
         (lambda: InformationPropagation(task_loss="ce"), "one of contrastive, cross_entropy"),

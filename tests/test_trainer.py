@@ -40,12 +40,16 @@ def fused(name: str) -> jd.Trainer:
 # --- Training -------------------------------------------------------------------------------
 
 REGULARIZATION = ("variance", "invariance", "covariance", "cross_entropy", "accuracy", "loss")
+SIMILARITY = ("similarity", "cross_entropy", "accuracy", "loss")
 AT_THE_END = ((), ("cross_entropy", "accuracy", "loss"))
 BLOCK_METRICS = {
     "bp": AT_THE_END,
     **dict.fromkeys(nets.DELAYED, AT_THE_END),
     "deinforeg": (REGULARIZATION, REGULARIZATION),
     "scpl": (("contrastive", "loss"), ("contrastive", "cross_entropy", "accuracy", "loss")),
+    "dgl": (AT_THE_END[1], AT_THE_END[1]),
+    "predsim": (SIMILARITY, ("classifier", *SIMILARITY)),
+    "infopro": (("reconstruction", "contrastive", "loss"), AT_THE_END[1]),
 }
 
 
@@ -75,15 +79,16 @@ def test_metrics_are_those_of_the_forward_by_hand(name):
     blocks, heads = trainer.modules(state), trainer.heads(state)
     for _ in range(trainer.latency + 1):  # nothing is updated before the first error is known
         state, metrics = trainer.step(state, DATA[0])
-    x = jnp.asarray(DATA[0]["x"])
-    label = jnp.asarray(DATA[0]["label"])
+    message = jax.tree.map(jnp.asarray, DATA[0])
     for index in range(2):
         blocks[index].train()
-        x = blocks[index](x)
+        features = blocks[index](message["x"])
         if heads[index] is None:
+            message |= {"x": features}
             continue
         heads[index].train()
-        output = heads[index](x, {"label": label})
+        output = heads[index](features, message)
+        message |= {**output.message, "x": features}
         found = float(metrics[f"block_{index}/loss"])
         assert found == pytest.approx(float(output.loss), rel=1e-4)
     hits = np.asarray(output.logits).argmax(1) == DATA[0]["label"]

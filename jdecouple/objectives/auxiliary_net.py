@@ -47,16 +47,15 @@ class AuxiliaryNetHead(nnx.Module):
     def __init__(self, objective: "AuxiliaryNet", site: Site, rngs: nnx.Rngs):
         self.head_pool = objective.head_pool
         site = pooled_site(site, self.head_pool)
-        size, widths = site.size, [site.num_classes]
-        self.reduction: nnx.Module | None = None
-        if objective.aux == "mlp_sr":
-            if is_map(site.features):
-                self.reduction = SpatialReduction(site, rngs)
-                size = self.reduction.size
-            widths = [objective.hidden or size] * 3 + widths
+        reduction, size = None, site.size
+        if objective.aux == "mlp_sr" and is_map(site.features):
+            reduction = SpatialReduction(site, rngs)
+            size = reduction.size
+        self.reduction = reduction or nnx.Sequential()
+        hidden = () if objective.aux == "linear" else 3 * (objective.hidden or size,)
         self.readout = layers.perceptron(
             size,
-            widths,
+            (*hidden, site.num_classes),
             batch_norm=True,
             init=site.init,
             param_dtype=site.param_dtype,
@@ -71,8 +70,7 @@ class AuxiliaryNetHead(nnx.Module):
 
     def logits(self, features: Any) -> jax.Array:
         """Logits `[batch, classes]` of this exit."""
-        features = pool_maps(features, self.head_pool)
-        return self.readout(features if self.reduction is None else self.reduction(features))
+        return self.readout(self.reduction(pool_maps(features, self.head_pool)))
 
 
 @dataclasses.dataclass(frozen=True)
