@@ -1,8 +1,8 @@
 """Images with the papers' settings: --config configs/vision.py:dataset,model,method.
 
 Data sets: digits, synthetic, or a prepared TFDS image set (cifar10, cifar100, fashion_mnist, ...;
---config.data.data_dir=FOLDER). Models: any of jdecouple.models. Methods: bp, deinforeg, scpl,
-dgl, predsim, infopro.
+--config.data.data_dir=FOLDER) or folder:PATH. Models: any of jdecouple.models for images. Methods:
+any; those without settings of their own train as bp does.
 
 Command:   python train.py --config configs/vision.py:cifar10,vgg8,deinforeg --workdir runs/c10
 Hardware:  a GPU for the papers' 200 epochs at full width (not measured yet); a CPU for less.
@@ -16,7 +16,7 @@ from jdecouple import methods, models
 
 
 def get_config(arguments: str = "cifar10,vgg8,deinforeg"):
-    parts = [part.strip() for part in arguments.split(",")]
+    parts = [part.strip() for part in arguments.rsplit(",", 2)]  # a path may have commas
     if len(parts) != 3:
         raise ValueError(f"'dataset,model,method' is needed after the file: given {arguments!r}")
     dataset, model, method = parts
@@ -29,7 +29,7 @@ def get_config(arguments: str = "cifar10,vgg8,deinforeg"):
     config.method.name = method
     config.method.init = "torch"
     config.epochs = 200
-    _PAPERS[method](config)
+    _PAPERS.get(method, _bp)(config)
     return config
 
 

@@ -414,8 +414,7 @@ def _data_arguments(config: ConfigDict) -> dict[str, Any]:
 def _method_arguments(config: ConfigDict, dataset: data.Dataset) -> dict[str, Any]:
     """What the configuration sets, and the images' statistics where the method asks for them."""
     allowed = methods.arguments(config.method.name)
-    statistics = {"image_mean": dataset.mean, "image_std": dataset.std}
-    known = {key: value for key, value in statistics.items() if key in allowed}
+    known = {key: value for key, value in dataset.method_arguments().items() if key in allowed}
     return known | chosen(config.method, allowed, "method")
 
 

@@ -29,6 +29,7 @@ def test_keys_that_others_rely_on():
         *("steps", "eval_every", "checkpoint.every", "checkpoint.keep", "dtype", "seed"),
         *("log_every", "split", "boundaries", "method.beta", "method.accumulate"),
         *("optimizer.warmup_epochs", "optimizer.warmup_start"),
+        *("data.max_length", "data.vocabulary_size", "data.glove", "data.buckets"),
     ):
         assert key in keys
 
@@ -108,6 +109,10 @@ def test_an_open_value_may_be_set_back():
         ({"optimizer": {"warmup_epochs": float("inf")}}, "warmup_epochs is inf: a finite number"),
         ({"optimizer": {"warmup_start": 1.01}}, "warmup_start is 1.01: a finite number of at le"),
         ({"optimizer": {"warmup_start": "x"}}, "warmup_start is 'x': a value of type float"),
+        ({"data": {"max_length": 0}}, "config.data.max_length is 0: a whole number from 1 to"),
+        ({"data": {"buckets": (3, 2)}}, "config.data.buckets is (3, 2): increasing whole numbers"),
+        ({"data": {"buckets": "3"}}, "config.data.buckets is '3': a value of type tuple is needed"),
+        ({"data": {"glove": 3}}, "config.data.glove is 3: a value of type str is needed"),
         ({"split": 3}, "config.split is 3: a value of type str is needed"),
         ({"split": "fdg", "boundaries": (0, 1)}, "config.split and config.boundaries are both set"),
         ({"method": {"accumulate": 2.0}}, "config.method.accumulate is 2.0: a value of type int"),

@@ -1,4 +1,4 @@
-"""Every file in configs/ starts, trains four steps of a tiny stand-in and saves."""
+"""Every file in configs/ starts, trains a few steps of a tiny stand-in and saves."""
 
 import json
 import runpy
@@ -6,11 +6,13 @@ import runpy
 import nets
 import pytest
 import runs
+from text_sets import csv_set, examples
+from tfds_writer import write_text_set
 
 from jdecouple import methods
 from jdecouple.checkpoint import Checkpointer
-from jdecouple.config import filled, validate
-from jdecouple.training import train_and_evaluate
+from jdecouple.config import ConfigError, filled, validate
+from jdecouple.training import build, train_and_evaluate
 
 FOLDER = runs.REPOSITORY / "configs"
 # Arguments to call the files with that take one; the convolutions compile for long.
@@ -22,7 +24,10 @@ SLOW = [
     pytest.param("vision", f"cifar10,vgg8,{x}", marks=pytest.mark.slow) for x in ("bp", "deinforeg")
 ]
 EQUAL = ["digits,mlp,deinforeg", "cifar10,mlp,scpl"]
-ARGUMENTS = {"vision": VISION, "delayed": DELAYED, "equal": EQUAL}
+TEXT = ["glue/sst2,lstm,bp", "glue/sst2,lstm,deinforeg", "glue/sst2,transformer,deinforeg"]
+TEXT += ["ag_news_subset,lstm,scpl", "imdb_reviews,transformer,bp", "csv:dbpedia,lstm,al"]
+TEXT += [f"glue/sst2,lstm,{name}" for name in ("early_exit", "greedy_exit", "dgl", "predsim")]
+ARGUMENTS = {"vision": VISION, "delayed": DELAYED, "text": TEXT, "equal": EQUAL}
 CASES = [
     (path.stem, argument)
     for path in sorted(FOLDER.glob("*.py"))
@@ -48,7 +53,10 @@ def test_values_are_valid(name, argument):
     assert validate(config).to_dict() == filled(config).to_dict()
 
 
-@pytest.mark.parametrize(("name", "argument"), [*CASES, *SLOW])
+IMAGES = [case for case in CASES if case[0] != "text"]
+
+
+@pytest.mark.parametrize(("name", "argument"), [*IMAGES, *SLOW])
 def test_four_steps_of_a_stand_in(tmp_path, name, argument):
     config = load(name, argument)
     config.data.name = "synthetic"
@@ -70,19 +78,91 @@ def test_four_steps_of_a_stand_in(tmp_path, name, argument):
         config.method.projector = "8-4"
     if config.method.name == "adl":
         config.method.accumulate = 2
-    result = train_and_evaluate(config, tmp_path)
-    assert result["finished"]
-    assert 0 <= result["test"]["accuracy"] <= 1
-    assert Checkpointer(tmp_path / "checkpoints", read_only=True).steps() == [2, 4]
-    assert (tmp_path / "curves.png").is_file()
-    (train,) = [line for line in runs.lines(tmp_path) if line["split"] == "train"]
-    assert train["loss"] > 0
+    assert_trained(config, tmp_path, [2, 4])
     if config.split:
         assert json.loads((tmp_path / "config.json").read_text())["boundaries"] == [0, 4, 7]
 
 
+def assert_trained(config, workdir, steps):
+    result = train_and_evaluate(config, workdir)
+    assert result["finished"]
+    assert 0 <= result["test"]["accuracy"] <= 1
+    assert Checkpointer(workdir / "checkpoints", read_only=True).steps() == steps
+    assert (workdir / "curves.png").is_file()
+    (train,) = [line for line in runs.lines(workdir) if line["split"] == "train"]
+    assert train["loss"] > 0
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """Folder of small sets with the names and columns of real ones."""
+    folder = tmp_path_factory.mktemp("texts")
+    two, four = (
+        {"train": examples(40, num_classes=n), "test": examples(8, num_classes=n)} for n in (2, 4)
+    )
+    hidden = {"train": two["train"], "validation": two["test"], "test": [(-1, "?")] * 4}
+    news = {split: [(label, "title", each) for label, each in rows] for split, rows in four.items()}
+    write_text_set(folder, "glue/sst2", hidden, columns=("sentence",), version="2.0.0")
+    write_text_set(folder, "imdb_reviews/plain_text", two)
+    columns = ("title", "description")
+    write_text_set(folder, "ag_news_subset", news, columns=columns, num_classes=4)
+    csv_set(folder / "dbpedia", train=42, num_classes=14)
+    return folder
+
+
+@pytest.mark.parametrize("argument", TEXT)
+def test_two_steps_of_texts(tmp_path, texts, argument):
+    config = load("text", argument)
+    config.data.data_dir = str(texts)
+    config.batch_size = 8
+    config.steps = 2
+    config.eval_every = 1
+    config.mesh.stages = 1
+    config.model.hidden = 6
+    config.model.depth = 1
+    assert_trained(config, tmp_path, [1, 2])
+
+
+def test_a_method_for_images_refuses_texts(texts):
+    config = load("text", "glue/sst2,lstm,infopro")
+    config.data.data_dir, config.batch_size = str(texts), 8
+    with pytest.raises(ConfigError, match=r"image|picture") as error:
+        build(config)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("glue/sst2,lstm", "'dataset,model,method' is needed"),
+        ("glue/sst2,mlp,bp", "model 'mlp' is not one of lstm, transformer"),
+        ("glue/sst2,lstm,x", "unknown method 'x'"),
+    ],
+)
+def test_bad_arguments_of_the_text_configuration(argument, said):
+    with pytest.raises(ValueError, match=said):
+        load("text", argument)
+
+
+def test_the_papers_settings_for_texts():
+    lengths = {
+        name: load("text", f"{name},lstm,bp").data.max_length
+        for name in ("glue/sst2", "ag_news_subset", "imdb_reviews", "csv:my/DBpedia,14", "csv:x")
+    }
+    assert list(lengths.values()) == [15, 60, 350, 400, None]
+    deinforeg = load("text", "glue/sst2,lstm,deinforeg")
+    assert (deinforeg.batch_size, deinforeg.epochs, deinforeg.model.hidden) == (128, 50, 300)
+    adam = deinforeg.optimizer
+    assert (adam.name, adam.learning_rate, adam.schedule) == ("adam", 1e-3, "constant")
+    scpl = load("text", "glue/sst2,transformer,scpl")
+    assert (scpl.batch_size, scpl.model.layout) == (1024, "paper")
+    assert scpl.method.projector == deinforeg.method.projector == "identity"
+    al = load("text", "glue/sst2,lstm,al").method
+    assert (al.features, al.expansion, al.activation) == (300, 0, "tanh")
+
+
 def test_every_method_is_covered():
-    covered = {argument.split(",")[2] for argument in VISION + DELAYED}
+    covered = {argument.rsplit(",")[2] for argument in VISION + DELAYED + TEXT}
     assert covered == set(methods.names())
 
 

@@ -215,9 +215,6 @@ class TestUnreadableSets:
         tiny_set(tmp_path, with_label=False)
         self.refused(r"no image and class label.*\['image'\]", "tiny", data_dir=tmp_path)
 
-    def test_text_set(self, tfds_dir):
-        self.refused("no image and class label", "glue/sst2", data_dir=tfds_dir)
-
     def test_shard_removed(self, tmp_path):
         tiny_set(tmp_path)
         next(tmp_path.rglob("*-test.array_record*")).unlink()

@@ -30,8 +30,6 @@ def write_image_set(
     file_format: str = "array_record",
 ) -> Path:
     """Writes encoded images and labels of each split as one shard; returns the set's folder."""
-    folder = data_dir / name / version
-    folder.mkdir(parents=True)
     features = {
         "image": {
             "image": {
@@ -43,10 +41,57 @@ def write_image_set(
         }
     }
     if with_label:
-        features["label"] = {
-            "classLabel": {"numClasses": str(num_classes)},
-            "pythonClassName": _FEATURES + "class_label_feature.ClassLabel",
-        }
+        features["label"] = _class_label(num_classes)
+    rows = {
+        split: [
+            {"image": image, **({"label": label} if with_label else {})}
+            for image, label in zip(images, labels, strict=True)
+        ]
+        for split, (images, labels) in splits.items()
+    }
+    return _write(data_dir, name, features, rows, version, file_format)
+
+
+def write_text_set(
+    data_dir: Path,
+    name: str,
+    splits: dict[str, list[tuple]],
+    *,
+    columns: tuple[str, ...] = ("text",),
+    num_classes: int = 2,
+    version: str = "1.0.0",
+) -> Path:
+    """Writes (label, text, ...) of each split; returns the set's folder."""
+    text = {"pythonClassName": _FEATURES + "text_feature.Text", "text": {}}
+    features = {"label": _class_label(num_classes), **dict.fromkeys(columns, text)}
+    rows = {
+        split: [
+            {"label": label, **dict(zip(columns, map(str.encode, texts), strict=True))}
+            for label, *texts in examples
+        ]
+        for split, examples in splits.items()
+    }
+    return _write(data_dir, name, features, rows, version, "array_record")
+
+
+def _class_label(num_classes: int) -> dict:
+    return {
+        "classLabel": {"numClasses": str(num_classes)},
+        "pythonClassName": _FEATURES + "class_label_feature.ClassLabel",
+    }
+
+
+def _write(
+    data_dir: Path,
+    name: str,
+    features: dict[str, dict],
+    splits: dict[str, list[dict[str, bytes | int]]],
+    version: str,
+    file_format: str,
+) -> Path:
+    folder = data_dir / name / version
+    folder.mkdir(parents=True)
+    name, _, config = name.partition("/")
     (folder / "features.json").write_text(
         json.dumps(
             {
@@ -55,21 +100,23 @@ def write_image_set(
             }
         )
     )
-    for split, (images, labels) in splits.items():
+    for split, rows in splits.items():
         writer = ArrayRecordWriter(
             str(folder / f"{name}-{split}.array_record-00000-of-00001"), "group_size:1"
         )
-        for image, label in zip(images, labels, strict=True):
+        for row in rows:
             example = tf_example_pb2.Example()
-            example.features.feature["image"].bytes_list.value.append(image)
-            if with_label:
-                example.features.feature["label"].int64_list.value.append(label)
+            for key, value in row.items():
+                feature = example.features.feature[key]
+                values = feature.bytes_list if isinstance(value, bytes) else feature.int64_list
+                values.value.append(value)
             writer.write(example.SerializeToString())
         writer.close()
     (folder / "dataset_info.json").write_text(
         json.dumps(
             {
                 "name": name,
+                **({"configName": config} if config else {}),
                 "version": version,
                 "fileFormat": file_format,
                 "splits": [
@@ -77,9 +124,9 @@ def write_image_set(
                         "name": split,
                         "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
                         "numBytes": "1",
-                        "shardLengths": [str(len(labels))],
+                        "shardLengths": [str(len(rows))],
                     }
-                    for split, (_, labels) in splits.items()
+                    for split, rows in splits.items()
                 ],
             }
         )

@@ -114,6 +114,10 @@ class Dataset:
         """What a builder of `jdecouple.models` has to know of the inputs."""
         raise NotImplementedError
 
+    def method_arguments(self) -> dict[str, Any]:
+        """What a method of `jdecouple.methods` may ask for of the inputs."""
+        return {}
+
     def transform(self, name: str) -> Callable[..., Any] | None:
         """The augmentation of this name for the Trainer; ValueError if it does not fit."""
         raise NotImplementedError
@@ -138,6 +142,10 @@ class ImageDataset(Dataset):
         """See `Dataset.model_arguments`."""
         height, _, channels = self.image_shape
         return {"image_size": height, "channels": channels}
+
+    def method_arguments(self) -> dict[str, Any]:
+        """See `Dataset.method_arguments`."""
+        return {"image_mean": self.mean, "image_std": self.std}
 
     def transform(self, name: str) -> Callable[..., Any]:
         """See `Dataset.transform`."""
