@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import nets
 import numpy as np
 import pytest
+import sequence_nets
 from flax import nnx
 
 import jdecouple as jd
@@ -165,3 +166,20 @@ def test_weights_of_a_configuration():
     complete = config.validate(chosen)
     given = config.chosen(complete.method, methods.arguments("early_exit"), "method")
     assert methods.get("early_exit", **given).objective.weights == (0.3, 1)
+
+
+@pytest.mark.parametrize("name", ["early_exit", "greedy_exit", "al"])
+@pytest.mark.parametrize("kind", ["lstm", "vit"])
+def test_sequences(name, kind):
+    """Heads read the summary of a sequence; over two stages as over one."""
+    found = []
+    for stages in (1, 2):
+        model = sequence_nets.model(kind, param_dtype=jnp.float64)
+        data = sequence_nets.batches(kind)
+        options = {"mesh": jd.make_mesh(stages), "example": data[0]}
+        trainer = jd.Trainer(model, nets.method(name), jd.optim.sgd(0.05), **options)
+        state, metrics = nets.trained(trainer, data, 3)
+        found.append((nets.weights(trainer, state), trainer.evaluate(state, data)))
+        assert all(np.isfinite(list(each.values())).all() for each in metrics)
+    assert nets.largest_error(found[0][0], found[1][0]) < 1e-12
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-6)
