@@ -116,16 +116,11 @@ def head(objective: Exits, features: tuple, index: int = 0, classifier: Any = No
 
 
 @pytest.mark.parametrize(
-    ("pool", "features", "size"),
-    [
-        ("average", (2, 4, 4, 3), 3),
-        ("flatten", (2, 4, 4, 3), 48),
-        ("average", (2, 7), 7),
-        ("average", (2, 7, 3), 21),
-    ],
+    ("head_pool", "features", "size"),
+    [(1, (2, 4, 4, 3), 3), (0, (2, 4, 4, 3), 48), (1, (2, 7), 7), (1, (2, 7, 3), 21)],
 )
-def test_an_exit_reads_pooled_or_flattened_features(pool, features, size):
-    found = head(Exits(pool=pool), features)
+def test_an_exit_reads_pooled_or_flattened_features(head_pool, features, size):
+    found = head(Exits(head_pool=head_pool), features)
     x = jnp.asarray(np.random.default_rng(0).normal(size=features))
     kernel = found.classifier.layers[-1].kernel[...]
     assert kernel.shape == (size, 5)
@@ -151,7 +146,7 @@ def test_the_last_exit_is_the_classifier():
         ({"weights": "1"}, ("weights", "'1'")),
         ({"weights": ()}, ("weights", "above 0")),
         ({"weights": (0, 0.0)}, ("weights", "above 0")),
-        ({"pool": "max"}, ("pool", "average, flatten", "max")),
+        ({"head_pool": -1}, ("head_pool", "at least 0", "-1")),
     ],
 )
 def test_bad_arguments_are_refused(name, arguments, words):
