@@ -162,9 +162,9 @@ def test_labels_enter_one_hot(x64):
     ("arguments", "words"),
     [
         ({"features": 0}, ("features", "positive")),
-        ({"expansion": -1}, ("expansion", "positive")),
-        ({"expansion": False}, ("expansion", "positive")),
-        ({"expansion": 0.0}, ("expansion", "positive")),
+        ({"expansion": -1}, ("expansion", "at least 0")),
+        ({"expansion": False}, ("expansion", "at least 0")),
+        ({"head_pool": 0.5}, ("head_pool", "at least 0")),
         ({"activation": "relu"}, ("activation", "sigmoid, tanh, linear", "relu")),
     ],
 )

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import nets
 import numpy as np
 import pytest
+import sequence_nets
 from flax import nnx
 
 import jdecouple as jd
@@ -116,16 +117,11 @@ def head(objective: Exits, features: tuple, index: int = 0, classifier: Any = No
 
 
 @pytest.mark.parametrize(
-    ("pool", "features", "size"),
-    [
-        ("average", (2, 4, 4, 3), 3),
-        ("flatten", (2, 4, 4, 3), 48),
-        ("average", (2, 7), 7),
-        ("average", (2, 7, 3), 21),
-    ],
+    ("head_pool", "features", "size"),
+    [(1, (2, 4, 4, 3), 3), (0, (2, 4, 4, 3), 48), (1, (2, 7), 7), (1, (2, 7, 3), 21)],
 )
-def test_an_exit_reads_pooled_or_flattened_features(pool, features, size):
-    found = head(Exits(pool=pool), features)
+def test_an_exit_reads_pooled_or_flattened_features(head_pool, features, size):
+    found = head(Exits(head_pool=head_pool), features)
     x = jnp.asarray(np.random.default_rng(0).normal(size=features))
     kernel = found.classifier.layers[-1].kernel[...]
     assert kernel.shape == (size, 5)
@@ -151,7 +147,7 @@ def test_the_last_exit_is_the_classifier():
         ({"weights": "1"}, ("weights", "'1'")),
         ({"weights": ()}, ("weights", "above 0")),
         ({"weights": (0, 0.0)}, ("weights", "above 0")),
-        ({"pool": "max"}, ("pool", "average, flatten", "max")),
+        ({"head_pool": -1}, ("head_pool", "at least 0", "-1")),
     ],
 )
 def test_bad_arguments_are_refused(name, arguments, words):
@@ -170,3 +166,20 @@ def test_weights_of_a_configuration():
     complete = config.validate(chosen)
     given = config.chosen(complete.method, methods.arguments("early_exit"), "method")
     assert methods.get("early_exit", **given).objective.weights == (0.3, 1)
+
+
+@pytest.mark.parametrize("name", ["early_exit", "greedy_exit", "al"])
+@pytest.mark.parametrize("kind", ["lstm", "vit"])
+def test_sequences(name, kind):
+    """Heads read the summary of a sequence; over two stages as over one."""
+    found = []
+    for stages in (1, 2):
+        model = sequence_nets.model(kind, param_dtype=jnp.float64)
+        data = sequence_nets.batches(kind)
+        options = {"mesh": jd.make_mesh(stages), "example": data[0]}
+        trainer = jd.Trainer(model, nets.method(name), jd.optim.sgd(0.05), **options)
+        state, metrics = nets.trained(trainer, data, 3)
+        found.append((nets.weights(trainer, state), trainer.evaluate(state, data)))
+        assert all(np.isfinite(list(each.values())).all() for each in metrics)
+    assert nets.largest_error(found[0][0], found[1][0]) < 1e-12
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-6)

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jdecouple.models import layers
-from jdecouple.objectives.base import HeadOutput, Site, at_least_float32
+from jdecouple.objectives.base import HeadOutput, Site, at_least_float32, require_whole
+from jdecouple.objectives.maps import pool_maps, pooled_site
 
 ACTIVATIONS = ("sigmoid", "tanh", "linear")
 
@@ -58,6 +59,8 @@ class AssociatedLearningHead(nnx.Module):
 
     def __init__(self, objective: "AssociatedLearning", site: Site, rngs: nnx.Rngs):
         self.num_classes = site.num_classes
+        self.head_pool = objective.head_pool
+        size = pooled_site(site, self.head_pool).size
         below = objective.features if site.index else site.num_classes
 
         def dense(*sizes: int) -> list[Callable]:
@@ -65,30 +68,31 @@ class AssociatedLearningHead(nnx.Module):
 
         self.encoder = nnx.Sequential(*dense(below, objective.features))
         self.bridge = nnx.Sequential(
-            layers.Flatten(), *dense(site.size, *objective.bridge_widths, objective.features)
+            layers.Flatten(), *dense(size, *objective.bridge_widths, objective.features)
         )
         self.decoder = nnx.Sequential(*dense(objective.features, below))
 
-    def __call__(self, features: jax.Array, message: Mapping[str, Any]) -> HeadOutput:
-        """Loss of `features` `[batch, ...]` under `message["target"]`.
+    def __call__(self, features: Any, message: Mapping[str, Any]) -> HeadOutput:
+        """Loss of `features` `[batch, ...]`, or a sequence, under `message["target"]`.
 
         The first block's target are the one-hot labels; "target" of the message handed on is its
         code, `[batch, objective.features]`.
         """
+        bridged = self.turn(features)
         target = message.get("target")
         if target is None:
-            target = jax.nn.one_hot(message["label"], self.num_classes, dtype=features.dtype)
+            target = jax.nn.one_hot(message["label"], self.num_classes, dtype=bridged.dtype)
         code = self.encoder(target)
-        terms = associated_learning(self.bridge(features), code, self.decoder(code), target)
+        terms = associated_learning(bridged, code, self.decoder(code), target)
         loss = terms["bridge"] + terms["autoencoder"]
         return HeadOutput(loss, terms, None, {"target": code})
 
-    def logits(self, features: jax.Array) -> None:
+    def logits(self, features: Any) -> None:
         """None: the answer comes down from the last block, through the decoders of all."""
 
-    def turn(self, features: jax.Array) -> jax.Array:
+    def turn(self, features: Any) -> jax.Array:
         """What comes down from the last block: its bridged features."""
-        return self.bridge(features)
+        return self.bridge(pool_maps(features, self.head_pool))
 
     def descend(self, target: jax.Array) -> jax.Array:
         """The target of the block below, decoded; below the first block, scores of the classes."""
@@ -122,6 +126,7 @@ class AssociatedLearning:
         expansion: Width of the bridge's hidden layer, in multiples of `features`; 0 for a bridge of
             one dense layer (text).
         activation: Behind every dense layer: "sigmoid" (images), "tanh" (text) or "linear" (none).
+        head_pool: The bridge reads feature maps averaged over this many bins a side; 0: whole.
 
     Raises:
         ValueError: An argument is not among those allowed.
@@ -130,13 +135,13 @@ class AssociatedLearning:
     features: int = 500
     expansion: int = 5
     activation: str = "sigmoid"
+    head_pool: int = 0
     needs_classifier: ClassVar[bool] = False
     trains_classifier: ClassVar[bool] = False
 
     def __post_init__(self):
         layers.require_positive(features=self.features)
-        if self.expansion != 0 or isinstance(self.expansion, bool | float):
-            layers.require_positive(expansion=self.expansion)
+        require_whole(expansion=self.expansion, head_pool=self.head_pool)
         if self.activation not in ACTIVATIONS:
             raise ValueError(
                 f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}"

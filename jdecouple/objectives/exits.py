@@ -12,23 +12,36 @@ import jax
 from flax import nnx
 
 from jdecouple.models import layers
-from jdecouple.objectives.base import HeadOutput, Site, require_number
+from jdecouple.objectives.base import HeadOutput, Site, require_number, require_whole
 from jdecouple.objectives.cross_entropy import CrossEntropy, CrossEntropyHead
-
-POOLS = ("average", "flatten")
+from jdecouple.objectives.maps import pool_maps, pooled_site
 
 
 class ExitHead(CrossEntropyHead):
-    """A classifier under weighted cross-entropy."""
+    """A classifier under weighted cross-entropy; it reads the features as they are."""
 
     def __init__(self, classifier: nnx.Module | None, weight: float):
         super().__init__(classifier)
         self.weight = weight
 
-    def __call__(self, features: jax.Array, message: Mapping[str, Any]) -> HeadOutput:
+    def __call__(self, features: Any, message: Mapping[str, Any]) -> HeadOutput:
         """Loss of `features` under `message["label"]`."""
         output = super().__call__(features, message)
         return output._replace(loss=self.weight * output.loss)
+
+
+class PooledExitHead(ExitHead):
+    """A dense layer on pooled features, under weighted cross-entropy."""
+
+    def __init__(self, objective: "Exits", weight: float, site: Site, rngs: nnx.Rngs):
+        size = pooled_site(site, objective.head_pool).size
+        options = {"init": site.init, "param_dtype": site.param_dtype, "rngs": rngs}
+        super().__init__(layers.perceptron(size, (site.num_classes,), **options), weight)
+        self.head_pool = objective.head_pool
+
+    def logits(self, features: Any) -> jax.Array:
+        """Logits `[batch, classes]` of this exit."""
+        return super().logits(pool_maps(features, self.head_pool))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,15 +53,14 @@ class Exits:
 
     Attributes:
         weights: Weight of each block's loss; a single number (or a tuple of one) is that of all.
-        pool: What the dense layers read: "average", the mean over the pixels of a feature map
-            (anything else is flattened), or "flatten".
+        head_pool: The dense layers read feature maps averaged over this many bins a side; 0: whole.
 
     Raises:
         ValueError: An argument is not among those allowed.
     """
 
     weights: float | tuple[float, ...] = (1.0,)
-    pool: str = "average"
+    head_pool: int = 1
     needs_classifier: ClassVar[bool] = False
     trains_classifier: ClassVar[bool] = True
 
@@ -59,8 +71,7 @@ class Exits:
             require_number(weights=weight)
         if not any(weights):
             raise ValueError(f"weights must hold a number above 0, got {self.weights}")
-        if self.pool not in POOLS:
-            raise ValueError(f"pool must be one of {', '.join(POOLS)}, got {self.pool!r}")
+        require_whole(head_pool=self.head_pool)
 
     def head(self, site: Site, rngs: nnx.Rngs) -> nnx.Module:
         """Head for any block.
@@ -79,9 +90,4 @@ class Exits:
         if site.is_last:
             CrossEntropy().head(site, rngs)  # refuses features that are no logits
             return ExitHead(site.classifier, weight)
-        options = {"init": site.init, "param_dtype": site.param_dtype, "rngs": rngs}
-        if self.pool == "average" and len(getattr(site.features, "shape", ())) == 4:
-            channels = site.features.shape[-1]
-            readout = layers.linear(channels, site.num_classes, **options)
-            return ExitHead(nnx.Sequential(layers.GlobalAveragePool(), readout), weight)
-        return ExitHead(layers.perceptron(site.size, (site.num_classes,), **options), weight)
+        return PooledExitHead(self, weight, site, rngs)
