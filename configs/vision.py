@@ -1,7 +1,8 @@
 """Images with the papers' settings: --config configs/vision.py:dataset,model,method.
 
 Data sets: digits, synthetic, or a prepared TFDS image set (cifar10, cifar100, fashion_mnist, ...;
---config.data.data_dir=FOLDER). Models: any of jdecouple.models. Methods: bp, deinforeg, scpl.
+--config.data.data_dir=FOLDER). Models: any of jdecouple.models. Methods: bp, early_exit,
+greedy_exit, deinforeg, scpl, al, dgl, predsim, infopro.
 
 Command:   python train.py --config configs/vision.py:cifar10,vgg8,deinforeg --workdir runs/c10
 Hardware:  a GPU for the papers' 200 epochs at full width (not measured yet); a CPU for less.
@@ -54,7 +55,10 @@ def _scpl(config):
 
 
 def _bp(config):
-    """The baseline of both papers, at DeInfoReg's batch with SCPL's optimiser."""
+    """The baseline of both papers, at DeInfoReg's batch with SCPL's optimiser.
+
+    What they are compared with (early exits, Associated Learning with its 500 sigmoids) shares it.
+    """
     config.data.augment = "strong"
     config.batch_size = 128
     config.optimizer.name = "adam"
@@ -62,4 +66,50 @@ def _bp(config):
     config.optimizer.end_learning_rate = 1e-5
 
 
-_PAPERS = {"bp": _bp, "deinforeg": _deinforeg, "scpl": _scpl}
+def _dgl(config):
+    """arXiv:1901.08164, its comparison with DDG: SGD 0.01, divided by 10 at 150 and 225."""
+    config.data.augment = "basic"
+    config.batch_size = 128
+    config.epochs = 300
+    config.optimizer.name = "sgd"
+    config.optimizer.momentum = 0.9
+    config.optimizer.weight_decay = 5e-4
+    config.optimizer.learning_rate = 0.01
+    config.optimizer.schedule = "step_decay"
+    config.optimizer.decay_epochs = (150, 225)
+
+
+def _predsim(config):
+    """arXiv:1901.06656: Adam 5e-4, divided by 4 at 200, 300, 350 and 375, batch 128."""
+    config.data.augment = "basic"
+    config.batch_size = 128
+    config.epochs = 400
+    config.optimizer.name = "adam"
+    config.optimizer.learning_rate = 5e-4
+    config.optimizer.schedule = "step_decay"
+    config.optimizer.decay_epochs = (200, 300, 350, 375)
+    config.optimizer.decay_factor = 0.25
+
+
+def _infopro(config):
+    """arXiv:2101.10832: SGD 0.8 -> 0 by cosine after 10 epochs of warm-up, batch 1024."""
+    config.data.augment = "basic"
+    config.batch_size = 1024
+    config.epochs = 160
+    config.optimizer.name = "sgd"
+    config.optimizer.momentum = 0.9
+    config.optimizer.nesterov = True
+    config.optimizer.weight_decay = 1e-4
+    config.optimizer.learning_rate = 0.8
+    config.optimizer.warmup_epochs = 10.0
+    config.optimizer.warmup_start = 0.0125
+
+
+_PAPERS = {
+    **dict.fromkeys(("bp", "early_exit", "greedy_exit", "al"), _bp),
+    "deinforeg": _deinforeg,
+    "scpl": _scpl,
+    "dgl": _dgl,
+    "predsim": _predsim,
+    "infopro": _infopro,
+}

@@ -15,6 +15,8 @@ from jdecouple.training import train_and_evaluate
 FOLDER = runs.REPOSITORY / "configs"
 # Arguments to call the files with that take one; the convolutions compile for long.
 VISION = ["cifar10,mlp,deinforeg", "cifar10,vgg8,scpl", "fashion_mnist,mlp,bp"]
+VISION += [f"cifar10,mlp,{name}" for name in ("early_exit", "greedy_exit", "al")]
+VISION += [f"cifar10,mlp,{name}" for name in ("dgl", "predsim", "infopro")]
 DELAYED = [f"cifar10,mlp,{name},2" for name in ("bp", "fdg", "fr", "ddg", "adl")]
 DELAYED += ["cifar10,mlp,fdg,1", "cifar10,resnet20,fdg,3"]
 SLOW = [
@@ -66,6 +68,8 @@ def test_four_steps_of_a_stand_in(tmp_path, name, argument):
         config.model.blocks = "2,M|2"
     if config.method.name == "deinforeg":
         config.method.projector = "8-4"
+    if config.method.name == "al":
+        config.method.features = 8
     if config.method.name == "adl":
         config.method.accumulate = 2
     result = train_and_evaluate(config, tmp_path)
@@ -138,3 +142,17 @@ def test_the_papers_settings():
     rates = scpl.optimizer.learning_rate, scpl.optimizer.end_learning_rate
     assert rates == (1e-3, 1e-5)
     assert scpl.data.augment == "two_views"
+
+
+@pytest.mark.parametrize(
+    ("method", "optimizer", "rate", "batch", "epochs"),
+    [
+        ("dgl", "sgd", 0.01, 128, 300),
+        ("predsim", "adam", 5e-4, 128, 400),
+        ("infopro", "sgd", 0.8, 1024, 160),
+    ],
+)
+def test_the_settings_of_the_papers_on_local_losses(method, optimizer, rate, batch, epochs):
+    config = load("vision", f"cifar10,resnet110,{method}")
+    assert (config.batch_size, config.epochs, config.data.augment) == (batch, epochs, "basic")
+    assert (config.optimizer.name, config.optimizer.learning_rate) == (optimizer, rate)

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 from heads import IMAGES, LABELS, MAPS, run, site
 
-from jdecouple import objectives
+from jdecouple import objectives, training
 from jdecouple.models.resampling import bilinear
 from jdecouple.objectives import InformationPropagation, cross_entropy
 
@@ -86,6 +86,19 @@ def test_unit_range():
     assert float(rescaled[0].max()) == float(rescaled[2].max()) == 1
     np.testing.assert_array_equal(rescaled[1], jnp.full((4, 4, 2), 0.5))
     assert objectives.unit_range(pixels.astype(jnp.bfloat16)).dtype == jnp.float32
+
+
+def test_a_run_knows_how_its_images_were_normalised():
+    config = {"method": {"name": "infopro"}, "model": {"name": "mlp", "hidden": 8, "depth": 2}}
+    config |= {"data": {"name": "synthetic", "image_size": 4, "synthetic_size": 40}}
+    run_ = training.build({**config, "batch_size": 8})
+    objective = run_.trainer.method.objective
+    assert objective.image_mean == pytest.approx(run_.dataset.mean)
+    assert objective.image_std == pytest.approx(run_.dataset.std)
+    config["method"] |= {"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "task": [1, 0]}
+    objective = training.build({**config, "batch_size": 8}).trainer.method.objective
+    assert objective.image_mean == (0.5,) * 3
+    assert objective.task == (1.0, 0.0)
 
 
 @pytest.mark.parametrize(

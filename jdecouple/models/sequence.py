@@ -113,17 +113,15 @@ class Embedding(nnx.Module):
             raise ValueError(f"mask_padding must be True or False, got {mask_padding!r}")
         draw = nnx.initializers.normal(layers.embedding_deviation(init, features))
         self.max_length, self.mask_padding = max_length, mask_padding
-        self.table = nnx.Embed(
-            vocabulary_size, features, embedding_init=draw, param_dtype=param_dtype, rngs=rngs
-        )
-        if embeddings is not None:
-            given = np.shape(embeddings)
-            if given != (vocabulary_size, features):
-                raise ValueError(
-                    f"embeddings must be [vocabulary_size, width] = "
-                    f"[{vocabulary_size}, {features}], got {list(given)}"
-                )
-            self.table.embedding.set_value(jnp.asarray(embeddings, param_dtype))
+        shape = vocabulary_size, features
+        if embeddings is None:
+            embeddings = draw(rngs.params(), shape, param_dtype)
+        elif np.shape(embeddings) != shape:
+            raise ValueError(
+                f"embeddings must be [vocabulary_size, width] = {list(shape)}, "
+                f"got {list(np.shape(embeddings))}"
+            )
+        self.table = nnx.Param(jnp.array(embeddings, param_dtype))
         shape = max_length, features
         self.positions = nnx.Param(draw(rngs.params(), shape, param_dtype)) if positions else None
         self.drop = dropout(drop, rngs)
@@ -136,7 +134,7 @@ class Embedding(nnx.Module):
             )
         if x.shape[1] > self.max_length:
             raise ValueError(f"a text has {x.shape[1]} tokens, max_length is {self.max_length}")
-        h = self.table(x)
+        h = jnp.take(self.table[...], x, axis=0)  # nan for ids that the table does not have
         if self.positions is not None:
             h = h + self.positions[...][: x.shape[1]]
         mask = (x != 0) if self.mask_padding else jnp.ones(x.shape)
