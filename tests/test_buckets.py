@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import runs
 from flax import nnx
-from text_sets import csv_set
+from text_sets import csv_set, tiny
 
 import jdecouple as jd
 from jdecouple import data
 from jdecouple.bucketing import by_length, check_buckets
-from jdecouple.config import ConfigError, default, validate
+from jdecouple.config import ConfigError, validate
 from jdecouple.training import build, train_and_evaluate
 
-BUCKETS = (4, 8, 12)
+BUCKETS = tiny("").data.buckets
 SIZE = 8
 
 
@@ -110,25 +110,6 @@ class TestBatches:
 
 def _padded(batch):
     return np.pad(batch["x"], ((0, 0), (0, 12 - batch["x"].shape[1]))).tolist()
-
-
-def tiny(name, **values):
-    """A small configuration on a set of texts, in one stage."""
-    config = default()
-    config.data.name = name
-    config.data.buckets = BUCKETS
-    config.model.name = "lstm"
-    config.model.hidden = 6
-    config.model.depth = 1
-    config.method.name = "bp"
-    config.optimizer.schedule = "constant"
-    config.batch_size = SIZE
-    config.steps = 8
-    config.eval_every = 4
-    config.log_every = 1
-    config.mesh.stages = 1
-    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in values.items()})
-    return config
 
 
 def trainer(example, kind="lstm", method="bp", stages=1, **options):
@@ -246,20 +227,3 @@ class TestRefused:
     def test_images(self, name):
         with pytest.raises(ConfigError, match="'digits' holds images"):
             build(tiny("digits"))
-
-
-@pytest.mark.parametrize(
-    ("values", "said"),
-    [
-        (
-            {"data__buckets": None, "model__name": "mlp", "model__hidden": 4},
-            "holds texts, which lstm",
-        ),
-        ({"data__name": "digits", "data__buckets": None}, "'digits' holds images, which mlp, "),
-        ({"data__augment": "basic"}, "augmentation 'basic' given; .* take 'none'"),
-    ],
-)
-def test_models_and_data_that_do_not_fit(name, values, said):
-    with pytest.raises(ConfigError, match=said) as error:
-        build(tiny(name, **values))
-    assert "\n" not in str(error.value)

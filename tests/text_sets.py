@@ -2,8 +2,12 @@
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
+
+from jdecouple import config as configuration
 
 GOOD = ("good", "fine", "great", "funny")
 BAD = ("bad", "poor", "dull", "sad")
@@ -35,3 +39,22 @@ def csv_set(folder: Path, train: int = 64, test: int = 16, **options) -> str:
     write_csv(folder / "train.csv", examples(train, **options))
     write_csv(folder / "test.csv", examples(test, seed=1, **options))
     return f"csv:{folder}"
+
+
+def tiny(name: str, **values: Any) -> ConfigDict:
+    """Backpropagation on a set of texts in one stage; `model__hidden=8` sets model.hidden."""
+    config = configuration.default()
+    config.data.name = name
+    config.data.buckets = (4, 8, 12)
+    config.model.name = "lstm"
+    config.model.hidden = 6
+    config.model.depth = 1
+    config.method.name = "bp"
+    config.optimizer.schedule = "constant"
+    config.batch_size = 8
+    config.steps = 8
+    config.eval_every = 4
+    config.log_every = 1
+    config.mesh.stages = 1
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in values.items()})
+    return config
