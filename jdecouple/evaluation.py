@@ -148,6 +148,10 @@ class Evaluator:
         units = [unit for stage in self._stages for unit in stage.units]
         self._last = units[-1].index
         self._descends = units[-1].descends
+        # As many batches rise as there are calls there and back. Between processes they go one by
+        # one: JAX's sockets (0.10) may come to a stop where arrays cross in both directions.
+        self._whole = all(seat.whole for seat in seats)
+        self._rising = 2 * len(self._stages) if self._whole else 1
 
     def __call__(
         self, states: Sequence[Any], data: Iterable[Mapping] | Mapping, num_classes: int
@@ -169,7 +173,7 @@ class Evaluator:
             size = max(size, -(-examples // replicas) * replicas)
             sums, passed = self._ascend(states, _pad(batch, size), sums)
             rising.append(passed)
-            if len(rising) == 2 * len(self._stages):  # as many calls as there and back
+            if len(rising) == self._rising:
                 sums = self._answer(states, rising.popleft(), sums)
             flying.append(sums)
             if len(flying) > self._max_in_flight:
@@ -179,7 +183,7 @@ class Evaluator:
         if not count:
             raise ValueError("the data to evaluate on holds no examples")
         own = {name: float(total) for each in sums if each for name, total in each.items()}
-        if not all(seat.whole for seat in self._seats):
+        if not self._whole:
             own = gather(own, self._names)
         means = {name: total / count for name, total in own.items()}
         last = max(int(name.split("/")[0].removeprefix("exit_")) for name in means)
@@ -213,6 +217,8 @@ class Evaluator:
             if seat.mine and (k == 0 or k + 1 < len(seats)):
                 labels = (passed.first, sums[-1]) if k == 0 else (None, None)
                 target, total = self._answers[k](states[k], target, *labels)
+            if not self._whole:
+                jax.block_until_ready((target, total))
         return (*sums[:-1], total)
 
     @cached_property
@@ -266,7 +272,7 @@ class Evaluator:
 
     def _shapes(self, batch: Message) -> Shapes:
         """What the stages receive; needed where it comes from afar."""
-        if all(seat.whole for seat in self._seats):
+        if self._whole:
             nothing = [None] * len(self._seats)
             return Shapes(nothing, nothing, [])
         size = batch["label"].shape[0]

@@ -37,8 +37,9 @@ for size in (1, 1, 1, 100_000):
     print(time.perf_counter() - start)
 """
 HOLDER = """
-import time
+import signal, time
 from link import SlowLink
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
 link = SlowLink()
 print(*link.namespaces, flush=True)
 time.sleep(600)
