@@ -57,8 +57,8 @@ class Site:
         features = pooled(self.features)
         if not hasattr(features, "shape"):
             raise TypeError(
-                f"the output of block {self.index} must be one array, or a sequence with "
-                f'"summary", for this objective, got {type(features).__name__}'
+                f"the output of block {self.index} must be one array (or a sequence with "
+                f'"summary") for this objective, got {type(features).__name__}'
             )
         return math.prod(features.shape[1:])
 
