@@ -2,7 +2,7 @@
 
 Data sets: digits, synthetic, or a prepared TFDS image set (cifar10, cifar100, fashion_mnist, ...;
 --config.data.data_dir=FOLDER) or folder:PATH. Models: any of jdecouple.models for images. Methods:
-any; those without settings of their own train as bp does.
+bp, early_exit, greedy_exit, deinforeg, scpl, al, dgl, predsim, infopro.
 
 Command:   python train.py --config configs/vision.py:cifar10,vgg8,deinforeg --workdir runs/c10
 Hardware:  a GPU for the papers' 200 epochs at full width (not measured yet); a CPU for less.
@@ -29,7 +29,7 @@ def get_config(arguments: str = "cifar10,vgg8,deinforeg"):
     config.method.name = method
     config.method.init = "torch"
     config.epochs = 200
-    _PAPERS.get(method, _bp)(config)
+    _PAPERS[method](config)
     return config
 
 
@@ -55,7 +55,10 @@ def _scpl(config):
 
 
 def _bp(config):
-    """The baseline of both papers, at DeInfoReg's batch with SCPL's optimiser."""
+    """The baseline of both papers, at DeInfoReg's batch with SCPL's optimiser.
+
+    What they are compared with (early exits, Associated Learning with its 500 sigmoids) shares it.
+    """
     config.data.augment = "strong"
     config.batch_size = 128
     config.optimizer.name = "adam"
@@ -103,7 +106,7 @@ def _infopro(config):
 
 
 _PAPERS = {
-    "bp": _bp,
+    **dict.fromkeys(("bp", "early_exit", "greedy_exit", "al"), _bp),
     "deinforeg": _deinforeg,
     "scpl": _scpl,
     "dgl": _dgl,

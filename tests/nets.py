@@ -20,7 +20,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "deinforeg": {"projector": "8"},
     "scpl": {"hidden": 16, "features": 8},
     "al": {"features": 8, "expansion": 2, "activation": "tanh"},
-    "dgl": {"hidden": 8},
+    "dgl": {"hidden": 32},
     "infopro": {"hidden": 16, "features": 8, "reconstruction": (0.1, 0.1), "task": (1.0, 1.0)},
     "adl": {"accumulate": 2},
 }

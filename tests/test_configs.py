@@ -17,6 +17,7 @@ from jdecouple.training import build, train_and_evaluate
 FOLDER = runs.REPOSITORY / "configs"
 # Arguments to call the files with that take one; the convolutions compile for long.
 VISION = ["cifar10,mlp,deinforeg", "cifar10,vgg8,scpl", "fashion_mnist,mlp,bp"]
+VISION += [f"cifar10,mlp,{name}" for name in ("early_exit", "greedy_exit", "al")]
 VISION += [f"cifar10,mlp,{name}" for name in ("dgl", "predsim", "infopro")]
 DELAYED = [f"cifar10,mlp,{name},2" for name in ("bp", "fdg", "fr", "ddg", "adl")]
 DELAYED += ["cifar10,mlp,fdg,1", "cifar10,resnet20,fdg,3"]
@@ -75,6 +76,8 @@ def test_four_steps_of_a_stand_in(tmp_path, name, argument):
         config.model.blocks = "2,M|2"
     if config.method.name == "deinforeg":
         config.method.projector = "8-4"
+    if config.method.name == "al":
+        config.method.features = 8
     if config.method.name == "adl":
         config.method.accumulate = 2
     assert_trained(config, tmp_path, [2, 4])

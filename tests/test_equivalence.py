@@ -179,9 +179,8 @@ def test_another_seed_draws_other_heads(name):
     assert nets.same_bits(first, same)
     differ = {key for key in first if not np.array_equal(first[key], other[key])}
     assert all("/head/" in key for key in differ)
-    given = "block_3/params/head/classifier/"  # where a last head is the caller's classifier alone
-    drawn = {key.split("/")[0] for key in first if "/head/" in key and not key.startswith(given)}
-    assert {key.split("/")[0] for key in differ} == drawn >= {f"block_{i}" for i in range(3)}
+    blocks = {key.split("/")[0] for key in differ}  # the last may have the model's own end alone
+    assert blocks | {"block_3"} == {f"block_{i}" for i in range(4)}
 
 
 def test_augmentation_does_not_tell_the_microbatches(x64):

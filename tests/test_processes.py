@@ -37,6 +37,9 @@ RUNS: dict[str, dict[str, Any]] = {
         "trainer": {"max_in_flight": 2},
     },
     "chunk": {"method": "scpl", "model": "four_blocks", "stages": 4, "steps": 8, "chunk": 4},
+    # Codes of the labels travel up with the message; in evaluation the answer comes down.
+    "al": {"method": "al", "model": "four_blocks", "stages": 4, "steps": 8},
+    "al_chunk": {"method": "al", "model": "two_blocks", "stages": 2, "steps": 8, "chunk": 4},
     # "finish" drains before that step, and the stages fill again.
     "fdg": {"method": "fdg", "model": "two_blocks", "stages": 2, "steps": 8},
     "fr": {"method": "fr", "model": "two_blocks", "stages": 2, "steps": 9, "finish": 5},
