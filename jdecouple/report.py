@@ -53,7 +53,7 @@ def summary(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if validations:
         best = max(validations, key=lambda line: line["accuracy"])
         found["test_at_best_validation"] = tests[best["step"]]
-    found["best_test"] = max(tests.values(), key=lambda line: max(_exits(line).values()))
+    found["best_test"] = max(tests.values(), key=lambda line: max(exits(line).values()))
     return found
 
 
@@ -69,16 +69,17 @@ def show(result: Mapping[str, Any], folder: Path, best_step: int | None) -> None
         if key not in result:
             continue
         line = result[key]
-        found = _exits(line)
+        found = exits(line)
         value = max(found.values()) if key == "best_test" else line["accuracy"]
-        exits = ", ".join(f"{name} {each:.2%}" for name, each in found.items())
-        print(f"  {label}: {value:.2%} at step {line['step']} ({exits})")
+        listed = ", ".join(f"{name} {each:.2%}" for name, each in found.items())
+        print(f"  {label}: {value:.2%} at step {line['step']} ({listed})")
     print(f"curves:      {folder / 'curves.png'}")
     best = "" if best_step is None else f" (best by validation: step {best_step})"
     print(f"checkpoints: {folder / 'checkpoints'}{best}")
 
 
-def _exits(line: Mapping[str, Any]) -> dict[str, float]:
+def exits(line: Mapping[str, Any]) -> dict[str, float]:
+    """Accuracy by exit, such as "exit_0", of a line of `metrics.jsonl`."""
     return {
         name.removesuffix("/accuracy"): value
         for name, value in line.items()

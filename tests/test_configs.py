@@ -27,7 +27,8 @@ SLOW = [
 TEXT = ["glue/sst2,lstm,bp", "glue/sst2,lstm,deinforeg", "glue/sst2,transformer,deinforeg"]
 TEXT += ["ag_news_subset,lstm,scpl", "imdb_reviews,transformer,bp", "csv:dbpedia,lstm,al"]
 TEXT += [f"glue/sst2,lstm,{name}" for name in ("early_exit", "greedy_exit", "dgl", "predsim")]
-ARGUMENTS = {"vision": VISION, "delayed": DELAYED, "text": TEXT}
+EQUAL = ["digits,mlp,deinforeg", "cifar10,mlp,scpl"]
+ARGUMENTS = {"vision": VISION, "delayed": DELAYED, "text": TEXT, "equal": EQUAL}
 CASES = [
     (path.stem, argument)
     for path in sorted(FOLDER.glob("*.py"))

@@ -1,0 +1,387 @@
+"""Matrices of trainings: what they run, resume and report."""
+
+import csv
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import runs
+from matplotlib.figure import Figure
+
+BENCH = runs.REPOSITORY / "bench"
+TINY = (
+    *("data.synthetic_size=40", "data.image_size=8", "data.channels=1"),
+    *("batch_size=8", "eval_every=1", "mesh.stages=1"),
+)
+MLP = ("mlp", "model.hidden=8", "model.depth=2")
+HEAD = ("deinforeg", "method.projector=8-4")
+FLAGS = ["--data", "synthetic", "--set", *TINY, "--set-for", *MLP]
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """Imports a module of the benchmarks; trainings get one device."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    for name, value in runs.environment().items():
+        monkeypatch.setenv(name, value)
+    return importlib.import_module
+
+
+def call(bench, capsys, *arguments, script="accuracy"):
+    """Runs a benchmark in this process; gives exit code and what it printed."""
+    module = bench(script)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"bench/{script}.py", *map(str, arguments)])
+        try:
+            if script == "accuracy":
+                flags = module.parser()
+                code = module.main(flags.parse_args(), flags)
+            else:
+                code = module.main()
+        except SystemExit as stop:
+            code = stop.code
+    return code, capsys.readouterr()
+
+
+def rows(folder):
+    with (folder / "results.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def table(folder):
+    lines = (folder / "results.md").read_text().splitlines()
+    found = [[x.strip() for x in line.strip("| ").split("|")] for line in lines if "|" in line]
+    return [dict(zip(found[0], line, strict=True)) for line in found[2:]]
+
+
+def is_png(path):
+    return path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+# --- Real trainings ------------------------------------------------------------------------------
+
+
+def test_a_matrix_and_more_of_it(bench, capsys, tmp_path):
+    flags = [*FLAGS, "--set-for", *HEAD, "--set", "steps=2", "--output", tmp_path]
+    methods = ["--methods", "bp", "deinforeg"]
+    code, shown = call(bench, capsys, *methods, "--models", "mlp", "vgg8", *flags, "--jobs", 2)
+    assert code == 1  # images of 8 pixels are too small for vgg8
+    assert "4 cells, 0 of them finished" in shown.out
+    found = {(row["model"], row["method"]): row for row in rows(tmp_path)}
+    assert {key: row["state"] for key, row in found.items()} == {
+        **{("mlp", method): "finished" for method in ("bp", "deinforeg")},
+        **{("vgg8", method): "failed" for method in ("bp", "deinforeg")},
+    }
+    assert found["vgg8", "bp"]["error"].startswith("error: ")
+    assert found["vgg8", "bp"]["error"] in (tmp_path / "results.md").read_text()
+    assert "image" in found["vgg8", "bp"]["error"]
+    cell = tmp_path / "cells" / "synthetic-mlp-deinforeg-seed=0"
+    last = [line for line in runs.lines(cell) if line["split"] == "test"][-1]
+    assert float(found["mlp", "deinforeg"]["test"]) == last["accuracy"]
+    assert found["mlp", "deinforeg"]["steps"] == "2"
+    before = runs.fingerprint(cell)
+
+    seeds = ["--models", "mlp", "--seeds", "0", "1"]
+    code, shown = call(bench, capsys, *methods, *seeds, *flags)
+    assert (code, shown.err) == (0, "")
+    assert "4 cells, 2 of them finished" in shown.out
+    assert runs.fingerprint(cell) == before
+    assert [row["seed"] for row in rows(tmp_path)] == ["0", "1"] * 2
+    values = [100 * float(row["test"]) for row in rows(tmp_path) if row["method"] == "bp"]
+    (bp,) = [line for line in table(tmp_path) if line["method"] == "bp"]
+    deviation = abs(values[0] - values[1]) / 2**0.5
+    assert bp["last step"] == f"{sum(values) / 2:.2f} ± {deviation:.2f}"
+    assert bp["seeds"] == "2"
+    assert is_png(tmp_path / "results.png")
+    text = (tmp_path / "results.md").read_text()
+    assert "bench/accuracy.py --methods bp deinforeg" in text
+    assert "jax 0." in text
+
+    code, shown = call(bench, capsys, *methods, *seeds, *flags, "--set", "clip_norm=1")
+    assert code == 2
+    assert "holds a run with clip_norm = None, now 1.0" in shown.err.splitlines()[-1]
+
+
+def test_label_noise(bench, capsys, tmp_path):
+    flags = [*FLAGS, "--set", "steps=2", "--models", "mlp", "--methods", "bp", "--seeds", "0"]
+    rates = ["--rates", "0", "0.5"]
+    code, shown = call(bench, capsys, *flags, *rates, "--output", tmp_path, script="label_noise")
+    assert code == 0, shown.err
+    assert [line["label_noise"] for line in table(tmp_path)] == ["0", "0.5"]
+    assert is_png(tmp_path / "results.png")
+    cell = tmp_path / "cells" / "synthetic-mlp-label_noise=0.5-bp-seed=0"
+    config = json.loads((cell / "config.json").read_text())["config"]
+    assert (config["data"]["label_noise"], config["seed"], config["steps"]) == (0.5, 0, 2)
+
+
+def test_stopped_killed_and_resumed(bench, capsys, tmp_path):
+    cell = tmp_path / "cells" / "synthetic-mlp-bp-seed=0"
+    flags = [*FLAGS, "--set", "steps=1500", "checkpoint.every=20", "eval_every=500"]
+    flags += ["--models", "mlp", "--methods", "bp", "--output", str(tmp_path)]
+
+    def output():
+        path = cell / "output.txt"
+        return path.read_text() if path.exists() else ""
+
+    def start(condition):
+        command = [sys.executable, str(BENCH / "accuracy.py"), *flags]
+        process = subprocess.Popen(command, env=runs.environment(), stdout=subprocess.PIPE)
+        end = time.monotonic() + runs.SECONDS
+        while not condition():
+            assert process.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        return process
+
+    first = start(lambda: any(cell.glob("checkpoints/*")) and "step 50/" in output())
+    first.send_signal(signal.SIGTERM)
+    first.communicate(timeout=runs.SECONDS)
+    assert first.returncode == 130
+    assert [row["state"] for row in rows(tmp_path)] == ["stopped"]
+    assert (
+        "- data=synthetic model=mlp method=bp seed=0: stopped"
+        in (tmp_path / "results.md").read_text()
+    )
+    assert output().count("the same command continues") == 1
+
+    second = start(lambda: "continuing from step" in output())
+    second.kill()  # the training itself lives on
+    second.communicate()
+    code, _ = call(bench, capsys, *flags)
+    assert code == 0
+    assert output().count("continuing from step") == 1
+    assert [row["steps"] for row in rows(tmp_path)] == ["1500"]
+
+
+# --- Stubs ---------------------------------------------------------------------------------------
+
+STUB = """
+import json, os, pathlib, sys
+workdir = pathlib.Path(sys.argv[-1])
+names = ("CUDA_VISIBLE_DEVICES", "XLA_PYTHON_CLIENT_PREALLOCATE")
+place = [sorted(os.sched_getaffinity(0)), [os.environ.get(name) for name in names]]
+(workdir / "place.json").write_text(json.dumps(place))
+print("the workdir is", workdir, flush=True)
+if "seed=1" in str(workdir):
+    os.kill(os.getpid(), 9)
+if "seed=2" in str(workdir):
+    sys.exit("error: told before the end\\nthe end")
+if "seed=3" in str(workdir):
+    raise OverflowError("no space")
+"""
+
+
+def stub_cells(bench, tmp_path, monkeypatch, seeds):
+    matrix = bench("matrix")
+    (tmp_path / "train.py").write_text(STUB)
+    monkeypatch.setattr(matrix, "TRAIN", tmp_path / "train.py")
+    axes = {"data": ["digits"], "model": ["mlp"], "method": ["bp"], "seed": seeds}
+    config = str(runs.REPOSITORY / "configs" / "equal.py") + ":{data},{model},{method}"
+    return matrix, matrix.cells(config, axes, [], [], tmp_path / "cells")
+
+
+def test_outcomes(bench, tmp_path, monkeypatch):
+    matrix, cells = stub_cells(bench, tmp_path, monkeypatch, list("0123"))
+    found = {}
+    assert matrix.run(cells, matrix.slots(2), lambda cell, x: found.update({cell.title[-1]: x}))
+    assert found == {
+        "0": ("stopped", ""),  # it ended well, but there is no result
+        "1": ("failed", "killed by SIGKILL"),
+        "2": ("failed", "error: told before the end"),
+        "3": ("failed", "OverflowError: no space"),
+    }
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="pins processes to cores")
+@pytest.mark.parametrize(
+    ("jobs", "gpus", "variables"),
+    [(1, [], [[None, None]]), (2, [], [[None, "false"]] * 2), (2, ["4", "7"], [["4", None]])],
+)
+def test_places(bench, tmp_path, monkeypatch, jobs, gpus, variables):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_PREALLOCATE", raising=False)
+    matrix, cells = stub_cells(bench, tmp_path, monkeypatch, ["0", "4"][:jobs])
+    matrix.run(cells, matrix.slots(jobs, gpus), lambda *_: None)
+    places = [json.loads((cell.folder / "place.json").read_text()) for cell in cells]
+    own, cores = [set(place[0]) for place in places], os.sched_getaffinity(0)
+    assert set().union(*own) == cores
+    if jobs == 2 <= len(cores):
+        assert not own[0] & own[1]
+    assert [place[1] for place in places][: len(variables)] == variables
+
+
+def test_more_jobs_than_cores(bench):
+    for slot in bench("matrix").slots(1000):
+        assert not slot.prefix or slot.prefix[2].isdecimal()
+
+
+def test_a_training_that_still_runs_is_waited_for(bench, tmp_path, monkeypatch):
+    import fcntl
+
+    matrix, cells = stub_cells(bench, tmp_path, monkeypatch, ["0", "4"])
+    cells[0].folder.mkdir(parents=True)
+    other = (cells[0].folder / matrix.OUTPUT).open("a")
+    fcntl.flock(other, fcntl.LOCK_EX)
+    order = []
+
+    def ended(cell, _):
+        order.append(cell.axes["seed"])
+        other.close()
+
+    matrix.run(cells, matrix.slots(1), ended)
+    assert order == ["4", "0"]
+
+
+# --- Results -------------------------------------------------------------------------------------
+
+
+def line(step, split, accuracy, *exits):
+    exit_values = {f"exit_{number}/accuracy": value for number, value in enumerate(exits)}
+    base = {"step": step, "split": split, "accuracy": accuracy, "images_per_second": 5.0 * step}
+    return base | exit_values
+
+
+def finished(bench, folder, lines):
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    written = {"parameters": 7, "device_kind": "cpu", "total_steps": 20}
+    (folder / "config.json").write_text(json.dumps(written))
+    return bench("matrix").result(bench("matrix").Cell({}, folder, []))
+
+
+TRAIN = [line(step, "train", 0.5) for step in (4, 8, 20)]
+TESTS = [line(10, "test", 0.6, 0.9, 0.6), line(20, "test", 0.5, 0.7, 0.5)]
+
+
+def test_what_is_chosen_by_what(bench, tmp_path):
+    validation = [line(10, "validation", 0.8, 0.1, 0.8), line(20, "validation", 0.7, 0.75, 0.7)]
+    found = finished(bench, tmp_path / "cell", [*TRAIN, *validation, *TESTS])
+    assert found == {
+        "test": 0.5,
+        "test_by_exit": 0.7,
+        "exit": "exit_0",
+        "test_by_step": 0.6,
+        "papers": 0.9,
+        "validation": 0.7,
+        "steps": 20,
+        "parameters": 7,
+        "images_per_second": 40.0,
+        "device": "cpu",
+    }
+
+
+def test_without_validation(bench, tmp_path):
+    found = finished(bench, tmp_path / "cell", [*TRAIN, *TESTS])
+    assert (found["test"], found["papers"]) == (0.5, 0.9)
+    empty = ("test_by_exit", "exit", "test_by_step", "validation")
+    assert [found[key] for key in empty] == [None] * 4
+
+
+def made_up(method, seed, test, **more):
+    axes = {"data": "digits", "model": "mlp", "method": method, "seed": seed}
+    state = {"state": "failed", "error": "error: x"} if test is None else {"state": "finished"}
+    return {**axes, "error": "", **state, **({} if test is None else {"test": test}), **more}
+
+
+def test_means_leave_out_what_failed(bench):
+    found = [made_up("bp", "0", 0.5), made_up("bp", "1", 0.7), made_up("bp", "2", None)]
+    text = bench("accuracy").markdown([*found, made_up("scpl", "0", 0.25, test_by_exit=0.5)])
+    assert "| digits | mlp | bp | 2 of 3 | 60.00 ± 14.14 |  |  |  |" in text
+    assert "| digits | mlp | scpl | 1 | 25.00 | 50.00 |  |  |" in text
+    assert "- data=digits model=mlp method=bp seed=2: failed: `error: x`" in text
+
+
+def test_lines_of_the_picture(bench):
+    found = [made_up("bp", seed, test) for seed, test in (("0", 0.5), ("1", 0.7))]
+    axes = Figure().subplots()
+    lines = {"bp": {"0.4": found[:1], "0": found}, "scpl": {"0": [made_up("scpl", "0", None)]}}
+    bench("accuracy")._draw_panel(axes, lines, "-")
+    (bar,) = axes.containers
+    assert bar[0].get_xydata().ravel() == pytest.approx([0.4, 50, 0, 60])
+    (segments,) = [lines.get_segments() for lines in bar[2]]
+    assert segments[1][:, 1] == pytest.approx([60 - 200**0.5, 60 + 200**0.5])
+
+
+# --- Flags ---------------------------------------------------------------------------------------
+
+GOOD = {"--methods": ["bp"], "--data": ["digits"], "--models": ["mlp"]}
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"--methods": ["sgd"]}, "unknown method 'sgd'"),
+        ({"--methods": ["bp", "bp"]}, "method 'bp' is given twice"),
+        ({"--seeds": ["-1"]}, "digits mlp bp seed=-1: config.seed is -1"),
+        ({"--set": ["epochs"]}, "setting 'epochs': KEY=VALUE is needed"),
+        ({"--set": ["epoch=3"]}, "unknown key config.epoch"),
+        ({"--set": ["epochs=x"]}, "config.epochs is 'x'"),
+        ({"--set": ["seed=3"]}, "seed is an axis of the matrix"),
+        ({"--set": ["model.name=mlp"]}, "model.name is an axis of the matrix"),
+        (
+            {"--set-for": ["scpl", "epochs=3"]},
+            "settings for 'scpl': the matrix has digits, mlp, bp",
+        ),
+        ({"--sweep": ["seed", "1"]}, "--sweep seed: a key that is no axis yet"),
+        ({"--sweep": ["epochs"]}, "--sweep epochs: a key that is no axis yet, and values"),
+        (
+            {"--sweep": ["data.label_noise", "2"]},
+            "label_noise=2 bp seed=0: config.data",
+        ),
+        ({"--jobs": ["0"]}, "--jobs is 0"),
+        ({"--config": ["nowhere.py"]}, "there is no file 'nowhere.py'"),
+        ({"--models": []}, "--models: expected at least one argument"),
+    ],
+)
+def test_bad_flags(bench, capsys, tmp_path, flags, words):
+    given = [x for key, values in {**GOOD, **flags}.items() for x in (key, *values)]
+    code, shown = call(bench, capsys, *given, "--output", tmp_path / "out")
+    assert code == 2
+    assert words in shown.err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("missing", GOOD)
+def test_missing_flags(bench, capsys, tmp_path, missing):
+    given = [x for key, values in GOOD.items() if key != missing for x in (key, *values)]
+    code, shown = call(bench, capsys, *given, "--output", tmp_path / "out")
+    assert code == 2
+    assert f"{missing} is needed" in shown.err.splitlines()[-1]
+
+
+def test_settings_of_cells(bench, tmp_path):
+    (tmp_path / "spec").write_text(
+        "--methods bp scpl --data digits --models mlp vgg  # names\n"
+        "--set epochs=3 'model.blocks=2,M|2'\n\n"
+        "--set-for scpl,mlp method.hidden=4 --set-for mlp model.blocks=None\n"
+        "--sweep data.label_noise 0 0.5 --seeds 7\n"
+    )
+    accuracy = bench("accuracy")
+    options = accuracy.parser().parse_args([f"@{tmp_path / 'spec'}", "--output", str(tmp_path)])
+    cells = {cell.title: cell for cell in accuracy.cells_of(options)}
+    assert len(cells) == 8
+    assert list(cells)[:3] == [
+        "digits mlp label_noise=0 bp seed=7",
+        "digits mlp label_noise=0 scpl seed=7",
+        "digits mlp label_noise=0.5 bp seed=7",
+    ]
+    last = cells["digits mlp label_noise=0.5 scpl seed=7"].arguments
+    assert last[1].endswith("equal.py:digits,mlp,scpl")
+    assert list(last[2:]) == [
+        *("--config.data.name=digits", "--config.model.name=mlp", "--config.method.name=scpl"),
+        *("--config.epochs=3", "--config.model.blocks=2,M|2", "--config.method.hidden=4"),
+        *("--config.model.blocks=None", "--config.data.label_noise=0.5", "--config.seed=7"),
+    ]
+    others = [cell for title, cell in cells.items() if "scpl" not in title or "vgg" in title]
+    assert not any("--config.method.hidden=4" in cell.arguments for cell in others)
+
+
+def test_names_that_cannot_be_told_apart(bench, tmp_path):
+    axes = {"data": ["a/b", "a_b"], "model": ["mlp"], "method": ["bp"], "seed": ["0"]}
+    with pytest.raises(ValueError, match=r"have one name: a_b-mlp-bp-seed=0"):
+        bench("matrix").cells("c", axes, [], [], tmp_path)
