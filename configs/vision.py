@@ -29,7 +29,7 @@ def get_config(arguments: str = "cifar10,vgg8,deinforeg"):
     config.method.name = method
     config.method.init = "torch"
     config.epochs = 200
-    _PAPERS.get(method, _bp)(config)
+    _PAPERS[method](config)
     return config
 
 

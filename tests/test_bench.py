@@ -47,6 +47,7 @@ def test_concurrency(tmp_path):
     assert set(found["segments"]["pair"][0]["losses"][0]) == {"block_0/loss", "block_1/loss"}
 
 
+@pytest.mark.slow
 def test_peers(tmp_path):
     pytest.importorskip("torch")
     output = tmp_path / "peers.json"
@@ -223,6 +224,7 @@ def test_simulation_of_a_row_takes_medians(benchmark):
 # --- Scaling -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_scaling(tmp_path):
     measured, output = tmp_path / "throughput.json", tmp_path / "scaling.json"
     picture = tmp_path / "docs" / "scaling.png"

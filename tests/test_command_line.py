@@ -58,8 +58,8 @@ def workdir():
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"method__name": "bogus"}, "config.method.name is 'bogus': allowed are bp, deinforeg"),
-        ({"model__name": "bogus"}, "config.model.name is 'bogus': allowed are mlp, resnet"),
+        ({"method__name": "bogus"}, "config.method.name is 'bogus': allowed are bp, early_exit"),
+        ({"model__name": "bogus"}, "config.model.name is 'bogus': allowed are lstm, mlp, resnet"),
         ({"optimizer__name": "bogus"}, "config.optimizer.name is 'bogus': allowed are adam, lars"),
         ({"data__name": "bogus"}, "data set 'bogus' cannot be opened"),
         ({"data__augment": "bogus"}, "config.data.augment is 'bogus': allowed are none, basic"),
@@ -264,8 +264,8 @@ def test_bad_config_file(refused, workdir, tmp_path, content, said):
     [
         ("cifar10", "'dataset,model,method' is needed after the file: given 'cifar10'"),
         ("", "'dataset,model,method' is needed after the file: given ''"),
-        ("cifar10,vgg8,bogus", "unknown method 'bogus': allowed are bp, deinforeg, scpl"),
-        ("cifar10,bogus,bp", "unknown model 'bogus': expected one of mlp, resnet, resnet101"),
+        ("cifar10,vgg8,bogus", "unknown method 'bogus': allowed are bp, early_exit, greedy_exit"),
+        ("cifar10,bogus,bp", "unknown model 'bogus': expected one of lstm, mlp, resnet, resnet101"),
     ],
 )
 def test_bad_argument_of_a_config_file(refused, workdir, argument, said):
@@ -283,7 +283,7 @@ def test_bad_argument_of_a_config_file(refused, workdir, argument, said):
             )
         ),
         ("cifar10,resnet20,deinforeg,2", "method 'deinforeg' is not one of bp, fdg, adl, fr, ddg"),
-        ("cifar10,resnet20,bogus", "unknown method 'bogus': allowed are bp, deinforeg, scpl, ddg"),
+        ("cifar10,resnet20,bogus", "unknown method 'bogus': allowed are bp, early_exit, greedy_exit"),
         ("cifar10,resnet21,fdg,2", "unknown model 'resnet21': expected one of mlp, resnet, resn"),
         ("synthetic,resnet20,fdg,9", "split 'fdg' has no cut into 9 stages: expected one of 2, 3"),
     ],

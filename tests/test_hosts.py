@@ -161,8 +161,13 @@ class TestResume:
 class TestLost:
     @pytest.mark.parametrize(
         ("victim", "values"),
-        [(0, FDG), (1, DEINFOREG), (1, ONE_STAGE), pytest.param(0, BP, marks=pytest.mark.slow)],
-        ids=["0-fdg", "1-deinforeg", "1-replica", "0-bp"],
+        [
+            (1, DEINFOREG),
+            pytest.param(0, FDG, marks=pytest.mark.slow),
+            pytest.param(1, ONE_STAGE, marks=pytest.mark.slow),
+            pytest.param(0, BP, marks=pytest.mark.slow),
+        ],
+        ids=["1-deinforeg", "0-fdg", "1-replica", "0-bp"],
     )
     def test_a_killed_process_ends_the_others_and_the_run_goes_on(self, tmp_path, victim, values):
         processes = start(tmp_path / "run", 2, **values)

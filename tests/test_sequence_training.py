@@ -15,12 +15,12 @@ KINDS = ("lstm", "transformer", "vit")
 SLOW = pytest.mark.slow
 NEEDS_IMAGES = ("infopro",)  # it reconstructs a picture from a feature map
 METHODS = [name for name in jd.methods.names() if name not in NEEDS_IMAGES]
-# All of them on one model, and on all models one of every route.
+# On all models one of every route; the others, on one of them too, take long.
 CASES = [
     pytest.param(
         name,
         kind,
-        marks=[] if kind == "transformer" or name in ("bp", "fdg", "deinforeg") else [SLOW],
+        marks=[] if name in ("bp", "fdg", "deinforeg") or (name, kind) == ("al", "lstm") else [SLOW],
     )
     for name in METHODS
     for kind in KINDS
