@@ -107,6 +107,7 @@ def test_a_matrix_and_more_of_it(bench, capsys, tmp_path):
     assert "holds a run with clip_norm = None, now 1.0" in shown.err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_label_noise(bench, capsys, tmp_path):
     flags = [*FLAGS, "--set", "steps=2", "--models", "mlp", "--methods", "bp", "--seeds", "0"]
     rates = ["--rates", "0", "0.5"]

@@ -283,7 +283,10 @@ def test_bad_argument_of_a_config_file(refused, workdir, argument, said):
             )
         ),
         ("cifar10,resnet20,deinforeg,2", "method 'deinforeg' is not one of bp, fdg, adl, fr, ddg"),
-        ("cifar10,resnet20,bogus", "unknown method 'bogus': allowed are bp, early_exit, greedy_exit"),
+        (
+            "cifar10,resnet20,bogus",
+            "unknown method 'bogus': allowed are bp, early_exit, greedy_exit",
+        ),
         ("cifar10,resnet21,fdg,2", "unknown model 'resnet21': expected one of mlp, resnet, resn"),
         ("synthetic,resnet20,fdg,9", "split 'fdg' has no cut into 9 stages: expected one of 2, 3"),
     ],

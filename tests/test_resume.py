@@ -108,7 +108,9 @@ class TestDelayed:
     """What waits between two iterations is part of a checkpoint."""
 
     @pytest.mark.parametrize(
-        "values", [FDG, delayed("adl", method__accumulate=2)], ids=lambda v: v["method__name"]
+        "values",
+        [FDG, pytest.param(delayed("adl", method__accumulate=2), marks=pytest.mark.slow)],
+        ids=lambda v: v["method__name"],
     )
     def test_killed_again_and_again(self, tmp_path, values):
         reference = finished(**values)

@@ -20,7 +20,9 @@ CASES = [
     pytest.param(
         name,
         kind,
-        marks=[] if name in ("bp", "fdg", "deinforeg") or (name, kind) == ("al", "lstm") else [SLOW],
+        marks=[]
+        if name in ("bp", "fdg", "deinforeg") or (name, kind) == ("al", "lstm")
+        else [SLOW],
     )
     for name in METHODS
     for kind in KINDS

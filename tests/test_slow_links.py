@@ -209,6 +209,7 @@ def test_bandwidth_spaces_packets_out(ends):
 
 
 @pytest.mark.usefixtures("needed")
+@pytest.mark.slow
 @pytest.mark.skipif(
     not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2,
     reason="pins processes to two cores",

@@ -262,7 +262,10 @@ def assert_same_numbers(folder, reference):
         assert found["accuracy"] == wanted["accuracy"]
 
 
-@pytest.mark.parametrize(("devices", "stages", "replicas"), [(2, 2, 1), (2, 1, 2), (4, 2, 2)])
+@pytest.mark.parametrize(
+    ("devices", "stages", "replicas"),
+    [pytest.param(2, 2, 1, marks=pytest.mark.slow), (2, 1, 2), (4, 2, 2)],
+)
 def test_the_mesh_does_not_change_the_numbers(tmp_path, devices, stages, replicas):
     """Nor does continuing on it what one device began."""
     folder = runs.copy(finished(**SGD, epochs=1), tmp_path)
