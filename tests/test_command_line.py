@@ -287,7 +287,7 @@ def test_bad_argument_of_a_config_file(refused, workdir, argument, said):
             "cifar10,resnet20,bogus",
             "unknown method 'bogus': allowed are bp, early_exit, greedy_exit",
         ),
-        ("cifar10,resnet21,fdg,2", "unknown model 'resnet21': expected one of mlp, resnet, resn"),
+        ("cifar10,resnet21,fdg,2", "unknown model 'resnet21': expected one of lstm, mlp, resn"),
         ("synthetic,resnet20,fdg,9", "split 'fdg' has no cut into 9 stages: expected one of 2, 3"),
     ],
 )
