@@ -31,6 +31,17 @@ def method(name: str, **arguments: Any) -> jd.methods.Method:
     return jd.methods.get(name, **{**ARGUMENTS.get(name, {}), **arguments})
 
 
+ALIKE = ("greedy_exit", "dgl", "predsim", "infopro")
+"""Methods whose heads ask of the engine what others do; test_methods.py has them all."""
+
+
+def marked(names: Any) -> list[Any]:
+    """Names for a test's parameters: those of `ALIKE` are slow."""
+    slow = pytest.mark.slow
+    return [pytest.param(name, marks=slow) if name in ALIKE else name for name in names]
+
+
+METHODS = pytest.mark.parametrize("name", marked(jd.methods.names()))
 DELAYED = [name for name in jd.methods.names() if isinstance(method(name).route, Delayed)]
 EXACT = [name for name in jd.methods.names() if name not in DELAYED]
 """Methods whose result does not depend on the number of stages."""

@@ -120,6 +120,7 @@ def test_label_noise(bench, capsys, tmp_path):
     assert (config["data"]["label_noise"], config["seed"], config["steps"]) == (0.5, 0, 2)
 
 
+@pytest.mark.slow
 def test_stopped_killed_and_resumed(bench, capsys, tmp_path):
     cell = tmp_path / "cells" / "synthetic-mlp-bp-seed=0"
     flags = [*FLAGS, "--set", "steps=1500", "checkpoint.every=20", "eval_every=500"]

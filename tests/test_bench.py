@@ -26,6 +26,7 @@ def bench(name: str, *arguments: str, **variables: str) -> subprocess.CompletedP
 
 
 @TWO_CORES
+@pytest.mark.slow
 def test_concurrency(tmp_path):
     output = tmp_path / "runs" / "concurrency.json"
     sizes = ["--hidden=16", "--depth=2", "--batch=8", "--head=8", "--steps=3", "--repeats=2"]

@@ -73,7 +73,7 @@ def assert_close(found: tuple, wanted: tuple) -> None:
         assert here == pytest.approx(there, rel=2e-6, abs=1e-7, nan_ok=True)
 
 
-@pytest.mark.parametrize("name", LOCAL)
+@pytest.mark.parametrize("name", nets.marked(LOCAL))
 @pytest.mark.parametrize("devices", [1, 2], ids=["fused", "two devices"])
 def test_local_methods_are_those_of_single_steps(name, devices):
     """In chunks of 3, 3, 3 and 1."""
@@ -276,6 +276,7 @@ def test_chunks_write_the_lines_and_checkpoints_of_single_steps(tmp_path):
             assert 0 <= line["input_wait"] <= 1
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_to_the_bit(tmp_path):
     """SIGTERM saves after the chunk; the rest falls into the chunks that it would have."""
     values = {"model__hidden": 8, "chunk": 4, "log_every": 2, "method__name": "bp"}

@@ -19,7 +19,7 @@ import jdecouple as jd
 
 STEPS = 20
 TOLERANCE = 1e-12
-METHODS = pytest.mark.parametrize("name", jd.methods.names())
+METHODS = nets.METHODS
 LOCAL = [name for name in jd.methods.names() if nets.method(name).route.local]
 
 
@@ -111,7 +111,7 @@ def test_dropout_does_not_tell_the_partition(name, stages, data):
     assert_close(run(name, "dropout", stages, data), on_one_device(name, "dropout", stages))
 
 
-@pytest.mark.parametrize("name", nets.EXACT)
+@pytest.mark.parametrize("name", nets.marked(nets.EXACT))
 @pytest.mark.parametrize(
     ("stages", "data", "microbatches"),
     [
@@ -165,7 +165,7 @@ def test_another_seed_draws_other_dropout():
     assert metrics[0]["loss"] != before[0]["loss"]
 
 
-@pytest.mark.parametrize("name", LOCAL)
+@pytest.mark.parametrize("name", nets.marked(LOCAL))
 def test_another_seed_draws_other_heads(name):
     """And the same blocks, which are the caller's."""
     (batch,) = nets.batches(1)

@@ -141,6 +141,7 @@ class TestResults:
 
 
 class TestResume:
+    @pytest.mark.slow
     def test_on_fewer_and_on_more_processes(self, tmp_path):
         """Two processes, then one, then two; to the bit, as the stages are the same."""
         folder = tmp_path / "run"

@@ -91,7 +91,11 @@ def test_backpropagation_killed_while_writing(tmp_path):
     assert_same_run(tmp_path, reference)
 
 
-@pytest.mark.parametrize("method", [{}, delayed("fr")], ids=["deinforeg", "fr"])
+@pytest.mark.parametrize(
+    "method",
+    [{}, pytest.param(delayed("fr"), marks=pytest.mark.slow)],
+    ids=["deinforeg", "fr"],
+)
 def test_stages_on_devices_of_their_own_killed(tmp_path, method):
     values = {**method, "mesh__stages": 2, "epochs": 2}
     apart = tmp_path / "apart"
@@ -125,6 +129,7 @@ class TestDelayed:
         go_on(tmp_path, **values)
         assert_same_run(tmp_path, reference)
 
+    @pytest.mark.slow
     def test_more_epochs(self, tmp_path):
         """The end of a run does not drain what waits."""
         go_on(tmp_path, epochs=1, **FDG)
@@ -132,6 +137,7 @@ class TestDelayed:
         go_on(tmp_path, **FDG)
         assert_same_run(tmp_path, finished(**FDG))
 
+    @pytest.mark.slow
     def test_continued_before_the_first_batch_has_reached_the_end(self, tmp_path):
         values = {**FDG, "model__depth": 3, "num_stages": 3}
         for steps in (1, 2):
@@ -145,6 +151,7 @@ class TestDelayed:
         assert arrays.keys() == wanted.keys()
         assert all(np.array_equal(arrays[name], wanted[name]) for name in wanted)
 
+    @pytest.mark.slow
     def test_on_other_devices(self, tmp_path):
         """Where the stages begin matters, not where they run."""
         folder = copy(finished(epochs=1, **FDG), tmp_path)

@@ -69,7 +69,7 @@ def check(name: str, net: str, stages: int, data: int, group: int, **options: An
         ("deinforeg", "dropout", 4, 1, 3, 1),
         pytest.param("deinforeg", "dropout", 2, 2, 5, 1, marks=pytest.mark.slow),
         pytest.param("deinforeg", "dropout", 1, 2, 5, 1, marks=pytest.mark.slow),
-        ("deinforeg", "vgg", 2, 2, 5, 1),
+        pytest.param("deinforeg", "vgg", 2, 2, 5, 1, marks=pytest.mark.slow),
         pytest.param("deinforeg", "dropout", 2, 2, 5, 2, marks=pytest.mark.slow),
         ("deinforeg", "residual", 4, 1, 5, 1),
         ("scpl", "norm", 4, 1, 5, 1),
@@ -89,7 +89,9 @@ def test_training_is_that_of_one_device(name, net, stages, data, group, microbat
     check(name, net, stages, data, group, **options)
 
 
-@pytest.mark.parametrize(("name", "boundaries"), [("scpl", (3, 4)), ("bp", (1, 5))])
+@pytest.mark.parametrize(
+    ("name", "boundaries"), [pytest.param("scpl", (3, 4), marks=pytest.mark.slow), ("bp", (1, 5))]
+)
 def test_rows_need_not_hold_equally_many_blocks(name, boundaries):
     check(name, "deep", 3, 1, 5, boundaries=boundaries)
 

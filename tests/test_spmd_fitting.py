@@ -152,6 +152,7 @@ def test_bad_batches_are_refused_before_anything_runs():
 TWO = {"mesh__stages": 2, "model__depth": 3, "engine": "spmd", "optimizer__name": "sgd"}
 
 
+@pytest.mark.slow
 def test_a_run_of_one_engine_is_continued_by_the_other(tmp_path):
     wanted = runs.finished(**{**TWO, "steps": 9, "engine": "mpmd", "mesh__stages": 1})
     for engine, steps in (("mpmd", 4), ("spmd", 9)):

@@ -184,7 +184,7 @@ def live_microbatches(schedule: str, stages: int, microbatches: int, **options: 
     return peak
 
 
-@pytest.mark.parametrize("microbatches", [2, 4, 8])
+@pytest.mark.parametrize("microbatches", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
 def test_live_activations_are_those_of_the_schedule(microbatches):
     """gpipe holds M microbatches, 1f1b min(M, K - k); the last call of a stage frees its own."""
     stages = 4

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 import jdecouple as jd
 
-METHODS = pytest.mark.parametrize("name", jd.methods.names())
+METHODS = nets.METHODS
 DATA = nets.batches()
 
 
