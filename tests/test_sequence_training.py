@@ -15,14 +15,12 @@ KINDS = ("lstm", "transformer", "vit")
 SLOW = pytest.mark.slow
 NEEDS_IMAGES = ("infopro",)  # it reconstructs a picture from a feature map
 METHODS = [name for name in jd.methods.names() if name not in NEEDS_IMAGES]
-# On all models one of every route; the others, on one of them too, take long.
+# All of these take long to compile; two of them stand for the rest.
 CASES = [
     pytest.param(
         name,
         kind,
-        marks=[]
-        if name in ("bp", "fdg", "deinforeg") or (name, kind) == ("al", "lstm")
-        else [SLOW],
+        marks=[] if name in ("bp", "deinforeg") and kind == "transformer" else [SLOW],
     )
     for name in METHODS
     for kind in KINDS
@@ -82,6 +80,7 @@ def test_two_devices_train_as_one(name, kind):
     assert moved == {"block_0", "block_1"}
 
 
+@SLOW
 @pytest.mark.parametrize("name", ["fr", "fdg"])
 def test_a_delayed_method_with_one_stage_is_backpropagation(name):
     found = run(build(name, "lstm", model={"depth": 1}), "lstm")
@@ -89,6 +88,7 @@ def test_a_delayed_method_with_one_stage_is_backpropagation(name):
     assert nets.largest_error(found[0], wanted[0]) < 1e-12
 
 
+@SLOW
 def test_remat_and_microbatches_carry_sequences():
     wanted = reference("bp", "transformer")
     for options in ({"remat": True}, {"microbatches": 2, "schedule": "gpipe"}):
@@ -96,6 +96,7 @@ def test_remat_and_microbatches_carry_sequences():
         assert nets.largest_error(found[0], wanted[0]) < 1e-12
 
 
+@SLOW
 def test_replicas_cut_sequences_by_examples():
     mesh = jd.make_mesh(2, 2, devices=jax.devices()[:4])
     for name in ("bp", "deinforeg"):
@@ -103,6 +104,7 @@ def test_replicas_cut_sequences_by_examples():
         assert nets.largest_error(found[0], reference(name, "lstm")[0]) < 1e-12
 
 
+@SLOW
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
@@ -120,12 +122,14 @@ def test_the_spmd_engine_takes_equal_blocks_between_the_ends(name, kind):
     assert_same(run(trainer, kind), reference(name, kind, depth=3))
 
 
+@SLOW
 def test_the_spmd_engine_names_the_block_that_differs():
     words = ("engine 'spmd'", "block 2 differs from block 1", "block/kernel")
     options = {"model": {"depth": 3, "merge": "concat"}, "engine": "spmd"}
     nets.assert_clear(ValueError, words, lambda: build("bp", "lstm", 2, **options))
 
 
+@SLOW
 @pytest.mark.parametrize(("kind", "mode"), [("lstm", "merge"), ("vit", "unmerge")])
 def test_an_embedding_has_a_local_loss_and_is_no_exit(kind, mode):
     trainer = jd.Trainer(
@@ -142,6 +146,7 @@ def test_an_embedding_has_a_local_loss_and_is_no_exit(kind, mode):
     assert not any(name.startswith("block_0/params/head/classifier") for name in arrays)
 
 
+@SLOW
 @pytest.mark.parametrize(("name", "kind"), [("deinforeg", "lstm"), ("scpl", "transformer")])
 def test_no_gradient_crosses_a_block(name, kind):
     """What the upper blocks are does not change how the first one trains."""
@@ -160,6 +165,7 @@ def test_no_gradient_crosses_a_block(name, kind):
     assert nets.largest_error(*found) < 1e-14
 
 
+@SLOW
 def test_a_model_that_does_not_fit_its_input_gets_one_clear_line():
     def on_images():
         example = sequence_nets.batches("vit")[0]
