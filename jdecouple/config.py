@@ -1,11 +1,12 @@
 """The configuration of a run: its keys, their defaults, and one check of all values."""
 
+import contextlib
 import inspect
 import itertools
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 import jax.numpy as jnp
@@ -53,6 +54,18 @@ _FILLED |= {"vocabulary_size", "max_length", "embeddings", "learning_rate"}
 
 class ConfigError(ValueError):
     """A bad value, or input that does not fit; the message is one line."""
+
+
+@contextlib.contextmanager
+def one_line() -> Iterator[None]:
+    """Turns what is raised about given values, files or data into a ConfigError."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (ValueError, TypeError, OSError) as error:
+        text = str(error).strip() or type(error).__name__
+        raise ConfigError(text.splitlines()[0]) from error
 
 
 def default() -> ConfigDict:

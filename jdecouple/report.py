@@ -11,10 +11,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from jdecouple.run import Run
+
 _PACKAGES = ("jdecouple", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
-def write_config(folder: Path, run: Any) -> None:
+def write_config(folder: Path, run: Run) -> None:
     """Writes `config.json`: the configuration, the versions, the devices, the partition."""
     trainer = run.trainer
     leaves = trainer.arrays(trainer.abstract())

@@ -9,18 +9,19 @@ from jdecouple.checkpoint import Checkpointer
 from jdecouple.config import ConfigError
 from jdecouple.hosts import Alone, hand_out
 from jdecouple.processes import Unwritten
+from jdecouple.run import Run
 from jdecouple.trainer import State
 
 
 def restore(
-    run: Any, checkpoints: Checkpointer | Unwritten, hosts: Alone
+    run: Run, checkpoints: Checkpointer | Unwritten, hosts: Alone
 ) -> tuple[State, dict[str, Any] | None]:
     """The state to begin with, and what the checkpoint says of it.
 
     The first process reads the checkpoint, and hands every other one the arrays of its stages.
 
     Args:
-        run: a `jdecouple.training.Run`.
+        run: what the configuration stands for.
         checkpoints: where they are, on the first process.
         hosts: the processes; all call it.
 
@@ -37,7 +38,7 @@ def restore(
     return run.trainer.with_arrays(step, arrays), extra
 
 
-def _read(run: Any, checkpoints: Checkpointer) -> Any:
+def _read(run: Run, checkpoints: Checkpointer) -> Any:
     mine = identity(run)
     found = [extra.get("identity", {}) for extra in checkpoints.extras().values()]
     if found and mine not in found:
@@ -53,7 +54,7 @@ def _read(run: Any, checkpoints: Checkpointer) -> Any:
     return restored
 
 
-def identity(run: Any) -> dict[str, Any]:
+def identity(run: Run) -> dict[str, Any]:
     """What makes a run what it is; a delayed method also depends on where the stages begin.
 
     Its queues hold what JAX's differentiation left, in the compute dtype; another version of JAX

@@ -1,0 +1,166 @@
+"""From a configuration to what it stands for: data set, model, method, optimiser and trainer."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+
+from jdecouple import config as configuration
+from jdecouple import data, methods, models, optim
+from jdecouple.bucketing import by_length, check_buckets
+from jdecouple.config import chosen, one_line
+from jdecouple.diagnostics import SufficientDirection
+from jdecouple.pipeline import make_mesh, propose
+from jdecouple.processes import check_processes
+from jdecouple.trainer import State, Trainer
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a configuration stands for, built and checked, with nothing on disk yet."""
+
+    config: ConfigDict
+    dataset: data.Dataset
+    trainer: Trainer
+    total_steps: int
+    eval_every: int
+    diagnose: Callable[[State], dict[str, jax.Array]]
+    trainer_of: Callable[[Mapping[str, Any]], Trainer]
+    """The trainer of a batch: `trainer`, or one like it for texts of another length."""
+
+    @property
+    def title(self) -> str:
+        """Heading of the run's pictures."""
+        return f"{self.config.method.name} on {self.config.data.name}"
+
+
+def build(config: ConfigDict | Mapping) -> Run:
+    """Builds data set, model, method, optimiser and trainer of a configuration.
+
+    Raises:
+        ConfigError: in one line, whatever is wrong with the values or the data.
+    """
+    config = configuration.validate(config)
+    with one_line():
+        dataset = data.load(config.data.name, **_data_arguments(config))
+        steps_per_epoch = data.steps_per_epoch(dataset.train, config.batch_size)
+        total_steps = config.steps or config.epochs * steps_per_epoch
+        inputs = dataset.model_arguments()
+        name = config.model.name
+        what = f"data set {dataset.name!r} holds {dataset.kind}"
+        configuration.check_model_reads(name, inputs, what)
+        model = models.get(name)(
+            dataset.num_classes,
+            **inputs,
+            rngs=nnx.Rngs(config.seed),
+            **chosen(config.model, configuration.model_arguments(name), "model"),
+        )
+        method = methods.get(config.method.name, **_method_arguments(config, dataset))
+        make_trainer = functools.partial(
+            Trainer,
+            model,
+            method,
+            _optimizer(config, total_steps, steps_per_epoch, method.route.accumulate),
+            microbatches=config.microbatches,
+            num_classes=dataset.num_classes,
+            seed=config.seed,
+            transform=dataset.transform(config.data.augment),
+            dtype=configuration.DTYPES[config.dtype],
+            clip_norm=config.clip_norm,
+            remat=config.remat,
+            fuse=False if config.profile else None,  # a timeline shows stages
+            max_in_flight=config.max_in_flight,
+        )
+        example = dataset.train.gather(np.arange(config.batch_size))
+        probe = functools.partial(make_trainer, example=example)
+        placement = _placement(config, probe, len(model.blocks))
+        placement |= {"schedule": config.schedule, "engine": config.engine}
+        make_trainer = functools.partial(make_trainer, **placement)
+        trainer = make_trainer(example=example)
+        trainer_of = by_length(trainer, example, make_trainer)
+        trainer.check_chunk(config.chunk)
+        if config.data.buckets:
+            check_buckets(trainer)
+        check_processes(trainer, config)
+        diagnose = SufficientDirection(trainer) if config.sufficient_direction else _nothing
+    eval_every = config.eval_every or steps_per_epoch
+    return Run(config, dataset, trainer, total_steps, eval_every, diagnose, trainer_of)
+
+
+def _nothing(state: State) -> dict[str, jax.Array]:
+    del state
+    return {}
+
+
+def _placement(
+    config: ConfigDict, make_trainer: Callable[..., Trainer], num_blocks: int
+) -> dict[str, Any]:
+    """The Trainer's arguments on stages and devices: as given, or as proposed by simulation."""
+    section, devices = config.mesh, len(jax.devices())
+    boundaries = config.boundaries if config.split is None else config.split
+    given = {"num_stages": config.num_stages, "boundaries": boundaries}
+    if section.replicas is not None:
+        return {**given, "mesh": make_mesh(replicas=section.replicas)}
+    stages = section.stages or config.num_stages
+    if stages is None:
+        stages = max(1, min(num_blocks, devices // section.data))
+    if not section.propose:
+        return {**given, "mesh": make_mesh(stages, section.data)}
+    probe = make_trainer(num_stages=1, mesh=make_mesh(1))
+    schedule = probe.method.route.schedules[0] if config.schedule == "auto" else config.schedule
+    proposal = propose(
+        probe.block_costs(),
+        stages,
+        devices,
+        schedule=schedule,
+        microbatches=config.microbatches,
+        batch_size=config.batch_size,
+    )
+    if jax.process_index() == 0:
+        print(f"proposal: {proposal}")
+    return {"boundaries": proposal.boundaries, "mesh": make_mesh(replicas=proposal.replicas)}
+
+
+def _data_arguments(config: ConfigDict) -> dict[str, Any]:
+    section = config.data
+    names = (
+        *("data_dir", "download", "validation", "label_noise"),
+        *("image_size", "vocabulary_size", "glove"),
+    )
+    sizes = ("synthetic_size", "channels", "num_classes") if section.name == "synthetic" else ()
+    given = {name: section[name] for name in (*names, *sizes)}
+    length = section.buckets[-1] if section.buckets else section.max_length
+    return {**given, "max_length": length, "seed": config.seed}
+
+
+def _method_arguments(config: ConfigDict, dataset: data.Dataset) -> dict[str, Any]:
+    """What the configuration sets, and the images' statistics where the method asks for them."""
+    allowed = methods.arguments(config.method.name)
+    known = {key: value for key, value in dataset.method_arguments().items() if key in allowed}
+    return known | chosen(config.method, allowed, "method")
+
+
+def _optimizer(config: ConfigDict, total_steps: int, steps_per_epoch: int, accumulate: int) -> Any:
+    section = config.optimizer
+    rate = section.learning_rate
+    if section.schedule == "cosine":
+        schedule = optim.cosine(rate, section.end_learning_rate, total_steps)
+    elif section.schedule == "step_decay":
+        boundaries = [round(epoch * steps_per_epoch) for epoch in section.decay_epochs]
+        schedule = optim.step_decay(rate, boundaries, section.decay_factor)
+    else:
+        schedule = optim.constant(rate)
+    if section.per_epoch:
+        schedule = optim.per_epoch(schedule, steps_per_epoch)
+    if section.warmup_epochs:
+        steps = max(1, round(section.warmup_epochs * steps_per_epoch))
+        schedule = optim.warmup(schedule, steps, section.warmup_start)
+    schedule = optim.every(schedule, accumulate)
+    allowed = configuration.optimizer_arguments(section.name)
+    own = {key: section[key] for key in section if key not in configuration.LEARNING_RATE}
+    return optim.get(section.name)(schedule, **chosen(own, allowed, "optimizer"))
