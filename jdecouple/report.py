@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from jdecouple.run import Run
+from jdecouple.trainer import Trainer
 
 _PACKAGES = ("jdecouple", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -19,15 +20,12 @@ _PACKAGES = ("jdecouple", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", 
 def write_config(folder: Path, run: Run) -> None:
     """Writes `config.json`: the configuration, the versions, the devices, the partition."""
     trainer = run.trainer
-    leaves = trainer.arrays(trainer.abstract())
     content = {
         "config": run.config.to_dict(),
         "total_steps": run.total_steps,
         "engine": trainer.engine,
         "boundaries": list(trainer.boundaries),
-        "parameters": sum(
-            int(np.prod(leaf.shape)) for name, leaf in leaves.items() if "/params/" in name
-        ),
+        "parameters": parameters(trainer),
         "devices": [[str(device) for device in seat.devices] for seat in trainer.seats],
         "device_kind": jax.devices()[0].device_kind,
         "versions": {"python": platform.python_version(), **_versions()},
@@ -35,6 +33,12 @@ def write_config(folder: Path, run: Run) -> None:
     temporary = folder / ".config.json.tmp"
     temporary.write_text(json.dumps(content, indent=2) + "\n")
     os.replace(temporary, folder / "config.json")
+
+
+def parameters(trainer: Trainer) -> int:
+    """Numbers that a trainer's blocks, heads and classifier learn."""
+    leaves = trainer.arrays(trainer.abstract())
+    return sum(int(np.prod(leaf.shape)) for name, leaf in leaves.items() if "/params/" in name)
 
 
 def summary(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

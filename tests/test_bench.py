@@ -83,6 +83,34 @@ def test_dispatch(tmp_path, chunk):
         assert 0 < each["dispatched"]["median"] <= each["done"]["median"]
 
 
+def test_step_time(tmp_path):
+    matrix = ["--methods", "deinforeg", "--data", "digits", "--models", "mlp"]
+    matrix += [
+        "--set",
+        "method.projector=8-4",
+        "model.hidden=8",
+        "--sweep",
+        "model.depth",
+        "1",
+        "3",
+    ]
+    done = bench("step_time.py", *matrix, "--steps=2", "--segments=2", f"--output={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    first, second = json.loads((tmp_path / "step-time.json").read_text())["found"]
+    assert first["cell"] == "digits mlp depth=1 deinforeg seed=0"
+    assert first["parameters"] < second["parameters"]
+    assert first["ratio"] == {"median": 1, "low": 1, "high": 1}
+    assert min(second["ratio"]["low"], second["ms"]["low"]) > 0
+
+
+def test_step_time_of_a_bad_configuration(tmp_path):
+    matrix = ["--methods", "bp", "--data", "digits", "--models", "mlp", "--set", "batch_size=0"]
+    done = bench("step_time.py", *matrix, f"--output={tmp_path}")
+    assert done.returncode == 2
+    assert "batch_size is 0" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 # --- Throughput ----------------------------------------------------------------------------------
 
 COLUMNS = (
