@@ -36,7 +36,6 @@ def sources(
     name: str,
     *,
     data_dir: str | os.PathLike[str] | None = None,
-    download: bool = False,
     image_size: int | None = None,
     cache_bytes: int = CACHE_BYTES,
 ) -> tuple[str, dict[str, DecodedSource], int, tuple[int, int, int]]:
@@ -59,7 +58,6 @@ def sources(
     Args:
         name: `folder:PATH`.
         data_dir: folder that a relative PATH begins at; the current one by default.
-        download: not used.
         image_size: resize to this many pixels a side; needed where images differ in size.
         cache_bytes: bound on the decoded images that one split keeps in memory.
 
@@ -72,7 +70,6 @@ def sources(
             differ in size.
         FileNotFoundError: there is no such folder.
     """
-    del download
     root = Path(data_dir or "").expanduser() / Path(name.removeprefix(PREFIX)).expanduser()
     if name == PREFIX or not root.is_dir():
         raise FileNotFoundError(f"data set {name!r}: there is no folder '{root}'")
