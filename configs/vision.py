@@ -17,7 +17,7 @@ from jdecouple.presets import named, parts
 def get_config(arguments: str = "cifar10,vgg8,deinforeg"):
     config = named(*parts(arguments))
     config.epochs = 200
-    _PAPERS[config.method.name](config)
+    _PAPERS.get(config.method.name, _bp)(config)
     return config
 
 
@@ -94,7 +94,6 @@ def _infopro(config):
 
 
 _PAPERS = {
-    **dict.fromkeys(("bp", "early_exit", "greedy_exit", "al"), _bp),
     "deinforeg": _deinforeg,
     "scpl": _scpl,
     "dgl": _dgl,

@@ -220,6 +220,13 @@ def test_the_papers_settings():
     assert scpl.data.augment == "two_views"
 
 
+@pytest.mark.parametrize("method", sorted(set(methods.names()) - {"bp"}))
+def test_methods_without_settings_for_images_train_as_bp_does(method):
+    config, bp = (load("vision", f"cifar10,mlp,{name}") for name in (method, "bp"))
+    same = config.optimizer == bp.optimizer and config.data == bp.data
+    assert same == (method not in ("deinforeg", "scpl", "dgl", "predsim", "infopro"))
+
+
 @pytest.mark.parametrize(
     ("method", "optimizer", "rate", "batch", "epochs"),
     [
