@@ -10,23 +10,11 @@ Hardware:  anything; a CPU for reduced widths.
 Expected:  the tables of accuracies in bench/RESULTS.md.
 """
 
-from jdecouple import config as configuration
-from jdecouple import methods, models
+from jdecouple.presets import named, parts
 
 
 def get_config(arguments: str = "digits,mlp,deinforeg"):
-    parts = [part.strip() for part in arguments.rsplit(",", 2)]
-    if len(parts) != 3:
-        raise ValueError(f"'dataset,model,method' is needed after the file: given {arguments!r}")
-    dataset, model, method = parts
-    models.get(model)
-    methods.arguments(method)
-    config = configuration.default()
-    config.data.name = dataset
-    config.model.name = model
-    config.model.init = "torch"
-    config.method.name = method
-    config.method.init = "torch"
+    config = named(*parts(arguments))
     config.batch_size = 128
     config.epochs = 10
     config.optimizer.name = "adam"

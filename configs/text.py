@@ -12,8 +12,7 @@ Expected:  measured on one CPU core, SST-2, two blocks of width 64 and 30 words,
            deinforeg 81.7 %; transformer bp 81.4 %, deinforeg 81.2 % (commands in docs/data.md).
 """
 
-from jdecouple import config as configuration
-from jdecouple import methods
+from jdecouple.presets import named, parts
 
 # Words that the papers keep of a text, by a part of the data set's name.
 _LENGTHS = {"sst2": 15, "ag_news": 60, "imdb": 350, "dbpedia": 400}
@@ -26,24 +25,15 @@ _METHODS = {
 
 
 def get_config(arguments: str = "glue/sst2,lstm,deinforeg"):
-    parts = [part.strip() for part in arguments.rsplit(",", 2)]  # a path may have commas
-    if len(parts) != 3:
-        raise ValueError(f"'dataset,model,method' is needed after the file: given {arguments!r}")
-    dataset, model, method = parts
+    dataset, model, method = parts(arguments)
     if model not in ("lstm", "transformer"):
         raise ValueError(f"model {model!r} is not one of lstm, transformer")
-    methods.arguments(method)
-    config = configuration.default()
-    config.data.name = dataset
+    config = named(dataset, model, method)
     config.data.max_length = next((n for k, n in _LENGTHS.items() if k in dataset.lower()), None)
-    config.model.name = model
     config.model.hidden = 300
     config.model.depth = 4
-    config.model.init = "torch"  # as the papers' code; local losses see the scale
     if model == "transformer":
         config.model.layout = "paper"
-    config.method.name = method
-    config.method.init = "torch"
     for key, value in _METHODS.get(method, {}).items():
         config.method[key] = value
     config.batch_size = 1024 if method == "scpl" else 128

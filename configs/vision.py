@@ -11,25 +11,13 @@ Expected:  measured on two CPU cores, CIFAR-10, a quarter of the width, 2 epochs
            (the whole commands are in bench/RESULTS.md).
 """
 
-from jdecouple import config as configuration
-from jdecouple import methods, models
+from jdecouple.presets import named, parts
 
 
 def get_config(arguments: str = "cifar10,vgg8,deinforeg"):
-    parts = [part.strip() for part in arguments.rsplit(",", 2)]  # a path may have commas
-    if len(parts) != 3:
-        raise ValueError(f"'dataset,model,method' is needed after the file: given {arguments!r}")
-    dataset, model, method = parts
-    models.get(model)
-    methods.arguments(method)
-    config = configuration.default()
-    config.data.name = dataset
-    config.model.name = model
-    config.model.init = "torch"  # as the papers' code; local losses and LARS see the scale
-    config.method.name = method
-    config.method.init = "torch"
+    config = named(*parts(arguments))
     config.epochs = 200
-    _PAPERS[method](config)
+    _PAPERS.get(config.method.name, _bp)(config)
     return config
 
 
@@ -106,7 +94,6 @@ def _infopro(config):
 
 
 _PAPERS = {
-    **dict.fromkeys(("bp", "early_exit", "greedy_exit", "al"), _bp),
     "deinforeg": _deinforeg,
     "scpl": _scpl,
     "dgl": _dgl,

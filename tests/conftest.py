@@ -18,6 +18,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPOSITORY / ".cache" / "
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 import jax  # noqa: E402
+import nets  # noqa: E402
 import pytest  # noqa: E402
 
 
@@ -31,6 +32,20 @@ def _compiled_functions_stay_in_their_file():
 @pytest.fixture
 def x64():
     """Double precision for the length of one test."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="module")
+def quick_compile():
+    """Compilation without costly optimisations, for a whole file."""
+    with nets.quick_compile():
+        yield
+
+
+@pytest.fixture(scope="module")
+def quick_compile_x64(quick_compile):
+    """Double precision as well."""
     with jax.enable_x64(True):
         yield
 

@@ -6,7 +6,6 @@ import functools
 import golden_vectors as gv
 import jax
 import jax.numpy as jnp
-import nets
 import numpy as np
 import pytest
 from flax import nnx
@@ -25,11 +24,7 @@ from jdecouple.objectives import (
     cross_entropy,
 )
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_compile():
-    with nets.quick_compile():
-        yield
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 OBJECTIVES = {

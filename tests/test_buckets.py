@@ -5,7 +5,6 @@ import json
 from itertools import islice
 
 import jax
-import nets
 import numpy as np
 import pytest
 import runs
@@ -18,14 +17,10 @@ from jdecouple.bucketing import by_length, check_buckets
 from jdecouple.config import ConfigError, validate
 from jdecouple.training import build, train_and_evaluate
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 BUCKETS = tiny("").data.buckets
 SIZE = 8
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_compile():
-    with nets.quick_compile():
-        yield
 
 
 @pytest.fixture(scope="module")

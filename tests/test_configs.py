@@ -3,7 +3,6 @@
 import json
 import runpy
 
-import nets
 import pytest
 import runs
 from text_sets import csv_set, examples
@@ -13,6 +12,8 @@ from jdecouple import methods
 from jdecouple.checkpoint import Checkpointer
 from jdecouple.config import ConfigError, filled, validate
 from jdecouple.training import build, train_and_evaluate
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 FOLDER = runs.REPOSITORY / "configs"
 # Arguments to call the files with that take one; the convolutions compile for long.
@@ -34,12 +35,6 @@ CASES = [
     for path in sorted(FOLDER.glob("*.py"))
     for argument in ARGUMENTS.get(path.stem, [None])
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_compile():
-    with nets.quick_compile():
-        yield
 
 
 def load(name, argument):
@@ -223,6 +218,13 @@ def test_the_papers_settings():
     rates = scpl.optimizer.learning_rate, scpl.optimizer.end_learning_rate
     assert rates == (1e-3, 1e-5)
     assert scpl.data.augment == "two_views"
+
+
+@pytest.mark.parametrize("method", sorted(set(methods.names()) - {"bp"}))
+def test_methods_without_settings_for_images_train_as_bp_does(method):
+    config, bp = (load("vision", f"cifar10,mlp,{name}") for name in (method, "bp"))
+    same = config.optimizer == bp.optimizer and config.data == bp.data
+    assert same == (method not in ("deinforeg", "scpl", "dgl", "predsim", "infopro"))
 
 
 @pytest.mark.parametrize(

@@ -16,15 +16,11 @@ from jdecouple.models import layers
 from jdecouple.objectives import CrossEntropy
 from jdecouple.routes import Delayed
 
+pytestmark = pytest.mark.usefixtures("quick_compile_x64")
+
 STEPS = 12
 DATA = nets.batches(dtype=np.float64)
 DELAYED = pytest.mark.parametrize("name", nets.DELAYED)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _double_precision_and_quick_compile():
-    with jax.enable_x64(True), nets.quick_compile():
-        yield
 
 
 def trainer(method: Any, stages: int, **options: Any) -> jd.Trainer:

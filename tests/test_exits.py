@@ -15,14 +15,10 @@ import jdecouple as jd
 from jdecouple import config, methods
 from jdecouple.objectives import Exits, Site
 
+pytestmark = pytest.mark.usefixtures("quick_compile_x64")
+
 STEPS = 6
 WEIGHTS = (0.1, 0.0, 0.5, 2.0)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _double_precision_and_quick_compile():
-    with jax.enable_x64(True), nets.quick_compile():
-        yield
 
 
 @functools.cache

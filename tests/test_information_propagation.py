@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import nets
 import numpy as np
 import pytest
 from flax import nnx
@@ -12,11 +11,7 @@ from jdecouple import objectives, training
 from jdecouple.models.resampling import bilinear
 from jdecouple.objectives import InformationPropagation, cross_entropy
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_compile():
-    with nets.quick_compile():
-        yield
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def test_weights_run_from_the_first_to_the_last_local_module():

@@ -1,6 +1,5 @@
 """Costs for the simulator, measured call by call."""
 
-import jax
 import jax.numpy as jnp
 import nets
 import numpy as np
@@ -9,13 +8,9 @@ import pytest
 from jdecouple.pipeline import measured_costs
 from jdecouple.schedules import simulate
 
+pytestmark = pytest.mark.usefixtures("quick_compile_x64")
+
 DATA = nets.batches(dtype=np.float64)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _double_precision_and_quick_compile():
-    with jax.enable_x64(True), nets.quick_compile():
-        yield
 
 
 @pytest.mark.parametrize(

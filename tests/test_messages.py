@@ -15,14 +15,10 @@ import jdecouple as jd
 from jdecouple.objectives import HeadOutput
 from jdecouple.routes import Local, Synchronous
 
+pytestmark = pytest.mark.usefixtures("quick_compile_x64")
+
 STEPS = 6
 WIDTH = 3
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _double_precision_and_quick_compile():
-    with jax.enable_x64(True), nets.quick_compile():
-        yield
 
 
 class Trail(nnx.Module):

@@ -11,11 +11,7 @@ import jdecouple as jd
 from jdecouple import models
 from jdecouple.models.resnet import resnet_of_four_groups
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_compile():
-    with nets.quick_compile():
-        yield
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def shapes(name, **arguments):

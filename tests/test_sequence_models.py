@@ -16,14 +16,10 @@ from jdecouple.models.lstm import BidirectionalLSTM
 from jdecouple.models.transformer import LAYOUTS, EncoderBlock
 from jdecouple.models.vit import PatchEmbedding
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 KINDS = tuple(sequence_nets.SIZES)
 EXACT = {"rtol": 0, "atol": 1e-12}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_compile():
-    with nets.quick_compile():
-        yield
 
 
 def perturbed(module):

@@ -11,6 +11,8 @@ from sequence_nets import model
 
 import jdecouple as jd
 
+pytestmark = pytest.mark.usefixtures("quick_compile_x64")
+
 KINDS = ("lstm", "transformer", "vit")
 SLOW = pytest.mark.slow
 NEEDS_IMAGES = ("infopro",)  # it reconstructs a picture from a feature map
@@ -25,12 +27,6 @@ CASES = [
     for name in METHODS
     for kind in KINDS
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _double_precision_and_quick_compile():
-    with jax.enable_x64(True), nets.quick_compile():
-        yield
 
 
 def build(name, kind, stages=1, **options):

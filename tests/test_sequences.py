@@ -13,13 +13,9 @@ from jdecouple.models.sequence import Embedding, masked_mean, pooled
 from jdecouple.objectives import Site
 from jdecouple.objectives.base import pooled as pooled_of_heads
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 EXACT = {"rtol": 0, "atol": 1e-12}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_compile():
-    with nets.quick_compile():
-        yield
 
 
 def padded(x, count=3):

@@ -17,14 +17,10 @@ from spmd_nets import STEPS, build, setting
 
 import jdecouple as jd
 
+pytestmark = pytest.mark.usefixtures("quick_compile_x64")
+
 TOLERANCE = 1e-12
 CHANGING = ("microbatches", "clip_norm")  # options that training depends on
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _double_precision_and_quick_compile():
-    with jax.enable_x64(True), nets.quick_compile():
-        yield
 
 
 def in_groups(trainer: jd.Trainer, data: list, sizes: list[int], state: Any = None) -> tuple:

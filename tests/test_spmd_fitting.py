@@ -16,11 +16,7 @@ import jdecouple as jd
 from jdecouple import training
 from jdecouple.config import ConfigError
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _double_precision_and_quick_compile():
-    with jax.enable_x64(True), nets.quick_compile():
-        yield
+pytestmark = pytest.mark.usefixtures("quick_compile_x64")
 
 
 ONE, OTHER = jax.devices()[:2]

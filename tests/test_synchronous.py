@@ -17,18 +17,14 @@ from jdecouple.pipeline.calls import steps_last
 from jdecouple.routes import Synchronous
 from jdecouple.schedules import Kind
 
+pytestmark = pytest.mark.usefixtures("quick_compile_x64")
+
 STEPS = 20
 CLIP = 0.65  # some of the gradients are longer, some shorter
 SCHEDULES = ("sequential", "gpipe", "1f1b", "interleaved_1f1b")
 DATA = nets.batches(dtype=np.float64)
 SIZES = [*itertools.product((1, 2, 4), (1, 2, 4, 8))]
 QUICK = {(1, 4), (2, 2), (4, 8)}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _double_precision_and_quick_compile():
-    with jax.enable_x64(True), nets.quick_compile():
-        yield
 
 
 def build(stages: int = 1, microbatches: int = 1, **options: Any) -> jd.Trainer:

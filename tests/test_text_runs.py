@@ -1,6 +1,5 @@
 """Runs on texts: what they learn, the vectors they begin with, and what does not fit."""
 
-import nets
 import numpy as np
 import pytest
 import runs
@@ -9,11 +8,7 @@ from text_sets import csv_set, tiny
 from jdecouple.config import ConfigError
 from jdecouple.training import build, train_and_evaluate
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_compile():
-    with nets.quick_compile():
-        yield
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 @pytest.fixture(scope="module")

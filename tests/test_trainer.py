@@ -16,14 +16,10 @@ from jax.sharding import Mesh
 
 import jdecouple as jd
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 METHODS = nets.METHODS
 DATA = nets.batches()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_compile():
-    with nets.quick_compile():
-        yield
 
 
 @functools.cache

@@ -4,7 +4,6 @@ import json
 from typing import Any
 
 import jax.numpy as jnp
-import nets
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -13,11 +12,7 @@ from runs import cheap, lines
 from jdecouple.trainer import Trainer
 from jdecouple.training import NonFiniteError, build, train_and_evaluate
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_compile():
-    with nets.quick_compile():
-        yield
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def delayed(name: str = "fdg", **values: Any) -> ConfigDict:

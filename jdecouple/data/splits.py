@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
@@ -91,7 +92,7 @@ class Split:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Dataset:
+class Dataset(abc.ABC):
     """A classification set with its fixed splits; `ImageDataset` or `texts.TextDataset`.
 
     Attributes:
@@ -110,17 +111,17 @@ class Dataset:
     test: Split
     num_classes: int
 
+    @abc.abstractmethod
     def model_arguments(self) -> dict[str, Any]:
         """What a builder of `jdecouple.models` has to know of the inputs."""
-        raise NotImplementedError
 
     def method_arguments(self) -> dict[str, Any]:
         """What a method of `jdecouple.methods` may ask for of the inputs."""
         return {}
 
+    @abc.abstractmethod
     def transform(self, name: str) -> Callable[..., Any] | None:
         """The augmentation of this name for the Trainer; ValueError if it does not fit."""
-        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

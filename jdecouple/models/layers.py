@@ -13,7 +13,7 @@ No layer fixes its compute dtype: it follows from the input and the parameters.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -157,6 +157,21 @@ def _normalize_only(operands: Any, /, *, dtype: Any = None, inexact: bool = True
     return *promote_dtype((x, mean, var), dtype=dtype, inexact=inexact), None, None
 
 
+def conv_norm(
+    in_features: int,
+    out_features: int,
+    size: int = 3,
+    *,
+    param_dtype: Any = jnp.float32,
+    rngs: nnx.Rngs,
+    **options: Any,
+) -> tuple[nnx.Conv, BatchNorm]:
+    """Convolution and the BatchNorm behind it; the arguments are those of :func:`conv`."""
+    shared = {"param_dtype": param_dtype, "rngs": rngs}
+    convolution = conv(in_features, out_features, size, **options, **shared)
+    return convolution, BatchNorm(out_features, **shared)
+
+
 class LayerNorm(nnx.Module):
     """Layer normalisation over the last axis.
 
@@ -262,6 +277,13 @@ def perceptron(
         stack.append(linear(in_features, width, init=init, param_dtype=param_dtype, rngs=rngs))
         in_features = width
     return nnx.Sequential(*stack)
+
+
+def require_one_of(allowed: Collection[str], **values: Any) -> None:
+    """Raise ValueError, naming it, for the first of `values` that is not `allowed`."""
+    for name, value in values.items():
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
 def require_positive(**values: Any) -> None:

@@ -53,8 +53,7 @@ class BidirectionalLSTM(nnx.Module):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        if merge not in MERGES:
-            raise ValueError(f"merge must be one of {', '.join(MERGES)}, got {merge!r}")
+        layers.require_one_of(MERGES, merge=merge)
         self.merge = merge
         self.drop = dropout(drop, rngs)
 

@@ -3,8 +3,6 @@
 The stem is block 0, every residual unit one more block, unless the cut is another.
 """
 
-import functools
-import inspect
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +15,7 @@ from flax import nnx
 
 from jdecouple.models import layers
 from jdecouple.models.base import Model
+from jdecouple.models.bind import bind
 
 SHORTCUTS = ("pad", "projection")
 CUTS = ("units", "paper")
@@ -96,8 +95,7 @@ def resnet(
     fdg = {"fdg": _FDG[depth]} if depth in _FDG else {}
     return _residual_net(
         num_classes,
-        groups=[(16, count), (32, count), (64, count)],
-        bottleneck=False,
+        [(16, count), (32, count), (64, count)],
         shortcut=shortcut,
         splits={**fdg, "fr": _features_replay(3 * count)},
         width=width,
@@ -155,9 +153,8 @@ def resnet_of_four_groups(
     """
     return _residual_net(
         num_classes,
-        groups=list(zip((64, 128, 256, 512), counts, strict=True)),
+        list(zip((64, 128, 256, 512), counts, strict=True)),
         bottleneck=bottleneck,
-        shortcut="projection",
         splits=splits,
         cut=cut,
         width=width,
@@ -171,26 +168,24 @@ def resnet_of_four_groups(
 
 def _residual_net(
     num_classes: int,
-    *,
     groups: Sequence[tuple[int, int]],
-    bottleneck: bool,
-    shortcut: str,
+    *,
+    bottleneck: bool = False,
+    shortcut: str = "projection",
     splits: Splits,
-    width: float,
     cut: str = "units",
+    width: float,
     image_size: int,
     channels: int,
-    init: str,
-    param_dtype: Any,
-    rngs: nnx.Rngs,
+    **options: Any,
 ) -> Model:
+    """`groups` holds the channels and the number of units of each; `options` are of all layers."""
     layers.require_positive(num_classes=num_classes, image_size=image_size, channels=channels)
     stem = layers.scaled(groups[0][0], width)
     layers.require_pixels(image_size, len(groups) - 1, "halvings")
     if cut not in CUTS:
         raise ValueError(f"unknown cut {cut!r}: expected one of {', '.join(CUTS)}")
-    options = {"init": init, "param_dtype": param_dtype, "rngs": rngs}
-    blocks = [nnx.Sequential(*_conv_norm(channels, stem, **options), nnx.relu)]
+    blocks = [nnx.Sequential(*layers.conv_norm(channels, stem, **options), nnx.relu)]
     channels = stem
     for group, (features, count) in enumerate(groups):
         inner = layers.scaled(features, width)
@@ -227,20 +222,12 @@ def _regrouped(splits: Splits, starts: Sequence[int]) -> Splits:
     return found
 
 
-def _conv_norm(
-    channels: int, features: int, size: int = 3, strides: int = 1, **options: Any
-) -> tuple[nnx.Module, nnx.Module]:
-    convolution = layers.conv(channels, features, size, strides=strides, **options)
-    del options["init"]
-    return convolution, layers.BatchNorm(features, **options)
-
-
 def _branch(channels: int, plan: Sequence[tuple[int, int, int]], **options: Any) -> nnx.Sequential:
     """Convolutions with BatchNorm, ReLU between them."""
     stack: list[Callable[..., jax.Array]] = []
     for size, strides, features in plan:
         stack += [nnx.relu] if stack else []
-        stack += _conv_norm(channels, features, size, strides, **options)
+        stack += layers.conv_norm(channels, features, size, strides=strides, **options)
         channels = features
     return nnx.Sequential(*stack)
 
@@ -252,7 +239,7 @@ def _shortcut(
         return None
     if kind == "pad":
         return Pad(features - channels, strides)
-    return nnx.Sequential(*_conv_norm(channels, features, 1, strides, **options))
+    return nnx.Sequential(*layers.conv_norm(channels, features, 1, strides=strides, **options))
 
 
 def _features_replay(units: int) -> dict[int, tuple[int, ...]]:
@@ -276,21 +263,6 @@ def units_per_group(depth: int, extra: int) -> int:
     if not whole or depth < 6 + extra or (depth - extra) % 6:
         raise ValueError(f"depth must be 6n+{extra} for a whole n of at least 1, got {depth!r}")
     return (depth - extra) // 6
-
-
-def bind(builder: Callable[..., Model], name: str, text: str, **fixed: Any) -> Callable[..., Model]:
-    """Fix keyword arguments of a builder, which its signature then lists no more."""
-
-    @functools.wraps(builder)
-    def bound(*args: Any, **kwargs: Any) -> Model:
-        return builder(*args, **kwargs, **fixed)
-
-    signature = inspect.signature(builder)
-    left = [each for key, each in signature.parameters.items() if key not in fixed]
-    bound.__signature__ = signature.replace(parameters=left)  # type: ignore[attr-defined]
-    bound.__name__ = bound.__qualname__ = name
-    bound.__doc__ = f"{text}; its arguments are the others of :func:`{builder.__name__}`."
-    return bound
 
 
 resnet20 = bind(resnet, "resnet20", "ResNet of 20 layers for CIFAR", depth=20)

@@ -108,8 +108,7 @@ class EncoderBlock(nnx.Module):
         layers.require_positive(hidden=hidden, heads=heads, feed_forward=feed_forward)
         if hidden % heads:
             raise ValueError(f"hidden={hidden} does not divide into heads={heads} equal parts")
-        if pooling not in POOLINGS:
-            raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
+        layers.require_one_of(POOLINGS, pooling=pooling)
         self.heads, self.pooling = heads, pooling
         self.activation = layers.activation(layout.activation)
         norm = {"unbiased": layout.unbiased, "param_dtype": param_dtype}

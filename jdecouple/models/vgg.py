@@ -56,6 +56,7 @@ def vgg(
     layout = _parse(blocks)
     pools = sum(item == "M" for block in layout for item in block)
     layers.require_pixels(image_size, pools, "poolings")
+    options: dict[str, Any] = {"init": init, "param_dtype": param_dtype, "rngs": rngs}
     modules = []
     for block in layout:
         stack: list[Callable[..., jax.Array]] = []
@@ -64,16 +65,11 @@ def vgg(
                 stack.append(layers.MaxPool())
                 continue
             features = layers.scaled(item, width)
-            conv = layers.conv(channels, features, init=init, param_dtype=param_dtype, rngs=rngs)
-            norm = layers.BatchNorm(features, param_dtype=param_dtype, rngs=rngs)
-            stack += [conv, norm, nnx.relu]
+            stack += [*layers.conv_norm(channels, features, **options), nnx.relu]
             channels = features
         modules.append(nnx.Sequential(*stack))
     features = channels * (image_size >> pools) ** 2
-    classifier = layers.perceptron(
-        features, (num_classes,), init=init, param_dtype=param_dtype, rngs=rngs
-    )
-    return Model(modules, classifier)
+    return Model(modules, layers.perceptron(features, (num_classes,), **options))
 
 
 def vgg8(

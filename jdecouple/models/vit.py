@@ -123,8 +123,7 @@ def vit(
             unknown.
     """
     layers.require_positive(num_classes=num_classes, hidden=hidden, depth=depth)
-    if pooling not in POOLINGS:
-        raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
+    layers.require_one_of(POOLINGS, pooling=pooling)
     options = {"init": init, "param_dtype": param_dtype, "rngs": rngs}
     patches = PatchEmbedding(
         image_size,

@@ -10,7 +10,8 @@ from flax import nnx
 
 from jdecouple.models import layers
 from jdecouple.models.base import Model
-from jdecouple.models.resnet import bind, units_per_group
+from jdecouple.models.bind import bind
+from jdecouple.models.resnet import units_per_group
 
 # By depth: blocks at which stages 1 to K - 1 begin, by K, in the code of FDG (arXiv 1906.09108).
 _FDG = {28: {2: (7,), 3: (5, 9), 4: (4, 7, 10)}}
@@ -84,16 +85,8 @@ def wide_resnet(
 
 
 def _unit(
-    channels: int,
-    features: int,
-    strides: int,
-    dropout: float,
-    *,
-    init: str,
-    param_dtype: Any,
-    rngs: nnx.Rngs,
+    channels: int, features: int, strides: int, dropout: float, *, init: str, **norm: Any
 ) -> layers.Residual:
-    norm = {"param_dtype": param_dtype, "rngs": rngs}
     conv = {"init": init, "use_bias": True, **norm}
     stack: list[Callable[..., jax.Array]] = [
         layers.BatchNorm(channels, **norm),
@@ -103,7 +96,7 @@ def _unit(
         nnx.relu,
     ]
     if dropout > 0:
-        stack.append(nnx.Dropout(dropout, rngs=rngs))
+        stack.append(nnx.Dropout(dropout, rngs=norm["rngs"]))
     stack.append(layers.conv(features, features, strides=strides, **conv))
     same = strides == 1 and channels == features
     shortcut = None if same else layers.conv(channels, features, 1, strides=strides, **conv)

@@ -105,9 +105,7 @@ def _dense(
     """Dense layers from size to size, each with the activation behind it."""
     stack: list[Callable[..., jax.Array]] = []
     for size, width in itertools.pairwise(sizes):
-        stack.append(
-            layers.linear(size, width, init=site.init, param_dtype=site.param_dtype, rngs=rngs)
-        )
+        stack.append(layers.linear(size, width, **site.options(rngs)))
         if activation != "linear":
             stack.append(layers.activation(activation))
     return stack
@@ -142,10 +140,7 @@ class AssociatedLearning:
     def __post_init__(self):
         layers.require_positive(features=self.features)
         require_whole(expansion=self.expansion, head_pool=self.head_pool)
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(
-                f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}"
-            )
+        layers.require_one_of(ACTIVATIONS, activation=self.activation)
 
     @property
     def bridge_widths(self) -> tuple[int, ...]:

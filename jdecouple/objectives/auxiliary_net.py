@@ -29,9 +29,7 @@ class SpatialReduction(nnx.Module):
         self.end = (min(2, self.quarter[0]), min(2, self.quarter[1]))
         stack: list[Callable[..., jax.Array]] = []
         for _ in range(3):
-            options = {"param_dtype": site.param_dtype, "rngs": rngs}
-            stack.append(layers.conv(channels, channels, 1, init=site.init, **options))
-            stack += [layers.BatchNorm(channels, **options), nnx.relu]
+            stack += [*layers.conv_norm(channels, channels, 1, **site.options(rngs)), nnx.relu]
         self.convolutions = nnx.Sequential(*stack)
         self.size = self.end[0] * self.end[1] * channels
 
@@ -53,14 +51,8 @@ class AuxiliaryNetHead(nnx.Module):
             size = reduction.size
         self.reduction = reduction or nnx.Sequential()
         hidden = () if objective.aux == "linear" else 3 * (objective.hidden or size,)
-        self.readout = layers.perceptron(
-            size,
-            (*hidden, site.num_classes),
-            batch_norm=True,
-            init=site.init,
-            param_dtype=site.param_dtype,
-            rngs=rngs,
-        )
+        widths = (*hidden, site.num_classes)
+        self.readout = layers.perceptron(size, widths, batch_norm=True, **site.options(rngs))
 
     def __call__(self, features: Any, message: Mapping[str, Any]) -> HeadOutput:
         """Loss of `features` `[batch, ...]`, or a sequence, under `message["label"]`."""
@@ -99,8 +91,7 @@ class AuxiliaryNet:
     trains_classifier: ClassVar[bool] = True
 
     def __post_init__(self):
-        if self.aux not in NETS:
-            raise ValueError(f"aux must be one of {', '.join(NETS)}, got {self.aux!r}")
+        layers.require_one_of(NETS, aux=self.aux)
         require_whole(hidden=self.hidden, head_pool=self.head_pool)
 
     def head(self, site: Site, rngs: nnx.Rngs) -> nnx.Module | None:

@@ -62,6 +62,10 @@ class Site:
             )
         return math.prod(features.shape[1:])
 
+    def options(self, rngs: nnx.Rngs) -> dict[str, Any]:
+        """Arguments that all layers of :mod:`jdecouple.models.layers` with weights share."""
+        return {"init": self.init, "param_dtype": self.param_dtype, "rngs": rngs}
+
 
 class HeadOutput(NamedTuple):
     """What a head computes from its block's output in training.

@@ -35,8 +35,8 @@ class PooledExitHead(ExitHead):
 
     def __init__(self, objective: "Exits", weight: float, site: Site, rngs: nnx.Rngs):
         size = pooled_site(site, objective.head_pool).size
-        options = {"init": site.init, "param_dtype": site.param_dtype, "rngs": rngs}
-        super().__init__(layers.perceptron(size, (site.num_classes,), **options), weight)
+        readout = layers.perceptron(size, (site.num_classes,), **site.options(rngs))
+        super().__init__(readout, weight)
         self.head_pool = objective.head_pool
 
     def logits(self, features: Any) -> jax.Array:

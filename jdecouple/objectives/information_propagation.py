@@ -54,14 +54,13 @@ class Decoder(nnx.Module):
     """
 
     def __init__(self, hidden: int, site: Site, rngs: nnx.Rngs):
-        options: dict[str, Any] = {"init": site.init, "param_dtype": site.param_dtype, "rngs": rngs}
+        options = site.options(rngs)
         self.shape = tuple(site.input.shape[1:])
         self.spatial = len(self.shape) == 3 and is_map(site.features)
         if self.spatial:
             middle = DECODER_CHANNELS
             self.net = nnx.Sequential(
-                layers.conv(site.features.shape[-1], middle, use_bias=True, **options),
-                layers.BatchNorm(middle, param_dtype=site.param_dtype, rngs=rngs),
+                *layers.conv_norm(site.features.shape[-1], middle, use_bias=True, **options),
                 nnx.relu,
                 layers.conv(middle, self.shape[-1], use_bias=True, **options),
             )
@@ -77,15 +76,14 @@ class Decoder(nnx.Module):
 
 def _task_net(objective: "InformationPropagation", site: Site, rngs: nnx.Rngs) -> nnx.Module:
     """Strided convolution to twice the channels and global average of maps, two dense layers."""
-    options: dict[str, Any] = {"init": site.init, "param_dtype": site.param_dtype, "rngs": rngs}
+    options = site.options(rngs)
     contrastive = objective.task_loss == "contrastive"
     widths = (objective.hidden, objective.features if contrastive else site.num_classes)
     if not is_map(site.features):
         return layers.perceptron(site.size, widths, **options)
     channels = site.features.shape[-1]
     return nnx.Sequential(
-        layers.conv(channels, 2 * channels, strides=2, **options),
-        layers.BatchNorm(2 * channels, param_dtype=site.param_dtype, rngs=rngs),
+        *layers.conv_norm(channels, 2 * channels, strides=2, **options),
         nnx.relu,
         layers.GlobalAveragePool(),
         layers.perceptron(2 * channels, widths, **options),
@@ -189,10 +187,7 @@ class InformationPropagation:
             if name in ("reconstruction", "task") and len(value) != 2:
                 raise ValueError(f"{name} must be two weights, first and last, got {value!r}")
             object.__setattr__(self, name, tuple(map(float, value)))  # modules have to hash it
-        if self.task_loss not in TASK_LOSSES:
-            raise ValueError(
-                f"task_loss must be one of {', '.join(TASK_LOSSES)}, got {self.task_loss!r}"
-            )
+        layers.require_one_of(TASK_LOSSES, task_loss=self.task_loss)
         layers.require_positive(hidden=self.hidden, features=self.features)
         require_number(positive=True, temperature=self.temperature)
         if len(self.image_mean) != len(self.image_std) or not all(self.image_std):

@@ -87,7 +87,7 @@ class InformationRegularizationHead(nnx.Module):
         self.objective = objective
         self.num_classes = site.num_classes
         site = pooled_site(site, objective.head_pool)
-        options = {"init": site.init, "param_dtype": site.param_dtype, "rngs": rngs}
+        options = site.options(rngs)
         widths = objective.widths
         self.projector = layers.perceptron(site.size, widths, batch_norm=True, **options)
         if site.is_embedding:
@@ -178,8 +178,7 @@ class InformationRegularization:
                 "projector must be 'identity' or positive widths as in '2048-2048-2048', "
                 f"got {self.projector!r}"
             )
-        if self.mode not in MODES:
-            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}")
+        layers.require_one_of(MODES, mode=self.mode)
         require_number(
             variance=self.variance,
             invariance=self.invariance,

@@ -29,7 +29,7 @@ class PredictionSimilarityHead(nnx.Module):
         self.objective = objective
         self.num_classes = site.num_classes
         site = pooled_site(site, 0)
-        options: dict[str, Any] = {"init": site.init, "param_dtype": site.param_dtype, "rngs": rngs}
+        options = site.options(rngs)
         self.pooled: tuple[int, int] | None = None
         self.deviation = False
         if is_map(site.features):
@@ -120,10 +120,7 @@ class PredictionSimilarity:
 
     def __post_init__(self):
         require_number(prediction=self.prediction, similarity=self.similarity)
-        if self.statistic not in STATISTICS:
-            raise ValueError(
-                f"statistic must be one of {', '.join(STATISTICS)}, got {self.statistic!r}"
-            )
+        layers.require_one_of(STATISTICS, statistic=self.statistic)
         layers.require_positive(dim_in_decoder=self.dim_in_decoder)
 
     def head(self, site: Site, rngs: nnx.Rngs) -> nnx.Module:

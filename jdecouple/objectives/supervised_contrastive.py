@@ -61,13 +61,8 @@ class SupervisedContrastiveHead(nnx.Module):
     def __init__(self, objective: "SupervisedContrastive", site: Site, rngs: nnx.Rngs):
         self.temperature = objective.temperature
         self.head_pool = objective.head_pool
-        self.projector = layers.perceptron(
-            pooled_site(site, self.head_pool).size,
-            objective.widths,
-            init=site.init,
-            param_dtype=site.param_dtype,
-            rngs=rngs,
-        )
+        size = pooled_site(site, self.head_pool).size
+        self.projector = layers.perceptron(size, objective.widths, **site.options(rngs))
         self.classifier = site.classifier if site.is_last else None
 
     def __call__(self, features: Any, message: Mapping[str, Any]) -> HeadOutput:
@@ -115,10 +110,7 @@ class SupervisedContrastive:
     trains_classifier: ClassVar[bool] = True
 
     def __post_init__(self):
-        if self.projector not in PROJECTORS:
-            raise ValueError(
-                f"projector must be one of {', '.join(PROJECTORS)}, got {self.projector!r}"
-            )
+        layers.require_one_of(PROJECTORS, projector=self.projector)
         layers.require_positive(hidden=self.hidden, features=self.features)
         require_number(positive=True, temperature=self.temperature)
         require_whole(head_pool=self.head_pool)

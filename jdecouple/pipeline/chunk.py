@@ -46,12 +46,7 @@ class Chunks:
         return tuple(self._stack(parts) for parts in zip(*batches, strict=True))
 
     def run(
-        self,
-        states: tuple,
-        parts: Sequence[Message | None],
-        step: int,
-        count: int,
-        apart: bool,
+        self, states: tuple, parts: Sequence[Message | None], step: int, count: int, apart: bool
     ) -> tuple[tuple, tuple[Any, ...]]:
         """Dispatches T batches and returns at once, unless too many chunks are in flight.
 
@@ -80,12 +75,7 @@ class Chunks:
         return states, tuple(metrics)
 
     def _dispatch(
-        self,
-        states: tuple,
-        parts: Sequence[Message | None],
-        step: int,
-        count: int,
-        apart: bool,
+        self, states: tuple, parts: Sequence[Message | None], step: int, count: int, apart: bool
     ) -> tuple[tuple, list[Any]]:
         new_states, metrics = list(states), [None] * len(states)
         for k, seat in enumerate(self._seats):
