@@ -180,7 +180,7 @@ class TestUnreadableSets:
     def test_missing_data_dir(self, tmp_path):
         self.refused("does not exist", "cifar10", FileNotFoundError, data_dir=tmp_path / "none")
 
-    @pytest.mark.parametrize("name", ["cifar10", "cifar100", "fashion_mnist"])
+    @pytest.mark.parametrize("name", ["cifar10", "cifar100", "fashion_mnist", "glue/sst2"])
     def test_empty_data_dir(self, tmp_path, name):
         self.refused(rf"'{name}' is not prepared.*pip install tensorflow", name, data_dir=tmp_path)
         assert not list(tmp_path.iterdir())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import subprocess
@@ -84,8 +85,13 @@ def records(name: str, builder: Any, split: str) -> Any:
 def _builder(name: str, folder: Path | None) -> Any:
     import tensorflow_datasets as tfds
 
+    place = None if folder is None else str(folder)
     try:
-        return tfds.builder(name, data_dir=None if folder is None else str(folder), try_gcs=False)
+        try:
+            return tfds.builder(name, data_dir=place, try_gcs=False)
+        except tfds.core.DatasetNotFoundError:  # TFDS knows some sets only after this import
+            importlib.import_module("tensorflow_datasets.text")
+            return tfds.builder(name, data_dir=place, try_gcs=False)
     except Exception as error:
         raise ValueError(
             f"data set {name!r} cannot be opened ({first_line(error)}); "
