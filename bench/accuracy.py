@@ -108,7 +108,8 @@ def main(options: argparse.Namespace, flags: Parser) -> int:
     try:
         cells = cells_of(options)
         finished = sum([matrix.is_finished(cell) for cell in cells])
-    except ValueError as error:
+        options.output.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
         flags.error(str(error))
     print(f"{len(cells)} cells, {finished} of them finished", flush=True)
     setup, ends = describe(), itertools.count(1)

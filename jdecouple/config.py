@@ -226,6 +226,14 @@ def validate(config: Mapping[str, Any]) -> ConfigDict:
     _one_of(complete.schedule, ("auto", *schedules.names()), "schedule")
     _one_of(complete.engine, pipeline.ENGINES, "engine")
     _one_of(complete.dtype, DTYPES, "dtype")
+    for section, arguments in (
+        ("method", methods.arguments),
+        ("model", model_arguments),
+        ("optimizer", optimizer_arguments),
+    ):
+        given = complete[section]
+        own = {key: given[key] for key in given if key not in LEARNING_RATE}
+        chosen(own, arguments(given.name), section)
     for key in _SIZES:
         _whole(complete, key, 1, _MOST)
     _whole(complete, "seed", 0, 2**32 - 1)

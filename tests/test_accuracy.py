@@ -323,6 +323,7 @@ GOOD = {"--methods": ["bp"], "--data": ["digits"], "--models": ["mlp"]}
         ({"--set": ["epochs"]}, "setting 'epochs': KEY=VALUE is needed"),
         ({"--set": ["epoch=3"]}, "unknown key config.epoch"),
         ({"--set": ["epochs=x"]}, "config.epochs is 'x'"),
+        ({"--set": ["method.beta=1"]}, "method.beta is set, but method 'bp' takes only: init"),
         ({"--set": ["seed=3"]}, "seed is an axis of the matrix"),
         ({"--set": ["model.name=mlp"]}, "model.name is an axis of the matrix"),
         (
@@ -346,6 +347,15 @@ def test_bad_flags(bench, capsys, tmp_path, flags, words):
     assert code == 2
     assert words in shown.err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_is_no_folder(bench, capsys, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    given = [x for key, values in GOOD.items() for x in (key, *values)]
+    code, shown = call(bench, capsys, *given, "--output", tmp_path / "file")
+    assert code == 2
+    assert f"Not a directory: '{tmp_path / 'file'}" in shown.err.splitlines()[-1]
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 @pytest.mark.parametrize("missing", GOOD)

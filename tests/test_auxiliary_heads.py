@@ -348,6 +348,7 @@ def test_the_papers_projector_of_vgg8_has_134_million_weights_and_a_pooled_one_f
         (lambda: InformationRegularization(head_pool=1.5), "head_pool must be a whole number"),
         (lambda: SupervisedContrastive(head_pool=True), "head_pool must be a whole number"),
         (lambda: PredictionSimilarity(prediction=-1), "prediction must be a finite non-negative"),
+        (lambda: PredictionSimilarity(0.0, 0.0), "both 0: one of them must be above 0"),
         (lambda: PredictionSimilarity(similarity="1"), "similarity must be a finite non-negative"),
         (lambda: PredictionSimilarity(statistic="std"), "one of deviation, features, got 'std'"),
         (lambda: PredictionSimilarity(dim_in_decoder=0), "dim_in_decoder must be a positive"),

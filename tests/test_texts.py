@@ -222,12 +222,23 @@ class TestCSV:
             ("", r"0 label\(s\) among 0"),
             ('0,a\n1,"b\n', r"cannot be read as CSV"),
             ("0,a\n2,b\n", r"split 'test': example 1 has label 1, which no training example has"),
+            ('0,a\n" ",b\n', r"train.csv', line 2: the label is empty"),
+            ("review,sort\na,x\nb,y\nb,y\n", r"3 different labels, such as 'review', among 4"),
         ],
     )
     def test_bad_files(self, tmp_path, train, said):
         (tmp_path / "train.csv").write_text(train)
         write_csv(tmp_path / "test.csv", [(0, "a"), (1, "b")])
         refused(said, f"csv:{tmp_path}")
+
+    def test_signs_and_many_digits(self, tmp_path):
+        """What Python makes no number of is a word."""
+        huge = "1" * 5000
+        rows = [(label, "x") for label in ("+-5", huge, "+1", "-1")] * 2
+        path = write_csv(tmp_path / "train.csv", rows)
+        write_csv(tmp_path / "test.csv", rows[:4])
+        loaded = data.load(f"csv:{path.parent}", validation=0)
+        assert everything(loaded.test)["label"].tolist() == [2, 3, 1, 0]
 
     def test_not_utf8(self, tmp_path):
         (tmp_path / "train.csv").write_bytes(b"0,\xff\xfe\n1,b\n")
@@ -279,8 +290,28 @@ class TestParquet:
         refused(
             "row 1 lacks its label or a text", write(train={"label": [1, None], "text": ["a"] * 2})
         )
+        refused(
+            "row 0 has label 0.0; a whole", write(train={"label": [0.0, 1.0], "text": ["a"] * 2})
+        )
+        refused("has the columns", write(train={"label": [0, 1], "text": [["a"], ["b"]]}))
         (tmp_path / "train.parquet").write_bytes(b"nothing")
         refused("train.parquet' cannot be read", name)
+
+    def test_damaged_pages(self, write, tmp_path):
+        name = write(train={"label": [0, 1] * 50, "text": [f"text {n}" for n in range(100)]})
+        whole = (tmp_path / "train.parquet").read_bytes()
+        (tmp_path / "train.parquet").write_bytes(whole[:30] + b"\xff" * 200 + whole[230:])
+        refused("train.parquet' cannot be read", name)
+
+    def test_categories_and_views(self, write):
+        arrow = pytest.importorskip("pyarrow")
+        wanted = {"label": ["a", "b"] * 4, "text": ["x", "y"] * 4}
+        categories = {key: arrow.array(each).dictionary_encode() for key, each in wanted.items()}
+        views = {**wanted, "text": arrow.array(wanted["text"], arrow.string_view())}
+        for columns in (categories, views):
+            loaded = data.load(write(train=columns, test=columns), validation=0)
+            assert [text(loaded, "train", row) for row in range(2)] == ["x", "y"]
+            assert everything(loaded.test)["label"].tolist() == [0, 1] * 4
 
     def test_without_pyarrow(self, tmp_path, monkeypatch):
         def no_arrow(name, *rest):

@@ -180,9 +180,10 @@ class TestUnreadableSets:
     def test_missing_data_dir(self, tmp_path):
         self.refused("does not exist", "cifar10", FileNotFoundError, data_dir=tmp_path / "none")
 
-    @pytest.mark.parametrize("name", ["cifar10", "cifar100", "fashion_mnist"])
-    def test_empty_data_dir(self, tmp_path, name):
+    @pytest.mark.parametrize("name", ["cifar10", "cifar100", "fashion_mnist", "glue/sst2"])
+    def test_empty_data_dir(self, tmp_path, name, caplog):
         self.refused(rf"'{name}' is not prepared.*pip install tensorflow", name, data_dir=tmp_path)
+        assert not caplog.records
         assert not list(tmp_path.iterdir())
 
     @pytest.mark.skipif(

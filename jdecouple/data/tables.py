@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,8 @@ from jdecouple.data.texts import Texts
 
 TEST_SHARE = 0.2  # of a single file
 _LABELS = ("label", "class")  # names of the column of labels
+_NUMBER = re.compile(r"[+-]?\d{1,999}")
+_TEXTS = ("string", "large_string", "string_view")  # types of a Parquet column
 _LONGEST_FIELD = 1 << 30
 
 
@@ -89,6 +92,13 @@ def _labelled(tables: dict[str, Table], name: str) -> dict[str, Texts]:
             f"data set {name!r}: {len(numbers)} label(s) among {len(tables['train'].labels)} "
             "training examples; at least 2 wanted"
         )
+    words = [label for label in tables["train"].labels if isinstance(label, str)]
+    if 2 * len(set(words)) > len(tables["train"].labels):  # texts taken for labels
+        raise ValueError(
+            f"data set {name!r}: {len(set(words))} different labels, such as {words[0][:40]!r}, "
+            f"among {len(tables['train'].labels)} training examples; labels are in a column called "
+            "'label' or 'class', or in the first of a CSV file without a header"
+        )
     found = {}
     for split, table in tables.items():
         for row, label in enumerate(table.labels):
@@ -109,7 +119,7 @@ def _order(label: Any) -> tuple[bool, Any]:
 
 def _number(label: str) -> int | str:
     label = label.strip()
-    return int(label) if label.lstrip("+-").isdecimal() else label
+    return int(label) if _NUMBER.fullmatch(label) else label
 
 
 def _read_csv(paths: Sequence[Path]) -> Table:
@@ -138,6 +148,8 @@ def _append_csv(path: Path, table: Table) -> None:
                 f"'{path}', line {number}: {len(row)} column(s) found; a label and at least one "
                 f"text wanted, and as many as in the first line ({width})"
             )
+        if not row[column].strip():
+            raise ValueError(f"'{path}', line {number}: the label is empty")
         table.labels.append(_number(row[column]))
         table.texts.append(" ".join(row[:column] + row[column + 1 :]))
 
@@ -167,15 +179,14 @@ def _read_parquet(paths: Sequence[Path]) -> Table:
     for path in paths:
         try:
             found = parquet.read_table(path)
-        except arrow.ArrowInvalid as error:
+        except (arrow.ArrowException, OSError) as error:
             raise ValueError(f"'{path}' cannot be read ({first_line(error)})") from error
         names = {name.lower(): name for name in reversed(found.column_names)}
         label = next((names[each] for each in _LABELS if each in names), None)
         texts = [
             field.name
             for field in found.schema
-            if field.name != label
-            and (arrow.types.is_string(field.type) or arrow.types.is_large_string(field.type))
+            if field.name != label and str(_plain(field.type)) in _TEXTS
         ]
         if label is None or not texts:
             raise ValueError(
@@ -185,11 +196,20 @@ def _read_parquet(paths: Sequence[Path]) -> Table:
         labels = found.column(label).to_pylist()
         rows = zip(*(found.column(each).to_pylist() for each in texts), strict=True)
         for number, (value, row) in enumerate(zip(labels, rows, strict=True)):
-            if not isinstance(value, int | str) or None in row:
+            if value in (None, "") or None in row:
                 raise ValueError(f"'{path}': row {number} lacks its label or a text")
+            if not isinstance(value, int | str):
+                raise ValueError(
+                    f"'{path}': row {number} has label {value!r}; a whole number or a text wanted"
+                )
             table.labels.append(value)
             table.texts.append(" ".join(row))
     return table
+
+
+def _plain(column: Any) -> Any:
+    """The type of a column's values; pandas writes categories as a dictionary of them."""
+    return column.value_type if str(column).startswith("dictionary<") else column
 
 
 _READERS: dict[str, Callable[[Sequence[Path]], Table]] = {

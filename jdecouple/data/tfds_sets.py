@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from absl import logging
 
 from jdecouple.data.splits import first_line
 
@@ -42,14 +47,26 @@ def prepared(
     folder = None if data_dir is None else Path(data_dir).expanduser()
     if folder is not None and not folder.is_dir() and not download:
         raise FileNotFoundError(f"data_dir {str(folder)!r} does not exist")
-    builder = _builder(name, folder)
-    if not _is_readable(builder):
-        if download:
-            _prepare(name, folder)
-            builder = _builder(name, folder)
+    with _quiet():
+        builder = _builder(name, folder)
         if not _is_readable(builder):
-            raise ValueError(_not_prepared(name, builder, folder))
+            if download:
+                _prepare(name, folder)
+                builder = _builder(name, folder)
+            if not _is_readable(builder):
+                raise ValueError(_not_prepared(name, builder, folder))
     return builder
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps TFDS from warning of a set that is not there, which is an error of its own."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def features(builder: Any) -> dict[str, Any]:
@@ -84,8 +101,13 @@ def records(name: str, builder: Any, split: str) -> Any:
 def _builder(name: str, folder: Path | None) -> Any:
     import tensorflow_datasets as tfds
 
+    place = None if folder is None else str(folder)
     try:
-        return tfds.builder(name, data_dir=None if folder is None else str(folder), try_gcs=False)
+        try:
+            return tfds.builder(name, data_dir=place, try_gcs=False)
+        except tfds.core.DatasetNotFoundError:  # TFDS knows some sets only after this import
+            importlib.import_module("tensorflow_datasets.text")
+            return tfds.builder(name, data_dir=place, try_gcs=False)
     except Exception as error:
         raise ValueError(
             f"data set {name!r} cannot be opened ({first_line(error)}); "

@@ -120,6 +120,8 @@ class PredictionSimilarity:
 
     def __post_init__(self):
         require_number(prediction=self.prediction, similarity=self.similarity)
+        if not self.prediction and not self.similarity:
+            raise ValueError("prediction and similarity are both 0: one of them must be above 0")
         layers.require_one_of(STATISTICS, statistic=self.statistic)
         layers.require_positive(dim_in_decoder=self.dim_in_decoder)
 
