@@ -154,7 +154,7 @@ def result(cell: Cell) -> dict[str, Any]:
         "test" (final exit, last step), "test_by_exit" (last step, the exit that is best on the
         validation split) and that "exit", "test_by_step" (final exit, the step that is best on the
         validation split), "papers" (best test accuracy of any exit and step), "validation" (final
-        exit, last step), "steps", "parameters", "images_per_second" (median) and "device".
+        exit, last step), "steps", "parameters", "examples_per_second" (median) and "device".
         What needs a validation split is None without one.
     """
     written = json.loads((cell.folder / "config.json").read_text())
@@ -164,7 +164,7 @@ def result(cell: Cell) -> dict[str, Any]:
     validation = next((x for x in lines if (x["split"], x["step"]) == ("validation", steps)), {})
     by_exit = report.exits(validation)
     chosen = max(by_exit, key=lambda name: by_exit[name], default=None)
-    speeds = [line["images_per_second"] for line in lines if line["split"] == "train"]
+    speeds = [line["examples_per_second"] for line in lines if line["split"] == "train"]
     return {
         "test": last["accuracy"],
         "test_by_exit": chosen and report.exits(last)[chosen],
@@ -174,7 +174,7 @@ def result(cell: Cell) -> dict[str, Any]:
         "validation": validation.get("accuracy"),
         "steps": steps,
         "parameters": written["parameters"],
-        "images_per_second": statistics.median(speeds) if speeds else None,
+        "examples_per_second": statistics.median(speeds) if speeds else None,
         "device": written["device_kind"],
     }
 

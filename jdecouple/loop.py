@@ -174,7 +174,7 @@ class Loop:
         values |= {name: float(value) for name, value in diagnosed.items() if np.isfinite(value)}
         since, began = self._line
         seconds = now.time - began.time
-        values["images_per_second"] = (step - since) * self._config.batch_size / seconds
+        values["examples_per_second"] = (step - since) * self._config.batch_size / seconds
         values["input_wait"] = (now.waited - began.waited) / seconds
         self._line = (step, now)
         self._writer.write(step, "train", values)

@@ -175,7 +175,7 @@ class Progress:
     Args:
         total_steps: steps at the end of the run.
         initial: steps done before this process started.
-        examples_per_step: global batch size, for images/s.
+        examples_per_step: global batch size, for examples/s.
         enabled: False on all processes but the first: nothing is printed.
     """
 
@@ -237,7 +237,7 @@ class Progress:
         if done <= 0 or seconds <= 0:
             return []
         left = tqdm.tqdm.format_interval((self._total - step) * seconds / done)
-        return [f"{done * self._examples / seconds:,.0f} images/s", f"{left} left"]
+        return [f"{done * self._examples / seconds:,.0f} examples/s", f"{left} left"]
 
 
 def _shown(name: str, value: Any) -> str:

@@ -244,7 +244,7 @@ def test_a_training_that_still_runs_is_waited_for(bench, tmp_path, monkeypatch):
 
 def line(step, split, accuracy, *exits):
     exit_values = {f"exit_{number}/accuracy": value for number, value in enumerate(exits)}
-    base = {"step": step, "split": split, "accuracy": accuracy, "images_per_second": 5.0 * step}
+    base = {"step": step, "split": split, "accuracy": accuracy, "examples_per_second": 5.0 * step}
     return base | exit_values
 
 
@@ -272,7 +272,7 @@ def test_what_is_chosen_by_what(bench, tmp_path):
         "validation": 0.7,
         "steps": 20,
         "parameters": 7,
-        "images_per_second": 40.0,
+        "examples_per_second": 40.0,
         "device": "cpu",
     }
 

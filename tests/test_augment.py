@@ -8,6 +8,8 @@ import pytest
 
 from jdecouple.data import augment
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 UNIT = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
 

@@ -176,6 +176,7 @@ def test_throughput_of_processes(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_throughput_of_stages_that_share_a_device(tmp_path):
     arguments = ["--place=devices", "--input=host", "--rows", "bp:gpipe,K=2,M=2", "fdg,K=2"]
     found = throughput(tmp_path, *arguments, JAX_PLATFORMS="cpu")

@@ -21,7 +21,11 @@ from jdecouple.training import build
 TOLERANCE = 1e-12
 STEPS = 10
 LOCAL = [name for name in jd.methods.names() if nets.method(name).route.local]
-OTHERS = [name for name in jd.methods.names() if name not in LOCAL]
+OTHERS = [
+    pytest.param(name, marks=pytest.mark.slow) if name in ("ddg", "fr") else name
+    for name in jd.methods.names()
+    if name not in LOCAL
+]
 
 
 @functools.cache
@@ -204,7 +208,7 @@ def test_metrics_come_stacked_too(devices, count, x64):
     ("name", "devices", "options"),
     [("bp", 2, {}), ("fdg", 2, {}), ("fr", 1, {"fuse": False})],
 )
-def test_stages_that_need_each_other_are_refused(name, devices, options):
+def test_stages_that_need_each_other_are_refused(name, devices, options, x64):
     engine = trainer(name, 2, devices, **options)
     words = ("a chunk of 2", "local method", "fused", f"{name} has 2 stages apart")
     nets.assert_clear(ValueError, words, lambda: engine.steps(engine.init(), groups(2)[0]))
@@ -272,7 +276,7 @@ def test_chunks_write_the_lines_and_checkpoints_of_single_steps(tmp_path):
     assert nets.largest_error(arrays, runs.final_arrays(tmp_path / "one")[1]) < 1e-4
     for line in runs.lines(tmp_path / "four"):
         if line["split"] == "train":
-            assert line["images_per_second"] > 0
+            assert line["examples_per_second"] > 0
             assert 0 <= line["input_wait"] <= 1
 
 

@@ -100,7 +100,10 @@ def test_twenty_steps_move_blocks_heads_and_statistics(name, x64):
 
 
 @METHODS
-@pytest.mark.parametrize(("stages", "data"), [(2, 1), (4, 1), (1, 2), (2, 2), (4, 2)])
+@pytest.mark.parametrize(
+    ("stages", "data"),
+    [(2, 1), (4, 1), (1, 2), (2, 2), pytest.param(4, 2, marks=pytest.mark.slow)],
+)
 def test_pipelined_equals_sequential(name, stages, data):
     assert_close(run(name, "augmented", stages, data), on_one_device(name, "augmented", stages))
 

@@ -165,7 +165,7 @@ def test_weights_of_a_configuration():
 
 
 @pytest.mark.parametrize("name", ["early_exit", "greedy_exit", "al"])
-@pytest.mark.parametrize("kind", ["lstm", "vit"])
+@pytest.mark.parametrize("kind", ["lstm", pytest.param("vit", marks=pytest.mark.slow)])
 def test_sequences(name, kind):
     """Heads read the summary of a sequence; over two stages as over one."""
     found = []

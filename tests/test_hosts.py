@@ -99,7 +99,11 @@ def assert_close(folder: Path, reference: Path, tolerance: float = 1e-5) -> None
 class TestResults:
     """Stages in several processes train like stages on several devices of one."""
 
-    @pytest.mark.parametrize("values", [DEINFOREG, FDG, BP], ids=lambda v: v.get("schedule", ""))
+    @pytest.mark.parametrize(
+        "values",
+        [DEINFOREG, pytest.param(FDG, marks=pytest.mark.slow), BP],
+        ids=["deinforeg", "fdg", "1f1b"],
+    )
     def test_two_processes_to_the_bit(self, tmp_path, values):
         first = train(tmp_path / "two", 2, **values, **SHORT)
         assert "test accuracy" in first.stdout
@@ -123,7 +127,7 @@ class TestResults:
     @pytest.mark.parametrize(
         ("count", "devices", "values"),
         [
-            (2, 1, ONE_STAGE),
+            pytest.param(2, 1, ONE_STAGE, marks=pytest.mark.slow),
             # The second stage has a device in either process, and twice as many as the first: its
             # messages are cut, and what waits in it lies in both.
             (2, 2, {**delayed("fdg"), "mesh__replicas": "(1,2)"}),
@@ -179,7 +183,7 @@ class TestLost:
         other = processes[1 - victim].wait()
         assert time.monotonic() - began < SOON
         assert other.returncode == 3
-        (line,) = [line for line in other.stderr.splitlines() if "images/s" not in line][-1:]
+        (line,) = [line for line in other.stderr.splitlines() if "examples/s" not in line][-1:]
         assert line.startswith(f"error: process {victim} (")
         assert line.endswith(
             "is lost: start all processes again, and the run continues from its last checkpoint"

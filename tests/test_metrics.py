@@ -203,8 +203,8 @@ def test_plain_lines_off_a_terminal(clock, capsys):
     out, err = capsys.readouterr()
     assert err == (
         "step 20/100 | epoch 2 | loss 0.25 | accuracy 0.5\n"
-        "step 30/100 | 64 images/s | 00:35 left | epoch 2 | loss 0.25 | accuracy 0.5\n"
-        "step 40/100 | 64 images/s | 00:30 left | epoch 2 | loss 0.25 | accuracy 0.5\n"
+        "step 30/100 | 64 examples/s | 00:35 left | epoch 2 | loss 0.25 | accuracy 0.5\n"
+        "step 40/100 | 64 examples/s | 00:30 left | epoch 2 | loss 0.25 | accuracy 0.5\n"
     )
     assert out == "evaluated\n"
 
@@ -215,7 +215,7 @@ def test_bar_on_a_terminal(clock, monkeypatch, capsys):
     run_progress(clock)
     last = re.split(r"[\r\n]", terminal.getvalue().rstrip())[-1]
     assert last.startswith(" 40%|")
-    assert last.endswith("40/100, 64 images/s, 00:30 left, epoch 2, loss 0.25, accuracy 0.5")
+    assert last.endswith("40/100, 64 examples/s, 00:30 left, epoch 2, loss 0.25, accuracy 0.5")
     assert capsys.readouterr().out == "evaluated\n"
 
 

@@ -7,6 +7,8 @@ from flax import nnx
 from jdecouple import models
 from jdecouple.models import layers
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 def widths(block):
     return ["M" if isinstance(m, layers.MaxPool) else m.out_features for m in counted(block)]
@@ -100,7 +102,7 @@ def test_mlp_shapes(batch_norm):
 SMALL = {
     "mlp": {"hidden": 16, "batch_norm": True},
     "resnet": {"depth": 8, "width": 1 / 8},
-    "vgg": {"width": 1 / 16},
+    "vgg": {"blocks": "8,M|12,8,M"},
     "vgg8": {"width": 1 / 16},
     "wide_resnet": {"depth": 10, "widen": 1},
 }

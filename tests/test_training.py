@@ -46,7 +46,7 @@ class TestWhatARunLeaves:
         assert len(written) == len(train) + len(validation) + len(test)
         assert [line["step"] for line in train] == list(range(1, 28))
         blocks = {f"block_{i}/{term}" for i in (0, 1) for term in TERMS}
-        own = {"step", "split", "loss", "accuracy", "images_per_second", "input_wait"}
+        own = {"step", "split", "loss", "accuracy", "examples_per_second", "input_wait"}
         assert set(train[0]) == own | blocks
         exits = {f"exit_{i}/{each}" for i in (0, 1) for each in ("loss", "accuracy")}
         for part in (validation, test):
@@ -56,7 +56,7 @@ class TestWhatARunLeaves:
             assert all(line["accuracy"] == line["exit_1/accuracy"] for line in part)
         for line in train:
             assert line["loss"] == pytest.approx(line["block_0/loss"] + line["block_1/loss"])
-            assert line["images_per_second"] > 0
+            assert line["examples_per_second"] > 0
             assert 0 <= line["input_wait"] <= 1
 
     def test_curves(self, notebook_run):
@@ -169,7 +169,7 @@ def test_slow_input_shows_as_waiting(tmp_path, monkeypatch):
     last = [line for line in lines(tmp_path) if line["split"] == "train"][-1]
     assert last["input_wait"] > 0.5
     # Two threads read, 8 images in `pause` seconds each.
-    assert 0.2 * 16 / pause < last["images_per_second"] < 1.3 * 16 / pause
+    assert 0.2 * 16 / pause < last["examples_per_second"] < 1.3 * 16 / pause
 
 
 class TestNonFinite:
@@ -264,7 +264,11 @@ def assert_same_numbers(folder, reference):
 
 @pytest.mark.parametrize(
     ("devices", "stages", "replicas"),
-    [pytest.param(2, 2, 1, marks=pytest.mark.slow), (2, 1, 2), (4, 2, 2)],
+    [
+        pytest.param(2, 2, 1, marks=pytest.mark.slow),
+        (2, 1, 2),
+        pytest.param(4, 2, 2, marks=pytest.mark.slow),
+    ],
 )
 def test_the_mesh_does_not_change_the_numbers(tmp_path, devices, stages, replicas):
     """Nor does continuing on it what one device began."""
