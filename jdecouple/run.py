@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from jdecouple import config as configuration
 from jdecouple import data, methods, models, optim
 from jdecouple.bucketing import by_length, check_buckets
-from jdecouple.config import chosen, one_line
+from jdecouple.config import ConfigError, chosen, one_line
 from jdecouple.diagnostics import SufficientDirection
 from jdecouple.pipeline import make_mesh, propose
 from jdecouple.processes import check_processes
@@ -50,16 +50,7 @@ def build(config: ConfigDict | Mapping) -> Run:
         dataset = data.load(config.data.name, **_data_arguments(config))
         steps_per_epoch = data.steps_per_epoch(dataset.train, config.batch_size)
         total_steps = config.steps or config.epochs * steps_per_epoch
-        inputs = dataset.model_arguments()
-        name = config.model.name
-        what = f"data set {dataset.name!r} holds {dataset.kind}"
-        configuration.check_model_reads(name, inputs, what)
-        model = models.get(name)(
-            dataset.num_classes,
-            **inputs,
-            rngs=nnx.Rngs(config.seed),
-            **chosen(config.model, configuration.model_arguments(name), "model"),
-        )
+        model = _model(config, dataset)
         method = methods.get(config.method.name, **_method_arguments(config, dataset))
         make_trainer = functools.partial(
             Trainer,
@@ -136,6 +127,29 @@ def _data_arguments(config: ConfigDict) -> dict[str, Any]:
     given = {name: section[name] for name in (*names, *sizes)}
     length = section.buckets[-1] if section.buckets else section.max_length
     return {**given, "max_length": length, "seed": config.seed}
+
+
+def _model(config: ConfigDict, dataset: data.Dataset) -> models.Model:
+    name, inputs = config.model.name, dataset.model_arguments()
+    what = f"data set {dataset.name!r} holds {dataset.kind}"
+    configuration.check_model_reads(name, inputs, what)
+    model = models.get(name)(
+        dataset.num_classes,
+        **inputs,
+        rngs=nnx.Rngs(config.seed),
+        **chosen(config.model, configuration.model_arguments(name), "model"),
+    )
+    if isinstance(dataset, data.ImageDataset):
+        height, width, _ = dataset.image_shape
+        layers = [layer for _, layer in nnx.iter_graph(model.classifier)]
+        if height != width and not any(
+            isinstance(layer, models.layers.GlobalAveragePool) for layer in layers
+        ):
+            raise ConfigError(
+                f"config.model.name is {name!r}, which reads square images, but {what} of "
+                f"{height} x {width} pixels; set config.data.image_size or take a ResNet"
+            )
+    return model
 
 
 def _method_arguments(config: ConfigDict, dataset: data.Dataset) -> dict[str, Any]:

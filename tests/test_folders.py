@@ -1,6 +1,7 @@
 import itertools
 import json
 
+import nets
 import numpy as np
 import pytest
 import runs
@@ -8,7 +9,8 @@ from PIL import Image
 from test_data import assert_one_line, everything
 
 from jdecouple import data
-from jdecouple.training import train_and_evaluate
+from jdecouple.config import ConfigError
+from jdecouple.training import build, train_and_evaluate
 
 CLASSES = ("ant", "bee", "cat")
 # The grey value of an image says which it is.
@@ -296,6 +298,18 @@ def test_a_run_on_a_folder(tmp_path):
     assert result["finished"]
     found = json.loads((tmp_path / "run" / "config.json").read_text())["config"]["data"]
     assert found["name"] == f"folder:{root}"
+
+
+def test_images_that_are_not_square(tmp_path):
+    """Nets with a mean over all pixels read them; others are refused."""
+    root = divided(tmp_path / "wide", size=(8, 6), mode="RGB")
+    values = {"data__name": f"folder:{root}", "batch_size": 4, "steps": 1}
+    words = ("6 x 8 pixels", "config.data.image_size", "'mlp'")
+    config = runs.cheap(**values)
+    config.data.image_size = None
+    nets.assert_clear(ConfigError, words, lambda: build(config))
+    config.model.update(name="resnet", depth=8, width=0.125, hidden=None)
+    assert build(config).dataset.image_shape == (6, 8, 3)
 
 
 def test_a_broken_file_ends_a_run_with_one_line(tmp_path):
