@@ -102,7 +102,7 @@ def test_mlp_shapes(batch_norm):
 SMALL = {
     "mlp": {"hidden": 16, "batch_norm": True},
     "resnet": {"depth": 8, "width": 1 / 8},
-    "vgg": {"blocks": "8,M|12,8,M"},
+    "vgg": {"blocks": "8,M|12,8,M|8"},
     "vgg8": {"width": 1 / 16},
     "wide_resnet": {"depth": 10, "widen": 1},
 }
