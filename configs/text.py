@@ -8,8 +8,8 @@ papers' are bp, early_exit, al, scpl and deinforeg.
 Command:   python train.py --config configs/text.py:glue/sst2,lstm,deinforeg --workdir runs/sst2
 Hardware:  a GPU for the papers' 50 epochs at full width (not measured yet); a CPU for less.
 Expected:  measured on one CPU core, SST-2, two blocks of width 64 and 30 words, 2 epochs, accuracy
-           on the set's own validation split (its test labels are hidden), mean of two seeds: lstm bp
-           82.1 %, deinforeg 82.7 %; transformer bp 82.4 %, deinforeg 80.9 % (all methods and the
+           on the set's own validation split (its test labels are hidden), mean of two seeds: lstm
+           bp 82.1 %, deinforeg 82.7 %; transformer bp 82.4 %, deinforeg 80.9 % (all methods and the
            command in bench/RESULTS.md).
 """
 
