@@ -70,7 +70,8 @@ def main() -> int:
     setup = describe()
     try:
         arms = [Arm(cell) for cell in accuracy.cells_of(options)]
-    except ValueError as error:  # a ConfigError among them
+        options.output.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:  # a ConfigError among them
         flags.error(str(error))
     found = measure(arms, options.steps, options.segments)
     print(heading(setup))

@@ -212,6 +212,12 @@ class TestCSV:
         write_csv(tmp_path / "test.csv", [(0, "word")])
         assert data.load(f"csv:{tmp_path}", validation=0).train.lengths.tolist() == [256, 1]
 
+    def test_few_examples_of_named_labels(self, tmp_path):
+        """Without a header the same labels are taken for texts."""
+        for split in ("train", "test"):
+            (tmp_path / f"{split}.csv").write_text("label,text\ngood,a\nbad,b\nfair,c\n")
+        assert data.load(f"csv:{tmp_path}", validation=0).num_classes == 3
+
     @pytest.mark.parametrize(
         ("train", "said"),
         [

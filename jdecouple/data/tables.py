@@ -22,10 +22,14 @@ _LONGEST_FIELD = 1 << 30
 
 
 class Table(NamedTuple):
-    """Labels as they are written, a whole number or a text each, and texts of some files."""
+    """Labels as they are written, a whole number or a text each, and texts of some files.
+
+    `named` says whether the files name the column of labels.
+    """
 
     labels: list[Any]
     texts: list[str]
+    named: bool = True
 
 
 def splits(name: str, data_dir: str | os.PathLike[str] | None) -> tuple[dict[str, Texts], int]:
@@ -93,7 +97,8 @@ def _labelled(tables: dict[str, Table], name: str) -> dict[str, Texts]:
             "training examples; at least 2 wanted"
         )
     words = [label for label in tables["train"].labels if isinstance(label, str)]
-    if 2 * len(set(words)) > len(tables["train"].labels):  # texts taken for labels
+    unsure = not tables["train"].named
+    if unsure and 2 * len(set(words)) > len(tables["train"].labels):  # texts taken for labels
         raise ValueError(
             f"data set {name!r}: {len(set(words))} different labels, such as {words[0][:40]!r}, "
             f"among {len(tables['train'].labels)} training examples; labels are in a column called "
@@ -126,21 +131,23 @@ def _read_csv(paths: Sequence[Path]) -> Table:
     table = Table([], [])
     before = csv.field_size_limit(_LONGEST_FIELD)  # a text may be longer than Python's default
     try:
-        for path in paths:
-            _append_csv(path, table)
+        named = [_append_csv(path, table) for path in paths]
     finally:
         csv.field_size_limit(before)
-    return table
+    return table._replace(named=all(named))
 
 
-def _append_csv(path: Path, table: Table) -> None:
+def _append_csv(path: Path, table: Table) -> bool:
+    """Whether the file names the column of labels."""
     column = width = None
+    named = False
     for number, row in _csv_rows(path):
         if column is None:
             names = [cell.strip().lower() for cell in row]
             column = next((names.index(each) for each in _LABELS if each in names), None)
             width = len(row)
-            if column is not None:
+            named = column is not None
+            if named:
                 continue
             column = 0
         if len(row) != width or len(row) < 2:
@@ -152,6 +159,7 @@ def _append_csv(path: Path, table: Table) -> None:
             raise ValueError(f"'{path}', line {number}: the label is empty")
         table.labels.append(_number(row[column]))
         table.texts.append(" ".join(row[:column] + row[column + 1 :]))
+    return named
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
