@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jdecouple import config as configuration
-from jdecouple import report
-from jdecouple.command_line import parse
-from jdecouple.metrics import read_metrics
+from jdecouple.train import config as configuration
+from jdecouple.train import report
+from jdecouple.train.cli import parse
+from jdecouple.train.metrics import read_metrics
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 OUTPUT = "output.txt"  # what the processes of a cell print, one after another

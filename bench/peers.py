@@ -74,9 +74,9 @@ class Ours:
         self._state = self._trainer.init()
         self._batch = self._trainer.put(batch)
 
-    def arrays(self) -> dict[str, np.ndarray]:
+    def to_arrays(self) -> dict[str, np.ndarray]:
         """All state by name, on the host."""
-        return {name: np.asarray(v) for name, v in self._trainer.arrays(self._state).items()}
+        return {name: np.asarray(v) for name, v in self._trainer.to_arrays(self._state).items()}
 
     def run(self, steps: int) -> float:
         """Trains, waits for all work, and returns the last loss."""

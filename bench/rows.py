@@ -44,7 +44,7 @@ class Row:
     @property
     def rows(self) -> int:
         """Rows of devices."""
-        return 1 if self.together else self.plan.num_rows
+        return 1 if self.together else self.plan.num_device_groups
 
     @property
     def devices(self) -> int:

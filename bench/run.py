@@ -16,8 +16,7 @@ import numpy as np
 from flax import nnx
 
 import jdecouple as jd
-from jdecouple.pipeline import measured_costs
-from jdecouple.state import PlacedBatch
+from jdecouple.pipeline.state import PlacedBatch
 
 NUM_CLASSES = 10
 IMAGE_SIZE = 16  # of the vgg of equal blocks, in pixels
@@ -98,10 +97,10 @@ class Run:
             self.chunks: Any = self._prefetcher
         else:
             self.chunks = itertools.cycle([self.trainer.put_chunk(group) for group in groups])
-        seats = self.trainer.seats
-        together = all(seat.devices == seats[0].devices for seat in seats)
+        placements = self.trainer.placements
+        together = all(placement.devices == placements[0].devices for placement in placements)
         calls = [call.stage for call in self.trainer.calls]
-        mine = sum(seats[stage].mine for stage in (calls if chunk == 1 else set(calls)))
+        mine = sum(placements[stage].addressable for stage in (calls if chunk == 1 else set(calls)))
         self._calls = 1 if together and options["fuse"] is None else mine
 
     def run(self, steps: int) -> dict[str, Any]:
@@ -195,7 +194,7 @@ class Run:
 
     def costs(self, steps: int) -> dict[str, Any]:
         """Median seconds of every call over `steps` batches, and bytes of the messages."""
-        self.state, costs = measured_costs(self.trainer, self.state, self._batches(), steps)
+        self.state, costs = self.trainer.measured_costs(self.state, self._batches(), steps)
         calls = [
             [stage, "".join(kind.value for kind in kinds), seconds]
             for (stage, kinds), seconds in costs.calls.items()

@@ -19,8 +19,8 @@ import numpy as np
 from common import Spread, describe, heading, save, table
 from matrix import Cell
 
-from jdecouple import report, run
-from jdecouple.command_line import parse
+from jdecouple.train import report, run
+from jdecouple.train.cli import parse
 
 
 class Arm:

@@ -25,7 +25,9 @@ import jax
 import numpy as np
 from run import Run
 
-from jdecouple.pipeline import Seat, distributed, transfer
+from jdecouple.pipeline import distributed
+from jdecouple.pipeline.mesh import StageDevices
+from jdecouple.pipeline.transfer import transfer
 
 
 class Worker:
@@ -51,11 +53,11 @@ class Worker:
 
     def link(self, sizes: list[int], repeats: int) -> list[float]:
         """Median seconds that messages take to the second process and back."""
-        here, there = (Seat.on((device,)) for device in jax.devices()[:2])
+        here, there = (StageDevices.on((device,)) for device in jax.devices()[:2])
         found = []
         for size in sizes:
             shape = {"x": jax.ShapeDtypeStruct((size,), np.uint8)}
-            message = here.place({"x": np.zeros(size, np.uint8)}) if here.mine else None
+            message = here.place({"x": np.zeros(size, np.uint8)}) if here.addressable else None
             seconds = []
             for _ in range(repeats + 1):
                 start = time.perf_counter()

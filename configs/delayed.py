@@ -12,8 +12,8 @@ Expected:  the papers' test errors stand in docs/methods.md; what half the width
            on one CPU core in 4 epochs stands in bench/RESULTS.md.
 """
 
-from jdecouple import config as configuration
 from jdecouple import methods, models
+from jdecouple.train import config as configuration
 
 _PUBLISHED = ("resnet20", "resnet56", "resnet110", "resnet18", "resnet50", "resnet101", "wrn28_10")
 

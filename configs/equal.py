@@ -10,7 +10,7 @@ Hardware:  anything; a CPU for reduced widths.
 Expected:  the tables of accuracies in bench/RESULTS.md.
 """
 
-from jdecouple.presets import named, parts
+from jdecouple.train.config import named, parts
 
 
 def get_config(arguments: str = "digits,mlp,deinforeg"):

@@ -6,7 +6,7 @@ Expected:  99.2 %, 98.9 % and 99.2 % test accuracy at the three exits after 10 e
            measured).
 """
 
-from jdecouple import config as configuration
+from jdecouple.train import config as configuration
 
 
 def get_config():

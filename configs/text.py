@@ -13,7 +13,7 @@ Expected:  measured on one CPU core, SST-2, two blocks of width 64 and 30 words,
            command in bench/RESULTS.md).
 """
 
-from jdecouple.presets import named, parts
+from jdecouple.train.config import named, parts
 
 # Words that the papers keep of a text, by a part of the data set's name.
 _LENGTHS = {"sst2": 15, "ag_news": 60, "imdb": 350, "dbpedia": 400}

@@ -11,7 +11,7 @@ Expected:  measured on two CPU cores, CIFAR-10, a quarter of the width, 2 epochs
            (the whole commands are in bench/RESULTS.md).
 """
 
-from jdecouple.presets import named, parts
+from jdecouple.train.config import named, parts
 
 
 def get_config(arguments: str = "cifar10,vgg8,deinforeg"):

@@ -1,18 +1,9 @@
 """jdecouple: decoupled training of deep networks, pipelined over a mesh of devices."""
 
-from jdecouple import (
-    data,
-    diagnostics,
-    methods,
-    models,
-    objectives,
-    optim,
-    pipeline,
-    schedules,
-    timeline,
-)
+from jdecouple import data, methods, models, optim, pipeline, schedules
+from jdecouple.methods import objectives, routes
 from jdecouple.models import Model
-from jdecouple.pipeline import make_mesh
+from jdecouple.pipeline import diagnostics, make_mesh
 from jdecouple.trainer import Trainer
 
 __all__ = [
@@ -26,6 +17,6 @@ __all__ = [
     "objectives",
     "optim",
     "pipeline",
+    "routes",
     "schedules",
-    "timeline",
 ]

@@ -1,5 +1,8 @@
 """The Trainer: a model, a method, an optimiser and a mesh, joined."""
 
+import itertools
+import statistics
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -9,8 +12,12 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jdecouple._checks import check_batch, check_counts, check_options, check_type
-from jdecouple.assembly import (
+from jdecouple.methods import Method
+from jdecouple.methods.routes import Carry, Stage, Synchronous
+from jdecouple.methods.routes.stage import Transform
+from jdecouple.models import Model
+from jdecouple.pipeline.batch import BatchSpec, check_batch, check_counts, check_options, check_type
+from jdecouple.pipeline.build import (
     abstract,
     build_stages,
     build_units,
@@ -19,16 +26,20 @@ from jdecouple.assembly import (
     split_blocks,
     unit_costs,
 )
-from jdecouple.evaluation import Evaluator
-from jdecouple.intake import Intake
-from jdecouple.methods import Method
-from jdecouple.models import Model
-from jdecouple.pipeline import Seat, as_stage_mesh, gather, make_mesh, waiting
-from jdecouple.pipeline.engine import start
-from jdecouple.routes import Message, Stage, Synchronous
-from jdecouple.routes.stage import Transform
-from jdecouple.schedules import Call
-from jdecouple.state import PlacedBatch, PlacedChunk, State, leaf_names, modules, place
+from jdecouple.pipeline.distributed import gather
+from jdecouple.pipeline.engine import make_engine
+from jdecouple.pipeline.evaluate import Evaluator
+from jdecouple.pipeline.mesh import StageDevices, as_stage_mesh, make_mesh
+from jdecouple.pipeline.state import (
+    PlacedBatch,
+    PlacedChunk,
+    State,
+    leaf_names,
+    modules,
+    place,
+    queue_shapes,
+)
+from jdecouple.schedules import Call, Costs, Kind
 
 
 class Trainer:
@@ -79,7 +90,7 @@ class Trainer:
                 shapes and dtypes.
             num_classes: by default the width of the model's logits.
             seed: root of the keys of heads, dropout and augmentation.
-            transform: `(message, keys, train) -> message`, run inside the first stage's
+            transform: `(carry, keys, train) -> carry`, run inside the first stage's
                 compiled call; see `jdecouple.data.augment`.
             dtype: compute dtype of blocks and heads, such as `jnp.bfloat16`; parameters,
                 statistics and losses keep theirs. None leaves everything as it is.
@@ -126,7 +137,7 @@ class Trainer:
         self.method = method
         self.microbatches = microbatches
         self._example = abstract(dict(example))
-        self._intake = Intake(self._example, microbatches, grid.shape["data"])
+        self._intake = BatchSpec(self._example, microbatches, grid.shape["data"])
         received = self._intake.split(self._example)[0]
         prepared = self._prepared = model_input(received, transform)
         built = build_units(model, method, prepared, num_classes, seed, dtype)
@@ -157,7 +168,7 @@ class Trainer:
                 f"schedule {schedule!r} does not fit method {method.name}: "
                 f"allowed are auto, {', '.join(route.schedules)}"
             )
-        chosen = start(
+        chosen = make_engine(
             engine,
             self.stages,
             grid.rows,
@@ -165,13 +176,17 @@ class Trainer:
             schedule=schedule,
             fuse=fuse,
             max_in_flight=max_in_flight,
-            messages=built.messages,
+            carries=built.carries,
         )
-        self.engine, self.schedule, self.seats = chosen.name, chosen.schedule, chosen.seats
+        self.engine, self.schedule, self.placements = (
+            chosen.name,
+            chosen.schedule,
+            chosen.placements,
+        )
         self._executor, self._chunks = chosen.executor, chosen.chunks
         self._evaluator = Evaluator(
             self.stages,
-            self.seats,
+            self.placements,
             self._example,
             fuse=chosen.fuse,
             max_in_flight=chosen.max_in_flight,
@@ -198,30 +213,30 @@ class Trainer:
         The queues of a delayed method are there from the start, full of zeros that nothing uses.
         """
         stages = []
-        for k, (stage, seat) in enumerate(zip(self.stages, self.seats, strict=True)):
+        for k, (stage, placement) in enumerate(zip(self.stages, self.placements, strict=True)):
             empty = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), self._waiting(k))
             stages.append(
-                place(self.stages[k], self.seats[k], {**stage.initial(), **empty})
-                if seat.mine
+                place(self.stages[k], self.placements[k], {**stage.initial(), **empty})
+                if placement.addressable
                 else None
             )
         return State(0, self._executor.load(stages))
 
-    def abstract(self, *, mine: bool = False) -> State:
+    def abstract(self, *, addressable: bool = False) -> State:
         """Shapes and dtypes of the state, without allocating it: of all stages, or of this process.
 
         Args:
-            mine: leave out the stages of other processes, as `init` does.
+            addressable: leave out the stages of other processes, as `init` does.
         """
         shapes = [
             {**jax.eval_shape(stage.initial), **self._waiting(k)}
-            if self.seats[k].mine or not mine
+            if self.placements[k].addressable or not addressable
             else None
             for k, stage in enumerate(self.stages)
         ]
         return State(0, tuple(shapes))
 
-    def arrays(self, state: State) -> dict[str, Any]:
+    def to_arrays(self, state: State) -> dict[str, Any]:
         """The state's arrays by names that do not depend on the partition.
 
         Args:
@@ -238,7 +253,7 @@ class Trainer:
             for name, leaf in zip(leaf_names(stage, values), jax.tree.leaves(values), strict=True)
         }
 
-    def with_arrays(self, step: int, arrays: Mapping[str, Any]) -> State:
+    def from_arrays(self, step: int, arrays: Mapping[str, Any]) -> State:
         """The state that `arrays` was read from, placed on this trainer's devices.
 
         Args:
@@ -247,16 +262,16 @@ class Trainer:
                 of this process are enough.
         """
 
-        def read(stage: Stage, seat: Seat, shapes: Any) -> Any:
+        def read(stage: Stage, placement: StageDevices, shapes: Any) -> Any:
             leaves = [arrays[name] for name in leaf_names(stage, shapes)]
-            return place(stage, seat, jax.tree.unflatten(jax.tree.structure(shapes), leaves))
+            return place(stage, placement, jax.tree.unflatten(jax.tree.structure(shapes), leaves))
 
-        shapes = self.abstract(mine=True).stages
-        each = zip(self.stages, self.seats, shapes, strict=True)
-        stages = [known and read(stage, seat, known) for stage, seat, known in each]
+        shapes = self.abstract(addressable=True).stages
+        each = zip(self.stages, self.placements, shapes, strict=True)
+        stages = [known and read(stage, placement, known) for stage, placement, known in each]
         return State(step, self._executor.load(stages))
 
-    def share(self, size: int, parts: int = 1) -> np.ndarray:
+    def local_indices(self, size: int, parts: int = 1) -> np.ndarray:
         """Examples of a global batch that the devices of this process take in.
 
         Args:
@@ -266,7 +281,7 @@ class Trainer:
         Returns:
             Their positions, rising; none without the first stage.
         """
-        own = self.seats[0].share(size // parts)
+        own = self.placements[0].local_indices(size // parts)
         return np.concatenate([part * (size // parts) + own for part in range(parts)])
 
     def put(self, batch: Mapping[str, Any]) -> PlacedBatch:
@@ -410,11 +425,51 @@ class Trainer:
             ValueError: the stages are fused (`fuse=False` keeps them apart), or some are in other
                 processes.
         """
-        if not all(seat.whole for seat in self.seats):
+        if not all(placement.fully_addressable for placement in self.placements):
             raise ValueError("measuring needs all stages in one process")
         placed = batch if isinstance(batch, PlacedBatch) else self.put(batch)
         stages, found = self._executor.measure(state.stages, placed.parts, state.step)
         return State(state.step + 1, stages), found
+
+    def measured_costs(
+        self,
+        state: State,
+        batches: Iterable[Mapping[str, Any] | PlacedBatch],
+        repeats: int = 10,
+    ) -> tuple[State, Costs]:
+        """Trains on some batches, and takes the median time of every compiled call.
+
+        The calls run one after another, so none disturbs another. One batch more than `repeats` is
+        trained on: the first compiles, and does not count.
+
+        Args:
+            state: current state; donated.
+            batches: batches as for `step`; begun again when they end.
+            repeats: batches that count, at least 1.
+
+        Returns:
+            The state after the batches, and costs with the seconds of every call of the schedule
+            and the bytes of its carries. The link is free: `dataclasses.replace` gives the costs a
+            bandwidth and a latency.
+
+        Raises:
+            ValueError: fewer than 1 repeat, no batches, or a trainer that `measure` refuses.
+        """
+        check_counts(repeats=repeats)
+        seconds: defaultdict[tuple[int, tuple[Kind, ...]], list[float]] = defaultdict(list)
+        trained = -1
+        for trained, batch in enumerate(itertools.islice(itertools.cycle(batches), repeats + 1)):
+            state, timed_calls = self.measure(state, batch)
+            for call, time in timed_calls if trained else ():
+                seconds[call.stage, call.kinds].append(time)
+        if trained < 0:
+            raise ValueError("batches is empty: at least one batch is needed")
+        carries = [stage.carry for stage in self.stages[1:]]
+        return state, Costs(
+            calls={key: statistics.median(times) for key, times in seconds.items()},
+            message_bytes=[_num_bytes(carry) for carry in carries],
+            error_bytes=[_num_bytes(carry["x"]) for carry in carries],
+        )
 
     def finish(self, state: State) -> State:
         """Applies what a delayed method still has queued; other methods have nothing.
@@ -440,7 +495,7 @@ class Trainer:
         return State(
             state.step,
             tuple(
-                values and {**values, **place(self.stages[k], self.seats[k], {"since": since})}
+                values and {**values, **place(self.stages[k], self.placements[k], {"since": since})}
                 for k, values in enumerate(stages)
             ),
         )
@@ -500,11 +555,15 @@ class Trainer:
         return metric_names(self.stages, self.method.route)
 
     def _waiting(self, index: int) -> Any:
-        return waiting.shapes(self.schedule, self.method.route, self.stages, index)
+        return queue_shapes(self.schedule, self.method.route, self.stages, index)
 
     def _run(self, state: State, chunk: PlacedChunk, apart: bool) -> tuple[State, tuple]:
         stages, found = self._chunks.run(state.stages, chunk.parts, state.step, chunk.count, apart)
         return State(state.step + chunk.count, stages), found
 
-    def _checked(self, batch: Mapping[str, Any]) -> list[Message]:
+    def _checked(self, batch: Mapping[str, Any]) -> list[Carry]:
         return self._intake.checked(batch, self.num_classes)
+
+
+def _num_bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

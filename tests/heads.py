@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jdecouple import objectives
-from jdecouple.objectives import Site
+from jdecouple.methods import objectives
+from jdecouple.methods.objectives import BlockInfo
 
 CLASSES = 5
 LABELS = jnp.array([0, 1, 2, 3, 4, 0, 1, 2])
@@ -21,7 +21,7 @@ def site(features=MAPS, index=1, num_blocks=4, *, num_classes=CLASSES, image=IMA
         return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
     options = {"init": "torch", "param_dtype": features.dtype, **options}
-    return Site(index, num_blocks, shape(features), num_classes, input=shape(image), **options)
+    return BlockInfo(index, num_blocks, shape(features), num_classes, input=shape(image), **options)
 
 
 def run(head, features=MAPS, labels=LABELS, image=IMAGES):

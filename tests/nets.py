@@ -11,8 +11,8 @@ import pytest
 from flax import nnx
 
 import jdecouple as jd
+from jdecouple.methods.routes import Delayed
 from jdecouple.models import layers
-from jdecouple.routes import Delayed
 
 CLASSES = 5
 FEATURES = 20
@@ -136,14 +136,14 @@ def trained(trainer: jd.Trainer, data: list[dict], steps: int, state: Any = None
     return state, [{name: float(value) for name, value in each.items()} for each in metrics]
 
 
-def arrays(trainer: jd.Trainer, state: Any) -> dict[str, np.ndarray]:
+def to_arrays(trainer: jd.Trainer, state: Any) -> dict[str, np.ndarray]:
     """Weights, statistics and optimiser states by name, on the host."""
-    return {name: np.asarray(leaf) for name, leaf in trainer.arrays(state).items()}
+    return {name: np.asarray(leaf) for name, leaf in trainer.to_arrays(state).items()}
 
 
 def weights(trainer: jd.Trainer, state: Any) -> dict[str, np.ndarray]:
     """Weights alone, by name."""
-    return {k: v for k, v in arrays(trainer, state).items() if "/params/" in k}
+    return {k: v for k, v in to_arrays(trainer, state).items() if "/params/" in k}
 
 
 def largest_error(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> float:

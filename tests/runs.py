@@ -35,7 +35,7 @@ SECONDS = 120  # after which a run that does not end is a failure
 
 def get_config():
     """Three epochs of nine steps of about a millisecond; this file is its own --config."""
-    from jdecouple import config as configuration
+    from jdecouple.train import config as configuration
 
     config = configuration.default()
     config.data.name = "synthetic"
@@ -292,8 +292,8 @@ def _serve() -> None:
     import orbax.checkpoint  # noqa: F401
     import tensorflow_datasets  # noqa: F401
 
-    import jdecouple.command_line
-    import jdecouple.training  # noqa: F401
+    import jdecouple.train.cli
+    import jdecouple.train.loop  # noqa: F401
 
     while request := sys.stdin.readline():
         request = json.loads(request)
@@ -308,7 +308,7 @@ def _serve() -> None:
 
 
 def _child(request: Mapping[str, Any]) -> None:
-    from jdecouple import command_line
+    from jdecouple.train import cli as command_line
 
     os.environ["XLA_FLAGS"] = environment(request["devices"])["XLA_FLAGS"]
     null = os.open(os.devnull, os.O_RDONLY)

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import jdecouple as jd
-from jdecouple.objectives import AssociatedLearning, Site, associated_learning
+from jdecouple.methods.objectives import AssociatedLearning, BlockInfo, associated_learning
 
 CASES = pytest.mark.parametrize("case", gv.cases("al_component"))
 BITS = pytest.mark.parametrize("bits", [64, 32])
@@ -99,7 +99,9 @@ class Net(nnx.Module):
         # Its width 7 in front of the activations; the sigmoid case has the bridge of images.
         objective = AssociatedLearning(7, 5 if activation == "sigmoid" else 0, activation)
         # Above the first block, so that the golden labels, which are no one-hot ones, fit.
-        site = Site(0, 2, jax.ShapeDtypeStruct((8, 10), jnp.float64), 5, None, "torch", jnp.float64)
+        site = BlockInfo(
+            0, 2, jax.ShapeDtypeStruct((8, 10), jnp.float64), 5, None, "torch", jnp.float64
+        )
         self.head = objective.head(site, nnx.Rngs(1))
         for name, (kernel, bias) in weights(golden).items():
             layer = located(self, name)
@@ -133,7 +135,7 @@ def test_head_golden(case, x64):
     found, output = gradients(params, golden["in.x"], golden["in.y"])
     close(output.metrics["bridge"], golden, "out64.loss_b", 64)
     close(output.metrics["autoencoder"], golden, "out64.loss_ae", 64)
-    close(output.message["target"], golden, "out64.t", 64)
+    close(output.carry["target"], golden, "out64.t", 64)
     assert float(output.loss) == pytest.approx(float(sum(output.metrics.values())), rel=1e-15)
     assert output.logits is None
     held = nnx.merge(definition, found)

@@ -11,18 +11,19 @@ import pytest
 from flax import nnx
 from heads import CLASSES, IMAGES, LABELS, MAPS, VECTORS, run, site
 
-from jdecouple import models, objectives
-from jdecouple.models import layers
-from jdecouple.models.resampling import adaptive_average_pool
-from jdecouple.objectives import (
+from jdecouple import models
+from jdecouple.methods import objectives
+from jdecouple.methods.objectives import (
     AuxiliaryNet,
+    BlockInfo,
     InformationPropagation,
     InformationRegularization,
     PredictionSimilarity,
-    Site,
     SupervisedContrastive,
     cross_entropy,
 )
+from jdecouple.models import layers
+from jdecouple.models.resampling import adaptive_average_pool
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -323,7 +324,7 @@ def test_the_papers_projector_of_vgg8_has_134_million_weights_and_a_pooled_one_f
     features = nnx.eval_shape(lambda block, x: block(x), vgg, x)
 
     def first_layer(**arguments):
-        where = Site(0, 4, features, 10)
+        where = BlockInfo(0, 4, features, 10)
         objective = InformationRegularization(**arguments)
         head = nnx.eval_shape(lambda: objective.head(where, nnx.Rngs(0)))
         return head.projector.layers[1].kernel.shape

@@ -13,9 +13,9 @@ from text_sets import csv_set, tiny
 
 import jdecouple as jd
 from jdecouple import data
-from jdecouple.bucketing import by_length, check_buckets
-from jdecouple.config import ConfigError, validate
-from jdecouple.training import build, train_and_evaluate
+from jdecouple.train.config import ConfigError, validate
+from jdecouple.train.loop import build, train_and_evaluate
+from jdecouple.train.run import by_length, check_buckets
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -151,7 +151,7 @@ def test_equal_to_training_on_padded_batches(x64, split, arguments):
         for key, value in wanted.items():
             assert float(metrics[key]) == pytest.approx(float(value), rel=1e-6), key
     assert len(used) == len(BUCKETS)
-    found, wanted = whole.arrays(state), whole.arrays(other)
+    found, wanted = whole.to_arrays(state), whole.to_arrays(other)
     for leaf in wanted:
         np.testing.assert_allclose(found[leaf], wanted[leaf], rtol=1e-9, atol=1e-12, err_msg=leaf)
 

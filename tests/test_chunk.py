@@ -15,8 +15,8 @@ import runs
 
 import jdecouple as jd
 from jdecouple import data
-from jdecouple.config import ConfigError
-from jdecouple.training import build
+from jdecouple.train.config import ConfigError
+from jdecouple.train.loop import build
 
 TOLERANCE = 1e-12
 STEPS = 10
@@ -63,7 +63,7 @@ def run(size: int | None, *arguments: Any, **options: Any) -> tuple[dict, list[d
                 found += metrics
         assert state.step == STEPS
         values = [{name: float(value) for name, value in each.items()} for each in found]
-        return nets.arrays(engine, state), values
+        return nets.to_arrays(engine, state), values
 
 
 single = functools.cache(functools.partial(run, None))
@@ -132,7 +132,7 @@ def test_chunks_and_steps_may_alternate(x64):
         for batch in itertools.chain(*others):
             state, _ = engine.step(state, batch)
     wanted, _ = single("scpl", 4, 2)
-    assert nets.largest_error(nets.arrays(engine, state), wanted) < TOLERANCE
+    assert nets.largest_error(nets.to_arrays(engine, state), wanted) < TOLERANCE
 
 
 @pytest.mark.parametrize("kind", ["placed", "device arrays", "mixed", "placed chunk"])
@@ -149,7 +149,7 @@ def test_batches_may_lie_anywhere(kind, x64):
     with nets.quick_compile():
         found, _ = engine.steps(engine.init(), given)
         wanted, _ = engine.steps(engine.init(), batches)
-    assert nets.same_bits(nets.arrays(engine, found), nets.arrays(engine, wanted))
+    assert nets.same_bits(nets.to_arrays(engine, found), nets.to_arrays(engine, wanted))
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,9 @@ def test_metrics_come_stacked_too(devices, count, x64):
         found = [row[name] for row in rows]
         assert all(isinstance(each, jax.Array) and each.shape == () for each in found)
         np.testing.assert_allclose(found, np.atleast_1d(column), rtol=1e-6)
-    assert nets.largest_error(nets.arrays(engine, other), nets.arrays(engine, state)) < TOLERANCE
+    assert (
+        nets.largest_error(nets.to_arrays(engine, other), nets.to_arrays(engine, state)) < TOLERANCE
+    )
 
 
 # --- What is refused -------------------------------------------------------------------------

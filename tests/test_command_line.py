@@ -6,7 +6,7 @@ import runs
 from runs import arguments, fingerprint, finished
 from tfds_writer import png, write_image_set
 
-from jdecouple import command_line
+from jdecouple.train import cli as command_line
 
 VISION = "configs/vision.py"
 DELAYED = "configs/delayed.py"

@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from jdecouple.pipeline import compiler
-from jdecouple.pipeline.placement import Seat
+from jdecouple.pipeline import mesh as compiler
+from jdecouple.pipeline.mesh import StageDevices
 
 
 @pytest.fixture
-def seat():
+def placement():
     compiler._known.cache_clear()
-    yield Seat.on((jax.devices()[0],))
+    yield StageDevices.on((jax.devices()[0],))
     compiler._known.cache_clear()
 
 
@@ -25,8 +25,8 @@ def convolve(x, kernel):
     )
 
 
-def test_convolutions_stay_with_the_compiler(seat):
-    options = compiler.compiler_options(seat)
+def test_convolutions_stay_with_the_compiler(placement):
+    options = compiler.compiler_options(placement)
     if options is None:
         pytest.skip("this version of XLA does not know the options")
     shapes = [jax.ShapeDtypeStruct(each, jnp.float32) for each in ((8, 8, 8, 4), (3, 3, 4, 8))]
@@ -35,11 +35,11 @@ def test_convolutions_stay_with_the_compiler(seat):
     assert "ynn" not in compiled.as_text()
 
 
-def test_an_unknown_option_is_not_given(seat, monkeypatch):
+def test_an_unknown_option_is_not_given(placement, monkeypatch):
     monkeypatch.setattr(compiler, "_CPU", {"xla_cpu_no_such_option": "1"})
-    assert compiler.compiler_options(seat) is None
+    assert compiler.compiler_options(placement) is None
 
 
-def test_other_platforms_get_none(seat):
+def test_other_platforms_get_none(placement):
     gpu = types.SimpleNamespace(platform="gpu")
-    assert compiler.compiler_options(dataclasses.replace(seat, devices=(gpu,))) is None
+    assert compiler.compiler_options(dataclasses.replace(placement, devices=(gpu,))) is None

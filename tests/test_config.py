@@ -3,9 +3,9 @@
 import pytest
 from ml_collections import ConfigDict
 
-from jdecouple import config as configuration
 from jdecouple import methods, models, optim
-from jdecouple.config import ConfigError, default, filled, validate
+from jdecouple.train import config as configuration
+from jdecouple.train.config import ConfigError, default, filled, validate
 
 
 def flat(section, path=""):

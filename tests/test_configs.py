@@ -10,8 +10,8 @@ from tfds_writer import write_text_set
 
 from jdecouple import methods
 from jdecouple.checkpoint import Checkpointer
-from jdecouple.config import ConfigError, filled, validate
-from jdecouple.training import build, train_and_evaluate
+from jdecouple.train.config import ConfigError, filled, validate
+from jdecouple.train.loop import build, train_and_evaluate
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

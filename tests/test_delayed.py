@@ -12,9 +12,9 @@ import pytest
 from flax import nnx
 
 import jdecouple as jd
+from jdecouple.methods.objectives import CrossEntropy
+from jdecouple.methods.routes import Delayed
 from jdecouple.models import layers
-from jdecouple.objectives import CrossEntropy
-from jdecouple.routes import Delayed
 
 pytestmark = pytest.mark.usefixtures("quick_compile_x64")
 
@@ -41,7 +41,7 @@ def shared(name: str) -> jd.Trainer:
 def trained(method: Any, stages: int) -> tuple:
     run = trainer(method, stages, mesh=jd.make_mesh(1))
     state, metrics = nets.trained(run, DATA, STEPS)
-    return nets.arrays(run, state), metrics
+    return nets.to_arrays(run, state), metrics
 
 
 @functools.cache
@@ -91,13 +91,13 @@ def test_no_delay_is_no_staleness():
 def test_evaluation_in_the_middle_disturbs_nothing(name):
     run = shared(name)
     state, _ = nets.trained(run, DATA, 5)
-    before = nets.arrays(run, state)
+    before = nets.to_arrays(run, state)
     assert any("/waiting/" in key for key in before)
     run.evaluate(state, DATA)
     run.modules(state)
-    assert nets.same_bits(nets.arrays(run, state), before)
+    assert nets.same_bits(nets.to_arrays(run, state), before)
     wanted, _ = nets.trained(run, DATA, 5)
-    assert nets.same_bits(nets.arrays(run, wanted), before)
+    assert nets.same_bits(nets.to_arrays(run, wanted), before)
 
 
 @DELAYED
@@ -105,15 +105,15 @@ def test_state_goes_through_its_arrays(name):
     """As a checkpoint does: to the host and back, on other devices."""
     run, other = shared(name), trainer(name, 3, mesh=jd.make_mesh(3, 2))
     state, _ = nets.trained(run, DATA, 5)
-    arrays = nets.arrays(run, state)
-    again, moved = run.with_arrays(5, arrays), other.with_arrays(5, arrays)
-    assert nets.same_bits(nets.arrays(other, moved), arrays)
+    arrays = nets.to_arrays(run, state)
+    again, moved = run.from_arrays(5, arrays), other.from_arrays(5, arrays)
+    assert nets.same_bits(nets.to_arrays(other, moved), arrays)
     for step in range(5, 9):
         state, first = run.step(state, DATA[step % 4])
         again, second = run.step(again, DATA[step % 4])
         moved, third = other.step(moved, DATA[step % 4])
-    assert nets.same_bits(nets.arrays(run, again), nets.arrays(run, state))
-    assert nets.largest_error(nets.arrays(other, moved), nets.arrays(run, state)) < 1e-12
+    assert nets.same_bits(nets.to_arrays(run, again), nets.to_arrays(run, state))
+    assert nets.largest_error(nets.to_arrays(other, moved), nets.to_arrays(run, state)) < 1e-12
     assert float(first["loss"]) == float(second["loss"]) == pytest.approx(float(third["loss"]))
 
 
@@ -121,8 +121,8 @@ def test_state_goes_through_its_arrays(name):
 def test_queues_are_in_the_abstract_state(name):
     run = shared(name)
     state, _ = run.step(run.init(), DATA[0])
-    shapes = {key: (leaf.shape, leaf.dtype) for key, leaf in run.arrays(run.abstract()).items()}
-    assert shapes == {key: (leaf.shape, leaf.dtype) for key, leaf in run.arrays(state).items()}
+    shapes = {key: (leaf.shape, leaf.dtype) for key, leaf in run.to_arrays(run.abstract()).items()}
+    assert shapes == {key: (leaf.shape, leaf.dtype) for key, leaf in run.to_arrays(state).items()}
 
 
 @pytest.mark.parametrize("name", nets.EXACT)
@@ -148,7 +148,7 @@ def test_views_double_what_waits():
             transform=jd.data.augment.get("two_views", mean=[0.5], std=[0.25]),
         )
         state, _ = nets.trained(run, images, 5)
-        found.append(nets.arrays(run, state))
+        found.append(nets.to_arrays(run, state))
     assert nets.largest_error(*found) < 1e-12
     assert found[0]["stage_1/waiting/messages/0/label"].shape == (32,)
 

@@ -88,14 +88,14 @@ def test_a_stage_holds_what_the_formula_says(name):
     state, _ = nets.trained(trained, DATA, 2 * STAGES)
     trained.wait(state)
     gc.collect()
-    for k, seat in enumerate(trained.seats):
+    for k, placement in enumerate(trained.placements):
         each = MESSAGE if name == "fr" else linearization(first=k == 0)
-        found = size(state.stages[k]["waiting"])
+        found = size(state.stages[k]["queues"])
         assert found == HELD[name](k) * each + inbox(name, k), k
-        core = size({key: value for key, value in state.stages[k].items() if key != "waiting"})
+        core = size({key: value for key, value in state.stages[k].items() if key != "queues"})
         known = set(map(id, others))
         alive = [array for array in jax.live_arrays() if id(array) not in known]
-        on_device = [array for array in alive if array.devices() == set(seat.devices)]
+        on_device = [array for array in alive if array.devices() == set(placement.devices)]
         assert size(on_device) <= found + core + 1024, (k, size(on_device), found + core)
 
 
@@ -103,7 +103,7 @@ def test_current_weights_are_not_kept():
     """Of a linearisation only the activations wait; the weights are those of the moment."""
     states = [trainer("fdg", current_weights=flag).init() for flag in (False, True)]
     for k in range(STAGES - 1):
-        kept, current = (size(state.stages[k]["waiting"]["residuals"]) for state in states)
+        kept, current = (size(state.stages[k]["queues"]["residuals"]) for state in states)
         matrices = (1 if k == 0 else 2) * WIDTH * WIDTH * 4
         assert kept - current == HELD["fdg"](k) * matrices
 
@@ -116,7 +116,7 @@ def test_constants_are_not_kept():
     trained = jd.Trainer(
         model, nets.method("fdg"), jd.optim.sgd(0.1), num_stages=STAGES, example=DATA[0]
     )
-    (first, *_) = trained.init().stages[1]["waiting"]["residuals"]
+    (first, *_) = trained.init().stages[1]["queues"]["residuals"]
     kinds = sorted((str(leaf.dtype), leaf.shape) for leaf in first)
     assert kinds == [
         ("bool", (BATCH, WIDTH)),  # where ReLU let through
@@ -132,8 +132,8 @@ def test_new_residuals_take_the_place_of_the_old():
     state, _ = trained.step(first, DATA[0])
     trained.wait(state)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first.stages[0]["params"]))
-    waiting = state.stages[0]["waiting"]
-    core = {key: value for key, value in state.stages[0].items() if key != "waiting"}
+    waiting = state.stages[0]["queues"]
+    core = {key: value for key, value in state.stages[0].items() if key != "queues"}
     call = trained._executor._calls[0, (Kind.BACKWARD, Kind.STEP, Kind.FORWARD)]
     message = trained.put(DATA[0]).parts[0]
     arguments = core, None, waiting["residuals"][0], message, waiting["errors"][0]

@@ -310,7 +310,7 @@ def with_frozen_weights(name: str, num_stages: int, arguments: tuple) -> dict[st
             example=data[0],
         )
         state, _ = nets.trained(trainer, data, 7)
-        arrays = nets.arrays(trainer, trainer.finish(state))
+        arrays = nets.to_arrays(trainer, trainer.finish(state))
     return {key: value for key, value in arrays.items() if "/stats/" in key or "trace" in key}
 
 

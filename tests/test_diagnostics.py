@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import jdecouple as jd
-from jdecouple.diagnostics import SufficientDirection
+from jdecouple.pipeline.diagnostics import SufficientDirection
 
 STAGES = 3
 DATA = nets.batches(dtype=np.float64)
@@ -89,9 +89,9 @@ def test_it_changes_nothing(x64):
     with nets.quick_compile():
         trained = trainer(0.1)
         state, _ = nets.trained(trained, DATA, 5)
-        before = nets.arrays(trained, state)
+        before = nets.to_arrays(trained, state)
         SufficientDirection(trained)(state)
-        assert nets.same_bits(nets.arrays(trained, state), before)
+        assert nets.same_bits(nets.to_arrays(trained, state), before)
 
 
 @pytest.mark.parametrize("name", ["bp", "fdg", "ddg"])

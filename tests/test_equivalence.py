@@ -63,7 +63,7 @@ def trained(
 def run(*arguments: Any, **options: Any) -> tuple[dict[str, np.ndarray], list[dict[str, float]]]:
     """Arrays of the state after 20 steps, and the metrics of every step."""
     trainer, state, metrics = trained(*arguments, **options)
-    return nets.arrays(trainer, state), metrics
+    return nets.to_arrays(trainer, state), metrics
 
 
 def assert_close(found: tuple, wanted: tuple) -> None:
@@ -157,7 +157,7 @@ def test_a_run_repeats_to_the_bit(name, x64):
     _, batches, _ = setting("dropout")
     with nets.quick_compile():
         again, same = nets.trained(trainer, batches, STEPS)
-    assert_same((nets.arrays(trainer, again), same), (nets.arrays(trainer, state), metrics))
+    assert_same((nets.to_arrays(trainer, again), same), (nets.to_arrays(trainer, state), metrics))
 
 
 def test_another_seed_draws_other_dropout():
@@ -211,7 +211,7 @@ def test_augmentation_does_not_tell_the_microbatches(x64):
         )
         with nets.quick_compile():
             state, _ = nets.trained(trainer, batches, STEPS)
-        found.append(nets.arrays(trainer, state))
+        found.append(nets.to_arrays(trainer, state))
     assert nets.largest_error(*found) < TOLERANCE
 
 
@@ -231,7 +231,7 @@ def synchronous(microbatches: int, stages: int = 1) -> dict[str, np.ndarray]:
             example=batches[0],
         )
         state, _ = nets.trained(trainer, batches, STEPS)
-        return nets.arrays(trainer, state)
+        return nets.to_arrays(trainer, state)
 
 
 @pytest.mark.parametrize(("microbatches", "stages"), [(2, 1), (4, 2)])

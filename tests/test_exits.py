@@ -12,8 +12,9 @@ import sequence_nets
 from flax import nnx
 
 import jdecouple as jd
-from jdecouple import config, methods
-from jdecouple.objectives import Exits, Site
+from jdecouple import methods
+from jdecouple.methods.objectives import BlockInfo, Exits
+from jdecouple.train import config
 
 pytestmark = pytest.mark.usefixtures("quick_compile_x64")
 
@@ -108,7 +109,7 @@ def test_cut_boundaries_change_what_lower_blocks_learn():
 def head(objective: Exits, features: tuple, index: int = 0, classifier: Any = None) -> Any:
     shape = jax.ShapeDtypeStruct(features, jnp.float64)
     return objective.head(
-        Site(index, 2, shape, 5, classifier, "torch", jnp.float64), nnx.Rngs(index)
+        BlockInfo(index, 2, shape, 5, classifier, "torch", jnp.float64), nnx.Rngs(index)
     )
 
 

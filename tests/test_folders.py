@@ -9,8 +9,8 @@ from PIL import Image
 from test_data import assert_one_line, everything
 
 from jdecouple import data
-from jdecouple.config import ConfigError
-from jdecouple.training import build, train_and_evaluate
+from jdecouple.train.config import ConfigError
+from jdecouple.train.loop import build, train_and_evaluate
 
 CLASSES = ("ant", "bee", "cat")
 # The grey value of an image says which it is.

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jdecouple import models, objectives
-from jdecouple.objectives import (
+from jdecouple import models
+from jdecouple.methods import objectives
+from jdecouple.methods.objectives import (
+    BlockInfo,
     CrossEntropy,
     InformationRegularization,
-    Site,
     SupervisedContrastive,
 )
 
@@ -23,7 +24,7 @@ BITS = pytest.mark.parametrize("bits", [64, 32])
 
 def site(features=(8, 6), index=0, num_blocks=2, classifier=None, dtype=jnp.float32):
     shape = jax.ShapeDtypeStruct(features, dtype)
-    return Site(index, num_blocks, shape, 5, classifier, "torch", dtype)
+    return BlockInfo(index, num_blocks, shape, 5, classifier, "torch", dtype)
 
 
 class Net(nnx.Module):

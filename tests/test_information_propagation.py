@@ -7,9 +7,10 @@ import pytest
 from flax import nnx
 from heads import IMAGES, LABELS, MAPS, run, site
 
-from jdecouple import objectives, training
+from jdecouple.methods import objectives
+from jdecouple.methods.objectives import InformationPropagation, cross_entropy
 from jdecouple.models.resampling import bilinear
-from jdecouple.objectives import InformationPropagation, cross_entropy
+from jdecouple.train import loop as training
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -53,14 +54,14 @@ def test_infopro_by_its_definition(task_loss, x64):
 def test_the_image_starts_at_the_first_block_where_one_above_reads_it():
     objective = InformationPropagation((1, 1), (1, 1), image_mean=(0.5, 0.2), image_std=(0.3, 0.4))
     output, _, _ = run(objective.head(site(index=0), nnx.Rngs(0)))
-    assert output.message.keys() == {"image"}
+    assert output.carry.keys() == {"image"}
     expected = np.clip(np.asarray(IMAGES) * (0.3, 0.4) + (0.5, 0.2), 0, 1)
-    np.testing.assert_allclose(output.message["image"], expected, atol=1e-6)
+    np.testing.assert_allclose(output.carry["image"], expected, atol=1e-6)
     for where in (site(index=1), site(index=0, num_blocks=2)):
-        assert not run(objective.head(where, nnx.Rngs(0)))[0].message
+        assert not run(objective.head(where, nnx.Rngs(0)))[0].carry
     for reconstruction in ((0, 0), (1, 0)):  # linear: of three blocks only the first reads it
         quiet = InformationPropagation(reconstruction, (1, 1))
-        assert not run(quiet.head(site(index=0, num_blocks=3), nnx.Rngs(0)))[0].message
+        assert not run(quiet.head(site(index=0, num_blocks=3), nnx.Rngs(0)))[0].carry
 
 
 def test_a_term_of_weight_zero_is_left_out():

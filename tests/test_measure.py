@@ -5,7 +5,6 @@ import nets
 import numpy as np
 import pytest
 
-from jdecouple.pipeline import measured_costs
 from jdecouple.schedules import simulate
 
 pytestmark = pytest.mark.usefixtures("quick_compile_x64")
@@ -36,11 +35,11 @@ def test_measured_costs_are_those_of_every_call(monkeypatch, name, schedule, mic
         return state, [(call, seconds + call.stage) for call, _ in found]
 
     monkeypatch.setattr(type(trainer), "measure", timed)
-    state, costs = measured_costs(trainer, trainer.init(), DATA[:2], repeats=3)
+    state, costs = trainer.measured_costs(trainer.init(), DATA[:2], repeats=3)
     assert int(state.step) == 4
     calls = {(call.stage, call.kinds) for call in trainer.schedule.calls()}
     assert costs.calls == {(stage, kinds): 2.0 + stage for stage, kinds in calls}
-    message = trainer.stages[1].message
+    message = trainer.stages[1].carry
     assert costs.error_bytes == [message["x"].size * 8]
     assert costs.message_bytes[0] >= costs.error_bytes[0] + message["label"].size * 4
     assert simulate(trainer.schedule, costs, batches=3).makespan > 0
@@ -50,5 +49,5 @@ def test_bad_measurements_are_refused():
     trainer = nets.build("deinforeg", model=nets.mlp(depth=2), example=DATA[0])
     for words, arguments in ((("repeats is 0",), (DATA, 0)), (("batches is empty",), ([], 1))):
         nets.assert_clear(
-            ValueError, words, lambda a=arguments: measured_costs(trainer, trainer.init(), *a)
+            ValueError, words, lambda a=arguments: trainer.measured_costs(trainer.init(), *a)
         )

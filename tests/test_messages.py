@@ -12,8 +12,8 @@ import pytest
 from flax import nnx
 
 import jdecouple as jd
-from jdecouple.objectives import HeadOutput
-from jdecouple.routes import Local, Synchronous
+from jdecouple.methods.objectives import HeadOutput
+from jdecouple.methods.routes import Local, Synchronous
 
 pytestmark = pytest.mark.usefixtures("quick_compile_x64")
 
@@ -127,7 +127,7 @@ class Late(Trail):
 
     def __call__(self, features: Any, message: Any) -> HeadOutput:
         output = super().__call__(features, message)
-        return output._replace(message={"late": features} if self.late else {})
+        return output._replace(carry={"late": features} if self.late else {})
 
 
 def with_heads(head: Any, **options: Any) -> jd.Trainer:
@@ -171,7 +171,7 @@ class Wrong(Trail):
     """Writes what is not its own."""
 
     def __call__(self, features: Any, message: Any) -> HeadOutput:
-        return super().__call__(features, message)._replace(message={"x": features})
+        return super().__call__(features, message)._replace(carry={"x": features})
 
 
 def test_a_head_cannot_replace_the_output():

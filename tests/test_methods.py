@@ -64,7 +64,7 @@ def trained(name: str, stages: int = 1, devices: int = 1) -> tuple[Any, list[dic
     """Arrays after eight steps, the metrics of each, and an evaluation at the end."""
     each = trainer(name, stages, devices)
     state, metrics = nets.trained(each, batches(), STEPS)
-    return nets.arrays(each, state), metrics, each.evaluate(state, batches(2))
+    return nets.to_arrays(each, state), metrics, each.evaluate(state, batches(2))
 
 
 def blocks_with(ending: str, names: Any, prefix: str = "block") -> list[int]:
@@ -204,9 +204,9 @@ def test_resumed_training_is_the_same_to_the_bit(name):
     """From the arrays of a checkpoint, on the host."""
     each, data = trainer(name, BLOCKS, BLOCKS), batches()
     state, _ = nets.trained(each, data, STEPS - 3)
-    held = nets.arrays(each, state)
-    state, _ = nets.trained(each, data[1:] + data[:1], 3, each.with_arrays(STEPS - 3, held))
-    assert nets.same_bits(nets.arrays(each, state), trained(name, BLOCKS, BLOCKS)[0])
+    held = nets.to_arrays(each, state)
+    state, _ = nets.trained(each, data[1:] + data[:1], 3, each.from_arrays(STEPS - 3, held))
+    assert nets.same_bits(nets.to_arrays(each, state), trained(name, BLOCKS, BLOCKS)[0])
 
 
 @METHODS

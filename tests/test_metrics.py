@@ -9,8 +9,8 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from jdecouple import metrics
-from jdecouple.metrics import MetricsWriter, Progress, plot_curves, read_metrics
+from jdecouple.train import metrics
+from jdecouple.train.metrics import MetricsWriter, Progress, plot_curves, read_metrics
 
 
 def write_run(workdir, blocks=4, steps=40, test=True):

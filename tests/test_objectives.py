@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jdecouple import objectives
+from jdecouple.methods import objectives
 
 BITS = pytest.mark.parametrize("bits", [64, 32])
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jdecouple.pipeline.packing import pack, packed, unpack
+from jdecouple.pipeline.transfer import pack, packed, unpack
 
 BATCH = 8
 MESSAGES = {

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 import jdecouple as jd
-from jdecouple.pipeline import as_stage_mesh, spread
+from jdecouple.pipeline.mesh import as_stage_mesh, assign_devices
 from jdecouple.pipeline.partition import balance, check_boundaries
 
 
@@ -207,7 +207,7 @@ def test_bad_meshes_get_one_clear_line(arguments, words):
 @pytest.mark.parametrize("stages", [1, 2, 3, 4, 7])
 def test_spread_is_in_order_and_even(rows, stages):
     given = [(row,) for row in range(rows)]
-    found = [row for (row,) in spread(given, stages)]
+    found = [row for (row,) in assign_devices(given, stages)]
     assert found == sorted(found)
     counts = [found.count(row) for row in range(rows)]
     if stages >= rows:

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import runs
 
-from jdecouple import command_line
-from jdecouple.hosts import Hosts, Place, exchange, find_place, join
-from jdecouple.hosts.link import Link
+from jdecouple.train import cli as command_line
+from jdecouple.train.hosts import MultiProcess, ProcessSpec, detect_cluster, exchange, join
+from jdecouple.train.hosts.link import Link
 
 SLURM = {
     "SLURM_JOB_ID": "5000",
@@ -37,29 +37,33 @@ class TestFindPlace:
     @pytest.mark.parametrize(
         ("environ", "flags", "wanted"),
         [
-            ({}, FLAGS, Place("10.0.0.1:1234", 2, 0)),
-            ({}, {**FLAGS, "address": "h"}, Place("10.0.0.1:1234", 2, 0, "h")),
-            (VARIABLES, {}, Place("a:1", 3, 2)),
-            ({key.removeprefix("JAX_"): v for key, v in VARIABLES.items()}, {}, Place("a:1", 3, 2)),
-            ({**VARIABLES, "JAX_PROCESS_ID": "0"}, {"index": 1}, Place("a:1", 3, 1)),
-            (SLURM, {}, Place(f"gpu007:{61440 + 5000 - 4096}", 4, 3, launched=True)),
+            ({}, FLAGS, ProcessSpec("10.0.0.1:1234", 2, 0)),
+            ({}, {**FLAGS, "address": "h"}, ProcessSpec("10.0.0.1:1234", 2, 0, "h")),
+            (VARIABLES, {}, ProcessSpec("a:1", 3, 2)),
+            (
+                {key.removeprefix("JAX_"): v for key, v in VARIABLES.items()},
+                {},
+                ProcessSpec("a:1", 3, 2),
+            ),
+            ({**VARIABLES, "JAX_PROCESS_ID": "0"}, {"index": 1}, ProcessSpec("a:1", 3, 1)),
+            (SLURM, {}, ProcessSpec(f"gpu007:{61440 + 5000 - 4096}", 4, 3, launched=True)),
             (
                 {**SLURM, "SLURM_STEP_NODELIST": "a1,b2", "JAX_COORDINATOR_PORT": "99"},
                 {},
-                Place("a1:99", 4, 3, launched=True),
+                ProcessSpec("a1:99", 4, 3, launched=True),
             ),
             ({**SLURM, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, {}, None),
-            (SLURM, {"coordinator": "b:5"}, Place("b:5", 4, 3, launched=True)),
-            (OPEN_MPI, {}, Place(f"10.96.0.1:{61440 + 373920 % 4096}", 2, 1, launched=True)),
+            (SLURM, {"coordinator": "b:5"}, ProcessSpec("b:5", 4, 3, launched=True)),
+            (OPEN_MPI, {}, ProcessSpec(f"10.96.0.1:{61440 + 373920 % 4096}", 2, 1, launched=True)),
             (
                 {**OPEN_MPI, "OMPI_MCA_orte_hnp_uri": "4096.0;tcp6://[fe80::1,fe80::2]:1"},
                 {},
-                Place("[fe80::1]:61441", 2, 1, launched=True),
+                ProcessSpec("[fe80::1]:61441", 2, 1, launched=True),
             ),
             (
                 {key: OPEN_MPI[key] for key in OPEN_MPI if "uri" not in key},
                 {"coordinator": "a:1"},
-                Place("a:1", 2, 1, launched=True),
+                ProcessSpec("a:1", 2, 1, launched=True),
             ),
             (SLURM, {"count": 1}, None),
             ({}, {"count": 1, "index": 0}, None),
@@ -68,7 +72,7 @@ class TestFindPlace:
         ],
     )
     def test_flags_then_variables_then_launchers(self, environ, flags, wanted):
-        assert find_place(environ, **flags) == wanted
+        assert detect_cluster(environ, **flags) == wanted
 
     @pytest.mark.parametrize(
         ("environ", "flags", "said"),
@@ -83,7 +87,7 @@ class TestFindPlace:
     )
     def test_half_a_place(self, environ, flags, said):
         with pytest.raises(ValueError, match=r"^[^\n]*$") as error:
-            find_place(environ, **flags)
+            detect_cluster(environ, **flags)
         assert said in str(error.value)
 
 
@@ -139,17 +143,17 @@ class TestJoin:
 
     def test_a_process_that_does_not_come(self):
         with pytest.raises(ValueError, match=r"^process 1, 2 of 3 did not come to 127.0.0.1:\d+$"):
-            join(Place(f"127.0.0.1:{free_port()}", 3, 0), patience=0.2)
+            join(ProcessSpec(f"127.0.0.1:{free_port()}", 3, 0), patience=0.2)
 
     def test_no_process_to_find(self):
         with pytest.raises(ValueError, match=r"^process 0 was not found at 127.0.0.1:\d+: "):
-            join(Place(f"127.0.0.1:{free_port()}", 2, 1), patience=0.2)
+            join(ProcessSpec(f"127.0.0.1:{free_port()}", 2, 1), patience=0.2)
 
     def test_a_port_that_is_taken(self):
         with socket.create_server(("", 0)) as taken:
             port = taken.getsockname()[1]
             with pytest.raises(ValueError, match=f"^process 0 cannot wait at port {port} "):
-                join(Place(f"127.0.0.1:{port}", 2, 0), patience=5)
+                join(ProcessSpec(f"127.0.0.1:{port}", 2, 0), patience=5)
 
     @pytest.mark.parametrize(
         ("places", "said"),
@@ -164,7 +168,7 @@ class TestJoin:
 
         def come(count: int, index: int) -> None:
             try:
-                join(Place(f"127.0.0.1:{port}", count, index), patience=20)
+                join(ProcessSpec(f"127.0.0.1:{port}", count, index), patience=20)
             except ValueError as error:
                 told.append(str(error))
 
@@ -188,8 +192,8 @@ def three():
         near = [Link(server.accept()[0]) for _ in range(2)]
     names = ["a", "b", "c"]
     members = [
-        Hosts(0, dict(enumerate(near, 1)), names),
-        *(Hosts(index, {0: link}, names) for index, link in enumerate(far, 1)),
+        MultiProcess(0, dict(enumerate(near, 1)), names),
+        *(MultiProcess(index, {0: link}, names) for index, link in enumerate(far, 1)),
     ]
     yield members
     together([member.close for member in members])

@@ -10,9 +10,10 @@ import pytest
 import runs
 
 import jdecouple as jd
-from jdecouple import profile, timeline
 from jdecouple.schedules import Kind, Span
-from jdecouple.training import train_and_evaluate
+from jdecouple.train import profile
+from jdecouple.train import profile as timeline
+from jdecouple.train.loop import train_and_evaluate
 
 F, B, S = Kind.FORWARD, Kind.BACKWARD, Kind.STEP
 DATA = nets.batches()
@@ -48,7 +49,7 @@ def test_calls_of_every_stage(tmp_path, name, options):
     calls = [(call, 7 + batch) for batch in range(3) for call in trainer.calls]
     found = [((span.stage, span.kinds, span.microbatches), span.batch) for span in spans]
     assert sorted(found, key=repr) == sorted(calls, key=repr)
-    assert [span.row for span in spans] == [span.stage for span in spans]
+    assert [span.device_group for span in spans] == [span.stage for span in spans]
     starts = [span.start for span in spans]
     assert starts == sorted(starts)
     assert starts[0] == 0
@@ -132,9 +133,9 @@ def test_run_draws_the_steps_after_the_first_ten(tmp_path, capsys, monkeypatch):
     drawn = []
     draw = timeline.draw
 
-    def spy(spans, path, *, title):
+    def spy(spans, *, title):
         drawn.append((spans, title))
-        return draw(spans, path, title=title)
+        return draw(spans, title=title)
 
     monkeypatch.setattr(timeline, "draw", spy)
     train_and_evaluate(config(profile=3, steps=14), tmp_path)

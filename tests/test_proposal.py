@@ -7,13 +7,13 @@ import nets
 import pytest
 
 import jdecouple as jd
-from jdecouple.pipeline import propose
+from jdecouple.pipeline import autoplace
 from jdecouple.pipeline.partition import balance
 
 
 def test_early_blocks_get_more_devices():
     """The first block costs as much as all others: half of the devices are its."""
-    found = propose([4, 1, 1, 1, 1], 2, 4)
+    found = autoplace([4, 1, 1, 1, 1], 2, 4)
     assert found.boundaries == (0, 1)
     assert found.replicas == (2, 2)
     assert found.time == pytest.approx(1 / 4)
@@ -32,24 +32,24 @@ def test_nothing_is_better_for_a_local_method(devices):
         if sum(replicas) <= devices
         for parts in [list(itertools.pairwise((0, *cuts, 5)))]
     ]
-    assert propose(costs, 3, devices).time == pytest.approx(min(times) / sum(costs))
+    assert autoplace(costs, 3, devices).time == pytest.approx(min(times) / sum(costs))
 
 
 def test_devices_that_do_not_help_are_left():
-    assert propose([1, 1, 1], 3, 4).replicas == (1, 1, 1)
+    assert autoplace([1, 1, 1], 3, 4).replicas == (1, 1, 1)
 
 
 def test_the_bubble_counts():
     """With one microbatch the stages of gpipe take turns: all devices to the costly one."""
-    found = propose([5, 1], 2, 4, schedule="gpipe")
+    found = autoplace([5, 1], 2, 4, schedule="gpipe")
     assert found.replicas == (3, 1)
     assert found.time == pytest.approx((5 / 3 + 1) / 6)
-    assert propose([5, 1], 2, 4, schedule="gpipe", microbatches=8).time < found.time
+    assert autoplace([5, 1], 2, 4, schedule="gpipe", microbatches=8).time < found.time
 
 
 def test_a_microbatch_divides_among_the_replicas():
-    assert propose([3, 1], 2, 4, batch_size=16).replicas != (3, 1)
-    assert propose([3, 1], 2, 4, batch_size=12).replicas == (3, 1)
+    assert autoplace([3, 1], 2, 4, batch_size=16).replicas != (3, 1)
+    assert autoplace([3, 1], 2, 4, batch_size=12).replicas == (3, 1)
 
 
 def test_replicas_weigh_in_the_split():
@@ -73,7 +73,7 @@ def test_what_is_refused(arguments, words):
     options = dict(zip(("microbatches", "batch_size"), rest, strict=False))
     schedule = {"schedule": "gpipe"} if rest else {}
     nets.assert_clear(
-        ValueError, words, lambda: propose(costs, stages, devices, **schedule, **options)
+        ValueError, words, lambda: autoplace(costs, stages, devices, **schedule, **options)
     )
 
 
@@ -81,6 +81,6 @@ def test_the_trainer_tells_the_costs_of_its_blocks():
     costs = nets.build("bp", model=nets.mlp(depth=3)).block_costs()
     assert len(costs) == 3
     assert all(cost > 0 for cost in costs)
-    mesh = jd.make_mesh(replicas=propose(costs, 2, 3).replicas)
+    mesh = jd.make_mesh(replicas=autoplace(costs, 2, 3).replicas)
     assert mesh.shape["stage"] == 2
     assert len(jax.devices()) >= 3

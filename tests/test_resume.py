@@ -11,11 +11,10 @@ import pytest
 import runs
 from runs import BP, arguments, assert_same_run, copy, delayed, fingerprint, finished, lines, server
 
-from jdecouple import command_line
 from jdecouple.checkpoint import Checkpointer
-from jdecouple.config import ConfigError
-from jdecouple.interrupt import Interrupt
-from jdecouple.training import train_and_evaluate
+from jdecouple.train import cli as command_line
+from jdecouple.train.config import ConfigError
+from jdecouple.train.loop import Interrupt, train_and_evaluate
 
 TOTAL = 27
 FDG = delayed("fdg")

@@ -205,10 +205,10 @@ def test_dispatch_follows_the_ticks(name, stages, microbatches):
     schedule = build(name, stages, microbatches)
     at = ticks(schedule)
     assert at.keys() == set(schedule.actions)
-    slots = [(tick, schedule.row(action.stage)) for action, tick in at.items()]
+    slots = [(tick, schedule.device_group(action.stage)) for action, tick in at.items()]
     assert len(set(slots)) == len(slots)
     begins = [
-        (at[call.stage, call.kinds[0], call.microbatches[0]], schedule.row(call.stage))
+        (at[call.stage, call.kinds[0], call.microbatches[0]], schedule.device_group(call.stage))
         for call in schedule.calls()
     ]
     assert begins == sorted(begins)
@@ -230,7 +230,9 @@ def test_interleaved_row_holds_what_it_warms_up_with(num_rows, chunks, microbatc
     longest = num_rows + microbatches % num_rows
     for row in range(num_rows):
         changes = {F: 1, B: -1, S: 0}
-        kinds = [action.kind for action in schedule.actions if schedule.row(action.stage) == row]
+        kinds = [
+            action.kind for action in schedule.actions if schedule.device_group(action.stage) == row
+        ]
         live = list(itertools.accumulate(changes[kind] for kind in kinds))
         warm_up = 2 * (num_rows - 1 - row) + (chunks - 1) * longest
         assert max(live) == min(chunks * microbatches, warm_up + 1)
@@ -238,12 +240,18 @@ def test_interleaved_row_holds_what_it_warms_up_with(num_rows, chunks, microbatc
 
 def test_rows_and_chunks():
     schedule = build("interleaved_1f1b", 6, 3)
-    assert (schedule.chunks, schedule.num_rows) == (2, 3)
-    assert [schedule.row(stage) for stage in range(6)] == [0, 1, 2, 0, 1, 2]
-    assert build("interleaved_1f1b", 6, 3, chunks=3).num_rows == 2
-    assert [build("interleaved_1f1b", k).num_rows for k in (1, 2, 3, 4, 5)] == [1, 2, 3, 2, 5]
+    assert (schedule.chunks, schedule.num_device_groups) == (2, 3)
+    assert [schedule.device_group(stage) for stage in range(6)] == [0, 1, 2, 0, 1, 2]
+    assert build("interleaved_1f1b", 6, 3, chunks=3).num_device_groups == 2
+    assert [build("interleaved_1f1b", k).num_device_groups for k in (1, 2, 3, 4, 5)] == [
+        1,
+        2,
+        3,
+        2,
+        5,
+    ]
     for name in set(jd.schedules.names()) - {"interleaved_1f1b"}:
-        assert build(name, 4).num_rows == 4
+        assert build(name, 4).num_device_groups == 4
         assert [build(name, 4, chunks=1).row(stage) for stage in range(4)] == [0, 1, 2, 3]
 
 
@@ -287,22 +295,22 @@ def test_locked_forwards_do_not_wait_for_backwards():
 def test_what_waits_between_iterations(name, stages):
     """Played out: what is handed on and not yet used, by batch number."""
     schedule = build(name, stages)
-    handed = {"messages": set(), "residuals": set(), "errors": set()}
+    handed = {"carries": set(), "residuals": set(), "errors": set()}
     for iteration in range(4 * stages):
         for stage, kind, offset in schedule.actions:
             batch = iteration + offset
             if kind is F and batch >= 0:
-                handed["messages"].discard((stage, batch))
+                handed["carries"].discard((stage, batch))
                 handed["residuals"].add((stage, batch))
                 if stage + 1 < stages:
-                    handed["messages"].add((stage + 1, batch))
+                    handed["carries"].add((stage + 1, batch))
             if kind is B and batch >= 0:
                 handed["residuals"].remove((stage, batch))
                 handed["errors"].discard((stage, batch))
                 if stage > 0 and name != "local":
                     handed["errors"].add((stage - 1, batch))
     for stage in range(stages):
-        for kind, batches in schedule.waiting(stage)._asdict().items():
+        for kind, batches in schedule.in_flight(stage)._asdict().items():
             wanted = {(stage, iteration + 1 + each) for each in batches}
             assert {pair for pair in handed[kind] if pair[0] == stage} == wanted
 

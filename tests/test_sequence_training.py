@@ -46,7 +46,7 @@ def run(trainer, kind, steps=4, *, evaluate=False):
     data = sequence_nets.batches(kind)
     state, metrics = nets.trained(trainer, data, steps)
     values = trainer.evaluate(state, data) if evaluate else {}
-    return nets.arrays(trainer, state), metrics, values
+    return nets.to_arrays(trainer, state), metrics, values
 
 
 def assert_same(found, wanted):
@@ -149,12 +149,12 @@ def test_no_gradient_crosses_a_block(name, kind):
     found = []
     for scale in (1.0, 3.0):
         trainer = build(name, kind)
-        arrays = nets.arrays(trainer, trainer.init())
+        arrays = nets.to_arrays(trainer, trainer.init())
         arrays = {
             key: value if key.startswith("block_0/") or "/params/" not in key else scale * value
             for key, value in arrays.items()
         }
-        state = trainer.with_arrays(0, arrays)
+        state = trainer.from_arrays(0, arrays)
         state, _ = nets.trained(trainer, sequence_nets.batches(kind), 2, state)
         after = nets.weights(trainer, state)
         found.append({key: after[key] for key in after if key.startswith("block_0/")})

@@ -9,9 +9,9 @@ from flax import nnx
 from sequence_nets import TEXTS, everything, gradients, model, texts
 
 import jdecouple as jd
+from jdecouple.methods.objectives import BlockInfo
+from jdecouple.methods.objectives.base import pooled as pooled_of_heads
 from jdecouple.models.sequence import Embedding, masked_mean, pooled
-from jdecouple.objectives import Site
-from jdecouple.objectives.base import pooled as pooled_of_heads
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -82,7 +82,7 @@ def test_training_does_not_see_padding(kind, x64):
                 example=data[0],
             )
             state, metrics = nets.trained(trainer, data, 3)
-            found.append((nets.arrays(trainer, state), metrics, trainer.evaluate(state, data)))
+            found.append((nets.to_arrays(trainer, state), metrics, trainer.evaluate(state, data)))
         (arrays, metrics, values), (others, more_metrics, more_values) = found
         assert nets.largest_error(others, arrays) < 1e-12
         assert more_metrics[-1] == pytest.approx(metrics[-1], rel=1e-6)
@@ -132,11 +132,11 @@ def test_heads_read_the_summary_or_the_one_array():
     (first, *_), _ = everything(net, texts())
     assert pooled(first) is first["summary"]
     shapes = nnx.eval_shape(lambda: {"h": jnp.ones((2, 5, 8)), "summary": jnp.ones((2, 8))})
-    assert Site(0, 1, shapes, 3).size == 8
-    assert Site(0, 1, jnp.ones((2, 3, 4)), 3).size == 12
+    assert BlockInfo(0, 1, shapes, 3).size == 8
+    assert BlockInfo(0, 1, jnp.ones((2, 3, 4)), 3).size == 12
     words = ("block 0", "one array", "summary", "dict")
-    nets.assert_clear(TypeError, words, lambda: Site(0, 1, {"h": 1}, 3).size)
-    nets.assert_clear(TypeError, ("tuple",), lambda: Site(0, 1, (1, 2), 3).size)
+    nets.assert_clear(TypeError, words, lambda: BlockInfo(0, 1, {"h": 1}, 3).size)
+    nets.assert_clear(TypeError, ("tuple",), lambda: BlockInfo(0, 1, (1, 2), 3).size)
 
 
 def test_embedding_takes_given_vectors_and_trains_no_padding(x64):

@@ -279,7 +279,7 @@ def arrivals(schedule: Schedule, costs: Costs, spans: tuple[Span, ...]) -> list[
                     continue
                 key = source, needed, span.batch * parts + each
                 late = 0.0
-                if schedule.row(source) != span.row:
+                if schedule.device_group(source) != span.device_group:
                     size = costs.message_bytes if needed is F else costs.error_bytes
                     late = costs.latency + size / costs.bandwidth
                 if key in ends:
@@ -305,25 +305,25 @@ def test_calls_start_when_they_can_and_no_sooner(name, seed):
     spans = simulated.spans
     calls = [(call.stage, call.kinds, call.microbatches) for call in schedule.calls()]
     assert [(s.stage, s.kinds, s.microbatches) for s in spans] == 5 * calls
-    free = [0.0] * schedule.num_rows
+    free = [0.0] * schedule.num_device_groups
     times = dict(zip((F, B, S), (costs.forward, costs.backward, costs.step), strict=True))
     for span, ready in zip(spans, arrivals(schedule, costs, spans), strict=True):
-        soonest = max([free[span.row], *ready])
+        soonest = max([free[span.device_group], *ready])
         if math.isinf(costs.bandwidth):
             assert span.start == close(soonest)
         assert span.start >= soonest - 1e-9
         assert span.end - span.start == close(sum(times[kind][span.stage] for kind in span.kinds))
-        free[span.row] = span.end
+        free[span.device_group] = span.end
     assert simulated.makespan == close(max(free))
     assert all(0 <= share <= 1 for share in simulated.idle)
-    work = [0.0] * schedule.num_rows
+    work = [0.0] * schedule.num_device_groups
     for stage in range(stages):
         one = costs.forward[stage] + costs.backward[stage]
-        work[schedule.row(stage)] += 5 * (microbatches * one + costs.step[stage])
+        work[schedule.device_group(stage)] += 5 * (microbatches * one + costs.step[stage])
     assert simulated.busy == close([each / simulated.makespan for each in work])
     assert max(work) <= simulated.makespan + 1e-9
     if name not in ("local", *DELAYED):  # a microbatch goes up and down, five times in turn
-        crossings = (stages - 1) * (schedule.num_rows > 1)
+        crossings = (stages - 1) * (schedule.num_device_groups > 1)
         sizes = costs.message_bytes + costs.error_bytes
         path = sum(costs.forward) + sum(costs.backward) + costs.step[0]
         path += crossings * (2 * costs.latency + sizes / costs.bandwidth)

@@ -39,7 +39,7 @@ def reference(name: str, net: str, **options: Any) -> tuple:
     """Arrays and metrics of 20 steps on one device, stage after stage."""
     trainer = build(name, net, engine="mpmd", **options)
     state, metrics = nets.trained(trainer, setting(net)[1], STEPS)
-    return nets.arrays(trainer, state), metrics
+    return nets.to_arrays(trainer, state), metrics
 
 
 def assert_close(found: tuple, wanted: tuple) -> None:
@@ -56,7 +56,7 @@ def check(name: str, net: str, stages: int, data: int, group: int, **options: An
     state, metrics = in_groups(trainer, batches, [group] * whole + [rest] * bool(rest))
     assert state.step == STEPS
     changing = {key: value for key, value in options.items() if key in CHANGING}
-    assert_close((nets.arrays(trainer, state), metrics), reference(name, net, **changing))
+    assert_close((nets.to_arrays(trainer, state), metrics), reference(name, net, **changing))
 
 
 @pytest.mark.parametrize(
@@ -123,14 +123,14 @@ def test_what_one_engine_began_the_other_ends(first, second, name, net):
     batches = setting(net)[1]
     began, ends = build(name, net, 4, engine=first), build(name, net, 2, 2, engine=second)
     state, metrics = in_groups(began, batches, [5, 5])
-    arrays = nets.arrays(began, state)
-    template = ends.arrays(ends.abstract())
+    arrays = nets.to_arrays(began, state)
+    template = ends.to_arrays(ends.abstract())
     assert {k: (v.shape, v.dtype) for k, v in arrays.items()} == {
         k: (v.shape, v.dtype) for k, v in template.items()
     }
     sizes = [5, 5] if second == "spmd" else [1] * 10
-    state, others = in_groups(ends, batches, sizes, ends.with_arrays(10, arrays))
-    assert_close((nets.arrays(ends, state), metrics + others), reference(name, net))
+    state, others = in_groups(ends, batches, sizes, ends.from_arrays(10, arrays))
+    assert_close((nets.to_arrays(ends, state), metrics + others), reference(name, net))
 
 
 def test_what_is_read_from_a_state_is_that_of_the_blocks():
@@ -139,13 +139,13 @@ def test_what_is_read_from_a_state_is_that_of_the_blocks():
     for engine in ("mpmd", "spmd"):
         trainer = build("scpl", "dropout", 4, engine=engine)
         state, _ = in_groups(trainer, batches, [3])
-        before = nets.arrays(trainer, state)
+        before = nets.to_arrays(trainer, state)
         values = trainer.evaluate(state, batches)
         modules = [*trainer.modules(state), *trainer.heads(state)]
         states = [jax.tree.leaves(nnx.state(module, nnx.Param)) for module in modules]
-        assert nets.same_bits(nets.arrays(trainer, state), before)
+        assert nets.same_bits(nets.to_arrays(trainer, state), before)
         state, _ = trainer.step(state, batches[3])  # reading took nothing from it
-        found.append((values, states, nets.arrays(trainer, state)))
+        found.append((values, states, nets.to_arrays(trainer, state)))
     (values, states, arrays), (wanted, expected, after) = found
     assert values == pytest.approx(wanted)
     assert nets.largest_error(arrays, after) < TOLERANCE
@@ -224,7 +224,10 @@ def test_placed_batches_and_a_step_are_the_same_training():
     again, found = trainer.steps(trainer.init(), [trainer.put(batches[0]), *batches[1:3]])
     alone, metrics = nets.trained(trainer, batches, 3)
     for other in (again, alone):
-        assert nets.largest_error(nets.arrays(trainer, state), nets.arrays(trainer, other)) < 1e-14
+        assert (
+            nets.largest_error(nets.to_arrays(trainer, state), nets.to_arrays(trainer, other))
+            < 1e-14
+        )
     for each in (found, metrics):
         for here, there in zip(each, wanted, strict=True):
             assert {k: float(v) for k, v in here.items()} == pytest.approx(there, rel=1e-6)

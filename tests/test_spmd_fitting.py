@@ -13,8 +13,8 @@ from flax import nnx
 from spmd_nets import Ends, build, setting
 
 import jdecouple as jd
-from jdecouple import training
-from jdecouple.config import ConfigError
+from jdecouple.train import loop as training
+from jdecouple.train.config import ConfigError
 
 pytestmark = pytest.mark.usefixtures("quick_compile_x64")
 

@@ -13,8 +13,8 @@ import pytest
 from flax import nnx
 
 import jdecouple as jd
-from jdecouple.pipeline.calls import steps_last
-from jdecouple.routes import Synchronous
+from jdecouple.methods.routes import Synchronous
+from jdecouple.pipeline.mpmd.stage_fns import steps_last
 from jdecouple.schedules import Kind
 
 pytestmark = pytest.mark.usefixtures("quick_compile_x64")
@@ -45,7 +45,7 @@ def build(stages: int = 1, microbatches: int = 1, **options: Any) -> jd.Trainer:
 def run(*sizes: int, **options: Any) -> tuple[dict[str, np.ndarray], list[dict[str, float]]]:
     trainer = build(*sizes, **options)
     state, metrics = nets.trained(trainer, DATA, STEPS)
-    return nets.arrays(trainer, state), metrics
+    return nets.to_arrays(trainer, state), metrics
 
 
 @pytest.mark.parametrize("clip_norm", [None, CLIP])
@@ -72,7 +72,7 @@ def test_batch_statistics_are_those_of_the_microbatches(schedule):
         model = nets.user_model(param_dtype=jnp.float64)
         trainer = build(stages, 4, schedule=schedule, model=model)
         state, _ = nets.trained(trainer, DATA, 3)
-        return nets.arrays(trainer, state)
+        return nets.to_arrays(trainer, state)
 
     found = trained(2, schedule)
     wanted = trained(1, "sequential")
@@ -196,7 +196,7 @@ def test_rematerialisation_keeps_inputs_alone():
     kept = jax.eval_shape(
         lambda s, m, t: trainer.method.route.forward(stage, s, m, t)[2],
         jax.eval_shape(stage.initial),
-        stage.message,
+        stage.carry,
         jax.ShapeDtypeStruct((2,), jnp.int32),
     )
     shapes = [leaf.shape for leaf in jax.tree.leaves(kept) if leaf.ndim == 2 and leaf.shape[0] == 8]
@@ -230,7 +230,7 @@ def test_rematerialisation_changes_no_numbers(name):
 def test_chunks_of_a_device_go_round():
     trainer = build(4, 4, schedule="interleaved_1f1b", mesh=jd.make_mesh(2))
     first, second = jax.devices()[:2]
-    assert [seat.devices for seat in trainer.seats] == [(first,), (second,)] * 2
+    assert [placement.devices for placement in trainer.placements] == [(first,), (second,)] * 2
 
 
 def test_uneven_replicas_train_the_same():
@@ -238,7 +238,7 @@ def test_uneven_replicas_train_the_same():
     arrays, _ = run(3, 2, schedule="1f1b", mesh=mesh)
     assert nets.largest_error(arrays, run()[0]) < 1e-12
     trainer = build(3, 2, mesh=mesh)
-    assert [len(seat.devices) for seat in trainer.seats] == [2, 1, 1]
+    assert [len(placement.devices) for placement in trainer.placements] == [2, 1, 1]
     state = trainer.init()
     odd = {key: value[:5] for key, value in DATA[1].items()}
     assert trainer.evaluate(state, [DATA[0], odd]) == pytest.approx(
@@ -277,9 +277,11 @@ def test_measuring_trains_as_a_step_does(name, schedule, microbatches):
         example=DATA[0],
     )
     state, _ = nets.trained(trainer, DATA, 3)
-    measured, found = trainer.measure(trainer.with_arrays(3, nets.arrays(trainer, state)), DATA[3])
+    measured, found = trainer.measure(
+        trainer.from_arrays(3, nets.to_arrays(trainer, state)), DATA[3]
+    )
     state, _ = trainer.step(state, DATA[3])
-    assert nets.same_bits(nets.arrays(trainer, measured), nets.arrays(trainer, state))
+    assert nets.same_bits(nets.to_arrays(trainer, measured), nets.to_arrays(trainer, state))
     assert [call for call, _ in found] == list(trainer.schedule.calls())
     assert all(seconds > 0 for _, seconds in found)
 

@@ -5,8 +5,8 @@ import pytest
 import runs
 from text_sets import csv_set, tiny
 
-from jdecouple.config import ConfigError
-from jdecouple.training import build, train_and_evaluate
+from jdecouple.train.config import ConfigError
+from jdecouple.train.loop import build, train_and_evaluate
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -33,7 +33,7 @@ def test_a_run_finds_the_words_that_tell(name, tmp_path, method):
 def test_vectors_of_words_are_where_the_embedding_begins(name, tmp_path):
     (tmp_path / "vectors.txt").write_text("film 1 2 3\ngood 4 5 6\n")
     run = build(tiny(name, data__glove=str(tmp_path / "vectors.txt")))
-    arrays = run.trainer.arrays(run.trainer.init())
+    arrays = run.trainer.to_arrays(run.trainer.init())
     (table,) = [leaf for key, leaf in arrays.items() if key.endswith("params/block/table")]
     words = run.dataset.words
     assert table.shape == (len(words), 3)

@@ -8,7 +8,7 @@ import pytest
 import runs
 from runs import TINY, arguments, finished
 
-from jdecouple import command_line
+from jdecouple.train import cli as command_line
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +48,7 @@ def test_ctrl_c_before_training(monkeypatch, capsys, tmp_path):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("jdecouple.training.train_and_evaluate", interrupted)
+    monkeypatch.setattr("jdecouple.train.loop.train_and_evaluate", interrupted)
     with pytest.raises(SystemExit) as stopped:
         command_line.main(["train.py", *arguments(tmp_path)])
     assert stopped.value.code == 130

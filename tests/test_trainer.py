@@ -92,7 +92,7 @@ def test_metrics_are_those_of_the_forward_by_hand(name):
             continue
         heads[index].train()
         output = heads[index](features, message)
-        message |= {**output.message, "x": features}
+        message |= {**output.carry, "x": features}
         found = float(metrics[f"block_{index}/loss"])
         assert found == pytest.approx(float(output.loss), rel=1e-4)
     if has_exits(name):
@@ -118,7 +118,7 @@ def test_an_uploaded_batch_trains_the_same(name):
     trainer = shared(name)
     direct, first = trainer.step(trainer.init(), DATA[0])
     placed, second = trainer.step(trainer.init(), trainer.put(DATA[0]))
-    assert nets.same_bits(nets.arrays(trainer, direct), nets.arrays(trainer, placed))
+    assert nets.same_bits(nets.to_arrays(trainer, direct), nets.to_arrays(trainer, placed))
     np.testing.assert_equal(first, second)
 
 
@@ -127,7 +127,7 @@ def test_arrays_on_a_device_are_a_batch():
     direct, _ = trainer.step(trainer.init(), DATA[0])
     device = jax.tree.map(jnp.asarray, DATA[0])
     other, _ = trainer.step(trainer.init(), device)
-    assert nets.same_bits(nets.arrays(trainer, direct), nets.arrays(trainer, other))
+    assert nets.same_bits(nets.to_arrays(trainer, direct), nets.to_arrays(trainer, other))
 
 
 @METHODS
@@ -164,7 +164,10 @@ def test_old_state_is_donated(how):
 def test_a_mesh_of_jax_is_accepted():
     mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("stage", "data"))
     trainer = nets.build("bp", mesh=mesh)
-    assert [[device.id for device in seat.devices] for seat in trainer.seats] == [[0, 1], [2, 3]]
+    assert [[device.id for device in placement.devices] for placement in trainer.placements] == [
+        [0, 1],
+        [2, 3],
+    ]
 
 
 # --- Dispatch -------------------------------------------------------------------------------
@@ -223,21 +226,21 @@ def test_training_leaves_the_model_alone(name):
     modules = (*model.blocks, model.classifier)
     before = [jax.tree.map(np.array, nnx.to_pure_dict(nnx.state(each))) for each in modules]
     trainer = nets.build(name, model=model)
-    first = nets.arrays(trainer, trainer.init())
+    first = nets.to_arrays(trainer, trainer.init())
     state, _ = nets.trained(trainer, DATA, 3)
     for module, wanted in zip(modules, before, strict=True):
         found = nnx.to_pure_dict(nnx.state(module))
         jax.tree.map(np.testing.assert_array_equal, found, wanted)
-    assert nets.same_bits(nets.arrays(trainer, trainer.init()), first)
-    assert not nets.same_bits(nets.arrays(trainer, state), first)
+    assert nets.same_bits(nets.to_arrays(trainer, trainer.init()), first)
+    assert not nets.same_bits(nets.to_arrays(trainer, state), first)
 
 
 def test_replicas_have_weights_of_their_own():
     """A step donates the state; what it came from may be placed again."""
     trainer = nets.build("scpl", mesh=jd.make_mesh(1, 2))
-    first = nets.arrays(trainer, trainer.init())
+    first = nets.to_arrays(trainer, trainer.init())
     nets.trained(trainer, DATA, 2)
-    assert nets.same_bits(nets.arrays(trainer, trainer.init()), first)
+    assert nets.same_bits(nets.to_arrays(trainer, trainer.init()), first)
 
 
 @METHODS
@@ -264,7 +267,7 @@ def test_the_trained_classifier_is_returned(name):
     state, _ = nets.trained(trainer, DATA, 2)
     found = trainer.modules(state)[-1]
     assert isinstance(found, nnx.Linear)
-    wanted = nets.arrays(trainer, state)["block_1/params/head/classifier/kernel"]
+    wanted = nets.to_arrays(trainer, state)["block_1/params/head/classifier/kernel"]
     np.testing.assert_array_equal(found.kernel[...], wanted)
     assert np.abs(found.kernel[...] - trainer.model.classifier.kernel[...]).max() > 1e-3
 
@@ -278,7 +281,7 @@ def test_modules_are_copies(name):
     kernel = np.array(blocks[0].layers[1].kernel[...])
     assert np.abs(kernel).max() > 0
     blocks[1].layers[0].kernel.set_value(jnp.zeros_like(blocks[1].layers[0].kernel[...]))
-    assert np.abs(nets.arrays(trainer, state)["block_1/params/block/layers/0/kernel"]).max() > 0
+    assert np.abs(nets.to_arrays(trainer, state)["block_1/params/block/layers/0/kernel"]).max() > 0
     state, _ = nets.trained(trainer, DATA, 4, state)
     trainer.wait(state)
     np.testing.assert_array_equal(blocks[0].layers[1].kernel[...], kernel)
@@ -335,15 +338,15 @@ def test_a_state_goes_through_named_arrays():
     """Into a trainer of another partition, which goes on training with them."""
     first, second = shared("bp"), fused("bp")
     state, _ = nets.trained(first, DATA, 3)
-    arrays = nets.arrays(first, state)
-    moved = second.with_arrays(state.step, arrays)
-    assert nets.same_bits(nets.arrays(second, moved), arrays)
+    arrays = nets.to_arrays(first, state)
+    moved = second.from_arrays(state.step, arrays)
+    assert nets.same_bits(nets.to_arrays(second, moved), arrays)
     shapes = {name: (leaf.shape, leaf.dtype) for name, leaf in arrays.items()}
-    named = first.arrays(first.abstract())
+    named = first.to_arrays(first.abstract())
     assert {name: (leaf.shape, leaf.dtype) for name, leaf in named.items()} == shapes
     one, _ = first.step(state, DATA[3])
     two, _ = second.step(moved, DATA[3])
-    assert nets.largest_error(nets.arrays(first, one), nets.arrays(second, two)) < 1e-5
+    assert nets.largest_error(nets.to_arrays(first, one), nets.to_arrays(second, two)) < 1e-5
 
 
 # --- Evaluation -----------------------------------------------------------------------------
@@ -381,7 +384,7 @@ def test_evaluation_does_not_depend_on_the_mesh(name, options):
         other = nets.build(name, mesh=jd.make_mesh(*options["mesh"]), example=example)
     else:
         other = fused(name)
-    moved = other.with_arrays(state.step, nets.arrays(trainer, state))
+    moved = other.from_arrays(state.step, nets.to_arrays(trainer, state))
     assert other.evaluate(moved, pieces([30, 30, 4])) == pytest.approx(wanted, rel=1e-5)
 
 
@@ -395,9 +398,9 @@ def test_one_batch_is_data_too_and_an_iterator_is_read_once():
 def test_evaluation_changes_nothing():
     trainer = shared("deinforeg")
     state, _ = nets.trained(trainer, DATA, 2)
-    before = nets.arrays(trainer, state)
+    before = nets.to_arrays(trainer, state)
     trainer.evaluate(state, DATA)
-    assert nets.same_bits(nets.arrays(trainer, state), before)
+    assert nets.same_bits(nets.to_arrays(trainer, state), before)
 
 
 # --- Compute dtype --------------------------------------------------------------------------
@@ -407,10 +410,10 @@ def test_evaluation_changes_nothing():
 def test_bfloat16_computes_and_float32_keeps(name):
     trainer = nets.build(name, dtype=jnp.bfloat16, num_stages=2)
     state, metrics = nets.trained(trainer, DATA[:1], 40)
-    arrays = trainer.arrays(state)
+    arrays = trainer.to_arrays(state)
     kept = {leaf.dtype for key, leaf in arrays.items() if "/params/" in key or "/stats/" in key}
     assert kept == {jnp.dtype("float32")}
-    assert trainer.stages[1].message["x"].dtype == jnp.bfloat16
+    assert trainer.stages[1].carry["x"].dtype == jnp.bfloat16
     assert metrics[-1]["loss"] < 0.9 * metrics[trainer.latency]["loss"]
     assert math.isfinite(trainer.evaluate(state, DATA[0])["loss"])
     exact, _ = nets.trained(shared(name), DATA[:1], 4)

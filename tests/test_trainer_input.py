@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import jdecouple as jd
-from jdecouple.routes import Delayed
+from jdecouple.methods.routes import Delayed
 
 METHODS = pytest.mark.parametrize("name", jd.methods.names())
 DATA = nets.batches()
@@ -307,4 +307,4 @@ def test_evaluation_refuses_bad_data(data, words):
 @pytest.mark.parametrize("parts", [1, 2])
 def test_one_process_takes_in_the_whole_batch(parts):
     """What each of several takes in, tests/test_hosts.py sees in their results."""
-    np.testing.assert_array_equal(trainer_of("bp").share(16, parts), np.arange(16))
+    np.testing.assert_array_equal(trainer_of("bp").local_indices(16, parts), np.arange(16))

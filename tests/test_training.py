@@ -12,11 +12,12 @@ import runs
 from absl import flags
 from runs import arguments, cheap, finished, lines, server, tiny
 
-from jdecouple import command_line, data
+from jdecouple import data
 from jdecouple.checkpoint import Checkpointer
-from jdecouple.config import ConfigError
+from jdecouple.train import cli as command_line
+from jdecouple.train.config import ConfigError
+from jdecouple.train.loop import NonFiniteError, build, train_and_evaluate
 from jdecouple.trainer import Trainer
-from jdecouple.training import NonFiniteError, build, train_and_evaluate
 
 TERMS = ("accuracy", "covariance", "cross_entropy", "invariance", "loss", "variance")
 
@@ -94,7 +95,7 @@ class TestWhatARunLeaves:
         step, arrays = runs.final_arrays(notebook_run[0])
         assert step == 27
         trainer = build(tiny()).trainer
-        assert arrays.keys() == trainer.arrays(trainer.abstract()).keys()
+        assert arrays.keys() == trainer.to_arrays(trainer.abstract()).keys()
         assert {name.split("/")[1] for name in arrays} == {"params", "stats", "opt"}
 
     def test_equals_a_run_of_train_py(self, notebook_run):
@@ -223,9 +224,9 @@ class TestNonFinite:
         def poisoned(self, state, batch):
             state, metrics = step(self, state, batch)
             if state.step == 8:
-                arrays = self.arrays(state)
+                arrays = self.to_arrays(state)
                 name = next(name for name in arrays if name.startswith("block_1/params/"))
-                state = self.with_arrays(8, {**arrays, name: arrays[name] * np.inf})
+                state = self.from_arrays(8, {**arrays, name: arrays[name] * np.inf})
             return state, metrics
 
         monkeypatch.setattr(Trainer, "step", poisoned)

@@ -9,8 +9,8 @@ import pytest
 from ml_collections import ConfigDict
 from runs import cheap, lines
 
+from jdecouple.train.loop import NonFiniteError, build, train_and_evaluate
 from jdecouple.trainer import Trainer
-from jdecouple.training import NonFiniteError, build, train_and_evaluate
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -88,9 +88,9 @@ class TestADelayedRun:
         def poisoned(self, state, batch):
             state, metrics = step(self, state, batch)
             if state.step == 8:
-                arrays = self.arrays(state)
+                arrays = self.to_arrays(state)
                 name = "stage_1/waiting/errors/0"
-                state = self.with_arrays(8, {**arrays, name: arrays[name] * np.inf})
+                state = self.from_arrays(8, {**arrays, name: arrays[name] * np.inf})
             return state, metrics
 
         monkeypatch.setattr(Trainer, "step", poisoned)

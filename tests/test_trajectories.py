@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 import jdecouple as jd
-from jdecouple.objectives import InformationRegularization
+from jdecouple.methods.objectives import InformationRegularization
 
 TOLERANCE = 1e-10
 STAGES = pytest.mark.parametrize("stages", [1, 2])

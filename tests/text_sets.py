@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from jdecouple import config as configuration
+from jdecouple.train import config as configuration
 
 GOOD = ("good", "fine", "great", "funny")
 BAD = ("bad", "poor", "dull", "sad")

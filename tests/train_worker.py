@@ -59,7 +59,7 @@ def train(run: dict) -> tuple[dict[str, np.ndarray], dict]:
         "evaluation": trainer.evaluate(state, [*data, {k: v[:5] for k, v in data[0].items()}]),
         "blocks": [module is not None for module in trainer.modules(state)],
     }
-    return nets.arrays(trainer, state), result
+    return nets.to_arrays(trainer, state), result
 
 
 def main() -> None:

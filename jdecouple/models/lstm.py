@@ -9,15 +9,7 @@ from flax import nnx
 
 from jdecouple.models import layers
 from jdecouple.models.base import Model
-from jdecouple.models.sequence import (
-    Embedding,
-    Sequence,
-    dropout,
-    pooled,
-    read,
-    sequence,
-    width_of,
-)
+from jdecouple.models.sequence import Embedding, Sequence, dropout, pooled, read, sequence, width_of
 
 MERGES = ("mean", "concat")
 

@@ -1,6 +1,10 @@
 """Joins the processes of a run."""
 
+from collections.abc import Mapping, Sequence
+
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 _COMPILE_SECONDS = 3600
 
@@ -15,7 +19,7 @@ def initialize(
     all_devices: bool = False,
     heartbeat_timeout: int = 100,
 ) -> None:
-    """Starts `jax.distributed` with a transport for messages between processes.
+    """Starts `jax.distributed` with a transport for carries between processes.
 
     GPUs bring their own transport (NCCL); elsewhere JAX's socket transport is used.
     Call it before anything touches a device.
@@ -25,7 +29,7 @@ def initialize(
         num_processes: processes in the run.
         process_id: index of this process.
         address: address under which the other processes reach this one.
-        transfer_port: port of this process for messages; by default the coordinator's port
+        transfer_port: port of this process for carries; by default the coordinator's port
             + 1 + `process_id`.
         all_devices: see all devices of the machine, under SLURM and Open MPI too, where a process
             otherwise sees one GPU.
@@ -44,7 +48,7 @@ def initialize(
     host = f"[{address}]" if ":" in address else address
     jax.config.update("jax_cross_host_transfer_socket_address", f"{host}:{transfer_port}")
     jax.config.update("jax_cross_host_transport_addresses", f"{host}:0")
-    # A receiver waits for the sender's first message, and the sender compiles before that.
+    # A receiver waits for the sender's first carry, and the sender compiles before that.
     jax.config.update("jax_cross_host_transfer_timeout_seconds", _COMPILE_SECONDS)
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM
     jax.distributed.initialize(
@@ -54,3 +58,24 @@ def initialize(
         cluster_detection_method="deactivate" if all_devices else None,
         heartbeat_timeout_seconds=heartbeat_timeout,
     )
+
+
+def gather(values: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
+    """Union of the scalars of all processes; every process calls it and gets the whole.
+
+    Args:
+        values: scalars of this process by name.
+        names: all names of all processes, in one order.
+
+    Returns:
+        Every named scalar that some process has; where several have it they agree, and the
+        first is taken.
+    """
+    own = np.array([float(values.get(name, np.nan)) for name in names], np.float32)
+    present = np.array([name in values for name in names])
+    if jax.process_count() == 1:
+        rows, held = own[None], present[None]
+    else:
+        rows, held = multihost_utils.process_allgather((own, present))
+    owner = held.argmax(axis=0)
+    return {name: float(rows[owner[i], i]) for i, name in enumerate(names) if held[:, i].any()}

@@ -1,10 +1,15 @@
-"""Splits blocks over stages so that the slowest stage is as fast as possible."""
+"""Where stages begin, and how many devices each gets."""
 
+import dataclasses
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+
+from jdecouple import schedules
+from jdecouple.schedules import Costs
 
 
 def balance(
@@ -78,3 +83,101 @@ def program_cost(function: Any, *arguments: Any) -> float:
     lowered = jax.jit(function).lower(*arguments)
     cost = lowered.cost_analysis() or lowered.compile().cost_analysis() or {}
     return float(cost.get("flops", 0.0))
+
+
+_BACKWARD = 2.0  # cost of a backward, in forwards
+_BATCHES = 8  # enough for a steady state
+_MOST_DEVICES = 16  # beyond which there are too many ways to share them out
+
+
+@dataclasses.dataclass(frozen=True)
+class Proposal:
+    """One way to place a net.
+
+    Attributes:
+        boundaries: index of the first block of every stage.
+        replicas: devices of every stage.
+        time: simulated time of a batch, in that of one device alone.
+        idle: share of the time in which each stage waits.
+    """
+
+    boundaries: tuple[int, ...]
+    replicas: tuple[int, ...]
+    time: float
+    idle: tuple[float, ...]
+
+    def __str__(self) -> str:
+        stages = ", ".join(
+            f"blocks from {start} on {count} device(s), idle {idle:.0%}"
+            for start, count, idle in zip(self.boundaries, self.replicas, self.idle, strict=True)
+        )
+        return f"{1 / self.time:.2f} times one device (simulated): {stages}"
+
+
+def autoplace(
+    costs: Sequence[float],
+    num_stages: int,
+    num_devices: int,
+    *,
+    schedule: str = "local",
+    microbatches: int = 1,
+    batch_size: int | None = None,
+) -> Proposal:
+    """Finds the boundaries and replicas with the shortest simulated batch.
+
+    Replicas are taken to share a stage's work evenly, and carries to cost nothing. Of equal times
+    the one with fewer devices is proposed.
+
+    Args:
+        costs: cost of every block, forward and backward, in any unit.
+        num_stages: K.
+        num_devices: devices to share out, at least K; not all need be used.
+        schedule: name of the schedule.
+        microbatches: M.
+        batch_size: examples of a global batch; a microbatch must divide among the replicas.
+
+    Raises:
+        ValueError: costs that are no numbers above 0, devices that are too few or too many, or a
+            batch that none of the ways divides.
+    """
+    if not costs or not all(0 < cost < math.inf for cost in costs):
+        raise ValueError(f"costs are {tuple(costs)}: a finite number above 0 for every block")
+    check_num_stages(num_stages, len(costs))
+    if not num_stages <= num_devices <= _MOST_DEVICES:
+        raise ValueError(
+            f"num_devices is {num_devices}: {num_stages} (a device a stage) to {_MOST_DEVICES} is "
+            "allowed"
+        )
+    found = []
+    for replicas in _shares(num_stages, num_devices):
+        if batch_size is not None and batch_size % (microbatches * math.lcm(*replicas)):
+            continue
+        starts = balance(costs, len(replicas), replicas)
+        work = [
+            sum(costs[a:b]) / count / microbatches
+            for (a, b), count in zip(
+                itertools.pairwise((*starts, len(costs))), replicas, strict=True
+            )
+        ]
+        table = schedules.build(schedule, len(replicas), microbatches)
+        each = Costs(
+            forward=[cost / (1 + _BACKWARD) for cost in work],
+            backward=[cost * _BACKWARD / (1 + _BACKWARD) for cost in work],
+        )
+        played = schedules.simulate(table, each, batches=_BATCHES)
+        time = played.seconds_per_batch
+        idle = tuple(max(0.0, 1 - microbatches * cost / time) for cost in work)
+        found.append(Proposal(starts, replicas, time / sum(costs), idle))
+    if not found:
+        raise ValueError(
+            f"a batch of {batch_size} does not divide into {microbatches} microbatch(es) on any "
+            f"replicas of {num_stages} stages"
+        )
+    return min(found, key=lambda each: (round(each.time, 9), sum(each.replicas)))
+
+
+def _shares(num_stages: int, num_devices: int) -> Iterator[tuple[int, ...]]:
+    """All ways to give every stage a device or more, of `num_devices`."""
+    for used in range(num_stages, num_devices + 1):
+        for cuts in itertools.combinations(range(1, used), num_stages - 1):
+            yield tuple(b - a for a, b in itertools.pairwise((0, *cuts, used)))

@@ -1,4 +1,4 @@
-"""Hands a message from the devices of one stage to those of another."""
+"""Hands a carry from the devices of one stage to those of another."""
 
 import math
 from collections.abc import Sequence
@@ -6,51 +6,52 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
-from jdecouple.pipeline.placement import Seat
+from jdecouple.pipeline.mesh import StageDevices
 
 
-def transfer(message: Any, shapes: Any, source: Seat, target: Seat) -> Any:
-    """Moves a message to another stage's devices without waiting.
+def transfer(carry: Any, shapes: Any, source: StageDevices, target: StageDevices) -> Any:
+    """Moves a carry to another stage's devices without waiting.
 
     Every process of the run calls it, in the same order, even one that runs neither stage: JAX
     numbers transfers between processes, and they must agree on the numbers.
 
     Args:
-        message: the tree; None where this process does not run the source.
+        carry: the tree; None where this process does not run the source.
         shapes: its `jax.ShapeDtypeStruct`s; needed unless both stages are in this process.
-        source: seat of the stage that sends.
-        target: seat of the stage that receives.
+        source: placement of the stage that sends.
+        target: placement of the stage that receives.
 
     Returns:
         The tree on the target's devices; None where this process does not run the target.
     """
     if source.devices == target.devices:
-        return message
-    if source.whole and target.whole:
+        return carry
+    if source.fully_addressable and target.fully_addressable:
         if len(target.devices) == 1:
-            return jax.device_put(message, target.devices[0])  # half the time of shardings
-        return jax.device_put(message, jax.tree.map(target.sharding, message))
+            return jax.device_put(carry, target.devices[0])  # half the time of shardings
+        return jax.device_put(carry, jax.tree.map(target.sharding, carry))
     if source.processes == target.processes and len(source.processes) == 1:
         return None  # inside another process
     if len(source.devices) != len(target.devices) or source.processes & target.processes:
-        return _transfer_pieces(message, shapes, source, target)
-    if not source.mine:
-        message = jax.tree.map(lambda shape: _absent(shape, source.sharding(shape)), shapes)
-    moved = jax.device_put(message, jax.tree.map(target.sharding, message))
-    return moved if target.mine else None
+        return _transfer_pieces(carry, shapes, source, target)
+    if not source.addressable:
+        carry = jax.tree.map(lambda shape: _absent(shape, source.sharding(shape)), shapes)
+    moved = jax.device_put(carry, jax.tree.map(target.sharding, carry))
+    return moved if target.addressable else None
 
 
-def _transfer_pieces(message: Any, shapes: Any, source: Seat, target: Seat) -> Any:
-    """Moves a message in the largest pieces that lie on one device before and after.
+def _transfer_pieces(carry: Any, shapes: Any, source: StageDevices, target: StageDevices) -> Any:
+    """Moves a carry in the largest pieces that lie on one device before and after.
 
     JAX itself moves arrays between processes only if all their parts cross, and as they are cut.
     """
     count, axis = math.lcm(len(source.devices), len(target.devices)), source.axis
     cut, joined = count // len(source.devices), count // len(target.devices)
     leaves, tree = jax.tree.flatten(shapes)
-    here = [_by_device(leaf) for leaf in jax.tree.leaves(message)]
+    here = [_by_device(leaf) for leaf in jax.tree.leaves(carry)]
     arrived: dict[jax.Device, list[list[jax.Array]]] = {}
     for number in range(count):
         start, end = source.devices[number // cut], target.devices[number // joined]
@@ -65,7 +66,7 @@ def _transfer_pieces(message: Any, shapes: Any, source: Seat, target: Seat) -> A
         moved = jax.device_put(parts, SingleDeviceSharding(end))
         if end.process_index == jax.process_index():
             arrived.setdefault(end, []).append(moved)
-    if not target.mine:
+    if not target.addressable:
         return None
     columns = [
         [_join(pieces, axis) for pieces in zip(*each, strict=True)] for each in arrived.values()
@@ -100,3 +101,55 @@ def _join(parts: Sequence[jax.Array], axis: int) -> jax.Array:
 def _absent(shape: Any, sharding: Sharding) -> jax.Array:
     """An array of other processes, as a receiver holds it."""
     return jax.make_array_from_single_device_arrays(shape.shape, sharding, [], dtype=shape.dtype)
+
+
+def packed(shapes: Any) -> jax.ShapeDtypeStruct:
+    """Shape of a tree of arrays [batch, ...] as one array [batch, words].
+
+    Args:
+        shapes: its `jax.ShapeDtypeStruct`s.
+    """
+    leaves = jax.tree.leaves(shapes)
+    unit = _unit(leaves)
+    words = sum(_words(leaf, unit) for leaf in leaves)
+    return jax.ShapeDtypeStruct((leaves[0].shape[0], words), unit)
+
+
+def pack(tree: Any) -> jax.Array:
+    """Joins the arrays [batch, ...] of a tree, bit for bit."""
+    leaves = jax.tree.leaves(tree)
+    unit = _unit(leaves)
+    rows = [_bits(leaf, unit).reshape(leaf.shape[0], _words(leaf, unit)) for leaf in leaves]
+    return jnp.concatenate(rows, axis=1)
+
+
+def unpack(array: jax.Array, shapes: Any) -> Any:
+    """The tree of these `jax.ShapeDtypeStruct`s that an array was packed from."""
+    leaves, structure = jax.tree.flatten(shapes)
+    ends = np.cumsum([_words(leaf, array.dtype) for leaf in leaves])
+    rows = jnp.split(array, ends[:-1], axis=1)
+    return jax.tree.unflatten(structure, map(_from_bits, rows, leaves))
+
+
+def _unit(leaves: Sequence[Any]) -> np.dtype:
+    """The unsigned integers that all leaves divide into."""
+    return np.dtype(f"uint{8 * min(np.dtype(leaf.dtype).itemsize for leaf in leaves)}")
+
+
+def _words(leaf: Any, unit: np.dtype) -> int:
+    """How many units an example of a leaf has."""
+    return math.prod(leaf.shape[1:]) * (np.dtype(leaf.dtype).itemsize // unit.itemsize)
+
+
+def _bits(leaf: jax.Array, unit: np.dtype) -> jax.Array:
+    if leaf.dtype == bool:
+        return leaf.astype(unit)
+    return jax.lax.bitcast_convert_type(leaf, unit)
+
+
+def _from_bits(row: jax.Array, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    if leaf.dtype == bool:
+        return row.reshape(leaf.shape).astype(bool)
+    ratio = np.dtype(leaf.dtype).itemsize // row.dtype.itemsize
+    parts = row.reshape(*leaf.shape, *([ratio] if ratio > 1 else []))
+    return jax.lax.bitcast_convert_type(parts, leaf.dtype)

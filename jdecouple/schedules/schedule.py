@@ -41,16 +41,16 @@ class Call(NamedTuple):
     microbatches: tuple[int, ...]
 
 
-class Waiting(NamedTuple):
+class InFlight(NamedTuple):
     """What a stage holds between two iterations, as the batches it belongs to, oldest first.
 
     Attributes:
-        messages: handed on by the stage below, and not yet used.
+        carries: handed on by the stage below, and not yet used.
         residuals: forwarded, with the backward still to come.
         errors: handed back by the stage above, and not yet used.
     """
 
-    messages: range
+    carries: range
     residuals: range
     errors: range
 
@@ -81,13 +81,13 @@ class Schedule:
     chunks: int = 1
 
     @property
-    def num_rows(self) -> int:
+    def num_device_groups(self) -> int:
         """Rows of devices that the stages live on; K unless several share one."""
         return self.num_stages // self.chunks
 
-    def row(self, stage: int) -> int:
+    def device_group(self, stage: int) -> int:
         """Row of devices on which a stage lives: they go round, so that neighbours differ."""
-        return stage % self.num_rows
+        return stage % self.num_device_groups
 
     def calls(self) -> Iterator[Call]:
         """Yields the actions with neighbours of one stage joined.
@@ -120,14 +120,14 @@ class Schedule:
         """Iterations after its entry in which a batch still trains a stage."""
         return -min(0, *(action.microbatch for action in self.actions))
 
-    def waiting(self, stage: int) -> Waiting:
+    def in_flight(self, stage: int) -> InFlight:
         """What a stage holds when an iteration begins; nothing where nothing overlaps."""
         if not self.overlapping:
-            return Waiting(range(0), range(0), range(0))
+            return InFlight(range(0), range(0), range(0))
         at = {(action.stage, action.kind): action.microbatch for action in self.actions}
         forward, backward = at[stage, Kind.FORWARD], at[stage, Kind.BACKWARD]
-        return Waiting(
-            messages=range(forward, at.get((stage - 1, Kind.FORWARD), forward)),
+        return InFlight(
+            carries=range(forward, at.get((stage - 1, Kind.FORWARD), forward)),
             residuals=range(backward, forward),
             errors=range(backward, at.get((stage + 1, Kind.BACKWARD), backward)),
         )
@@ -215,13 +215,13 @@ class Schedule:
     def __str__(self) -> str:
         """The grid: a line a stage, a column a tick; the stages of one row act once in a tick."""
         finished: dict[Action, int] = {}
-        free = [0] * self.num_rows
+        free = [0] * self.num_device_groups
         rows: list[dict[int, str]] = [{} for _ in range(self.num_stages)]
         for action in self.actions:
             ready = [finished[each] + 1 for each in self.inputs(action) if each in finished]
-            tick = max([free[self.row(action.stage)], *ready])
+            tick = max([free[self.device_group(action.stage)], *ready])
             finished[action] = tick
-            free[self.row(action.stage)] = tick + 1
+            free[self.device_group(action.stage)] = tick + 1
             rows[action.stage][tick] = f"{action.kind.value}{action.microbatch}"
         ticks = max(free, default=0)
         width = max((len(cell) for row in rows for cell in row.values()), default=1)

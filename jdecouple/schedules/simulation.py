@@ -70,7 +70,7 @@ class Span(NamedTuple):
 
     Attributes:
         stage: index of the stage.
-        row: row of devices that the call occupied.
+        device_group: devices that the call occupied.
         kinds: its actions, in order.
         microbatches: of each action, as in the schedule.
         batch: number of the iteration, from 0.
@@ -79,7 +79,7 @@ class Span(NamedTuple):
     """
 
     stage: int
-    row: int
+    device_group: int
     kinds: tuple[Kind, ...]
     microbatches: tuple[int, ...]
     batch: int
@@ -156,7 +156,7 @@ def simulate(
     hosts = _spread("hosts", 0 if costs.hosts is None else costs.hosts, stages)
     links = _Links(schedule, costs)
     dispatched: dict[float, float] = defaultdict(float)  # host -> when it is free
-    free, work = [0.0] * schedule.num_rows, [0.0] * schedule.num_rows
+    free, work = [0.0] * schedule.num_device_groups, [0.0] * schedule.num_device_groups
     arrived: dict[tuple[int, Kind, int], float] = {}
     spans: list[Span] = []
     ends: list[float] = []
@@ -165,7 +165,7 @@ def simulate(
         if max_in_flight is not None and batch >= max_in_flight:
             opened = ends[batch - max_in_flight]
         for stage, kinds, microbatches in calls:
-            row, host = schedule.row(stage), hosts[stage]
+            row, host = schedule.device_group(stage), hosts[stage]
             dispatched[host] = max(dispatched[host], opened) + costs.dispatch
             # What never arrives belongs to a batch before the first.
             parts = [batch * schedule.num_microbatches + each for each in microbatches]
@@ -210,7 +210,7 @@ class _Links:
 
     def send(self, source: int, target: int, now: float) -> float:
         """When the target stage has what the source stage sends now."""
-        link = self._schedule.row(source), self._schedule.row(target)
+        link = self._schedule.device_group(source), self._schedule.device_group(target)
         if link[0] == link[1]:
             return now
         size = self.sizes[source, target]
@@ -244,7 +244,7 @@ def _seconds(schedule: Schedule, costs: Costs) -> dict[tuple[int, tuple[Kind, ..
 
 
 def _peak_live(schedule: Schedule) -> tuple[int, ...]:
-    live = [len(schedule.waiting(stage).residuals) for stage in range(schedule.num_stages)]
+    live = [len(schedule.in_flight(stage).residuals) for stage in range(schedule.num_stages)]
     peak = list(live)
     for stage, kind, _ in schedule.actions:
         live[stage] += _LIVE[kind]

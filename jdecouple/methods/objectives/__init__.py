@@ -1,0 +1,45 @@
+"""Objectives: what each block minimises, as pure losses and as the heads that carry them.
+
+The route, not the objective, decides what is stopped between blocks; a head handles only the stops
+inside itself.
+"""
+
+from jdecouple.methods.objectives.associated_learning import AssociatedLearning, associated_learning
+from jdecouple.methods.objectives.auxiliary_net import AuxiliaryNet
+from jdecouple.methods.objectives.base import BlockInfo, Descending, Head, HeadOutput, Objective
+from jdecouple.methods.objectives.cross_entropy import CrossEntropy, cross_entropy
+from jdecouple.methods.objectives.exits import Exits
+from jdecouple.methods.objectives.information_propagation import InformationPropagation, unit_range
+from jdecouple.methods.objectives.information_regularization import (
+    InformationRegularization,
+    information_regularization,
+)
+from jdecouple.methods.objectives.prediction_similarity import PredictionSimilarity
+from jdecouple.methods.objectives.similarity_matching import similarity_matching, similarity_matrix
+from jdecouple.methods.objectives.supervised_contrastive import (
+    SupervisedContrastive,
+    supervised_contrastive,
+)
+
+__all__ = [
+    "AssociatedLearning",
+    "AuxiliaryNet",
+    "BlockInfo",
+    "CrossEntropy",
+    "Descending",
+    "Exits",
+    "Head",
+    "HeadOutput",
+    "InformationPropagation",
+    "InformationRegularization",
+    "Objective",
+    "PredictionSimilarity",
+    "SupervisedContrastive",
+    "associated_learning",
+    "cross_entropy",
+    "information_regularization",
+    "similarity_matching",
+    "similarity_matrix",
+    "supervised_contrastive",
+    "unit_range",
+]

@@ -1,0 +1,152 @@
+"""Associated Learning's objective: each block ties its features to a code of the labels.
+
+Kao and Chen, "Associated Learning" (arXiv 1906.05560).
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jdecouple.methods.objectives.base import BlockInfo, HeadOutput, at_least_float32, require_whole
+from jdecouple.methods.objectives.maps import pool_maps, pooled_site
+from jdecouple.models import layers
+
+ACTIVATIONS = ("sigmoid", "tanh", "linear")
+
+
+def associated_learning(
+    bridged: jax.Array, code: jax.Array, decoded: jax.Array, target: jax.Array
+) -> dict[str, jax.Array]:
+    """The two terms of a block's loss, unweighted.
+
+    With s' the block's features, t the target from below and g, b, v the block's encoder, bridge
+    and decoder: mean (b(s') - sg(g(t)))^2 and mean (v(g(t)) - t)^2, over examples and features.
+
+    Args:
+        bridged: b(s'), `[batch, features]`.
+        code: g(t), `[batch, features]`; the bridge's term sends no gradient into it.
+        decoded: v(g(t)), `[batch, below]`.
+        target: t, `[batch, below]`.
+
+    Returns:
+        Scalars "bridge" and "autoencoder", float32 at least.
+
+    Raises:
+        ValueError: The shapes do not fit.
+    """
+    if bridged.shape != code.shape or decoded.shape != target.shape:
+        raise ValueError(
+            "expected bridged and code, and decoded and target, of the same shapes, "
+            f"got {bridged.shape} and {code.shape}, {decoded.shape} and {target.shape}"
+        )
+    return {
+        "bridge": _mean_squared_error(bridged, jax.lax.stop_gradient(code)),
+        "autoencoder": _mean_squared_error(decoded, target),
+    }
+
+
+def _mean_squared_error(found: jax.Array, wanted: jax.Array) -> jax.Array:
+    return jnp.mean((at_least_float32(found) - at_least_float32(wanted)) ** 2)
+
+
+class AssociatedLearningHead(nnx.Module):
+    """Encoder g, bridge b and decoder v of one block; hands the code on as the next target."""
+
+    def __init__(self, objective: "AssociatedLearning", site: BlockInfo, rngs: nnx.Rngs):
+        self.num_classes = site.num_classes
+        self.head_pool = objective.head_pool
+        size = pooled_site(site, self.head_pool).size
+        below = objective.features if site.index else site.num_classes
+
+        def dense(*sizes: int) -> list[Callable]:
+            return _dense(sizes, objective.activation, site, rngs)
+
+        self.encoder = nnx.Sequential(*dense(below, objective.features))
+        self.bridge = nnx.Sequential(
+            layers.Flatten(), *dense(size, *objective.bridge_widths, objective.features)
+        )
+        self.decoder = nnx.Sequential(*dense(objective.features, below))
+
+    def __call__(self, features: Any, carry: Mapping[str, Any]) -> HeadOutput:
+        """Loss of `features` `[batch, ...]`, or a sequence, under `carry["target"]`.
+
+        The first block's target are the one-hot labels; "target" of the carry handed on is its
+        code, `[batch, objective.features]`.
+        """
+        bridged = self.turn(features)
+        target = carry.get("target")
+        if target is None:
+            target = jax.nn.one_hot(carry["label"], self.num_classes, dtype=bridged.dtype)
+        code = self.encoder(target)
+        terms = associated_learning(bridged, code, self.decoder(code), target)
+        loss = terms["bridge"] + terms["autoencoder"]
+        return HeadOutput(loss, terms, None, {"target": code})
+
+    def logits(self, features: Any) -> None:
+        """None: the answer comes down from the last block, through the decoders of all."""
+
+    def turn(self, features: Any) -> jax.Array:
+        """What comes down from the last block: its bridged features."""
+        return self.bridge(pool_maps(features, self.head_pool))
+
+    def descend(self, target: jax.Array) -> jax.Array:
+        """The target of the block below, decoded; below the first block, scores of the classes."""
+        return self.decoder(target)
+
+
+def _dense(
+    sizes: Sequence[int], activation: str, site: BlockInfo, rngs: nnx.Rngs
+) -> list[Callable[..., jax.Array]]:
+    """Dense layers from size to size, each with the activation behind it."""
+    stack: list[Callable[..., jax.Array]] = []
+    for size, width in itertools.pairwise(sizes):
+        stack.append(layers.linear(size, width, **site.options(rngs)))
+        if activation != "linear":
+            stack.append(layers.activation(activation))
+    return stack
+
+
+@dataclasses.dataclass(frozen=True)
+class AssociatedLearning:
+    """Associated Learning: loss of the bridge plus loss of the autoencoder, at every block.
+
+    The labels flow up beside the features, encoded anew at every block. A sample is classified by
+    all blocks, the bridge of the last, and the decoders of all from the last to the first. The
+    model's own classifier is ignored.
+
+    Attributes:
+        features: Width of the codes; 500 for images and 300 for text in the authors' code.
+        expansion: Width of the bridge's hidden layer, in multiples of `features`; 0 for a bridge of
+            one dense layer (text).
+        activation: Behind every dense layer: "sigmoid" (images), "tanh" (text) or "linear" (none).
+        head_pool: The bridge reads feature maps averaged over this many bins a side; 0: whole.
+
+    Raises:
+        ValueError: An argument is not among those allowed.
+    """
+
+    features: int = 500
+    expansion: int = 5
+    activation: str = "sigmoid"
+    head_pool: int = 0
+    needs_classifier: ClassVar[bool] = False
+    trains_classifier: ClassVar[bool] = False
+
+    def __post_init__(self):
+        layers.require_positive(features=self.features)
+        require_whole(expansion=self.expansion, head_pool=self.head_pool)
+        layers.require_one_of(ACTIVATIONS, activation=self.activation)
+
+    @property
+    def bridge_widths(self) -> tuple[int, ...]:
+        """Widths of the bridge's hidden layers."""
+        return (self.expansion * self.features,) if self.expansion else ()
+
+    def head(self, site: BlockInfo, rngs: nnx.Rngs) -> nnx.Module:
+        """Head for any block."""
+        return AssociatedLearningHead(self, site, rngs)

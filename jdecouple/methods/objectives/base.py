@@ -1,0 +1,186 @@
+"""The contract between objectives and routes, and the arithmetic that the losses share."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from numbers import Integral, Real
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jdecouple.models.sequence import pooled
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockInfo:
+    """Where a head is attached.
+
+    Attributes:
+        index: Index of the block, from 0.
+        num_blocks: Number of blocks of the model.
+        features: Shape and dtype (`jax.ShapeDtypeStruct`, or a pytree of them) of the block's
+            output, batch axis first. Of a sequence (see :mod:`jdecouple.models.sequence`) heads
+            read the summary: `pooled(features)`.
+        num_classes: Number of classes of the labels.
+        classifier: The model's classifier, or None.
+        init: Initial weights of the head's layers, "flax" or "torch".
+        param_dtype: Dtype of the head's parameters.
+        is_embedding: Whether the block is one that only embeds tokens or patches, and says so by an
+            attribute `is_embedding`.
+        input: Shape and dtype of the model's input, the first block's `carry["x"]`.
+    """
+
+    index: int
+    num_blocks: int
+    features: Any
+    num_classes: int
+    classifier: nnx.Module | None = None
+    init: str = "flax"
+    param_dtype: Any = jnp.float32
+    is_embedding: bool = False
+    input: Any = None
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the block is the model's last."""
+        return self.index == self.num_blocks - 1
+
+    @property
+    def size(self) -> int:
+        """Numbers in one example's flattened features, of a sequence in its summary.
+
+        Raises:
+            TypeError: They are neither one array nor a sequence.
+        """
+        features = pooled(self.features)
+        if not hasattr(features, "shape"):
+            raise TypeError(
+                f"the output of block {self.index} must be one array (or a sequence with "
+                f'"summary") for this objective, got {type(features).__name__}'
+            )
+        return math.prod(features.shape[1:])
+
+    def options(self, rngs: nnx.Rngs) -> dict[str, Any]:
+        """Arguments that all layers of :mod:`jdecouple.models.layers` with weights share."""
+        return {"init": self.init, "param_dtype": self.param_dtype, "rngs": rngs}
+
+
+class HeadOutput(NamedTuple):
+    """What a head computes from its block's output in training.
+
+    Attributes:
+        loss: Scalar that block and head minimise, float32 at least.
+        metrics: Terms of the loss by name, unweighted scalars.
+        logits: `[batch, classes]` if the head is an exit, else None.
+        carry: Entries, batch first, that the head adds to the carry for the blocks above, or
+            replaces in it; no gradient flows back through them. "x" and "loss" are the routes'.
+    """
+
+    loss: jax.Array
+    metrics: dict[str, jax.Array]
+    logits: jax.Array | None
+    carry: Mapping[str, Any] = {}
+
+
+@runtime_checkable
+class Head(Protocol):
+    """Module that an objective adds to a block."""
+
+    def __call__(self, features: Any, carry: Mapping[str, Any]) -> HeadOutput:
+        """Loss of the block's output.
+
+        Args:
+            features: The block's output.
+            carry: "label" holds int labels `[batch]`, "x" the block's input; what else there is
+                came with the batch or from the heads below.
+        """
+        ...
+
+    def logits(self, features: Any) -> jax.Array | None:
+        """Logits `[batch, classes]` for evaluation; None if the head is no exit."""
+        ...
+
+
+@runtime_checkable
+class Descending(Protocol):
+    """A head whose answer comes down from the last block: evaluation visits it a second time."""
+
+    def turn(self, features: Any) -> Any:
+        """At the last block: what its output becomes before it comes down, batch first."""
+        ...
+
+    def descend(self, target: Any) -> Any:
+        """What the block below gets for what came from above; below the first block, logits."""
+        ...
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """What each block minimises.
+
+    Attributes:
+        needs_classifier: The objective cannot do without the model's classifier.
+        trains_classifier: Its last head trains the model's classifier, where there is one, and
+            holds it as its attribute `classifier`.
+    """
+
+    @property
+    def needs_classifier(self) -> bool:  # noqa: D102
+        ...
+
+    @property
+    def trains_classifier(self) -> bool:  # noqa: D102
+        ...
+
+    def head(self, site: BlockInfo, rngs: nnx.Rngs) -> nnx.Module | None:
+        """The :class:`Head` for a block, or None if the block has no loss of its own."""
+        ...
+
+
+def at_least_float32(x: jax.Array) -> jax.Array:
+    """`x` in its own dtype or float32, whichever is wider: losses are not for half precision."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def normalized_rows(x: jax.Array, *, floor: float = 0.0, epsilon: float = 0.0) -> jax.Array:
+    """Rows of `x` `[rows, dim]` divided by `max(norm, floor) + epsilon`, with a finite gradient.
+
+    A row of zeros stays zeros and, having no direction, gets the gradient zero.
+    """
+    squares = jnp.sum(x * x, axis=1, keepdims=True)
+    nonzero = squares > 0
+    norm = jnp.sqrt(jnp.where(nonzero, squares, 1))
+    return jnp.where(nonzero, x / (jnp.maximum(norm, floor) + epsilon), 0)
+
+
+def inner_products(x: jax.Array) -> jax.Array:
+    """`x x'` for `x` `[rows, dim]`, in full precision on accelerators too."""
+    return jnp.matmul(x, x.T, precision=jax.lax.Precision.HIGHEST)
+
+
+def check_batch(z: jax.Array, labels: jax.Array, *, least: int = 1) -> None:
+    """Raise ValueError unless `z` is `[batch, dim]`, `labels` `[batch]` and batch >= `least`."""
+    if z.ndim != 2 or labels.shape != z.shape[:1]:
+        raise ValueError(
+            f"expected z [batch, dim] and labels [batch], got {z.shape} and {labels.shape}"
+        )
+    if z.shape[0] < least:
+        raise ValueError(f"the loss needs a batch of at least {least}, got {z.shape[0]}")
+
+
+def require_number(*, positive: bool = False, **values: Any) -> None:
+    """Raise ValueError, naming it, for the first of `values` not finite and >= 0 (> 0)."""
+    for name, value in values.items():
+        is_number = isinstance(value, Real) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value) or value < 0 or (positive and value == 0):
+            kind = "positive" if positive else "non-negative"
+            raise ValueError(f"{name} must be a finite {kind} number, got {value!r}")
+
+
+def require_whole(**values: Any) -> None:
+    """Raise ValueError, naming it, for the first of `values` that is no whole number >= 0."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 0:
+            raise ValueError(f"{name} must be a whole number of at least 0, got {value!r}")

@@ -1,0 +1,65 @@
+"""Cross-entropy at the end of the network: the objective of backpropagation."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from jdecouple.methods.objectives.base import BlockInfo, HeadOutput, at_least_float32
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Mean softmax cross-entropy in nats, float32 at least.
+
+    Args:
+        logits: `[batch, classes]`.
+        labels: `[batch]`, int, in [0, classes).
+    """
+    logits = at_least_float32(logits)
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+
+
+class CrossEntropyHead(nnx.Module):
+    """The model's classifier (None: the features are the logits) under cross-entropy."""
+
+    def __init__(self, classifier: nnx.Module | None):
+        self.classifier = classifier
+
+    def __call__(self, features: Any, carry: Mapping[str, Any]) -> HeadOutput:
+        """Loss of `features` under `carry["label"]`."""
+        logits = self.logits(features)
+        loss = cross_entropy(logits, carry["label"])
+        return HeadOutput(loss, {"cross_entropy": loss}, logits)
+
+    def logits(self, features: Any) -> jax.Array:
+        """Logits `[batch, classes]`."""
+        return features if self.classifier is None else self.classifier(features)
+
+
+@dataclasses.dataclass(frozen=True)
+class CrossEntropy:
+    """Cross-entropy of the final logits; only the last block has a head."""
+
+    needs_classifier: ClassVar[bool] = False
+    trains_classifier: ClassVar[bool] = True
+
+    def head(self, site: BlockInfo, rngs: nnx.Rngs) -> nnx.Module | None:
+        """Head for the last block, None for the others.
+
+        Raises:
+            ValueError: There is no classifier and the last block's output is no logits.
+        """
+        if not site.is_last:
+            return None
+        if site.classifier is None:
+            shape = getattr(site.features, "shape", None)
+            if shape is None or len(shape) != 2 or shape[1] != site.num_classes:
+                raise ValueError(
+                    "without a classifier the last block must output logits "
+                    f"[batch, {site.num_classes}], got {shape or type(site.features).__name__}"
+                )
+        return CrossEntropyHead(site.classifier)

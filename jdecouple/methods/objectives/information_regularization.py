@@ -1,0 +1,212 @@
+"""DeInfoReg's objective: information regularisation at every block (arXiv 2506.18193)."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jdecouple.methods.objectives.base import (
+    BlockInfo,
+    HeadOutput,
+    at_least_float32,
+    check_batch,
+    inner_products,
+    normalized_rows,
+    require_number,
+    require_whole,
+)
+from jdecouple.methods.objectives.cross_entropy import cross_entropy
+from jdecouple.methods.objectives.maps import pool_maps, pooled_site
+from jdecouple.methods.objectives.similarity_matching import similarity_matching
+from jdecouple.models import layers
+
+MODES = ("merge", "unmerge")
+
+
+def information_regularization(
+    z: jax.Array, labels: jax.Array, num_classes: int, *, normalize: bool = True
+) -> dict[str, jax.Array]:
+    """The three terms of DeInfoReg's loss, unweighted, as the authors' code computes them.
+
+    With N examples, D features, z L2-normalised by row, and zc = z minus its mean over the batch:
+    variance is the mean over features of relu(1 - sqrt(var_unbiased(zc) + 1e-7)), divided by N;
+    invariance the mean over all N x N pairs of (S(one-hot labels) - S(z))^2, S as in
+    :func:`~jdecouple.objectives.similarity_matrix`; covariance the sum of the squared off-diagonal
+    entries of zc'zc / N, divided by D.
+
+    Unit rows make each deviation about 1/sqrt(D), so the hinge is always active and the variance
+    term nearly the constant 1/N.
+
+    Args:
+        z: `[batch, dim]`, the projector's output, not yet normalised.
+        labels: `[batch]`, int, in [0, num_classes).
+        num_classes: Number of classes.
+        normalize: False leaves the rows as they are: closer to VICReg, and no paper's setting.
+
+    Returns:
+        Scalars "variance", "invariance" and "covariance", float32 at least.
+
+    Raises:
+        ValueError: The shapes do not fit, or the batch has one example (no unbiased variance).
+    """
+    check_batch(z, labels, least=2)
+    z = at_least_float32(z)
+    if normalize:
+        z = normalized_rows(z, floor=1e-12)
+    centred = z - jnp.mean(z, axis=0)
+    deviation = jnp.sqrt(jnp.var(z, axis=0, ddof=1) + 1e-7)
+    return {
+        "variance": jnp.mean(jax.nn.relu(1 - deviation)) / z.shape[0],
+        "invariance": similarity_matching(z, labels, num_classes),
+        "covariance": _covariance_penalty(centred),
+    }
+
+
+def _covariance_penalty(centred: jax.Array) -> jax.Array:
+    """Sum of squared off-diagonals of x'x/N over D, for `centred` x of shape [N, D].
+
+    For N < D the sum of all squares comes from xx', which has the same one: cheaper by D/N, and on
+    a data-parallel mesh it is the small x that has to travel, not the D x D matrix.
+    """
+    batch, dim = centred.shape
+    if batch < dim:
+        diagonal = jnp.sum(centred**2, axis=0) / batch
+        total = jnp.sum((inner_products(centred) / batch) ** 2)
+        return (total - jnp.sum(diagonal**2)) / dim
+    covariance = inner_products(centred.T) / batch
+    return jnp.sum(jnp.where(jnp.eye(dim, dtype=bool), 0, covariance) ** 2) / dim
+
+
+class InformationRegularizationHead(nnx.Module):
+    """Projector under the three terms, and a classifier: an exit at every block but embeddings."""
+
+    def __init__(self, objective: "InformationRegularization", site: BlockInfo, rngs: nnx.Rngs):
+        self.objective = objective
+        self.num_classes = site.num_classes
+        site = pooled_site(site, objective.head_pool)
+        options = site.options(rngs)
+        widths = objective.widths
+        self.projector = layers.perceptron(site.size, widths, batch_norm=True, **options)
+        if site.is_embedding:
+            self.classifier = None
+        elif objective.mode == "unmerge":
+            self.classifier = layers.perceptron(
+                site.size, (*widths[:-1], site.num_classes), batch_norm=True, **options
+            )
+        else:
+            out = widths[-1] if widths else site.size
+            norm = layers.BatchNorm(out, param_dtype=site.param_dtype, rngs=rngs)
+            readout = layers.linear(out, site.num_classes, **options)
+            self.classifier = nnx.Sequential(norm, nnx.relu, readout)
+
+    def __call__(self, features: Any, carry: Mapping[str, Any]) -> HeadOutput:
+        """Loss of `features` `[batch, ...]`, or a sequence, under `carry["label"]`."""
+        labels = carry["label"]
+        weights = self.objective
+        features = pool_maps(features, weights.head_pool)
+        z = self.projector(features)
+        logits = self._classify(features, z)
+        terms = information_regularization(z, labels, self.num_classes, normalize=weights.normalize)
+        loss = (
+            weights.variance * terms["variance"]
+            + weights.invariance * terms["invariance"]
+            + weights.covariance * terms["covariance"]
+        )
+        if logits is not None:
+            terms["cross_entropy"] = cross_entropy(logits, labels)
+            loss = loss + weights.alpha * terms["cross_entropy"]
+        return HeadOutput(loss, terms, logits)
+
+    def logits(self, features: Any) -> jax.Array | None:
+        """Logits `[batch, classes]` of this exit; None at an embedding block."""
+        merged = self.objective.mode == "merge"
+        features = pool_maps(features, self.objective.head_pool)
+        return self._classify(features, self.projector(features) if merged else None)
+
+    def _classify(self, features: jax.Array, z: jax.Array | None) -> jax.Array | None:
+        if self.classifier is None:
+            return None
+        merged = self.objective.mode == "merge"
+        return self.classifier(z if merged else jax.lax.stop_gradient(features))
+
+
+@dataclasses.dataclass(frozen=True)
+class InformationRegularization:
+    """DeInfoReg: the three weighted terms of every block plus `alpha` times its cross-entropy.
+
+    The model's own classifier is ignored: every block has one, except those that only embed tokens
+    or patches, which have no cross-entropy and are no exits.
+
+    Attributes:
+        projector: Widths of the projector's dense layers (BatchNorm and ReLU between them), as text
+            "2048-2048-2048" or as a tuple; or "identity" (or an empty tuple): z is the flattened
+            features.
+        mode: "merge": the classifier (BatchNorm, ReLU, dense) reads the projector's output, with
+            its gradient. "unmerge": a net of its own, with the projector's hidden widths (a single
+            dense layer under "identity"), reads the detached block output.
+        variance: Weight of the variance term.
+        invariance: Weight of the invariance term.
+        covariance: Weight of the covariance term.
+        alpha: Weight of the cross-entropy.
+        normalize: Whether z is L2-normalised by row before the terms.
+        head_pool: Average maps over this many bins a side before projector and classifier; 0: do
+            not, as in the paper.
+
+    Raises:
+        ValueError: An argument is not among those allowed.
+    """
+
+    projector: str | tuple[int, ...] = "2048-2048-2048"
+    mode: str = "merge"
+    variance: float = 1.0
+    invariance: float = 1.0
+    covariance: float = 1.0
+    alpha: float = 0.001
+    normalize: bool = True
+    head_pool: int = 0
+    needs_classifier: ClassVar[bool] = False
+    trains_classifier: ClassVar[bool] = False
+
+    def __post_init__(self):
+        if isinstance(self.projector, list):  # the modules that carry this have to hash it
+            object.__setattr__(self, "projector", tuple(self.projector))
+        if not all(_is_width(width) for width in self._split()):
+            raise ValueError(
+                "projector must be 'identity' or positive widths as in '2048-2048-2048', "
+                f"got {self.projector!r}"
+            )
+        layers.require_one_of(MODES, mode=self.mode)
+        require_number(
+            variance=self.variance,
+            invariance=self.invariance,
+            covariance=self.covariance,
+            alpha=self.alpha,
+        )
+        if not isinstance(self.normalize, bool):
+            raise ValueError(f"normalize must be True or False, got {self.normalize!r}")
+        require_whole(head_pool=self.head_pool)
+
+    def _split(self) -> tuple[Any, ...]:
+        if self.projector == "identity":
+            return ()
+        if isinstance(self.projector, str):
+            return tuple(self.projector.split("-"))
+        return self.projector if isinstance(self.projector, tuple) else (self.projector,)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Output sizes of the projector's dense layers; empty for "identity"."""
+        return tuple(int(width) for width in self._split())
+
+    def head(self, site: BlockInfo, rngs: nnx.Rngs) -> nnx.Module:
+        """Head for any block."""
+        return InformationRegularizationHead(self, site, rngs)
+
+
+def _is_width(value: object) -> bool:
+    if isinstance(value, str):
+        return value.isascii() and value.isdigit() and int(value) > 0
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

@@ -1,0 +1,130 @@
+"""PredSim's objective: local prediction and similarity matching (arXiv 1901.06656)."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jdecouple.methods.objectives.base import BlockInfo, HeadOutput, pooled, require_number
+from jdecouple.methods.objectives.cross_entropy import cross_entropy
+from jdecouple.methods.objectives.maps import is_map, pooled_site
+from jdecouple.methods.objectives.similarity_matching import similarity_matching
+from jdecouple.models import layers
+from jdecouple.models.resampling import adaptive_average_pool
+
+STATISTICS = ("deviation", "features")
+
+
+class PredictionSimilarityHead(nnx.Module):
+    """A decoder of the labels, and a layer whose output's similarities are matched: an exit.
+
+    At the last block the model's classifier, where there is one, is the exit instead.
+    """
+
+    def __init__(self, objective: "PredictionSimilarity", site: BlockInfo, rngs: nnx.Rngs):
+        self.objective = objective
+        self.num_classes = site.num_classes
+        site = pooled_site(site, 0)
+        options = site.options(rngs)
+        self.pooled: tuple[int, int] | None = None
+        self.deviation = False
+        if is_map(site.features):
+            _, height, width, channels = site.features.shape
+            self.layer: nnx.Module = layers.conv(channels, channels, **options)
+            self.pooled = _pooled_size(height, width, channels, objective.dim_in_decoder)
+            self.deviation = objective.statistic == "deviation" and height * width > 1
+            size = math.prod(self.pooled) * channels
+        else:
+            size = site.size
+            self.layer = nnx.Sequential(
+                layers.Flatten(), layers.linear(size, size, use_bias=False, **options)
+            )
+        readout = layers.linear(size, self.num_classes, **options)
+        readout.kernel.set_value(jnp.zeros_like(readout.kernel.get_value()))
+        self.decoder = nnx.Sequential(layers.Flatten(), readout)
+        self.classifier = site.classifier if site.is_last else None
+
+    def __call__(self, features: Any, carry: Mapping[str, Any]) -> HeadOutput:
+        """Loss of `features` `[batch, ...]`, or a sequence, under `carry["label"]`."""
+        labels = carry["label"]
+        compared = self.layer(pooled(features))
+        if not self.deviation:
+            compared = compared.reshape(compared.shape[0], -1)
+        logits = self._decode(features)
+        metrics = {
+            "cross_entropy": cross_entropy(logits, labels),
+            "similarity": similarity_matching(compared, labels, self.num_classes),
+        }
+        loss = (
+            self.objective.prediction * metrics["cross_entropy"]
+            + self.objective.similarity * metrics["similarity"]
+        )
+        if self.classifier is not None:
+            logits = self.classifier(jax.lax.stop_gradient(features))
+            metrics["classifier"] = cross_entropy(logits, labels)
+            loss = loss + metrics["classifier"]
+        return HeadOutput(loss, metrics, logits)
+
+    def logits(self, features: Any) -> jax.Array:
+        """Logits `[batch, classes]` of this exit."""
+        return self._decode(features) if self.classifier is None else self.classifier(features)
+
+    def _decode(self, features: Any) -> jax.Array:
+        features = pooled(features)
+        if self.pooled is not None:
+            features = adaptive_average_pool(features, *self.pooled)
+        return self.decoder(features)
+
+
+def _pooled_size(height: int, width: int, channels: int, most: int) -> tuple[int, int]:
+    """Sides, halved in turn (rounding up), of a map of at most `most` numbers, or of one pixel."""
+    rows, columns, factor = height, width, 1
+    while rows * columns * channels > most and rows * columns > 1:
+        factor *= 2
+        rows = -(-height // factor)
+        if rows * columns * channels > most:
+            columns = -(-width // factor)
+    return rows, columns
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictionSimilarity:
+    """Cross-entropy of a dense decoder, and matching of similarities, at every block.
+
+    The last head also trains the model's classifier, where there is one, by cross-entropy on the
+    detached features.
+
+    Attributes:
+        prediction: Weight of the cross-entropy.
+        similarity: Weight of the similarity matching.
+        statistic: What of the similarity layer's output is compared; the layer is a 3x3 convolution
+            of maps, a dense one otherwise. "deviation": each map's standard deviation over space,
+            as in the paper. "features": all numbers, as maps of one pixel and other features are
+            compared in any case.
+        dim_in_decoder: Most numbers that the decoder reads; maps are averaged down to it.
+
+    Raises:
+        ValueError: An argument is not among those allowed.
+    """
+
+    prediction: float = 0.01
+    similarity: float = 0.99
+    statistic: str = "deviation"
+    dim_in_decoder: int = 4096
+    needs_classifier: ClassVar[bool] = False
+    trains_classifier: ClassVar[bool] = True
+
+    def __post_init__(self):
+        require_number(prediction=self.prediction, similarity=self.similarity)
+        if not self.prediction and not self.similarity:
+            raise ValueError("prediction and similarity are both 0: one of them must be above 0")
+        layers.require_one_of(STATISTICS, statistic=self.statistic)
+        layers.require_positive(dim_in_decoder=self.dim_in_decoder)
+
+    def head(self, site: BlockInfo, rngs: nnx.Rngs) -> nnx.Module:
+        """Head for any block."""
+        return PredictionSimilarityHead(self, site, rngs)

@@ -1,0 +1,133 @@
+"""SCPL's objective: a supervised contrastive loss at every block (arXiv 2602.00062)."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jdecouple.methods.objectives.base import (
+    BlockInfo,
+    HeadOutput,
+    at_least_float32,
+    check_batch,
+    inner_products,
+    normalized_rows,
+    require_number,
+    require_whole,
+)
+from jdecouple.methods.objectives.cross_entropy import cross_entropy
+from jdecouple.methods.objectives.maps import pool_maps, pooled_site
+from jdecouple.models import layers
+
+PROJECTORS = ("mlp", "linear", "identity")
+
+
+def supervised_contrastive(z: jax.Array, labels: jax.Array, temperature: float = 0.1) -> jax.Array:
+    """Supervised contrastive loss.
+
+    Rows are L2-normalised. An example's loss is minus the sum, over the *other* examples of its
+    class, of the log-probability of that example among all others, divided by the class count that
+    *includes* it, as the authors' code does. An example alone in its class contributes 0.
+
+    Args:
+        z: `[batch, dim]`, not yet normalised.
+        labels: `[batch]`, int.
+        temperature: Divisor of the cosines, positive.
+
+    Returns:
+        Scalar, mean over the batch, float32 at least.
+
+    Raises:
+        ValueError: The shapes do not fit or the temperature is not positive.
+    """
+    check_batch(z, labels)
+    require_number(positive=True, temperature=temperature)
+    logits = inner_products(normalized_rows(at_least_float32(z), floor=1e-12)) / temperature
+    others = ~jnp.eye(z.shape[0], dtype=bool)
+    # In a batch of one nothing is left to sum over; any finite stand-in will do, it gets no weight.
+    candidates = others if z.shape[0] > 1 else ~others
+    log_probability = logits - jax.nn.logsumexp(logits, axis=1, keepdims=True, where=candidates)
+    same = labels[:, None] == labels[None, :]
+    total = jnp.sum(jnp.where(same & others, log_probability, 0), axis=1)
+    return -jnp.mean(total / jnp.sum(same, axis=1))
+
+
+class SupervisedContrastiveHead(nnx.Module):
+    """Projector under the contrastive loss; at the last block the model's classifier as well."""
+
+    def __init__(self, objective: "SupervisedContrastive", site: BlockInfo, rngs: nnx.Rngs):
+        self.temperature = objective.temperature
+        self.head_pool = objective.head_pool
+        size = pooled_site(site, self.head_pool).size
+        self.projector = layers.perceptron(size, objective.widths, **site.options(rngs))
+        self.classifier = site.classifier if site.is_last else None
+
+    def __call__(self, features: Any, carry: Mapping[str, Any]) -> HeadOutput:
+        """Loss of `features` `[batch, ...]`, or a sequence, under `carry["label"]`."""
+        labels = carry["label"]
+        z = self.projector(pool_maps(features, self.head_pool))
+        loss = supervised_contrastive(z, labels, self.temperature)
+        metrics = {"contrastive": loss}
+        logits = self.logits(jax.lax.stop_gradient(features))
+        if logits is not None:
+            metrics["cross_entropy"] = cross_entropy(logits, labels)
+            loss = loss + metrics["cross_entropy"]
+        return HeadOutput(loss, metrics, logits)
+
+    def logits(self, features: Any) -> jax.Array | None:
+        """Logits `[batch, classes]` at the last block, else None."""
+        return None if self.classifier is None else self.classifier(features)
+
+
+@dataclasses.dataclass(frozen=True)
+class SupervisedContrastive:
+    """Supervised contrastive loss of every block's projected output.
+
+    The last head also trains the model's classifier, by cross-entropy on the detached features.
+
+    Attributes:
+        projector: "mlp" (flatten, dense `hidden`, ReLU, dense `features`), "linear" (flatten, dense
+            `features`) or "identity" (flatten).
+        hidden: Width of the hidden layer of "mlp".
+        features: Width of the projector's output.
+        temperature: Divisor of the cosines.
+        head_pool: Average maps over this many bins a side before the projector; 0: do not, as in
+            the paper. The classifier reads the whole map.
+
+    Raises:
+        ValueError: An argument is not among those allowed.
+    """
+
+    projector: str = "mlp"
+    hidden: int = 512
+    features: int = 1024
+    temperature: float = 0.1
+    head_pool: int = 0
+    needs_classifier: ClassVar[bool] = True
+    trains_classifier: ClassVar[bool] = True
+
+    def __post_init__(self):
+        layers.require_one_of(PROJECTORS, projector=self.projector)
+        layers.require_positive(hidden=self.hidden, features=self.features)
+        require_number(positive=True, temperature=self.temperature)
+        require_whole(head_pool=self.head_pool)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Output sizes of the projector's dense layers."""
+        return {"mlp": (self.hidden, self.features), "linear": (self.features,), "identity": ()}[
+            self.projector
+        ]
+
+    def head(self, site: BlockInfo, rngs: nnx.Rngs) -> nnx.Module:
+        """Head for any block.
+
+        Raises:
+            ValueError: The model has no classifier.
+        """
+        if site.is_last and site.classifier is None:
+            raise ValueError("the contrastive objective needs a model with a classifier")
+        return SupervisedContrastiveHead(self, site, rngs)

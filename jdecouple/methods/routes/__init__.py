@@ -1,0 +1,23 @@
+"""Routes: how error reaches a block, as pure functions of one stage."""
+
+from jdecouple.methods.routes.delayed import Delayed
+from jdecouple.methods.routes.local import Local
+from jdecouple.methods.routes.route import Route, Staleness
+from jdecouple.methods.routes.stage import Accumulated, Metrics, Stage, StageState, add
+from jdecouple.methods.routes.synchronous import Synchronous
+from jdecouple.methods.routes.unit import Carry, Unit
+
+__all__ = [
+    "Accumulated",
+    "Carry",
+    "Delayed",
+    "Local",
+    "Metrics",
+    "Route",
+    "Stage",
+    "StageState",
+    "Staleness",
+    "Synchronous",
+    "Unit",
+    "add",
+]

@@ -1,0 +1,198 @@
+"""Delayed routes: the error of the loss reaches a stage iterations after its forward.
+
+DDG (arXiv 1804.10574), Features Replay (1807.04511), FDG (1906.09108) and ADL (2012.03747) are
+settings of this one route.
+"""
+
+import dataclasses
+import itertools
+import math
+from numbers import Integral, Real
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jdecouple.methods.routes.route import Route, Staleness
+from jdecouple.methods.routes.stage import Metrics, Stage, StageState
+from jdecouple.methods.routes.synchronous import linearize, pull_back
+from jdecouple.methods.routes.unit import Carry
+
+# (forward, backward): schedule
+_SCHEDULES = {
+    ("locked", "locked"): "sequential",
+    ("locked", "pipelined"): "delayed_locked",
+    ("pipelined", "pipelined"): "delayed",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Delayed(Route):
+    """Backpropagation whose error takes one iteration from a stage to the one below.
+
+    With K stages, stage k is late by K-1-k iterations where the forward is locked, and by
+    2(K-1-k) where activations, too, take an iteration a stage. The last stage trains at once.
+
+    Attributes:
+        forward_pass: "locked" (a batch goes through all stages in one iteration) or "pipelined"
+            (one stage an iteration).
+        backward_pass: "pipelined", or "locked": no delay, which is exact backpropagation.
+        replay: whether a stage keeps its inputs alone and repeats the forward with its current
+            weights before the backward; else it keeps what the backward needs, activations and
+            weights of forward time.
+        current_weights: whether a backward of kept activations multiplies by the current weights.
+        beta: factor in (0, 1] on the error at each boundary (gradient shrinking, 1906.09108).
+        accumulate: backward passes to one optimiser step (2012.03747).
+        accumulate_mean: whether the step uses the mean of their gradients instead of the sum.
+        first_stage_lr_scale: factor on the updates of the first stage.
+
+    Raises:
+        ValueError: a value that is out of range, or two that exclude each other.
+    """
+
+    forward_pass: str
+    replay: bool = False
+    backward_pass: str = "pipelined"
+    current_weights: bool = False
+    beta: float = 1.0
+    accumulate: int = 1
+    accumulate_mean: bool = False
+    first_stage_lr_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("replay", "current_weights", "accumulate_mean"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}: True or False is needed")
+        if (self.forward_pass, self.backward_pass) not in list(_SCHEDULES):
+            raise ValueError(
+                f"forward_pass {self.forward_pass!r} with backward_pass {self.backward_pass!r}: "
+                f"allowed are {', '.join(' with '.join(pair) for pair in _SCHEDULES)}"
+            )
+        if self.replay and self.current_weights:
+            raise ValueError("current_weights has no meaning with replay, which always uses them")
+        if not _is(self.beta, Real) or not 0 < self.beta <= 1:
+            raise ValueError(f"beta is {self.beta!r}: a number above 0 and at most 1 is needed")
+        if not _is(self.accumulate, Integral) or self.accumulate < 1:
+            raise ValueError(
+                f"accumulate is {self.accumulate!r}: a whole number of at least 1 is needed"
+            )
+        scale = self.first_stage_lr_scale
+        if not _is(scale, Real) or not 0 < scale < math.inf:
+            raise ValueError(
+                f"first_stage_lr_scale is {scale!r}: a finite number above 0 is needed"
+            )
+
+    @property
+    def schedules(self) -> tuple[str, ...]:
+        """The one schedule that has these delays."""
+        return (_SCHEDULES[self.forward_pass, self.backward_pass],)
+
+    def forward(
+        self, stage: Stage, state: StageState, carry: Carry, step_id: jax.Array
+    ) -> tuple[Any, Metrics, Any, Carry]:
+        """Forward of the stage; the residuals may leave the compiled call and wait."""
+        stats, metrics, linearized, handed = linearize(stage, state, carry, step_id)
+        if stage.is_last:  # its backward follows in the same call
+            residuals: Any = linearized
+        elif self.replay:
+            residuals = carry
+        else:
+            residuals = list(itertools.compress(jax.tree.leaves(linearized), self._kept(stage)))
+        return stats, metrics, residuals, handed
+
+    def backward(
+        self, stage: Stage, state: StageState, residuals: Any, cotangent: Any, step_id: jax.Array
+    ) -> tuple[Any, Any]:
+        """Pulls a late error back, and adds the stage's own losses if it has any."""
+        if stage.is_last:
+            return pull_back(residuals, None)
+        if self.replay:
+            linearized = linearize(stage, state, residuals, step_id)[2]
+        else:
+            linearized = self._restored(stage, state, residuals)
+        if self.beta != 1:
+            cotangent = jax.tree.map(lambda leaf: self.beta * leaf, cotangent)
+        return pull_back(linearized, cotangent)
+
+    def optimizer(
+        self, stage: int, optimizer: optax.GradientTransformation
+    ) -> optax.GradientTransformation:
+        """Accumulation over backward passes, and the first stage's factor."""
+        if stage == 0 and self.first_stage_lr_scale != 1:
+            optimizer = optax.chain(optimizer, optax.scale(self.first_stage_lr_scale))
+        if self.accumulate > 1:
+            optimizer = optax.MultiSteps(
+                optimizer,
+                self.accumulate,
+                use_grad_mean=self.accumulate_mean,
+                accumulator_dtype=jax.dtypes.canonicalize_dtype(jnp.float64),
+            ).gradient_transformation()
+        return optimizer
+
+    def staleness(self, stage: int, num_stages: int) -> Staleness:
+        """Staleness in the steady state; under accumulation the average over its passes.
+
+        A pipelined stage steps before it forwards, so of the 2(K-1-k) iterations between its
+        forward and its backward one less changes its weights.
+        """
+        above = num_stages - 1 - stage
+        if self.backward_pass == "locked":
+            above = 0
+        late = 2 * above - 1 if self.forward_pass == "pipelined" else above
+        weights = 0 if self.replay else max(late, 0)
+        return Staleness(weights / self.accumulate, above / self.accumulate)
+
+    def _kept(self, stage: Stage) -> list[bool]:
+        """For every leaf of a linearisation, whether it has to wait for its backward.
+
+        Constants need not, and weights only where the backward is to use those of forward time.
+        """
+        return _reached(stage, of_state=not self.current_weights)
+
+    def _restored(self, stage: Stage, state: StageState, kept: list) -> Any:
+        """The linearisation of which a forward kept some leaves.
+
+        The others are computed anew: they depend on nothing but, with `current_weights`, the
+        weights, and of the forward around them the compiler leaves nothing.
+        """
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), _shapes(stage)[0])
+        leaves, structure = jax.tree.flatten(_linearized(zeros, state, stage))
+        waiting = iter(kept)
+        return jax.tree.unflatten(
+            structure,
+            [
+                next(waiting) if keep else leaf
+                for leaf, keep in zip(leaves, self._kept(stage), strict=True)
+            ],
+        )
+
+
+def _linearized(batch: tuple[Carry, jax.Array], state: StageState, stage: Stage) -> Any:
+    return linearize(stage, state, *batch)[2]
+
+
+def _shapes(stage: Stage) -> tuple[tuple[Carry, jax.ShapeDtypeStruct], StageState]:
+    """Shapes of the first two arguments of `_linearized`."""
+    step_id = jax.ShapeDtypeStruct((2,), jnp.int32)
+    return (stage.carry, step_id), jax.eval_shape(stage.initial)
+
+
+def _reached(stage: Stage, of_state: bool) -> list[bool]:
+    """For every leaf of a linearisation, whether it depends on the batch, or on the state too."""
+
+    def leaves(batch, state):
+        return jax.tree.leaves(_linearized(batch, state, stage))
+
+    batch, state = _shapes(stage)
+    jaxpr = jax.make_jaxpr(leaves)(batch, state).jaxpr
+    count = len(jaxpr.invars) if of_state else len(jax.tree.leaves(batch))
+    reached = set(map(id, jaxpr.invars[:count]))
+    for equation in jaxpr.eqns:
+        if any(id(variable) in reached for variable in equation.invars):
+            reached.update(map(id, equation.outvars))
+    return [id(variable) in reached for variable in jaxpr.outvars]
+
+
+def _is(value: Any, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)

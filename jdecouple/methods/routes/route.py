@@ -1,0 +1,84 @@
+"""What every route offers: two pure functions of a stage, and how late its error comes."""
+
+import abc
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import optax
+
+from jdecouple.methods.routes.stage import Metrics, Stage, StageState
+from jdecouple.methods.routes.unit import Carry
+
+
+class Staleness(NamedTuple):
+    """How many updates old are the things that an update of one stage uses.
+
+    Attributes:
+        weights: updates of the stage between the weights that the gradient was computed with and
+            the weights that it is applied to.
+        error: updates of the last stage between the loss that the error comes from and the use of
+            the error.
+    """
+
+    weights: float
+    error: float
+
+
+class Route(abc.ABC):
+    """How error reaches the blocks of a stage."""
+
+    local: ClassVar[bool] = False
+    """Whether every block needs a loss of its own."""
+
+    accumulate: int = 1
+    """Backward passes to one optimiser step."""
+
+    @property
+    @abc.abstractmethod
+    def schedules(self) -> tuple[str, ...]:
+        """Names of the schedules that run the route, its own first."""
+
+    @abc.abstractmethod
+    def forward(
+        self, stage: Stage, state: StageState, carry: Carry, step_id: jax.Array
+    ) -> tuple[Any, Metrics, Any, Carry]:
+        """Forward of a stage.
+
+        Args:
+            stage: the stage.
+            state: its state.
+            carry: what it received, not yet prepared.
+            step_id: [batch, microbatch].
+
+        Returns:
+            Moved statistics, metrics, residuals for the backward, the carry on.
+        """
+
+    @abc.abstractmethod
+    def backward(
+        self, stage: Stage, state: StageState, residuals: Any, cotangent: Any, step_id: jax.Array
+    ) -> tuple[Any, Any]:
+        """Backward of a stage.
+
+        Args:
+            stage: the stage.
+            state: its state, which the forward may have seen in an older version.
+            residuals: what the forward left.
+            cotangent: error from the stage above; None on the last stage.
+            step_id: [batch, microbatch] of the forward.
+
+        Returns:
+            Gradients of the units' parameters, and the error for the stage below.
+        """
+
+    def optimizer(
+        self, stage: int, optimizer: optax.GradientTransformation
+    ) -> optax.GradientTransformation:
+        """The optimiser as stage number `stage` uses it."""
+        del stage
+        return optimizer
+
+    def staleness(self, stage: int, num_stages: int) -> Staleness:
+        """Staleness of what stage number `stage` of `num_stages` updates with."""
+        del stage, num_stages
+        return Staleness(0.0, 0.0)

@@ -1,0 +1,175 @@
+"""What the routes share: the stage, its keys, its metrics and its optimiser step."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jdecouple.methods.objectives import HeadOutput
+from jdecouple.methods.routes.unit import Carry, Unit
+
+# "params", "stats" and "opt": each a tuple with one entry a unit.
+StageState = dict[str, Any]
+Metrics = dict[str, jax.Array]
+Transform = Callable[[Carry, jax.Array, bool], Carry]
+
+
+class Accumulated(NamedTuple):
+    """What a stage adds up over the microbatches of one batch."""
+
+    gradients: Any
+    metrics: Metrics
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stage:
+    """Consecutive units that live on one device group.
+
+    Attributes:
+        index: k, 0 to K-1.
+        num_stages: K.
+        units: the blocks of the stage with their heads.
+        optimizer: the transformation that every unit has a state of.
+        seed: root of all random keys.
+        num_microbatches: M; gradients and metrics are means over it.
+        transform: augmentation, run by the first stage alone.
+        clip_norm: bound on the norm of the gradient of all stages together; None clips nothing.
+        remat: whether a forward keeps its input alone, and the backward repeats it.
+        carry: shapes of the carry that the stage receives, one microbatch.
+    """
+
+    index: int
+    num_stages: int
+    units: tuple[Unit, ...]
+    optimizer: optax.GradientTransformation
+    seed: int
+    num_microbatches: int
+    transform: Transform | None
+    clip_norm: float | None
+    remat: bool
+    carry: Carry
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the model ends here."""
+        return self.index == self.num_stages - 1
+
+    def initial(self) -> StageState:
+        """Fresh state: weights of the modules, optimiser states of the units."""
+        pairs = [unit.initial() for unit in self.units]
+        params = tuple(params for params, _ in pairs)
+        return {
+            "params": params,
+            "stats": tuple(stats for _, stats in pairs),
+            "opt": tuple(self.optimizer.init(each) for each in params),
+        }
+
+    def prepare(self, carry: Carry, step_id: jax.Array, train: bool) -> Carry:
+        """Applies the transform to what enters the first stage.
+
+        Keys are folded from (seed, step, index in the global batch), so that an example is
+        augmented alike whatever the microbatches and the sharding are.
+        """
+        if self.index or self.transform is None:
+            return carry
+        count = jax.tree.leaves(carry["x"])[0].shape[0]
+        root = jax.random.fold_in(jax.random.key(self.seed), step_id[0])
+        indices = step_id[1] * count + jnp.arange(count)
+        keys = jax.vmap(lambda index: jax.random.fold_in(root, index))(indices)
+        return self.transform(carry, keys, train)
+
+    def key(self, unit: Unit, step_id: jax.Array) -> jax.Array:
+        """Key of a unit for (step, microbatch); independent of the schedule and of K."""
+        key = jax.random.fold_in(jax.random.key(self.seed), step_id[0])
+        # Offset so that no unit shares a key with an example of `prepare`.
+        key = jax.random.fold_in(key, np.uint32(2**32 - 1) - self.number(unit))
+        return jax.random.fold_in(key, step_id[1])
+
+    def number(self, unit: Unit) -> Any:
+        """Index of a unit in the model, as its keys count it."""
+        return np.uint32(unit.index)
+
+    def squared_norm(self, gradients: Any) -> jax.Array:
+        """Squared norm of the mean of the microbatches' gradients."""
+        dtype = jax.dtypes.canonicalize_dtype(jnp.float64)
+        leaves = [jnp.sum(jnp.square(leaf.astype(dtype))) for leaf in jax.tree.leaves(gradients)]
+        return sum(leaves, jnp.zeros((), dtype)) / self.num_microbatches**2
+
+    def update(
+        self, state: StageState, gradients: Any, squared_norm: jax.Array | None = None
+    ) -> StageState:
+        """One optimiser step of every unit with the mean of the microbatches' gradients.
+
+        Args:
+            state: state of the stage.
+            gradients: sums over the microbatches.
+            squared_norm: of the mean gradient of all stages, where it is to be clipped.
+        """
+        scale: Any = 1.0 / self.num_microbatches
+        if squared_norm is not None:
+            assert self.clip_norm is not None
+            norm = jnp.sqrt(squared_norm)
+            scale = scale * jnp.where(norm > self.clip_norm, self.clip_norm / norm, 1.0)
+        params, opt = [], []
+        for gradient, unit_params, unit_opt in zip(
+            gradients, state["params"], state["opt"], strict=True
+        ):
+            if self.num_microbatches > 1 or squared_norm is not None:
+                gradient = jax.tree.map(lambda g: (g * scale).astype(g.dtype), gradient)
+            updates, new_opt = self.optimizer.update(gradient, unit_opt, unit_params)
+            params.append(optax.apply_updates(unit_params, updates))
+            opt.append(new_opt)
+        return {**state, "params": tuple(params), "opt": tuple(opt)}
+
+    def mean(self, metrics: Metrics) -> Metrics:
+        """Turns sums over the microbatches into means."""
+        if self.num_microbatches == 1:
+            return metrics
+        return {name: value / self.num_microbatches for name, value in metrics.items()}
+
+
+def add(first: Any, second: Any) -> Any:
+    """Sum of two trees; None is zero."""
+    if first is None:
+        return second
+    return jax.tree.map(jnp.add, first, second)
+
+
+def block_metrics(unit: Unit, output: HeadOutput, carry: Carry) -> Metrics:
+    """Metrics of one block: its loss, the loss's terms, its exit's training accuracy."""
+    prefix = f"block_{unit.index}/"
+    metrics = {prefix + "loss": output.loss}
+    metrics |= {prefix + name: value for name, value in output.metrics.items()}
+    if output.logits is not None:
+        metrics[prefix + "accuracy"] = accuracy(output.logits, carry["label"])
+    return {name: value.astype(jnp.float32) for name, value in metrics.items()}
+
+
+def next_carry(carry: Carry, features: Any, output: HeadOutput | None) -> Carry:
+    """What the block above receives: the carry, what the head wrote into it, the features."""
+    written = {} if output is None else jax.lax.stop_gradient(dict(output.carry))
+    return {**carry, **written, "x": features}
+
+
+def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Fraction of arg-maxes that hit."""
+    return jnp.mean(jnp.argmax(logits, axis=-1) == labels, dtype=jnp.float32)
+
+
+def totals(carry: Carry, metrics: Metrics) -> tuple[Metrics, Carry]:
+    """Adds the sums over all blocks so far; they travel with the carry.
+
+    Returns:
+        The metrics with "loss" (and "accuracy" where the stage has an exit), and the carry with
+        the "loss" that it takes along, if any block so far has one.
+    """
+    losses = [value for name, value in metrics.items() if name.endswith("/loss")]
+    loss = sum(losses, carry.get("loss", jnp.zeros((), jnp.float32)))
+    exits = [value for name, value in metrics.items() if name.endswith("/accuracy")]
+    if losses or "loss" in carry:
+        carry = {**carry, "loss": loss}
+    return {**metrics, "loss": loss, **({"accuracy": exits[-1]} if exits else {})}, carry

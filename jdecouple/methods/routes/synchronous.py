@@ -1,0 +1,98 @@
+"""Synchronous route: exact backpropagation, cut into the backward passes of the stages."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from jdecouple.methods.routes.route import Route
+from jdecouple.methods.routes.stage import (
+    Metrics,
+    Stage,
+    StageState,
+    block_metrics,
+    next_carry,
+    totals,
+)
+from jdecouple.methods.routes.unit import Carry
+
+
+@dataclasses.dataclass(frozen=True)
+class Synchronous(Route):
+    """Every stage waits for the error of the stage above it; weights and error are never stale.
+
+    Losses may stand at any block; their gradients flow end to end.
+    """
+
+    schedules: ClassVar[tuple[str, ...]] = ("sequential", "gpipe", "1f1b", "interleaved_1f1b")
+
+    def forward(
+        self, stage: Stage, state: StageState, carry: Carry, step_id: jax.Array
+    ) -> tuple[Any, Metrics, Any, Carry]:
+        """Forward of the whole stage; the residuals hold its vector-Jacobian product."""
+        return linearize(stage, state, carry, step_id)
+
+    def backward(
+        self, stage: Stage, state: StageState, residuals: Any, cotangent: Any, step_id: jax.Array
+    ) -> tuple[Any, Any]:
+        """Pulls the error of the stage above, and of the stage's own losses, back."""
+        del stage, state, step_id
+        return pull_back(residuals, cotangent)
+
+
+def advance(
+    stage: Stage, params: tuple, stats: tuple, carry: Carry, step_id: jax.Array
+) -> tuple[Carry, jax.Array, tuple, Metrics]:
+    """Forward of the units of a stage on a carry that is already prepared.
+
+    Returns:
+        The carry on, with gradients through its "x" alone; the sum of the units' losses, moved
+        statistics, metrics.
+    """
+    loss = jnp.zeros((), jnp.float32)
+    moved: list[Any] = []
+    metrics: Metrics = {}
+    for unit, unit_params, unit_stats in zip(stage.units, params, stats, strict=True):
+        key = stage.key(unit, step_id)
+        features, output, new_stats = unit.train(unit_params, unit_stats, carry, key)
+        moved.append(new_stats)
+        if output is not None:
+            loss = loss + output.loss
+            metrics |= block_metrics(unit, output, carry)
+        carry = next_carry(carry, features, output)
+    return carry, loss, tuple(moved), metrics
+
+
+def linearize(
+    stage: Stage, state: StageState, carry: Carry, step_id: jax.Array
+) -> tuple[Any, Metrics, tuple[Callable, jax.Array], Carry]:
+    """Forward of a stage, and its linearisation: what `pull_back` takes.
+
+    Returns:
+        Moved statistics, metrics, (vector-Jacobian product, loss), the carry on.
+    """
+    carry = stage.prepare(carry, step_id, True)
+
+    def run(params, x):
+        received = {**carry, "x": x}
+        handed, loss, stats, metrics = advance(stage, params, state["stats"], received, step_id)
+        return (None if stage.is_last else handed["x"], loss), (stats, metrics, handed)
+
+    if stage.remat:
+        run = jax.checkpoint(run)
+    if stage.index:
+        result = jax.vjp(run, state["params"], carry["x"], has_aux=True)
+    else:  # the input of the model, which may be integers, gets no gradient
+        result = jax.vjp(lambda params: run(params, carry["x"]), state["params"], has_aux=True)
+    (_, loss), pullback, (stats, metrics, handed) = result
+    metrics, handed = totals(handed, metrics)
+    return stats, metrics, (pullback, loss), handed
+
+
+def pull_back(linearized: tuple[Callable, jax.Array], cotangent: Any) -> tuple[Any, Any]:
+    """Gradients of the units' parameters, and of the input (None on the first stage)."""
+    pullback, loss = linearized
+    gradients, *back = pullback((cotangent, jnp.ones_like(loss)))
+    return gradients, back[0] if back else None

@@ -1,0 +1,188 @@
+"""A block with its head as pure functions over flat dicts of arrays."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jdecouple.methods.objectives import Descending, HeadOutput
+
+Arrays = dict[str, jax.Array]
+Carry = dict[str, Any]
+
+
+class _Pair(nnx.Module):
+    def __init__(self, block: nnx.Module, head: nnx.Module | None):
+        self.block = block
+        self.head = head
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Unit:
+    """One block and the head that an objective gave it, split once.
+
+    Flat dicts instead of module objects cross the jit boundary: flattening them costs
+    microseconds, and their keys ("block/conv/kernel") name the leaves of a checkpoint.
+
+    Attributes:
+        index: index of the block in the model.
+        params: trained variables by name.
+        stats: all other variables (BatchNorm statistics, ...) by name, moved by the forward.
+        has_loss: whether the block has a head.
+        descends: whether the head is one whose answer comes down from the last block.
+        dtype: compute dtype; parameters and activations are cast to it. None casts nothing.
+    """
+
+    index: int
+    params: dict[str, nnx.Variable]
+    stats: dict[str, nnx.Variable]
+    has_loss: bool
+    descends: bool
+    dtype: Any
+    _paths: dict[str, tuple]
+    _keys: dict[tuple, nnx.Variable]
+    _definitions: dict[bool, nnx.GraphDef]
+
+    @classmethod
+    def build(cls, index: int, block: nnx.Module, head: nnx.Module | None, dtype: Any) -> "Unit":
+        """Splits a block and its head; neither object is changed."""
+        pair = nnx.clone(_Pair(block, head))
+        definitions: dict[bool, nnx.GraphDef] = {}
+        for train in (False, True):
+            pair.train() if train else pair.eval()
+            definitions[train], params, keys, stats = nnx.split(  # type: ignore[misc]
+                pair, nnx.Param, nnx.RngState, ...
+            )
+        paths: dict[str, tuple] = {}
+
+        def flat(state: nnx.State) -> dict[str, nnx.Variable]:
+            named = {}
+            for path, variable in nnx.to_flat_state(state):
+                name = "/".join(map(str, path))
+                paths[name] = path
+                named[name] = variable
+            return named
+
+        return cls(
+            index=index,
+            params=flat(params),
+            stats=flat(stats),
+            has_loss=head is not None,
+            descends=isinstance(head, Descending),
+            dtype=dtype,
+            _paths=paths,
+            _keys=dict(nnx.to_flat_state(keys)),
+            _definitions=definitions,
+        )
+
+    def same_definition(self, other: "Unit") -> bool:
+        """Whether another unit is made of equal modules, whatever their arrays."""
+        return self._definitions == other._definitions
+
+    def initial(self) -> tuple[Arrays, Arrays]:
+        """Initial parameters and statistics, as the modules carry them."""
+        return (
+            {name: variable.get_value() for name, variable in self.params.items()},
+            {name: variable.get_value() for name, variable in self.stats.items()},
+        )
+
+    def train(
+        self, params: Arrays, stats: Arrays, carry: Carry, key: jax.Array
+    ) -> tuple[Any, HeadOutput | None, Arrays]:
+        """Training forward.
+
+        Args:
+            params: parameters by name.
+            stats: statistics by name.
+            carry: at least "x", the block's input, and what the head reads ("label").
+            key: the key of this (seed, step, microbatch, block); every random stream of the
+                block is derived from it.
+
+        Returns:
+            The block's output, the head's losses (None without a head), the moved statistics.
+        """
+        module = self._module(True, params, stats, key)
+        features = module.block(_cast(carry["x"], self.dtype))
+        output = None if module.head is None else module.head(features, carry)
+        moved = nnx.state(module, nnx.Not(nnx.Any(nnx.Param, nnx.RngState)))
+        values = {path: variable.get_value() for path, variable in nnx.to_flat_state(moved)}
+        new_stats = {
+            name: values[self._paths[name]].astype(variable.get_value().dtype)
+            for name, variable in self.stats.items()
+        }
+        return features, output, new_stats
+
+    def head_outputs(self, features: Any, carry: Carry) -> Carry:
+        """Shapes of what the head writes into the carry, from the shapes of what it reads.
+
+        Raises:
+            ValueError: an entry that is not for heads to write.
+        """
+
+        def head(params, stats, features, carry, key):
+            head = self._module(True, params, stats, key).head
+            return {} if head is None else dict(head(features, carry).carry)
+
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        found = jax.eval_shape(head, *jax.eval_shape(self.initial), features, carry, key)
+        if reserved := {"x", "loss"} & found.keys():
+            raise ValueError(
+                f"the head of block {self.index} writes {', '.join(sorted(reserved))} into the "
+                "carry: all names but x and loss are allowed"
+            )
+        return found
+
+    def evaluate(self, params: Arrays, stats: Arrays, carry: Carry) -> tuple[Any, jax.Array | None]:
+        """Evaluation forward: the block's output and its exit's logits, if it has one."""
+        module = self._module(False, params, stats, jax.random.key(0))
+        features = module.block(_cast(carry["x"], self.dtype))
+        logits = None if module.head is None else module.head.logits(features)
+        return features, logits
+
+    def turn(self, params: Arrays, stats: Arrays, features: Any) -> Any:
+        """What comes down from the last block, whose output the features are."""
+        return self._module(False, params, stats, jax.random.key(0)).head.turn(features)
+
+    def descend(self, params: Arrays, stats: Arrays, target: Any) -> Any:
+        """What the block below gets for what came down."""
+        return self._module(False, params, stats, jax.random.key(0)).head.descend(target)
+
+    def modules(self, params: Arrays, stats: Arrays) -> tuple[nnx.Module, nnx.Module | None]:
+        """The block and its head as nnx modules in training mode, with the given values."""
+        keys = {
+            path: variable.replace(variable.get_value()) for path, variable in self._keys.items()
+        }
+        pair = self._merge(True, params, stats, keys)
+        return pair.block, pair.head
+
+    def _module(self, train: bool, params: Arrays, stats: Arrays, key: jax.Array) -> Any:
+        streams = {}
+        for number, (path, variable) in enumerate(self._keys.items()):
+            if isinstance(variable, nnx.RngKey):
+                streams[path] = variable.replace(jax.random.fold_in(key, number))
+            else:
+                streams[path] = variable.replace(jnp.zeros_like(variable.get_value()))
+        return self._merge(train, _cast(params, self.dtype), stats, streams)
+
+    def _merge(
+        self, train: bool, params: Arrays, stats: Arrays, streams: Mapping[tuple, nnx.Variable]
+    ) -> Any:
+        flat = [
+            (self._paths[name], templates[name].replace(values[name]))
+            for templates, values in ((self.params, params), (self.stats, stats))
+            for name in templates
+        ]
+        return nnx.merge(self._definitions[train], nnx.from_flat_state([*flat, *streams.items()]))
+
+
+def _cast(tree: Any, dtype: Any) -> Any:
+    if dtype is None:
+        return tree
+
+    def cast(leaf: Any) -> Any:
+        return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    return jax.tree.map(cast, tree)

@@ -1,0 +1,138 @@
+"""The table of methods: an objective and a route each."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from jdecouple.methods.objectives import (
+    AssociatedLearning,
+    AuxiliaryNet,
+    CrossEntropy,
+    Exits,
+    InformationPropagation,
+    InformationRegularization,
+    Objective,
+    PredictionSimilarity,
+    SupervisedContrastive,
+)
+from jdecouple.methods.routes import Delayed, Local, Route, Synchronous
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A published way of training: what each block minimises, and how error reaches it.
+
+    Attributes:
+        name: its spec in the table.
+        objective: what each block minimises.
+        route: how error reaches a block.
+        init: initial weights of the heads, "flax" or "torch".
+    """
+
+    name: str
+    objective: Objective
+    route: Route
+    init: str = "flax"
+
+    def __post_init__(self) -> None:
+        if self.init not in ("flax", "torch"):
+            raise ValueError(f"init is {self.init!r}: allowed are flax, torch")
+
+
+class MethodSpec(NamedTuple):
+    """What the table says of a method."""
+
+    objective: type
+    route: type
+    source: str
+    fixed: Mapping[str, Any] = {}
+    """Arguments of the route that make the method what it is."""
+    options: Mapping[str, Any] = {}
+    """Arguments of the route that a caller may set, with the method's defaults."""
+
+
+_METHODS: dict[str, MethodSpec] = {
+    "bp": MethodSpec(CrossEntropy, Synchronous, "end-to-end backpropagation"),
+    "early_exit": MethodSpec(Exits, Synchronous, "arXiv:1709.01686"),
+    "greedy_exit": MethodSpec(Exits, Local, "arXiv:1812.11446"),
+    "deinforeg": MethodSpec(InformationRegularization, Local, "arXiv:2506.18193"),
+    "scpl": MethodSpec(SupervisedContrastive, Local, "arXiv:2602.00062"),
+    "al": MethodSpec(AssociatedLearning, Local, "arXiv:1906.05560"),
+    "dgl": MethodSpec(AuxiliaryNet, Local, "arXiv:1901.08164"),
+    "predsim": MethodSpec(PredictionSimilarity, Local, "arXiv:1901.06656"),
+    "infopro": MethodSpec(InformationPropagation, Local, "arXiv:2101.10832"),
+    "ddg": MethodSpec(CrossEntropy, Delayed, "arXiv:1804.10574", {"forward_pass": "locked"}),
+    "fr": MethodSpec(
+        CrossEntropy,
+        Delayed,
+        "arXiv:1807.04511",
+        {"forward_pass": "locked", "replay": True},
+        {"first_stage_lr_scale": 1.0},
+    ),
+    "fdg": MethodSpec(
+        CrossEntropy,
+        Delayed,
+        "arXiv:1906.09108",
+        {"forward_pass": "pipelined"},
+        {"beta": 1.0, "current_weights": False},
+    ),
+    "adl": MethodSpec(
+        CrossEntropy,
+        Delayed,
+        "arXiv:2012.03747",
+        {"forward_pass": "pipelined"},
+        {"accumulate": 4, "beta": 1.0, "accumulate_mean": False},
+    ),
+}
+
+
+def names() -> tuple[str, ...]:
+    """Names that `get` takes."""
+    return tuple(_METHODS)
+
+
+def _spec(name: str) -> MethodSpec:
+    if name not in _METHODS:
+        raise ValueError(f"unknown method {name!r}: allowed are {', '.join(_METHODS)}")
+    return _METHODS[name]
+
+
+def source(name: str) -> str:
+    """Where a method was published."""
+    return _spec(name).source
+
+
+def arguments(name: str) -> dict[str, Any]:
+    """Arguments of a method with their defaults: the objective's, the route's, `init`.
+
+    Raises:
+        ValueError: unknown method.
+    """
+    spec = _spec(name)
+    fields = dataclasses.fields(spec.objective)
+    return {**{field.name: field.default for field in fields}, **spec.options, "init": Method.init}
+
+
+def get(name: str, *, init: str = "flax", **arguments: Any) -> Method:
+    """Builds a method.
+
+    Args:
+        name: one of `names()`.
+        init: initial weights of the heads, "flax" or "torch".
+        **arguments: arguments of its objective and its route, see `arguments(name)`.
+
+    Raises:
+        ValueError: an unknown method, or an argument out of range.
+        TypeError: an argument that the method does not have.
+    """
+    spec = _spec(name)
+    own = [field.name for field in dataclasses.fields(spec.objective)]
+    for key in arguments:
+        if key not in (*own, *spec.options):
+            raise TypeError(
+                f"method {name} takes no argument {key!r}: "
+                f"allowed are {', '.join([*own, *spec.options, 'init'])}"
+            )
+    objective = {key: arguments[key] for key in own if key in arguments}
+    route = {key: arguments.get(key, default) for key, default in spec.options.items()}
+    return Method(name, spec.objective(**objective), spec.route(**spec.fixed, **route), init)

@@ -1,0 +1,192 @@
+"""What the Trainer takes in: batches like its example, cut into microbatches."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jdecouple.methods.routes import Carry
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchSpec:
+    """Checks and cuts global batches.
+
+    Attributes:
+        example: `jax.ShapeDtypeStruct`s of a batch.
+        microbatches: M.
+        replicas: into which every microbatch must divide.
+    """
+
+    example: Carry
+    microbatches: int
+    replicas: int
+
+    def checked(self, batch: Mapping[str, Any], num_classes: int) -> list[Carry]:
+        """The microbatches of a batch.
+
+        Raises:
+            TypeError: not a mapping of arrays.
+            ValueError: it is not like the example, or holds what no batch may.
+        """
+        check_batch(batch, num_classes)
+        check_like(batch, self.example, any_size=False)
+        return self.split(batch)
+
+    def split(self, batch: Mapping[str, Any]) -> list[Carry]:
+        """Cuts a batch (of arrays or of shapes) into microbatches.
+
+        Raises:
+            ValueError: it does not divide.
+        """
+        count, parts = batch["label"].shape[0], self.microbatches
+        if count % (parts * self.replicas):
+            raise ValueError(
+                f"a batch of {count} does not divide into {parts} microbatch(es) on "
+                f"{self.replicas} replica(s)"
+            )
+        size = count // parts
+
+        def cut(leaf: Any, part: int) -> Any:
+            if isinstance(leaf, jax.ShapeDtypeStruct):
+                return jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype)
+            return leaf if parts == 1 else leaf[part * size : (part + 1) * size]
+
+        return [
+            jax.tree.map(lambda leaf, part=part: cut(leaf, part), dict(batch))
+            for part in range(parts)
+        ]
+
+
+def check_type(label: str, value: Any, wanted: type) -> None:
+    """Raises TypeError unless a value is of a type."""
+    if not isinstance(value, wanted):
+        package = wanted.__module__.split(".")[0]
+        raise TypeError(
+            f"{label} is a {type(value).__name__}: a {package} {wanted.__name__} is needed"
+        )
+
+
+def check_counts(**values: Any) -> None:
+    """Raises ValueError for the first value that is neither None nor a whole number above 0."""
+    for label, value in values.items():
+        if value is not None and (not isinstance(value, Integral) or value < 1):
+            raise ValueError(f"{label} is {value!r}: a whole number of at least 1 is needed")
+
+
+def check_options(
+    *, seed: Any, dtype: Any, boundaries: Any, transform: Any, clip_norm: Any
+) -> None:
+    """Checks the types of the Trainer's other arguments.
+
+    Raises:
+        TypeError: a transform that cannot be called.
+        ValueError: any other that is not what the Trainer documents.
+    """
+    if not isinstance(seed, Integral):
+        raise ValueError(f"seed is {seed!r}: a whole number is needed")
+    if transform is not None and not callable(transform):
+        raise TypeError(f"transform is a {type(transform).__name__}: a function is needed")
+    if dtype is not None and not _is_floating(dtype):
+        raise ValueError(f"dtype is {dtype!r}: a floating-point dtype such as bfloat16 is needed")
+    if clip_norm is not None and not (
+        isinstance(clip_norm, Real)
+        and not isinstance(clip_norm, bool)
+        and 0 < float(clip_norm) < math.inf
+    ):
+        raise ValueError(f"clip_norm is {clip_norm!r}: a finite number above 0 is needed")
+    if not isinstance(boundaries, str | None) and not (
+        isinstance(boundaries, Sequence) and all(isinstance(each, Integral) for each in boundaries)
+    ):
+        raise ValueError(f"boundaries {boundaries!r} are no sequence of block indices")
+
+
+def _is_floating(dtype: Any) -> bool:
+    try:
+        return bool(jnp.issubdtype(jnp.dtype(dtype), jnp.floating))
+    except TypeError:
+        return False
+
+
+def check_batch(batch: Any, num_classes: int | None = None) -> None:
+    """Checks a batch on the host.
+
+    Args:
+        batch: mapping with "x" [batch, ...] and "label" [batch] (integers).
+        num_classes: upper bound of the labels, if known.
+
+    Raises:
+        TypeError: not a mapping of arrays.
+        ValueError: missing keys, wrong shapes, labels out of range, non-finite numbers.
+    """
+    if not isinstance(batch, Mapping) or not {"x", "label"} <= batch.keys():
+        found = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
+        raise TypeError(f"a batch is a mapping with 'x' and 'label': given {found}")
+    labels = batch["label"]
+    if not hasattr(labels, "dtype") or not jnp.issubdtype(labels.dtype, jnp.integer):
+        given = getattr(labels, "dtype", type(labels).__name__)
+        raise TypeError(f"batch['label'] is of {given}: an array of integers is needed")
+    if labels.ndim != 1 or not labels.shape[0]:
+        raise ValueError(f"batch['label'] has shape {labels.shape}: [batch] is needed")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(dict(batch)):
+        where = f"batch{jax.tree_util.keystr(path)}"
+        if not hasattr(leaf, "shape") or leaf.shape[:1] != labels.shape:
+            given = getattr(leaf, "shape", type(leaf).__name__)
+            raise ValueError(f"{where} has shape {given}: {labels.shape[0]} labels were given")
+        _check_finite(where, leaf)
+    if isinstance(labels, np.ndarray) and num_classes is not None:
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= num_classes:
+            wrong = low if low < 0 else high
+            raise ValueError(f"label {wrong} is out of range: 0 to {num_classes - 1} is allowed")
+
+
+def _check_finite(where: str, leaf: Any) -> None:
+    """Looks at host arrays alone: waiting for a device would stall the pipeline."""
+    if not isinstance(leaf, np.ndarray) or not np.issubdtype(leaf.dtype, np.floating):
+        return
+    # The sum is finite unless an entry is not (or it overflows: then look closer).
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = leaf.sum()
+    if not np.isfinite(total) and not np.isfinite(leaf).all():
+        row = int(np.argwhere(~np.isfinite(leaf))[0][0])
+        raise ValueError(f"{where} is not finite at example {row}")
+
+
+def check_like(batch: Mapping[str, Any], example: Mapping[str, Any], *, any_size: bool) -> None:
+    """Checks that a batch has the entries, shapes and dtypes of the example.
+
+    Args:
+        batch: a batch.
+        example: the `jax.ShapeDtypeStruct`s of the Trainer's example.
+        any_size: whether the number of examples may differ.
+
+    Raises:
+        ValueError: it has others: they would compile anew, or fail on another process.
+    """
+
+    def kinds(tree: Mapping[str, Any]) -> dict[str, str]:
+        leaves = jax.tree_util.tree_leaves_with_path(dict(tree))
+        return {
+            jax.tree_util.keystr(path, simple=True): _kind(leaf, any_size) for path, leaf in leaves
+        }
+
+    given, wanted = kinds(batch), kinds(example)
+    if given != wanted:
+        raise ValueError(f"the batch holds {_listing(given)}: the example held {_listing(wanted)}")
+
+
+def _kind(leaf: Any, any_size: bool) -> str:
+    sizes = list(map(str, leaf.shape))
+    if any_size:
+        sizes[0] = "batch"
+    return f"{jax.dtypes.canonicalize_dtype(leaf.dtype)}[{', '.join(sizes)}]"
+
+
+def _listing(kinds: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {kind}" for name, kind in sorted(kinds.items()))

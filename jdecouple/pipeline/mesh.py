@@ -1,0 +1,215 @@
+"""Which devices a stage owns."""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from functools import cached_property
+from numbers import Integral
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class StageMesh:
+    """The `stage` x `data` mesh: one row of devices a stage.
+
+    Unlike `jax.sharding.Mesh` it may name a device in several rows, because more stages
+    than devices is legal, and its rows may differ in length, because early blocks may need more
+    replicas than late ones.
+
+    Attributes:
+        rows: devices of every stage, its replicas.
+    """
+
+    rows: tuple[tuple[jax.Device, ...], ...]
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """Number of stages, and the number of parts that a batch must divide into."""
+        return {"stage": len(self.rows), "data": math.lcm(*map(len, self.rows))}
+
+
+def make_mesh(
+    stages: int = 1,
+    data: int = 1,
+    *,
+    replicas: Sequence[int] | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> StageMesh:
+    """Lays devices out as `stages` rows of `data` replicas.
+
+    With fewer devices than stages x data, neighbouring stages share a row; the numbers that
+    training yields are the same.
+
+    Args:
+        stages: K, at least 1.
+        data: D, devices that hold a replica of each stage; at least 1.
+        replicas: replicas of each stage, where they differ; instead of `stages` and `data`.
+        devices: devices to use; by default all, of all processes, in JAX's order.
+
+    Returns:
+        The mesh.
+
+    Raises:
+        ValueError: a size that is no whole number of at least 1, fewer than `data` devices, or
+            fewer than the sum of `replicas`.
+    """
+    available = list(jax.devices() if devices is None else devices)
+    if replicas is not None:
+        return _uneven(tuple(replicas), available)
+    for label, size in (("stages", stages), ("data", data)):
+        if not isinstance(size, Integral) or size < 1:
+            raise ValueError(
+                f"mesh axis {label} is {size!r}: a whole number of at least 1 is needed"
+            )
+    if data > len(available):
+        raise ValueError(
+            f"mesh axis data is {data}, but only {len(available)} device(s) are present"
+        )
+    count = min(stages, len(available) // data)
+    distinct = [tuple(available[row * data : (row + 1) * data]) for row in range(count)]
+    return StageMesh(assign_devices(distinct, stages))
+
+
+def _uneven(replicas: tuple[int, ...], available: Sequence[jax.Device]) -> StageMesh:
+    whole = all(isinstance(each, Integral) and not isinstance(each, bool) for each in replicas)
+    if not replicas or not whole or min(replicas) < 1:
+        raise ValueError(
+            f"replicas are {replicas}: a whole number of at least 1 is needed for every stage"
+        )
+    if sum(replicas) > len(available):
+        raise ValueError(
+            f"replicas {replicas} need {sum(replicas)} devices, but only {len(available)} are "
+            "present"
+        )
+    ends = list(itertools.accumulate(replicas))
+    return StageMesh(tuple(tuple(available[a:b]) for a, b in itertools.pairwise((0, *ends))))
+
+
+def assign_devices(rows: Sequence[tuple], num_stages: int) -> tuple[tuple, ...]:
+    """Gives `num_stages` stages their rows, in order, as evenly as possible."""
+    return tuple(rows[stage * len(rows) // num_stages] for stage in range(num_stages))
+
+
+def as_stage_mesh(mesh: Any) -> StageMesh:
+    """Accepts a `StageMesh` or a `jax.sharding.Mesh` with the axes `stage` and `data`.
+
+    Raises:
+        TypeError: something else.
+        ValueError: other axes.
+    """
+    if isinstance(mesh, StageMesh):
+        return mesh
+    if not isinstance(mesh, Mesh):
+        raise TypeError(f"mesh is a {type(mesh).__name__}: jdecouple.make_mesh(...) gives one")
+    if sorted(mesh.axis_names) not in (["data", "stage"], ["stage"]):
+        raise ValueError(f"mesh axes are {mesh.axis_names}: 'stage' and 'data' are needed")
+    devices = mesh.devices
+    if mesh.axis_names == ("data", "stage"):
+        devices = devices.T
+    return StageMesh(tuple(tuple(row) for row in devices.reshape(devices.shape[0], -1)))
+
+
+@dataclasses.dataclass(frozen=True)
+class StageDevices:
+    """The devices of one stage, and how arrays lie on them.
+
+    Attributes:
+        devices: one a replica.
+        batched: sharding of arrays [batch, ...].
+        replicated: sharding of weights and scalars.
+        addressable: whether this process runs the stage.
+        fully_addressable: whether no other process takes part.
+        axis: of a carry's arrays the one that counts examples; before it, batches are stacked.
+    """
+
+    devices: tuple[jax.Device, ...]
+    batched: NamedSharding
+    replicated: NamedSharding
+    addressable: bool
+    fully_addressable: bool
+    axis: int = 0
+
+    @classmethod
+    def on(cls, devices: tuple[jax.Device, ...]) -> "StageDevices":
+        """StageDevices on a row of the mesh."""
+        mesh = Mesh(np.array(devices), ("data",))
+        here = [each.process_index == jax.process_index() for each in devices]
+        return cls(
+            devices,
+            NamedSharding(mesh, PartitionSpec("data")),
+            NamedSharding(mesh, PartitionSpec()),
+            addressable=any(here),
+            fully_addressable=all(here),
+        )
+
+    @property
+    def stacked(self) -> "StageDevices":
+        """The same devices for carries of several batches, [T, batch, ...] and [T]."""
+        batched = NamedSharding(self.batched.mesh, PartitionSpec(None, "data"))
+        return dataclasses.replace(self, batched=batched, axis=1)
+
+    @cached_property
+    def processes(self) -> frozenset[int]:
+        """Indices of the processes that run the stage."""
+        return frozenset(device.process_index for device in self.devices)
+
+    def sharding(self, leaf: Any) -> NamedSharding:
+        """Sharding of a carry's leaf: [batch, ...] over `data`, scalars everywhere."""
+        return self.batched if np.ndim(leaf) > self.axis else self.replicated
+
+    def local_indices(self, size: int) -> np.ndarray:
+        """Positions in arrays [size, ...] over `data` that lie on devices of this process."""
+        parts = self.batched.addressable_devices_indices_map((size,)).values()
+        return np.unique(np.concatenate([np.arange(0), *(np.arange(size)[part] for part in parts)]))
+
+    def waiting(self, leaf: Any, size: int) -> NamedSharding:
+        """Sharding of a leaf of residuals that wait; `size` examples in a microbatch."""
+        batched = leaf.ndim and leaf.shape[0] % size == 0
+        return self.batched if batched else self.replicated
+
+    def place(self, tree: Any, *, own: bool = False, sharding: Any = None) -> Any:
+        """Uploads a tree of host or device arrays.
+
+        Args:
+            tree: the arrays.
+            own: never share memory with the source, as the donated state of a stage needs.
+            sharding: function from a leaf to its sharding; by default that of a carry.
+        """
+
+        def put(leaf: Any) -> jax.Array:
+            target = (sharding or self.sharding)(leaf)
+            if own and len(self.devices) > 1 and isinstance(leaf, jax.Array):
+                leaf = np.array(leaf)  # may_alias holds for single devices alone
+            if self.fully_addressable:
+                return jax.device_put(leaf, target, may_alias=False if own else None)
+            value = np.asarray(leaf)
+            return jax.make_array_from_callback(value.shape, target, lambda index: value[index])
+
+        return jax.tree.map(put, tree)
+
+
+# By default XLA's library for CPUs takes over convolutions as well, on one thread, and takes the
+# gradient of a filter as a convolution with a window as large as the image. It keeps the products.
+_CPU = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"}
+
+
+def compiler_options(placement: StageDevices) -> dict[str, Any] | None:
+    """`compiler_options` of `jax.jit` for calls on the devices of a stage, or None."""
+    return _CPU if placement.devices[0].platform == "cpu" and _known() else None
+
+
+@functools.cache
+def _known() -> bool:
+    """Whether this version of XLA knows the options: it refuses what it does not know."""
+    try:
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            jax.jit(lambda: 0, compiler_options=_CPU).lower().compile()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True

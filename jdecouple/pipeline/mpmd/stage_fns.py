@@ -1,0 +1,196 @@
+"""The compiled calls of a stage: what it does in consecutive actions, as pure functions."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jdecouple.methods.routes import Accumulated, Carry, Route, Stage, StageState, add
+from jdecouple.pipeline.mesh import StageDevices, compiler_options
+from jdecouple.pipeline.transfer import pack, unpack
+from jdecouple.schedules import Call, Kind
+
+
+def stage_step(
+    stage: Stage,
+    route: Route,
+    kinds: tuple[Kind, ...],
+    state: StageState,
+    accumulated: Accumulated | None,
+    residuals: Any,
+    carry: Any,
+    cotangent: Any,
+    step_ids: jax.Array,
+    squared_norm: jax.Array | None = None,
+) -> dict[str, Any]:
+    """What one stage does in consecutive actions, as a pure function.
+
+    Args:
+        stage: the stage.
+        route: the route.
+        kinds: the actions, in order.
+        state: state of the stage. If it holds "since", batches before that one do not exist, and
+            what an action on one of them would change stays as it is.
+        accumulated: sums over the microbatches so far; None before the first.
+        residuals: what the forward left, where that was an earlier call.
+        carry: from the stage below; None without a forward.
+        cotangent: from the stage above; None without a backward, and on the last stage.
+        step_ids: [batch, microbatch] of every action; batch -1 does not exist.
+        squared_norm: of the gradient of all stages, where a step clips it.
+
+    Returns:
+        What changed: "state", "accumulated", "residuals", "carry", "cotangent", "metrics".
+    """
+    out: dict[str, Any] = {}
+    gradients: Any
+    sums: Any
+    gradients, sums = accumulated or (None, None)
+    for number, kind in enumerate(kinds):
+        step_id = step_ids[number]
+        if kind is Kind.FORWARD:
+            stats, metrics, residuals, out["carry"] = route.forward(stage, state, carry, step_id)
+            sums = add(sums, _if_exists(step_id, state, metrics, dict.fromkeys(metrics, jnp.nan)))
+            state = {**state, "stats": _if_exists(step_id, state, stats, state["stats"])}
+            out["state"] = {**out.get("state", {}), "stats": state["stats"]}
+            out["residuals"] = residuals
+        elif kind is Kind.BACKWARD:
+            found, out["cotangent"] = route.backward(stage, state, residuals, cotangent, step_id)
+            gradients = add(gradients, found)
+            out.pop("residuals", None)
+        else:
+            updated = stage.update(state, gradients, squared_norm)
+            state = out["state"] = _if_exists(step_id, state, updated, state)
+            gradients = None
+    if Kind.STEP in kinds:  # a forward after the step, of another batch, reports here too
+        out["metrics"] = stage.mean(sums)
+        if squared_norm is not None:
+            out["metrics"]["gradient_norm"] = jnp.sqrt(squared_norm).astype(jnp.float32)
+    else:
+        out["accumulated"] = Accumulated(gradients, sums)
+    if stage.is_last:
+        out.pop("carry", None)
+    return out
+
+
+def _if_exists(step_id: jax.Array, state: StageState, new: Any, old: Any) -> Any:
+    if "since" not in state:
+        return new
+    exists = step_id[0] >= state["since"]
+    return jax.tree.map(lambda new, old: jnp.where(exists, new, old), new, old)
+
+
+def microbatches_of(kinds: tuple[Kind, ...], microbatches: tuple[int, ...]) -> tuple[Any, Any]:
+    """Microbatches that a call takes forward and backward; None where it does not."""
+    at = dict(zip(kinds, microbatches, strict=True))
+    return at.get(Kind.FORWARD), at.get(Kind.BACKWARD)
+
+
+def steps_last(calls: tuple[Call, ...]) -> tuple[Call, ...]:
+    """Takes the steps out of the calls, and puts them behind all."""
+    others, steps = [], []
+    for stage, kinds, microbatches in calls:
+        pairs = [*zip(kinds, microbatches, strict=True)]
+        kept = [pair for pair in pairs if pair[0] is not Kind.STEP]
+        if kept:
+            others.append(Call(stage, *zip(*kept, strict=True)))
+        steps += [Call(stage, (kind,), (each,)) for kind, each in pairs if kind is Kind.STEP]
+    return (*others, *steps)
+
+
+def make_norm_fn(stage: Stage) -> Any:
+    """Adds the squared norm of a stage's gradient to that of the stages above."""
+
+    def call(gradients, above):
+        own = stage.squared_norm(gradients)
+        return own if above is None else own + above
+
+    call.__name__ = f"stage{stage.index}_norm"
+    return call
+
+
+def make_stage_fn(stage: Stage, route: Route, kinds: tuple[Kind, ...]) -> Any:
+    """`stage_step` of one stage and these actions; its name tells both in a profile."""
+
+    def call(state, accumulated, residuals, carry, cotangent, step_ids, squared_norm):
+        return stage_step(
+            stage,
+            route,
+            kinds,
+            state,
+            accumulated,
+            residuals,
+            carry,
+            cotangent,
+            step_ids,
+            squared_norm,
+        )
+
+    call.__name__ = f"stage{stage.index}_" + "".join(kind.value for kind in kinds)
+    return call
+
+
+def pack_io(function: Any, below: Carry | None, above: Carry | None) -> Any:
+    """The call of a stage that gets and leaves as one array what crosses processes.
+
+    Args:
+        function: the call.
+        below: shapes of the carry from the stage below, where that one is elsewhere.
+        above: shapes of the carry to the stage above, likewise.
+    """
+    if below is None and above is None:
+        return function
+
+    def call(state, accumulated, residuals, carry, cotangent, *others):
+        if below and carry is not None:
+            carry = unpack(carry, below)
+        if above and cotangent is not None:
+            cotangent = unpack(cotangent, above["x"])
+        out = function(state, accumulated, residuals, carry, cotangent, *others)
+        if above and "carry" in out:
+            out["carry"] = pack({name: out["carry"][name] for name in above})
+        if below and out.get("cotangent") is not None:
+            out["cotangent"] = pack(out["cotangent"])
+        return out
+
+    call.__name__ = function.__name__
+    return call
+
+
+def compile_stage_fn(
+    function: Any, placement: StageDevices, kinds: tuple[Kind, ...], waits: int | None
+) -> Any:
+    """Jits a call; donates what the call replaces.
+
+    Args:
+        function: the call.
+        placement: where it runs.
+        kinds: its actions.
+        waits: examples in a microbatch, where residuals outlive the iteration.
+    """
+    lay = jax.lax.with_sharding_constraint
+    if not kinds:  # a norm
+        return jax.jit(function, out_shardings=placement.replicated)
+
+    def constrained(*arguments: Any) -> dict[str, Any]:
+        out = function(*arguments)
+        for name in out:
+            if name == "carry":
+                out[name] = jax.tree.map(
+                    lambda leaf: lay(leaf, placement.sharding(leaf)), out[name]
+                )
+            elif name == "cotangent":
+                out[name] = lay(out[name], placement.batched)
+            elif name != "residuals":
+                out[name] = lay(out[name], placement.replicated)
+            elif waits is not None:
+                out[name] = jax.tree.map(
+                    lambda leaf: lay(leaf, placement.waiting(leaf, waits)), out[name]
+                )
+        return out
+
+    constrained.__name__ = function.__name__
+    donated: tuple[int, ...] = (0,) if Kind.STEP in kinds else (1,)
+    if Kind.STEP in kinds and kinds[-1] is Kind.FORWARD:
+        donated = (0, 2)  # the new residuals take the place of the old
+    options = compiler_options(placement)
+    return jax.jit(constrained, donate_argnums=donated, compiler_options=options)

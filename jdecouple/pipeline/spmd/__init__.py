@@ -1,0 +1,1 @@
+"""The SPMD engine: a pipeline of equal blocks as one compiled program."""

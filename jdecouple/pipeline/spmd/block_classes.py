@@ -1,0 +1,121 @@
+"""Which blocks of a model are the same program, and in what others differ from them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jdecouple.methods.routes import Carry, Unit
+
+MIDDLE, FIRST, LAST = 0, 1, 2
+
+
+def block_classes(
+    units: Sequence[Unit], carries: Sequence[Carry]
+) -> tuple[tuple[int, ...], str | None]:
+    """Tells repeated blocks from the ends.
+
+    All blocks but the first and the last have to be the same: weights of the same shapes under the
+    same names, and one program of forward and backward. A first or last block that differs from
+    them is of a kind of its own.
+
+    Args:
+        units: every block with its head.
+        carries: shapes of the carry that every block receives.
+
+    Returns:
+        The kind of every block, and which block differs from another that it has to be equal to,
+        and how: None where all is well.
+    """
+    if len(units) == 1:
+        return (MIDDLE,), None
+
+    def difference(index: int, reference: int) -> str | None:
+        found = _difference(units[index], units[reference], carries[index], carries[reference])
+        return found and f"block {index} differs from block {reference}: {found}"
+
+    last = len(units) - 1
+    reference = min(1, last - 1)
+    for index in range(2, last):
+        if reason := difference(index, 1):
+            return (), reason
+    at_end = difference(last, reference)
+    at_start = difference(0, reference) if reference else None
+    if at_end and (last == 1 or (at_start and last == 2)):
+        return (), at_end
+    middle = (MIDDLE,) * (last - 1)
+    return (FIRST if at_start else MIDDLE, *middle, LAST if at_end else MIDDLE), None
+
+
+def _difference(unit: Unit, other: Unit, carry: Carry, expected: Carry) -> str | None:
+    """In what a unit differs from another, in words; None if they are the same."""
+    for kind, mine, wanted in zip(
+        ("parameter", "statistic"), unit.initial(), other.initial(), strict=True
+    ):
+        if found := _first_difference(kind, mine, wanted):
+            return found
+    if _listed(carry["x"]) != _listed(expected["x"]):
+        return f"its input is {_listed(carry['x'])} instead of {_listed(expected['x'])}"
+    if found := _first_difference("carry entry", carry, expected):
+        return found
+    # Equal definitions make equal programs; others may do so too, because modules also hold what no
+    # program sees, such as the functions that drew their weights.
+    if unit.dtype == other.dtype and unit.same_definition(other):
+        return None
+    passed, needed = (_listed(_output(each, carry)) for each in (unit, other))
+    if passed != needed:
+        return f"its output is {passed} instead of {needed}"
+    if unit.has_loss != other.has_loss:
+        return f"it has {'a' if unit.has_loss else 'no'} head"
+    if _program(unit, carry) != _program(other, carry):
+        return "its program is another (layers, activations, rates or constants)"
+    return None
+
+
+def _first_difference(kind: str, mine: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
+    for name in sorted({*mine, *wanted}):
+        if name not in mine:
+            return f"it has no {kind} {name}"
+        if name not in wanted:
+            return f"it has a {kind} {name}"
+        if _listed(mine[name]) != _listed(wanted[name]):
+            return f"{kind} {name} is {_listed(mine[name])} instead of {_listed(wanted[name])}"
+    return None
+
+
+def _listed(tree: Any) -> str:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return ", ".join(
+        f"{jax.tree_util.keystr(path)} {leaf.dtype}{list(leaf.shape)}".strip()
+        for path, leaf in leaves
+    )
+
+
+def _output(unit: Unit, carry: Carry) -> Any:
+    return jax.eval_shape(lambda *arguments: unit.train(*arguments)[0], *_arguments(unit, carry))
+
+
+def _arguments(unit: Unit, carry: Carry) -> tuple:
+    shapes = jax.eval_shape(unit.initial)
+    return (*shapes, carry, jax.eval_shape(lambda: jax.random.key(0)))
+
+
+def _program(unit: Unit, carry: Carry) -> str:
+    """Forward, loss and backward of a unit as XLA reads it, with all constants."""
+
+    def program(params, stats, carry, key):
+        def run(params, x):
+            features, output, moved = unit.train(params, stats, {**carry, "x": x}, key)
+            loss = jnp.zeros((), jnp.float32) if output is None else output.loss
+            return (features, loss), (moved, output and (output.metrics, dict(output.carry)))
+
+        x = carry["x"]
+        leaves = jax.tree.leaves(x)
+        if all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves):
+            out, pullback, aside = jax.vjp(run, params, x, has_aux=True)
+        else:
+            out, pullback, aside = jax.vjp(lambda params: run(params, x), params, has_aux=True)
+        return out, aside, pullback(jax.tree.map(jnp.ones_like, out))
+
+    return jax.jit(program).lower(*_arguments(unit, carry)).as_text()

@@ -1,0 +1,162 @@
+"""What training changes, how its arrays are called, and where they lie."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jdecouple.methods.routes import Carry, Route, Stage
+from jdecouple.pipeline.mesh import StageDevices
+from jdecouple.schedules import Schedule
+
+_SAVED_AS = {
+    "queues": "waiting",
+    "carries": "messages",
+    "residuals": "residuals",
+    "errors": "errors",
+}  # names in checkpoints never change
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """Everything that training changes.
+
+    Attributes:
+        step: batches dispatched so far.
+        stages: state of every stage ("params", "stats", "opt", and with a delayed method
+            "queues"); None for the stages of other
+            processes. `Trainer.step` donates it: keep the returned state, not the old one.
+            With engine "spmd" the arrays are stacked, and cut when a stage is asked for.
+    """
+
+    step: int
+    stages: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class PlacedBatch:
+    """A global batch on the devices, one carry a microbatch; made by `Trainer.put`."""
+
+    parts: tuple[Carry | None, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class PlacedChunk:
+    """Consecutive global batches on the devices; made by `Trainer.put_chunk`.
+
+    Attributes:
+        parts: one carry a microbatch, [count, batch, ...]; of a single batch as `PlacedBatch`.
+        count: how many batches.
+    """
+
+    parts: tuple[Carry | None, ...]
+    count: int
+
+
+def leaf_names(stage: Stage, values: Any) -> list[str]:
+    """Names of the leaves of a stage's state, in the order of its leaves."""
+    names = []
+    for path, _ in jax.tree_util.tree_leaves_with_path(values):
+        kind, *rest = (jax.tree_util.keystr((key,), simple=True) for key in path)
+        owner = f"stage_{stage.index}"
+        if kind in ("params", "stats", "opt"):
+            unit, *rest = rest
+            owner = f"block_{stage.units[int(unit)].index}"
+        if kind == "queues":
+            kind, rest[0] = (_SAVED_AS[part] for part in (kind, rest[0]))
+        names.append("/".join([owner, kind, *rest]))
+    return names
+
+
+def place(stage: Stage, placement: StageDevices, values: Any) -> Any:
+    """Puts (parts of) the state of a stage on its devices, in memory of its own."""
+    size = stage.carry["label"].shape[0]
+    queues = {key: values[key] for key in values if key == "queues"}
+    others = {key: values[key] for key in values if key != "queues"}
+    return {
+        **placement.place(others, own=True, sharding=lambda leaf: placement.replicated),
+        **placement.place(queues, own=True, sharding=lambda leaf: placement.waiting(leaf, size)),
+    }
+
+
+def modules(
+    stages: Sequence[Stage], state: State
+) -> list[tuple[nnx.Module | None, nnx.Module | None]]:
+    """Every block and its head as nnx modules; None for those of other processes."""
+    pairs: list[tuple[nnx.Module | None, nnx.Module | None]] = []
+    for stage, values in zip(stages, state.stages, strict=True):
+        for number, unit in enumerate(stage.units):
+            if values is None:
+                pairs.append((None, None))
+                continue
+            # Copies, because the next step donates the state's own buffers; bound to no device,
+            # because a caller applies blocks of several stages to one input.
+            own = values["params"][number], values["stats"][number]
+            copy = jax.tree.map(lambda leaf: jnp.asarray(np.array(leaf)), own)
+            pairs.append(unit.modules(*copy))
+    return pairs
+
+
+Queues = dict[str, dict[tuple[int, int], Any]]
+"""What waits for an action: "carries", "residuals", "errors", each by (stage, microbatch)."""
+
+
+def queue_shapes(schedule: Schedule, route: Route, stages: tuple[Stage, ...], index: int) -> Any:
+    """Shapes of what one stage adds to its state, {} where nothing overlaps.
+
+    Returns:
+        "since" (number of the first batch after the stages were last empty), and "queues": tuples,
+        oldest first, of "carries", "residuals" and "errors".
+    """
+    if not schedule.overlapping:
+        return {}
+    stage, held = stages[index], schedule.in_flight(index)
+    found: dict[str, Any] = {"carries": stage.carry, "residuals": None, "errors": None}
+    if held.residuals:
+        step_id = jax.ShapeDtypeStruct((2,), jnp.int32)
+        found["residuals"] = jax.eval_shape(
+            lambda state, carry, step_id: route.forward(stage, state, carry, step_id)[2],
+            jax.eval_shape(stage.initial),
+            stage.carry,
+            step_id,
+        )
+        found["errors"] = stages[index + 1].carry["x"]
+    return {
+        "since": jax.ShapeDtypeStruct((), jnp.int32),
+        "queues": {kind: (found[kind],) * len(batches) for kind, batches in held._asdict().items()},
+    }
+
+
+def take_queues(schedule: Schedule, states: tuple) -> tuple[tuple, Queues]:
+    """Takes what waits out of the states of the stages."""
+    carried: Queues = {"carries": {}, "residuals": {}, "errors": {}}
+    cores = list(states)
+    for stage, state in enumerate(states):
+        if state is None or "queues" not in state:
+            continue
+        cores[stage] = {key: value for key, value in state.items() if key != "queues"}
+        for kind, batches in schedule.in_flight(stage)._asdict().items():
+            for microbatch, value in zip(batches, state["queues"][kind], strict=True):
+                carried[kind][stage, microbatch] = value
+    return tuple(cores), carried
+
+
+def put_queues(schedule: Schedule, cores: tuple, carried: Queues) -> tuple:
+    """Puts it back, an iteration older."""
+    if not schedule.overlapping:
+        return cores
+    states = list(cores)
+    for stage, core in enumerate(cores):
+        if core is None:
+            continue
+        waiting = {
+            kind: tuple(carried[kind][stage, microbatch + 1] for microbatch in batches)
+            for kind, batches in schedule.in_flight(stage)._asdict().items()
+        }
+        states[stage] = {**core, "queues": waiting}
+    return tuple(states)

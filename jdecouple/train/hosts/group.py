@@ -1,0 +1,293 @@
+"""The processes of a run: what they tell one another, and how they end together.
+
+Every process has a TCP connection to process 0, through which go the arrays of checkpoints, the
+metrics, the agreement on the step to stop at, and a sign of life every second. A process that
+fails says so; one that is killed, or whose machine has gone, is missed. Either way all others end
+with one line, even those that wait inside XLA for what will never come.
+"""
+
+import contextlib
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jdecouple.train.hosts.link import Link, Message
+
+LOST = 3  # exit code where another process has gone
+SILENCE = 40.0  # seconds without a sign of life after which a process has gone
+_PERIOD = 1.0  # seconds between signs of life
+_FAREWELL = 30.0  # seconds for what is to be finished before an end
+_GRACE = 3.0  # seconds in which the end of another process explains an error in this one
+
+
+class SingleProcess:
+    """A run of one process; the others have the same methods.
+
+    Attributes:
+        index: number of this process.
+        count: processes in the run.
+    """
+
+    index = 0
+    count = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process reads and writes the workdir, and talks to the user."""
+        return self.index == 0
+
+    def collect(self, value: Any, arrays: Sequence[np.ndarray] = ()) -> list[Message]:
+        """Brings JSON and arrays of all processes to the first; all call it.
+
+        Returns:
+            A message a process, in order, on the first; nothing on the others, which do not wait.
+        """
+        return [Message("data", value, arrays)]
+
+    def distribute(self, messages: Sequence[Message] | None) -> Message:
+        """Takes a message for every process from the first, and gives each its own.
+
+        Args:
+            messages: on the first process, one for each; None on the others.
+        """
+        assert messages is not None
+        return messages[0]
+
+    def broadcast(self, value: Any) -> Any:
+        """JSON of the first process, on all of them."""
+        return self.distribute([Message("data", value)] * self.count if self.first else None).value
+
+    def stops(self, step: int, requested: bool) -> bool:
+        """Whether all processes are to stop after this step; to be asked after every step.
+
+        Args:
+            step: number of the step that this process has dispatched.
+            requested: whether this process wants to stop. One is enough, and all stop after the
+                same step, the furthest that any has begun.
+        """
+        del step
+        return requested
+
+    def on_loss(self, action: Callable[[], object]) -> None:
+        """What to finish, in this process, before it ends because another one has gone."""
+        del action
+
+
+SINGLE_PROCESS = SingleProcess()
+
+
+class MultiProcess(SingleProcess):
+    """One of several processes.
+
+    Made by `jdecouple.hosts.join`; ended by `close`, or by `fail`.
+
+    Args:
+        index: number of this process.
+        links: links to the others by index: all, on process 0, and else only that to 0.
+        names: names of their machines, by index.
+    """
+
+    def __init__(self, index: int, links: Mapping[int, Link], names: Sequence[str]):
+        self.index = index
+        self.count = len(names)
+        self._links = dict(links)
+        self._names = names
+        self._data: dict[int, queue.SimpleQueue[Message]] = {
+            each: queue.SimpleQueue() for each in links
+        }
+        self._changed = threading.Condition()
+        self._left: set[int] = set()  # processes that have nothing more to do
+        self._begun = 0  # step that this process has begun, or may begin
+        self._asked = self._querying = False
+        self._limits: dict[int, int] = {}
+        self._stop_at: int | None = None
+        self._ending = threading.Lock()
+        self._action: Callable[[], object] = lambda: None
+        for each in links:
+            threading.Thread(target=self._listen, args=(each,), daemon=True).start()
+        threading.Thread(target=self._watch, name="watch", daemon=True).start()
+
+    def collect(self, value: Any, arrays: Sequence[np.ndarray] = ()) -> list[Message]:
+        """See `SingleProcess.collect`."""
+        own = Message("data", value, arrays)
+        if not self.first:
+            self._send(0, own)
+            return []
+        return [own, *(self._data[each].get() for each in range(1, self.count))]
+
+    def distribute(self, messages: Sequence[Message] | None) -> Message:
+        """See `SingleProcess.distribute`."""
+        if not self.first:
+            return self._data[0].get()
+        assert messages is not None
+        for each in range(1, self.count):
+            self._send(each, messages[each])
+        return messages[0]
+
+    def stops(self, step: int, requested: bool) -> bool:
+        """See `SingleProcess.stops`.
+
+        Whoever wants to stop asks process 0, which asks all how far they have begun; from then on
+        nobody begins another step until all know the furthest. They answer from a thread of their
+        own, so that one that waits for a message is no hindrance.
+        """
+        if requested and not self._asked:
+            self._asked = True
+            if self.first:
+                self._ask_all()
+            else:
+                self._send(0, Message("stop"))
+        with self._changed:
+            self._changed.wait_for(
+                lambda: not self._querying or self._stop_at is not None or step < self._begun
+            )
+            if self._stop_at is not None and step >= self._stop_at:
+                return True
+            self._begun = max(self._begun, step + 1)
+            return False
+
+    def on_loss(self, action: Callable[[], object]) -> None:
+        """See `SingleProcess.on_loss`."""
+        self._action = action
+
+    def fail(self, error: object, code: int) -> None:
+        """Tells the others that this process ends, why, and with which exit code they should."""
+        line = f"process {self.index} ({self._names[self.index]}) failed: {error}"
+        self._ending.acquire()  # for good: how the others end is no news
+        self._tell_all(Message("end", [line, code]), _GRACE)
+
+    def settle(self) -> None:
+        """After an error that the loss of another process may explain: waits for that to show.
+
+        It does not return if it does.
+        """
+        heard = {each: link.heard for each, link in self._links.items()}
+        time.sleep(_GRACE)
+        if any(link.heard == heard[each] for each, link in self._links.items()):
+            time.sleep(SILENCE)
+
+    def close(self) -> None:
+        """Waits until all processes have come here, so that none is missed."""
+        if self.first:
+            with self._changed:
+                self._changed.wait_for(lambda: len(self._left) == len(self._links))
+            self._tell_all(Message("leave"), -1)
+        else:
+            self._send(0, Message("leave"))
+            with self._changed:
+                self._changed.wait_for(lambda: self._left)
+
+    def _send(self, index: int, message: Message) -> None:
+        try:
+            self._links[index].send(message)
+        except OSError:
+            time.sleep(_GRACE)  # it may have said why
+            self._lose(index)
+
+    def _tell_all(self, message: Message, seconds: float, but: int | None = None) -> None:
+        for index, link in self._links.items():
+            if index != but:
+                with contextlib.suppress(OSError):  # its listener notices
+                    link.send(message, seconds)
+
+    def _listen(self, index: int) -> None:
+        """Takes what arrives from one process, for as long as it lives."""
+        link = self._links[index]
+        while True:
+            try:
+                message = link.receive()
+            except OSError:
+                if index not in self._left:
+                    self._lose(index)
+                return
+            if message.kind == "data":
+                self._data[index].put(message)
+            elif message.kind == "end":
+                line, code = message.value
+                self._end(line, code, told_by=index)
+            elif message.kind == "leave":
+                with self._changed:
+                    self._left.add(index)
+                    self._changed.notify_all()
+            elif message.kind != "alive":
+                self._agree(index, message)
+
+    def _agree(self, index: int, message: Message) -> None:
+        """One step of the agreement to stop."""
+        if message.kind == "stop":
+            self._ask_all()
+        elif message.kind == "how far":
+            with self._changed:
+                self._querying = True
+                begun = self._begun
+            self._send(index, Message("so far", begun))
+        elif message.kind == "so far":
+            self._know(index, message.value)
+        elif message.kind == "until":
+            with self._changed:
+                self._stop_at = message.value
+                self._changed.notify_all()
+
+    def _ask_all(self) -> None:
+        with self._changed:
+            if self._querying:
+                return
+            self._querying = True
+            begun = self._begun
+        for each in self._links:
+            self._send(each, Message("how far"))
+        self._know(0, begun)
+
+    def _know(self, index: int, begun: int) -> None:
+        with self._changed:
+            self._limits[index] = begun
+            if len(self._limits) < self.count:
+                return
+            stop_at = self._stop_at = max(self._limits.values())
+            self._changed.notify_all()
+        for each in self._links:
+            self._send(each, Message("until", stop_at))
+
+    def _watch(self) -> None:
+        """Gives signs of life, and misses those of others."""
+        silent = dict.fromkeys(self._links, 0.0)
+        heard = dict.fromkeys(self._links, 0)
+        before = time.monotonic()
+        while True:
+            time.sleep(_PERIOD)
+            # A machine that has slept has not been waiting.
+            passed = min(time.monotonic() - before, 2 * _PERIOD)
+            before = time.monotonic()
+            for index, link in self._links.items():
+                silent[index] = silent[index] + passed if link.heard == heard[index] else 0.0
+                heard[index] = link.heard
+                if silent[index] > SILENCE and index not in self._left:
+                    self._lose(index)
+            self._tell_all(Message("alive"), 0)
+
+    def _lose(self, index: int) -> None:
+        line = (
+            f"process {index} ({self._names[index]}) is lost: start all processes again, "
+            "and the run continues from its last checkpoint"
+        )
+        self._end(line, LOST, told_by=index)
+
+    def _end(self, line: str, code: int, told_by: int) -> None:
+        """Ends this process, whatever its main thread is doing; does not return."""
+        with self._ending:
+            self._tell_all(Message("end", [line, code]), _GRACE, but=told_by)
+            print(f"error: {line}", file=sys.stderr, flush=True)
+            farewell = threading.Thread(target=self._finish, daemon=True)
+            farewell.start()
+            farewell.join(_FAREWELL)
+            os._exit(code)
+
+    def _finish(self) -> None:
+        with contextlib.suppress(Exception):  # the one line has been said
+            self._action()

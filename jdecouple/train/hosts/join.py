@@ -1,0 +1,185 @@
+"""How the processes of a run meet: first by themselves, then under `jax.distributed`."""
+
+import contextlib
+import ipaddress
+import os
+import socket
+import time
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+import jax
+
+from jdecouple.pipeline import distributed
+from jdecouple.train.hosts.group import MultiProcess
+from jdecouple.train.hosts.link import Link, Message
+from jdecouple.train.hosts.process_spec import ProcessSpec
+from jdecouple.train.hosts.relay import relay
+
+PATIENCE = 300.0  # seconds in which all processes must have come
+_HELD: list[socket.socket] = []
+_GREETING = 10.0  # seconds for the first message of whoever connects
+_BACKSTOP = 3600  # seconds after which JAX misses a process that `MultiProcess` has not missed
+
+
+def join(place: ProcessSpec, *, patience: float = PATIENCE) -> MultiProcess:
+    """Waits for all processes of a run, and starts `jax.distributed` with them.
+
+    Call it before anything touches a device. Process 0 waits at the coordinator's port; all else
+    (JAX's coordination service, and where the backend has no transport of its own JAX's sockets)
+    uses ports that are free.
+
+    Args:
+        place: of this process.
+        patience: seconds to wait for the others.
+
+    Raises:
+        ValueError: in one line: a port that is taken, an address that is none, processes that do
+            not come, that come twice, or that were started for another run.
+    """
+    hello = {
+        "program": "jdecouple",
+        "jax": jax.__version__,
+        "num_processes": place.count,
+        "index": place.index,
+        "name": socket.gethostname(),
+    }
+    end = time.monotonic() + patience
+    if place.index == 0:
+        links, hellos = _await_others(place, hello, end)
+        welcome = _welcome(links, [hello, *(hellos[each] for each in sorted(hellos))])
+        coordinator = f"127.0.0.1:{welcome['port']}"
+    else:
+        link, welcome = _find_first(place, hello, end)
+        links = {0: link}
+        coordinator = relay(place.host, welcome["port"], patience)
+    os.environ.setdefault("no_grpc_proxy", "127.0.0.1")
+    jax.config.update("jax_check_proxy_envs", False)
+    hosts = MultiProcess(place.index, links, welcome["names"])
+    distributed.initialize(
+        coordinator,
+        place.count,
+        place.index,
+        address=place.address or welcome["address"],
+        transfer_port=_held_port(),
+        all_devices=not place.launched,
+        heartbeat_timeout=_BACKSTOP,
+    )
+    return hosts
+
+
+def _welcome(links: dict[int, Link], hellos: list[dict[str, Any]]) -> dict[str, Any]:
+    """What process 0 tells all that have come, each under which address the others reach it."""
+    near = [link.own_address for link in links.values()]
+    here = next((each for each in near if not _is_loopback(each)), near[0])
+    shared = {"port": _free_port(), "names": [each["name"] for each in hellos]}
+    for link in links.values():
+        seen = link.other_address
+        own = {"address": here if _is_loopback(seen) else seen}
+        link.send(Message("welcome", {**shared, **own}))
+    return {**shared, "address": here}
+
+
+def _is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+
+
+def _await_others(
+    place: ProcessSpec, own: dict[str, Any], end: float
+) -> tuple[dict[int, Link], dict[int, dict[str, Any]]]:
+    """On process 0: a link to every other, and what they say of themselves."""
+    links: dict[int, Link] = {}
+    hellos: dict[int, dict[str, Any]] = {}
+    with _listen(place) as server:
+        while len(links) < place.count - 1:
+            server.settimeout(max(0.001, end - time.monotonic()))
+            try:
+                connection, _ = server.accept()
+            except TimeoutError:
+                missing = sorted({*range(1, place.count)} - links.keys())
+                reason = (
+                    f"process {', '.join(map(str, missing))} of {place.count} did not come to "
+                    f"{place.coordinator}"
+                )
+                _refuse(links.values(), reason)
+            connection.settimeout(_GREETING)
+            link = Link(connection)
+            try:
+                hello = link.receive().value
+                index = int(hello["index"])
+            except (OSError, LookupError, TypeError, ValueError):
+                link.close()  # not one of ours
+                continue
+            if mismatch := _mismatch(own, hello, links):
+                _refuse([*links.values(), link], mismatch)
+            connection.settimeout(None)
+            links[index], hellos[index] = link, hello
+    return links, hellos
+
+
+def _refuse(links: Iterable[Link], reason: str) -> NoReturn:
+    for link in links:
+        with contextlib.suppress(OSError):
+            link.send(Message("refused", reason))
+    raise ValueError(reason)
+
+
+def _mismatch(own: dict[str, Any], hello: dict[str, Any], links: dict[int, Link]) -> str | None:
+    who = f"process {hello['index']} ({hello.get('name')})"
+    for key in ("program", "jax", "num_processes"):
+        if hello.get(key) != own[key]:
+            return f"{who} came with {key} = {hello.get(key)}, process 0 with {own[key]}"
+    if hello["index"] in (0, *links):
+        return f"two processes came with the index {hello['index']}: each needs its own"
+    return None
+
+
+def _listen(place: ProcessSpec) -> socket.socket:
+    try:
+        if socket.has_dualstack_ipv6():
+            return socket.create_server(
+                ("", place.port), family=socket.AF_INET6, dualstack_ipv6=True
+            )
+        return socket.create_server(("", place.port))
+    except OSError as error:
+        raise ValueError(
+            f"process 0 cannot wait at port {place.port} of this machine: {error.strerror}"
+        ) from error
+
+
+def _find_first(
+    place: ProcessSpec, hello: dict[str, Any], end: float
+) -> tuple[Link, dict[str, Any]]:
+    """On the other processes: a link to process 0, and what it says."""
+    problem: object = "it did not answer"
+    while time.monotonic() < end:
+        try:
+            connection = socket.create_connection((place.host, place.port), timeout=_GREETING)
+            connection.settimeout(max(0.001, end - time.monotonic()))
+            link = Link(connection)
+            link.send(Message("hello", hello))
+            answer = link.receive()
+        except OSError as error:
+            problem = error.strerror or error
+            time.sleep(0.1)
+            continue
+        if answer.kind == "refused":
+            raise ValueError(answer.value)
+        connection.settimeout(None)
+        return link, answer.value
+    raise ValueError(f"process 0 was not found at {place.coordinator}: {problem}")
+
+
+def _held_port() -> int:
+    """A port that nobody else is given until JAX's sockets, which share it, are made."""
+    held = socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET)
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("", 0))
+    _HELD.append(held)
+    return held.getsockname()[1]
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("", 0))
+        return free.getsockname()[1]

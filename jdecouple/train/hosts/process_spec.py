@@ -1,0 +1,165 @@
+"""Which process of which run this one is: from flags or from the environment."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+_JOB_PORTS = 2**12  # the highest ports; the number of a job chooses one, as in JAX
+_PREFIXES = ("JAX_", "")
+_NAMES = {"coordinator": "COORDINATOR_ADDRESS", "count": "NUM_PROCESSES", "index": "PROCESS_ID"}
+_FLAGS = {"coordinator": "--coordinator", "count": "--num_processes", "index": "--process_index"}
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessSpec:
+    """A process's place in a run of several.
+
+    Attributes:
+        coordinator: "host:port" at which process 0 waits for the others.
+        count: processes in the run.
+        index: number of this process, from 0.
+        address: address under which the others reach this one; None: that of the route to the
+            coordinator.
+        launched: whether SLURM or Open MPI started it, one process a GPU.
+
+    Raises:
+        ValueError: a coordinator without a port, fewer than 2 processes, an index out of range.
+    """
+
+    coordinator: str
+    count: int
+    index: int
+    address: str | None = None
+    launched: bool = False
+
+    def __post_init__(self) -> None:
+        host, _, port = self.coordinator.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+            raise ValueError(
+                f"the coordinator is {self.coordinator!r}: host:port is needed, such as "
+                "10.0.0.1:12345"
+            )
+        if self.count < 2:
+            raise ValueError(f"{self.count} processes: at least 2 are needed for a coordinator")
+        if not 0 <= self.index < self.count:
+            raise ValueError(
+                f"the process index is {self.index}: 0 to {self.count - 1} is allowed for "
+                f"{self.count} processes"
+            )
+
+    @property
+    def host(self) -> str:
+        """Name or address of the machine of process 0."""
+        return self.coordinator.rpartition(":")[0].strip("[]")
+
+    @property
+    def port(self) -> int:
+        """Port at which process 0 waits."""
+        return int(self.coordinator.rpartition(":")[2])
+
+
+def detect_cluster(
+    environ: Mapping[str, str],
+    *,
+    coordinator: str | None = None,
+    count: int | None = None,
+    index: int | None = None,
+    address: str | None = None,
+) -> ProcessSpec | None:
+    """The place of this process; None where it is a run of its own.
+
+    What a flag leaves open the variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID say (or COORDINATOR_ADDRESS, NUM_PROCESSES and PROCESS_ID), then those of SLURM
+    (in a job step) or Open MPI. `count=1` is a run of its own, whatever the environment says.
+
+    Args:
+        environ: the process's environment.
+        coordinator: as in `ProcessSpec`, given by a flag.
+        count: likewise.
+        index: likewise.
+        address: likewise.
+
+    Raises:
+        ValueError: in one line: a part of a place without the rest, or a bad value.
+    """
+    if count == 1 and coordinator is None and not index:
+        return None
+    flags: dict[str, Any] = {"coordinator": coordinator, "count": count, "index": index}
+    flags = {key: value for key, value in flags.items() if value is not None}
+    launcher = _slurm(environ) or _open_mpi(environ)
+    given = {**launcher, **_variables(environ), **flags}
+    if not given or (given == launcher and given["count"] == 1):
+        if address is not None:
+            raise ValueError("--transport_address is given, but this is a run of one process")
+        return None
+    if missing := [_FLAGS[key] for key in _FLAGS if key not in given]:
+        known = [_FLAGS[key] for key in _FLAGS if key in given]
+        raise ValueError(
+            f"{' and '.join(known)} given without {' and '.join(missing)}: a run of several "
+            "processes needs all three"
+        )
+    return ProcessSpec(**given, address=address, launched=bool(launcher))
+
+
+def _variables(environ: Mapping[str, str]) -> dict[str, Any]:
+    """What the variables say that are named after JAX; nothing without the coordinator's."""
+    for prefix in _PREFIXES:
+        if environ.get(prefix + _NAMES["coordinator"]):
+            names = {key: (prefix + name, name) for key, name in _NAMES.items()}
+            found = {
+                key: next((each for each in pair if environ.get(each)), None)
+                for key, pair in names.items()
+            }
+            return {
+                key: environ[name] if key == "coordinator" else _number(environ, name)
+                for key, name in found.items()
+                if name
+            }
+    return {}
+
+
+def _slurm(environ: Mapping[str, str]) -> dict[str, Any]:
+    """The place in a SLURM job step; process 0 is on its first node."""
+    if not {"SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID"} <= environ.keys():
+        return {}
+    tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS"
+    first = re.match(r"([^,\[]+)(?:\[(\d+))?", environ["SLURM_STEP_NODELIST"])
+    if tasks not in environ or not first:
+        return {}
+    port = _port(environ, _number(environ, "SLURM_JOB_ID"))
+    return {
+        "coordinator": f"{first[1]}{first[2] or ''}:{port}",
+        "count": _number(environ, tasks),
+        "index": _number(environ, "SLURM_PROCID"),
+    }
+
+
+def _open_mpi(environ: Mapping[str, str]) -> dict[str, Any]:
+    """The place under mpirun; before version 5 it also tells its machine, where process 0 is."""
+    if not {"OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"} <= environ.keys():
+        return {}
+    found: dict[str, Any] = {
+        "count": _number(environ, "OMPI_COMM_WORLD_SIZE"),
+        "index": _number(environ, "OMPI_COMM_WORLD_RANK"),
+    }
+    uri = re.match(
+        r"(\d+)\..*?;tcp6?://(?:\[([^,\]]+)|([^,:]+))", environ.get("OMPI_MCA_orte_hnp_uri", "")
+    )
+    if uri:
+        host = f"[{uri[2]}]" if uri[2] else uri[3]
+        found["coordinator"] = f"{host}:{_port(environ, int(uri[1]) // 2**12)}"
+    return found
+
+
+def _port(environ: Mapping[str, str], job: int) -> int:
+    if environ.get("JAX_COORDINATOR_PORT"):
+        return _number(environ, "JAX_COORDINATOR_PORT")
+    return job % _JOB_PORTS + 2**16 - _JOB_PORTS
+
+
+def _number(environ: Mapping[str, str], name: str) -> int:
+    value = environ[name]
+    if not value.isdecimal():
+        raise ValueError(f"the variable {name} is {value!r}: a whole number is needed")
+    return int(value)

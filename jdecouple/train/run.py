@@ -1,0 +1,285 @@
+"""From a configuration to what it stands for: data set, model, method, optimiser and trainer."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+
+from jdecouple import data, methods, models, optim
+from jdecouple.pipeline import autoplace, make_mesh
+from jdecouple.pipeline.diagnostics import SufficientDirection
+from jdecouple.pipeline.state import State
+from jdecouple.train import config as configuration
+from jdecouple.train.config import ConfigError, chosen, one_line
+from jdecouple.train.hosts import SingleProcess
+from jdecouple.trainer import Trainer
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a configuration stands for, built and checked, with nothing on disk yet."""
+
+    config: ConfigDict
+    dataset: data.Dataset
+    trainer: Trainer
+    total_steps: int
+    eval_every: int
+    diagnose: Callable[[State], dict[str, jax.Array]]
+    trainer_of: Callable[[Mapping[str, Any]], Trainer]
+    """The trainer of a batch: `trainer`, or one like it for texts of another length."""
+
+    @property
+    def title(self) -> str:
+        """Heading of the run's pictures."""
+        return f"{self.config.method.name} on {self.config.data.name}"
+
+
+def build(config: ConfigDict | Mapping) -> Run:
+    """Builds data set, model, method, optimiser and trainer of a configuration.
+
+    Raises:
+        ConfigError: in one line, whatever is wrong with the values or the data.
+    """
+    config = configuration.validate(config)
+    with one_line():
+        dataset = data.load(config.data.name, **_data_arguments(config))
+        steps_per_epoch = data.steps_per_epoch(dataset.train, config.batch_size)
+        total_steps = config.steps or config.epochs * steps_per_epoch
+        model = _model(config, dataset)
+        method = methods.get(config.method.name, **_method_arguments(config, dataset))
+        make_trainer = functools.partial(
+            Trainer,
+            model,
+            method,
+            _optimizer(config, total_steps, steps_per_epoch, method.route.accumulate),
+            microbatches=config.microbatches,
+            num_classes=dataset.num_classes,
+            seed=config.seed,
+            transform=dataset.transform(config.data.augment),
+            dtype=configuration.DTYPES[config.dtype],
+            clip_norm=config.clip_norm,
+            remat=config.remat,
+            fuse=False if config.profile else None,  # a timeline shows stages
+            max_in_flight=config.max_in_flight,
+        )
+        example = dataset.train.gather(np.arange(config.batch_size))
+        probe = functools.partial(make_trainer, example=example)
+        placement = _placement(config, probe, len(model.blocks))
+        placement |= {"schedule": config.schedule, "engine": config.engine}
+        make_trainer = functools.partial(make_trainer, **placement)
+        trainer = make_trainer(example=example)
+        trainer_of = by_length(trainer, example, make_trainer)
+        trainer.check_chunk(config.chunk)
+        if config.data.buckets:
+            check_buckets(trainer)
+        check_processes(trainer, config)
+        diagnose = SufficientDirection(trainer) if config.sufficient_direction else _nothing
+    eval_every = config.eval_every or steps_per_epoch
+    return Run(config, dataset, trainer, total_steps, eval_every, diagnose, trainer_of)
+
+
+def _nothing(state: State) -> dict[str, jax.Array]:
+    del state
+    return {}
+
+
+def _placement(
+    config: ConfigDict, make_trainer: Callable[..., Trainer], num_blocks: int
+) -> dict[str, Any]:
+    """The Trainer's arguments on stages and devices: as given, or as proposed by simulation."""
+    section, devices = config.mesh, len(jax.devices())
+    boundaries = config.boundaries if config.split is None else config.split
+    given = {"num_stages": config.num_stages, "boundaries": boundaries}
+    if section.replicas is not None:
+        return {**given, "mesh": make_mesh(replicas=section.replicas)}
+    stages = section.stages or config.num_stages
+    if stages is None:
+        stages = max(1, min(num_blocks, devices // section.data))
+    if not section.propose:
+        return {**given, "mesh": make_mesh(stages, section.data)}
+    probe = make_trainer(num_stages=1, mesh=make_mesh(1))
+    schedule = probe.method.route.schedules[0] if config.schedule == "auto" else config.schedule
+    proposal = autoplace(
+        probe.block_costs(),
+        stages,
+        devices,
+        schedule=schedule,
+        microbatches=config.microbatches,
+        batch_size=config.batch_size,
+    )
+    if jax.process_index() == 0:
+        print(f"proposal: {proposal}")
+    return {"boundaries": proposal.boundaries, "mesh": make_mesh(replicas=proposal.replicas)}
+
+
+def _data_arguments(config: ConfigDict) -> dict[str, Any]:
+    section = config.data
+    names = (
+        *("data_dir", "download", "validation", "label_noise"),
+        *("image_size", "vocabulary_size", "glove"),
+    )
+    sizes = ("synthetic_size", "channels", "num_classes") if section.name == "synthetic" else ()
+    given = {name: section[name] for name in (*names, *sizes)}
+    length = section.buckets[-1] if section.buckets else section.max_length
+    return {**given, "max_length": length, "seed": config.seed}
+
+
+def _model(config: ConfigDict, dataset: data.Dataset) -> models.Model:
+    name, inputs = config.model.name, dataset.model_arguments()
+    what = f"data set {dataset.name!r} holds {dataset.kind}"
+    configuration.check_model_reads(name, inputs, what)
+    model = models.get(name)(
+        dataset.num_classes,
+        **inputs,
+        rngs=nnx.Rngs(config.seed),
+        **chosen(config.model, configuration.model_arguments(name), "model"),
+    )
+    if isinstance(dataset, data.ImageDataset):
+        height, width, _ = dataset.image_shape
+        layers = [layer for _, layer in nnx.iter_graph(model.classifier)]
+        if height != width and not any(
+            isinstance(layer, models.layers.GlobalAveragePool) for layer in layers
+        ):
+            raise ConfigError(
+                f"config.model.name is {name!r}, which reads square images, but {what} of "
+                f"{height} x {width} pixels; set config.data.image_size or take a ResNet"
+            )
+    return model
+
+
+def _method_arguments(config: ConfigDict, dataset: data.Dataset) -> dict[str, Any]:
+    """What the configuration sets, and the images' statistics where the method asks for them."""
+    allowed = methods.arguments(config.method.name)
+    known = {key: value for key, value in dataset.method_arguments().items() if key in allowed}
+    return known | chosen(config.method, allowed, "method")
+
+
+def _optimizer(config: ConfigDict, total_steps: int, steps_per_epoch: int, accumulate: int) -> Any:
+    section = config.optimizer
+    rate = section.learning_rate
+    if section.schedule == "cosine":
+        schedule = optim.cosine(rate, section.end_learning_rate, total_steps)
+    elif section.schedule == "step_decay":
+        boundaries = [round(epoch * steps_per_epoch) for epoch in section.decay_epochs]
+        schedule = optim.step_decay(rate, boundaries, section.decay_factor)
+    else:
+        schedule = optim.constant(rate)
+    if section.per_epoch:
+        schedule = optim.per_epoch(schedule, steps_per_epoch)
+    if section.warmup_epochs:
+        steps = max(1, round(section.warmup_epochs * steps_per_epoch))
+        schedule = optim.warmup(schedule, steps, section.warmup_start)
+    schedule = optim.every(schedule, accumulate)
+    allowed = configuration.optimizer_arguments(section.name)
+    own = {key: section[key] for key in section if key not in configuration.LEARNING_RATE}
+    return optim.get(section.name)(schedule, **chosen(own, allowed, "optimizer"))
+
+
+def check_buckets(trainer: Trainer) -> None:
+    """Raises ConfigError for a run that needs all its batches to have one shape."""
+    reason = ""
+    if trainer.schedule.overlapping:
+        reason = f"batches of one length must wait in the queues of method {trainer.method.name}"
+    elif jax.process_count() > 1:
+        reason = "several processes need batches of one length"
+    if reason:
+        raise ConfigError(f"config.data.buckets is set, but {reason}: leave it at None")
+
+
+def by_length(
+    trainer: Trainer, example: Mapping[str, Any], make: Callable[..., Trainer]
+) -> Callable[[Mapping[str, Any]], Trainer]:
+    """Finds the trainer of a batch by the length of its texts.
+
+    Weights and the optimiser's state have the same shapes for any length, so that the state of one
+    trainer is one of the others.
+
+    Args:
+        trainer: that of the example.
+        example: a batch of the longest texts.
+        make: makes a trainer like it for `example=...`, at the first batch of its length.
+
+    Returns:
+        A function from a batch {"x": [batch, length], ...} to its trainer. It raises ValueError if
+        the weights of another length have another shape.
+    """
+    trainers = {example["x"].shape[1]: trainer}
+
+    def find(batch: Mapping[str, Any]) -> Trainer:
+        length = batch["x"].shape[1]
+        if length not in trainers:
+            shorter = {**example, "x": example["x"][:, :length]}
+            other = make(example=shorter, boundaries=trainer.boundaries, engine=trainer.engine)
+            if _shapes(other) != _shapes(trainer):
+                raise ValueError(
+                    "buckets need a model and heads whose weights do not depend on the length of "
+                    f"a text: those for {length} words have other shapes"
+                )
+            trainers[length] = other
+        return trainers[length]
+
+    return find
+
+
+def _shapes(trainer: Trainer) -> dict[str, Any]:
+    state: State = trainer.abstract()
+    return {name: (leaf.shape, leaf.dtype) for name, leaf in trainer.to_arrays(state).items()}
+
+
+def check_processes(trainer: Trainer, config: ConfigDict) -> None:
+    """Raises ConfigError for what several processes cannot do."""
+    if jax.process_count() == 1:
+        return
+    for key in ("profile", "sufficient_direction"):
+        if config[key]:
+            raise ConfigError(f"config.{key} is {config[key]}: it needs a run of one process")
+    used = frozenset().union(*(placement.processes for placement in trainer.placements))
+    if idle := sorted({*range(jax.process_count())} - used):
+        raise ConfigError(
+            f"the stages take no device of process {', '.join(map(str, idle))}: "
+            f"{jax.process_count()} processes with {len(jax.devices())} device(s) need more "
+            "config.mesh.stages or a larger config.mesh.data"
+        )
+
+
+def check_alike(config: ConfigDict, processes: SingleProcess) -> None:
+    """Raises ConfigError on the first process if another one was started for another run."""
+    if processes.count != jax.process_count():
+        raise ConfigError(
+            f"jax.distributed runs {jax.process_count()} processes: give train_and_evaluate what "
+            "jdecouple.hosts.join returned"
+        )
+    own = json.loads(config.to_json())
+    for index, other in enumerate(processes.collect(own)):
+        for key in own:
+            if other.value[key] != own[key]:
+                raise ConfigError(
+                    f"process {index} has config.{key} = {other.value[key]}, process 0 {own[key]}"
+                )
+
+
+class Unwritten:
+    """Takes what the first process writes, metrics and checkpoints, on the others."""
+
+    latest_step = best_step = None
+
+    def __enter__(self) -> "Unwritten":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def write(self, *values: Any) -> None:
+        """Writes nothing."""
+
+    def save(self, *values: Any) -> None:
+        """Saves nothing."""
+
+    def wait(self) -> None:
+        """Has nothing to wait for."""
