@@ -76,8 +76,8 @@ def workdir():
         *[({size: 0}, f"{size.replace('__', '.')} is 0: a whole number from 1") for size in SIZES],
         ({"batch_size": -8}, "config.batch_size is -8: a whole number from 1"),
         ({"steps": 10**400}, "config.steps is a huge number: a whole number from 1 to 2147483647"),
-        ({"model__hidden": 0}, "hidden must be a positive integer, got 0"),
-        ({"model__depth": -1}, "depth must be a positive integer, got -1"),
+        ({"model__hidden": 0}, "hidden is 0: a whole number of at least 1"),
+        ({"model__depth": -1}, "depth is -1: a whole number of at least 1"),
         ({"seed": -1}, "config.seed is -1: a whole number from 0"),
         ({"seed": 2**32}, "config.seed is 4294967296: a whole number from 0 to 4294967295"),
         ({"num_stages": 3}, "num_stages is 3: between 1 and the model's 2 blocks is allowed"),
@@ -93,8 +93,8 @@ def workdir():
         ({"method__temperature": 0.1}, "config.method.temperature is set, but method 'deinforeg'"),
         ({"optimizer__momentum": 0.9}, "config.optimizer.momentum is set, but optimizer 'adam'"),
         ({"model__width": 0.5}, "config.model.width is set, but model 'mlp' takes only: hidden"),
-        ({"method__alpha": -1}, "alpha must be a finite non-negative number, got -1.0"),
-        ({"method__projector": "8-x"}, "projector must be 'identity' or positive widths"),
+        ({"method__alpha": -1}, "alpha is -1.0: a finite number of at least 0"),
+        ({"method__projector": "8-x"}, "projector is '8-x': 'identity' or positive widths"),
         ({"optimizer__b1": 1.5}, "b1 must be a number in [0, 1), got 1.5"),
         ({"optimizer__learning_rate": 0}, "config.optimizer.learning_rate is 0.0: a finite number"),
         ({"optimizer__learning_rate": "nan"}, "config.optimizer.learning_rate is nan: a finite"),
@@ -166,9 +166,9 @@ def test_bad_value_of_a_delayed_run(refused, workdir, values, said):
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"split": "bogus"}, "the model has no split 'bogus': expected one of fdg, fr"),
-        ({"num_stages": 4}, "split 'fdg' has no cut into 4 stages: expected one of 2, 3"),
-        ({"num_stages": 1}, "split 'fdg' has no cut into 1 stages: expected one of 2, 3"),
+        ({"split": "bogus"}, "the model has no split 'bogus': allowed are fdg, fr"),
+        ({"num_stages": 4}, "split 'fdg' has no cut into 4 stages: allowed are 2, 3"),
+        ({"num_stages": 1}, "split 'fdg' has no cut into 1 stages: allowed are 2, 3"),
         ({"boundaries": "(0,5)"}, "config.split and config.boundaries are both set"),
         ({"model__depth": 26}, "config.model.depth is set, but model 'resnet20' takes only: width"),
     ],
@@ -261,7 +261,7 @@ def test_bad_config_file(refused, workdir, tmp_path, content, said):
         ("cifar10", "'dataset,model,method' is needed after the file: given 'cifar10'"),
         ("", "'dataset,model,method' is needed after the file: given ''"),
         ("cifar10,vgg8,bogus", "unknown method 'bogus': allowed are bp, early_exit, greedy_exit"),
-        ("cifar10,bogus,bp", "unknown model 'bogus': expected one of lstm, mlp, resnet, resnet101"),
+        ("cifar10,bogus,bp", "unknown model 'bogus': allowed are lstm, mlp, resnet, resnet101"),
     ],
 )
 def test_bad_argument_of_a_config_file(refused, workdir, argument, said):
@@ -283,8 +283,8 @@ def test_bad_argument_of_a_config_file(refused, workdir, argument, said):
             "cifar10,resnet20,bogus",
             "unknown method 'bogus': allowed are bp, early_exit, greedy_exit",
         ),
-        ("cifar10,resnet21,fdg,2", "unknown model 'resnet21': expected one of lstm, mlp, resn"),
-        ("synthetic,resnet20,fdg,9", "split 'fdg' has no cut into 9 stages: expected one of 2, 3"),
+        ("cifar10,resnet21,fdg,2", "unknown model 'resnet21': allowed are lstm, mlp, resn"),
+        ("synthetic,resnet20,fdg,9", "split 'fdg' has no cut into 9 stages: allowed are 2, 3"),
     ],
 )
 def test_bad_argument_of_the_delayed_config_file(refused, workdir, argument, said):
@@ -295,14 +295,14 @@ def test_image_too_small_for_the_model(refused, workdir):
     message = refused(
         *arguments(workdir, f"{VISION}:synthetic,vgg8,bp", data__image_size=8, model__width=0.1)
     )
-    assert "image_size=8 is too small: 4 poolings need at least 16" in message
+    assert "image_size is 8: 4 poolings need at least 16" in message
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "inf"])
 def test_bad_width(refused, workdir, value):
     config = f"{VISION}:synthetic,vgg8,bp"
     message = refused(*arguments(workdir, config, data__image_size=16, model__width=value))
-    assert "width must be a positive number" in message
+    assert "a finite number above 0 is needed" in message
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,7 @@ def test_the_last_exit_is_the_classifier():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"weights": -1.0}, ("weights", "non-negative", "-1.0")),
+        ({"weights": -1.0}, ("weights", "at least 0", "-1.0")),
         ({"weights": (1.0, float("nan"))}, ("weights", "finite")),
         ({"weights": "1"}, ("weights", "'1'")),
         ({"weights": ()}, ("weights", "above 0")),

@@ -9,7 +9,7 @@ from flax import nnx
 
 import jdecouple as jd
 from jdecouple import models
-from jdecouple.models.resnet import resnet_of_four_groups
+from jdecouple.models.resnet import resnet_of_groups
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -60,9 +60,10 @@ def test_four_blocks_with_the_stem_in_the_first(name, features, splits):
 
 
 def small(cut):
-    net = {"counts": (2, 1, 1, 1), "bottleneck": False, "splits": {}}
+    net = {"bottleneck": False, "shortcut": "projection", "splits": {}}
+    net["groups"] = [(64, 2), (128, 1), (256, 1), (512, 1)]
     sizes = {"width": 1 / 16, "image_size": 8, "channels": 1}
-    return resnet_of_four_groups(nets.CLASSES, **net, **sizes, cut=cut, rngs=nnx.Rngs(0))
+    return resnet_of_groups(nets.CLASSES, **net, **sizes, cut=cut, rngs=nnx.Rngs(0))
 
 
 def test_the_cut_changes_no_number():
@@ -94,7 +95,7 @@ def test_a_local_method_has_four_heads():
 
 
 def test_an_unknown_cut_gets_one_clear_line():
-    words = ("unknown cut 'groups'", "units, paper")
+    words = ("cut is 'groups'", "units, paper")
     nets.assert_clear(
         ValueError, words, lambda: models.resnet18(10, cut="groups", rngs=nnx.Rngs(0))
     )

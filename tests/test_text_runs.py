@@ -45,7 +45,7 @@ def test_vectors_of_another_width(name, tmp_path):
     (tmp_path / "vectors.txt").write_text("film 1 2 3\n")
     transformer = {"model__name": "transformer", "model__heads": 2}
     config = tiny(name, data__glove=str(tmp_path / "vectors.txt"), **transformer)
-    with pytest.raises(ConfigError, match=r"embeddings must be .* 6\], got .* 3\]") as error:
+    with pytest.raises(ConfigError, match=r"embeddings are .* 3\]: .* 6\]") as error:
         build(config)
     assert "\n" not in str(error.value)
 

@@ -1,4 +1,4 @@
-"""Models cut into blocks: builders that return a :class:`Model` of plain nnx modules.
+"""Models cut into blocks: builders that return a `Model` of plain nnx modules.
 
 Every builder takes `num_classes`, what its input is, `init`, `param_dtype` and `rngs`, and
 arguments of its own with defaults, so that a configuration can call any of them by name. The input
@@ -48,7 +48,7 @@ _BUILDERS: dict[str, Callable[..., Model]] = {
 
 
 def names() -> tuple[str, ...]:
-    """Names that :func:`get` knows, sorted."""
+    """Names that `get` knows, sorted."""
     return tuple(sorted(_BUILDERS))
 
 
@@ -59,7 +59,7 @@ def get(name: str) -> Callable[..., Model]:
         ValueError: No builder has that name.
     """
     if name not in _BUILDERS:
-        raise ValueError(f"unknown model {name!r}: expected one of {', '.join(names())}")
+        raise ValueError(f"unknown model {name!r}: allowed are {', '.join(names())}")
     return _BUILDERS[name]
 
 
