@@ -89,7 +89,7 @@ def workdir():
         ({"mesh__data": 3}, "config.batch_size is 8: it must divide into microbatches x replicas"),
         ({"microbatches": 5}, "= 5 x 1 equal parts"),
         ({"batch_size": 16, "mesh__data": 16}, "mesh axis data is 16, but only 8 device(s)"),
-        ({"batch_size": 128}, "batch_size=128 given; the train split has 72 examples"),
+        ({"batch_size": 128}, "batch_size is 128: the train split has 72 examples"),
         ({"method__temperature": 0.1}, "config.method.temperature is set, but method 'deinforeg'"),
         ({"optimizer__momentum": 0.9}, "config.optimizer.momentum is set, but optimizer 'adam'"),
         ({"model__width": 0.5}, "config.model.width is set, but model 'mlp' takes only: hidden"),
@@ -378,7 +378,7 @@ def test_nan_image(refused, tmp_path):
     features = folder / "features.json"
     features.write_text(features.read_text().replace('"uint8"', '"float32"'))
     message = refused(*from_folder(tmp_path / "run", tmp_path / "data"))
-    assert "split 'train': example 17 has a pixel that is nan; pixels must be finite" in message
+    assert "split 'train': example 17 has a pixel that is nan: finite pixels are needed" in message
 
 
 def test_a_bad_batch_leaves_earlier_checkpoints(refused, tmp_path, monkeypatch):

@@ -171,12 +171,12 @@ def test_waiting_is_measured():
 def test_no_waiting_when_input_is_ahead():
     with data.Prefetcher(Counter(), lambda batch: batch) as prefetcher:
         for _ in range(5):
-            until(lambda: len(prefetcher._waiting) == 2)
+            until(lambda: len(prefetcher._ready) == 2)
             next(prefetcher)
         assert prefetcher.wait_seconds < 0.02
 
 
 @pytest.mark.parametrize("depth", [0, -1])
 def test_bad_depth(depth):
-    with pytest.raises(ValueError, match="depth="):
+    with pytest.raises(ValueError, match="depth is"):
         data.Prefetcher(iter(()), lambda batch: batch, depth=depth)

@@ -58,7 +58,7 @@ def test_vectors_of_another_width(name, tmp_path):
             "holds texts, which lstm",
         ),
         ({"data__name": "digits", "data__buckets": None}, "'digits' holds images, which mlp, "),
-        ({"data__augment": "basic"}, "augmentation 'basic' given; .* take 'none'"),
+        ({"data__augment": "basic"}, "augmentation 'basic': allowed for the texts .* is none"),
     ],
 )
 def test_models_and_data_that_do_not_fit(name, values, said):

@@ -1,9 +1,18 @@
 """Models cut into blocks: builders that return a `Model` of plain nnx modules.
 
-Every builder takes `num_classes`, what its input is, `init`, `param_dtype` and `rngs`, and
-arguments of its own with defaults, so that a configuration can call any of them by name. The input
-is images of `image_size` and `channels`, or texts (`lstm`, `transformer`): `vocabulary_size`,
-`max_length` and, if there are any, `embeddings`.
+Every builder has arguments of its own with defaults, so that a configuration can call any of them
+by name, and these, which their docstrings leave out:
+
+- `num_classes`: number of logits;
+- of images: `image_size`, height and width in pixels, and `channels`;
+- of texts (`lstm`, `transformer`): `vocabulary_size`, number of token ids, of which 0 is padding;
+  `max_length`, most tokens in a text; `embeddings`, initial word vectors `[vocabulary_size, width]`
+  that are trained further, or None to draw them;
+- `init`: "flax", "torch" or "he", see `jdecouple.models.layers`;
+- `param_dtype`: dtype of the parameters;
+- `rngs`: source of initial weights, and of dropout's keys.
+
+Each raises ValueError where a size is not positive, a name unknown or an image too small.
 """
 
 from collections.abc import Callable

@@ -30,8 +30,6 @@ class BidirectionalLSTM(nnx.Module):
     it only ever adds; here is their sum.
 
     Args:
-        in_features: Width of the incoming states.
-        hidden: Width of the states of one direction.
         merge: "mean" of the two directions' states as what the next block reads, or "concat".
             The summary is the mean of their last states in either case.
         drop: Rate of dropout on the incoming states.
@@ -109,34 +107,23 @@ def lstm(
 ) -> Model:
     """Embedding block and `depth` bidirectional LSTMs, as in DeInfoReg and SCPL.
 
-    The defaults are the sizes of arXiv 2506.18193 and 2602.00062.
+    The defaults are the sizes of arXiv 2506.18193 and 2602.00062. Words are drawn with width
+    `hidden`. Arguments not listed are those of all builders, see `jdecouple.models`.
 
     Args:
-        num_classes: Number of logits.
-        vocabulary_size: Number of token ids; 0 is padding.
-        max_length: Most tokens in a text.
-        embeddings: Initial word vectors `[vocabulary_size, width]`, trained further; None draws
-            them, of width `hidden`.
         hidden: Width of the states of one direction.
         depth: Number of LSTM blocks.
-        merge: What a block hands on of the two directions' states: their "mean", or both
+        merge: What the next block reads of the two directions' states: their "mean", or both
             ("concat"; the first LSTM block then differs from the others).
         dropout: Share of numbers dropped from the input of every LSTM block.
         mask_padding: Whether padding is masked: states stand still there, and means leave it out.
             False is the authors' way: padding is a word like others.
-        init: "flax", "torch" or "he", see `BidirectionalLSTM` and `jdecouple.models.layers`.
-        param_dtype: Dtype of the parameters.
-        rngs: Source of initial weights, and of dropout's keys.
 
     Returns:
         A model of 1 + `depth` blocks from token ids, int `[batch, length]`, to sequences (see
         `jdecouple.models.sequence`) whose summary `[batch, hidden]` is, of an LSTM block, the
         mean of the two directions' states at their last real positions. The classifier is one dense
         layer on the summary.
-
-    Raises:
-        ValueError: A size is not positive, dropout not in [0, 1), a name unknown, or the embeddings
-            do not fit the vocabulary.
     """
     require_int(1, num_classes=num_classes, hidden=hidden, depth=depth)
     options: dict[str, Any] = {"init": init, "param_dtype": param_dtype, "rngs": rngs}

@@ -32,24 +32,17 @@ def mlp(
     >>> len(model.blocks), model.blocks[0](jnp.ones((5, 8, 8, 1))).shape
     (3, (5, 32))
 
+    Arguments not listed are those of all builders, see `jdecouple.models`.
+
     Args:
-        num_classes: Number of logits.
         input_size: Numbers in one flattened input; `image_size**2 * channels` if None.
-        image_size: Height and width of an image, where the inputs are images.
-        channels: Channels of an image.
         hidden: Width of every block.
         depth: Number of blocks; the first also flattens its input.
         activation: "relu", "gelu", "tanh" or "sigmoid".
         batch_norm: Whether BatchNorm precedes the activation.
-        init: "flax", "torch" or "he", see `jdecouple.models.layers`.
-        param_dtype: Dtype of the parameters.
-        rngs: Source of initial weights.
 
     Returns:
         A model whose blocks map `[batch, ...]` to `[batch, hidden]`.
-
-    Raises:
-        ValueError: A size is not positive or a name is unknown.
     """
     require_int(1, image_size=image_size, channels=channels)
     input_size = image_size**2 * channels if input_size is None else input_size

@@ -67,26 +67,17 @@ def resnet(
     groups of 16, 32 and 64 channels, with stride 2 at the start of the last two.
 
     Args:
-        num_classes: Number of logits.
         depth: 6n+2 layers with weights, 8 at least.
         width: Factor on all channel counts; each is rounded and at least 1.
         shortcut: Past a unit that changes the shape: "pad" (subsampled, with zeros as further
             channels; the papers' choice) or "projection" (1x1 convolution and BatchNorm).
-        image_size: Height and width of an image, in pixels; at least 4.
-        channels: Channels of an image.
-        init: "flax", "torch" or "he", see `jdecouple.models.layers`. The code of FDG uses "torch",
-            that of Features Replay "he".
-        param_dtype: Dtype of the parameters.
-        rngs: Source of initial weights.
+        init: As of all builders, see `jdecouple.models`; the code of FDG uses "torch", that of
+            Features Replay "he".
 
     Returns:
         A model of 1 + 3n blocks between NHWC activations, with a classifier of global average
         pooling and a dense layer. Its splits: "fr" for 2 to 4 stages, as Features Replay (arXiv
         1807.04511) cuts it, and for depths 20, 56 and 110 "fdg", as FDG (arXiv 1906.09108) does.
-
-    Raises:
-        ValueError: The depth is not 6n+2, the shortcut unknown, another size not positive, or the
-            image too small.
     """
     count = units_per_group(depth, 2)
     fdg = {"fdg": _FDG[depth]} if depth in _FDG else {}
@@ -127,7 +118,6 @@ def resnet_of_groups(
     groups but the first begin with stride 2, in a 3x3 convolution.
 
     Args:
-        num_classes: Number of logits.
         groups: Channels and number of units of each group.
         bottleneck: Whether units are bottlenecks.
         shortcut: Past a unit that changes the shape: "pad" or "projection", see `resnet`.
@@ -135,19 +125,11 @@ def resnet_of_groups(
         width: Factor on all channel counts; each is rounded and at least 1.
         cut: "units": the stem is block 0, every unit one more. "paper": the groups are the blocks,
             the first with the stem, as in DeInfoReg (arXiv 2506.18193) and SCPL (2602.00062).
-        image_size: Height and width of an image, in pixels; at least 8 for four groups.
-        channels: Channels of an image.
-        init: "flax", "torch" or "he", see `jdecouple.models.layers`. The code of FDG (arXiv
-            1906.09108) uses "torch".
-        param_dtype: Dtype of the parameters.
-        rngs: Source of initial weights.
+        init: As of all builders, see `jdecouple.models`; the code of FDG uses "torch".
 
     Returns:
         A model between NHWC activations, with a classifier of global average pooling and a dense
         layer. Under "paper" it has those of the splits that cut no group.
-
-    Raises:
-        ValueError: A size is not positive, a name unknown, or the image too small.
     """
     require_int(1, num_classes=num_classes, image_size=image_size, channels=channels)
     require_one_of(SHORTCUTS, shortcut=shortcut)

@@ -80,9 +80,6 @@ class EncoderBlock(nnx.Module):
     """Self-attention and a feed-forward layer, each behind LayerNorm and past a shortcut.
 
     Args:
-        hidden: Width of the states.
-        heads: Number of attention heads, a divisor of `hidden`.
-        feed_forward: Width inside the feed-forward layer.
         layout: Which kind of encoder it is part of.
         pooling: What the summary is: the "mean" over real positions, or the first position, that
             of the "class" token.
@@ -158,12 +155,9 @@ def transformer(
 ) -> Model:
     """Embedding block and `depth` encoder layers (arXiv 1706.03762, pre-norm as in 2002.04745).
 
+    Arguments not listed are those of all builders, see `jdecouple.models`.
+
     Args:
-        num_classes: Number of logits.
-        vocabulary_size: Number of token ids; 0 is padding.
-        max_length: Most tokens in a text.
-        embeddings: Initial word vectors `[vocabulary_size, hidden]`, trained further; None draws
-            them.
         hidden: Width of the states; 300 in DeInfoReg (arXiv 2506.18193) and SCPL (2602.00062).
         depth: Number of encoder blocks.
         heads: Attention heads of every block, a divisor of `hidden`.
@@ -175,18 +169,11 @@ def transformer(
             feed-forward layers and before every addition.
         mask_padding: Whether padding is masked, in attention as in means. If not, it is a word
             like others.
-        init: "flax", "torch" or "he", see `jdecouple.models.layers`.
-        param_dtype: Dtype of the parameters.
-        rngs: Source of initial weights, and of dropout's keys.
 
     Returns:
         A model of 1 + `depth` blocks from token ids, int `[batch, length]`, to sequences (see
         `jdecouple.models.sequence`) whose summary `[batch, hidden]` is the mean over real
         positions. The classifier reads the summary.
-
-    Raises:
-        ValueError: A size is not positive or does not divide, dropout not in [0, 1), a name
-            unknown, or the embeddings of another shape.
     """
     require_int(1, num_classes=num_classes, hidden=hidden, depth=depth)
     require_one_of(LAYOUTS, layout=layout)

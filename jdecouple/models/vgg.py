@@ -37,25 +37,20 @@ def vgg(
     >>> model.blocks[1](model.blocks[0](jnp.ones((5, 32, 32, 3)))).shape
     (5, 8, 8, 16)
 
+    Arguments not listed are those of all builders, see `jdecouple.models`.
+
     Args:
-        num_classes: Number of logits.
         blocks: What each block holds, in order: channel counts (convolution without bias,
             BatchNorm, ReLU) and "M" (2x2 maximum pooling). As text, "32,32,M|64,M"; or as nested
             sequences, `((32, 32, "M"), (64, "M"))`.
         width: Factor on all channel counts; each is rounded and at least 1.
-        image_size: Height and width of an image, in pixels.
-        channels: Channels of an image.
-        init: "flax", "torch" or "he", see `jdecouple.models.layers`.
-        param_dtype: Dtype of the parameters.
-        rngs: Source of initial weights.
 
     Returns:
         A model whose blocks map `[batch, height, width, channels]` to the same with fewer pixels,
         and whose classifier flattens and is one dense layer.
 
     Raises:
-        ValueError: A size is not positive, the layout is malformed, or the image is too small for
-            the poolings.
+        ValueError: The layout is malformed or the image too small for its poolings.
     """
     require_int(1, num_classes=num_classes, image_size=image_size, channels=channels)
     layout = _parse(blocks)
@@ -95,18 +90,9 @@ def vgg8(
     (4, (5, 16, 16, 16))
 
     Args:
-        num_classes: Number of logits.
         layout: "deinforeg" ([128, 128, 128, 256, M] [256, 512, M] [512, 512, M] [512, M]) or "scpl"
-            ([128, 256, M] [256, 512, M] [512, M] [512, M]).
+            ([128, 256, M] [256, 512, M] [512, M] [512, M]); the other arguments are `vgg`'s.
         width: Factor on all channel counts; each is rounded and at least 1.
-        image_size: Height and width of an image, in pixels; at least 16.
-        channels: Channels of an image.
-        init: "flax", "torch" or "he", see `jdecouple.models.layers`.
-        param_dtype: Dtype of the parameters.
-        rngs: Source of initial weights.
-
-    Raises:
-        ValueError: The layout is unknown, a size is not positive, or the image is too small.
     """
     require_one_of(LAYOUTS, layout=layout)
     return vgg(

@@ -19,10 +19,6 @@ class PatchEmbedding(nnx.Module):
     """Images to sequences: a dense layer on every patch, and a learned vector for every position.
 
     Args:
-        image_size: Height and width of an image, in pixels.
-        channels: Channels of an image.
-        patch: Height and width of a patch, a divisor of `image_size`.
-        hidden: Width of a token.
         class_token: Whether a learned token precedes the patches.
         drop: Rate of dropout on the tokens; the summary sees none of it.
         init, param_dtype, rngs: See `jdecouple.models.layers`.
@@ -95,8 +91,9 @@ def vit(
 ) -> Model:
     """Vision transformer (arXiv 2010.11929); by default a small one for CIFAR.
 
+    Arguments not listed are those of all builders, see `jdecouple.models`.
+
     Args:
-        num_classes: Number of logits.
         patch: Height and width of a patch in pixels, a divisor of `image_size`.
         hidden: Width of the states.
         depth: Number of encoder blocks.
@@ -105,21 +102,12 @@ def vit(
         pooling: What represents an image: the "mean" over the patches, or a "class" token.
         dropout: Share of numbers dropped from tokens, attention weights, inside the feed-forward
             layers and before every addition.
-        image_size: Height and width of an image, in pixels.
-        channels: Channels of an image.
-        init: "flax", "torch" or "he", see `jdecouple.models.layers`.
-        param_dtype: Dtype of the parameters.
-        rngs: Source of initial weights, and of dropout's keys.
 
     Returns:
         A model of 1 + `depth` blocks from images, NHWC, to sequences of tokens (see
         `jdecouple.models.sequence`; the mask is all ones), with a classifier of LayerNorm and
         a dense layer on the summary `[batch, hidden]`. That of the first block, which embeds the
         patches, is their mean in either case.
-
-    Raises:
-        ValueError: A size is not positive or does not divide, dropout not in [0, 1), or the pooling
-            unknown.
     """
     require_int(1, num_classes=num_classes, hidden=hidden, depth=depth)
     require_one_of(POOLINGS, pooling=pooling)

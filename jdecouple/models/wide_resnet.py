@@ -38,24 +38,14 @@ def wide_resnet(
     BatchNorm and ReLU, and convolutions have no biases.
 
     Args:
-        num_classes: Number of logits.
         depth: 6n+4 convolutions, 10 at least; those of the three shortcuts count.
         widen: Factor on the channels of the groups.
         dropout: Share of activations dropped between the convolutions of a unit (after ReLU).
-        image_size: Height and width of an image, in pixels; at least 4.
-        channels: Channels of an image.
-        init: "flax", "torch" or "he", see `jdecouple.models.layers`. The code of FDG uses
-            "torch".
-        param_dtype: Dtype of the parameters.
-        rngs: Source of initial weights, and of dropout's keys.
+        init: As of all builders, see `jdecouple.models`; the code of FDG uses "torch".
 
     Returns:
         A model of 1 + 3n blocks between NHWC activations, with a classifier of BatchNorm, ReLU,
         global average pooling and a dense layer. At depth 28 it has the split "fdg" of FDG's code.
-
-    Raises:
-        ValueError: The depth is not 6n+4, dropout not in [0, 1), another size not positive, or the
-            image too small.
     """
     count = units_per_group(depth, 4)
     require_int(1, num_classes=num_classes, widen=widen, image_size=image_size, channels=channels)
