@@ -115,7 +115,7 @@ def restore(
         return run.trainer.init(), None
     step, extra = found
     mine = run.trainer.to_arrays(run.trainer.abstract(addressable=True))
-    arrays = hand_out(hosts, list(mine), restored.tree if restored else {})
+    arrays = hand_out(hosts, list(mine), restored.arrays if restored else {})
     return run.trainer.from_arrays(step, arrays), extra
 
 
