@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
+from jdecouple._errors import first_line
 from jdecouple.data.splits import (
     CACHE_BYTES,
     DecodedSource,
-    first_line,
     held_out,
     resize_image,
     stratified_order,

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from PIL import Image
 
+from jdecouple._errors import first_line
 from jdecouple.data import augment
 
 CACHE_BYTES = 4 << 30
@@ -369,8 +370,3 @@ def held_out(order: np.ndarray, amount: float | int) -> tuple[np.ndarray, np.nda
             f"{size} (the training examples) wanted"
         )
     return np.sort(order[count:]), np.sort(order[:count])
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its type where it has none."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

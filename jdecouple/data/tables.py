@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jdecouple.data.splits import first_line, held_out, stratified_order
+from jdecouple._errors import first_line
+from jdecouple.data.splits import held_out, stratified_order
 from jdecouple.data.texts import Texts
 
 TEST_SHARE = 0.2  # of a single file

@@ -14,7 +14,7 @@ from typing import Any
 
 from absl import logging
 
-from jdecouple.data.splits import first_line
+from jdecouple._errors import first_line
 
 _PREPARE = (
     "import sys, tensorflow_datasets as tfds; "

@@ -22,7 +22,7 @@ from jdecouple.train import config as configuration
 from jdecouple.train import hosts, report
 from jdecouple.train.config import ConfigError, one_line
 from jdecouple.train.hosts import SingleProcess, hand_out
-from jdecouple.train.metrics import Clock, Means, MetricsWriter, Progress, plot_curves, read_metrics
+from jdecouple.train.metrics import Clock, Means, MetricsWriter, Progress, read_metrics
 from jdecouple.train.profile import Profile
 from jdecouple.train.run import Run, Unwritten, build, check_alike
 from jdecouple.trainer import State, Trainer
@@ -74,7 +74,7 @@ def train_and_evaluate(
             loop = Loop(run, checkpoints, writer, interrupt, profile, processes)
             state = loop.train(state, start)
         if processes.first:
-            plot_curves(folder, title=run.title)
+            report.plot_curves(folder, title=run.title)
     result = {"step": state.step, "finished": state.step >= run.total_steps}
     if not processes.first:
         return result
