@@ -244,7 +244,7 @@ class TestNonFinite:
 
 
 def test_checkpoints_that_cannot_be_written_are_told_in_one_line(tmp_path, monkeypatch):
-    def full(*_):
+    def full(*_, **options):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("orbax.checkpoint.CheckpointManager.save", full)

@@ -20,35 +20,6 @@ SPLITS = ("train", "validation", "test")
 Line = dict[str, Any]
 
 
-class Means:
-    """Running means of the metrics of many steps.
-
-    Args:
-        state: what another one's `state` gave; None begins anew.
-    """
-
-    def __init__(self, state: Mapping[str, Any] | None = None):
-        self._count: int = state["count"] if state else 0
-        self._sums: dict[str, float] = dict(state["sums"]) if state else {}
-
-    @property
-    def state(self) -> dict[str, Any]:
-        """The counts and sums so far, as JSON."""
-        return {"count": self._count, "sums": dict(self._sums)}
-
-    def add(self, values: Mapping[str, Any]) -> None:
-        """Counts the scalars of one step; every step has the same names."""
-        self._count += 1
-        for name, value in values.items():
-            self._sums[name] = self._sums.get(name, 0.0) + float(value)
-
-    def take(self) -> dict[str, float]:
-        """Returns the means and begins anew."""
-        means = {name: total / self._count for name, total in self._sums.items()}
-        self._count, self._sums = 0, {}
-        return means
-
-
 class Clock(NamedTuple):
     """A time, and the seconds waited for input until then."""
 
@@ -64,6 +35,46 @@ class Clock(NamedTuple):
         """A clock between this one (share 0) and another (share 1)."""
         time, waited = (a + share * (b - a) for a, b in zip(self, other, strict=True))
         return Clock(time, waited)
+
+
+class Interval:
+    """The steps since the last line of the training metrics.
+
+    Args:
+        step: the step that it begins after.
+        began: when it begins.
+        means: `means` of the interval that it goes on with; None of a new one.
+    """
+
+    def __init__(self, step: int, began: Clock, means: Mapping[str, Any] | None = None):
+        self._step, self._began = step, began
+        self._count: int = means["count"] if means else 0
+        self._sums: dict[str, float] = dict(means["sums"]) if means else {}
+
+    @property
+    def means(self) -> dict[str, Any]:
+        """How many steps were added, and the sums of their metrics, as JSON."""
+        return {"count": self._count, "sums": dict(self._sums)}
+
+    def add(self, values: Mapping[str, Any]) -> None:
+        """Counts the scalars of one step; every step has the same names."""
+        self._count += 1
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + float(value)
+
+    def leave_out(self, seconds: float) -> None:
+        """Takes the time of an evaluation out of the training speed."""
+        self._began = self._began._replace(time=self._began.time + seconds)
+
+    def end(self, step: int, now: Clock, batch_size: int) -> dict[str, float]:
+        """Returns means, examples_per_second and input_wait, a share of the time; begins anew."""
+        values = {name: total / self._count for name, total in self._sums.items()}
+        seconds = now.time - self._began.time
+        values["examples_per_second"] = (step - self._step) * batch_size / seconds
+        values["input_wait"] = (now.waited - self._began.waited) / seconds
+        self._step, self._began = step, now
+        self._count, self._sums = 0, {}
+        return values
 
 
 class MetricsWriter(contextlib.AbstractContextManager["MetricsWriter"]):
