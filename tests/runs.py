@@ -25,7 +25,6 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jdecouple._checkpoint_format import read_document
 from jdecouple.checkpoint import Checkpointer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -204,9 +203,10 @@ def copy(workdir: Path, folder: Path) -> Path:
 def arrays_at(workdir: Path, step: int) -> dict[str, np.ndarray]:
     """Arrays of a checkpoint, read as any other program would."""
     checkpoints = Checkpointer(workdir / "checkpoints", read_only=True)
-    document = read_document(checkpoints.directory / str(step))
+    info = checkpoints.directory / str(step) / "info" / "metadata"
+    document = json.loads(info.read_text())["document"]
     template = {unquote(name): _struct(spec) for name, (spec, _) in document["leaves"].items()}
-    return checkpoints.restore(template, step).tree
+    return checkpoints.restore(template, step).arrays
 
 
 def final_arrays(workdir: Path) -> tuple[int, dict[str, np.ndarray]]:

@@ -244,10 +244,10 @@ class TestNonFinite:
 
 
 def test_checkpoints_that_cannot_be_written_are_told_in_one_line(tmp_path, monkeypatch):
-    def full(*_):
+    def full(*_, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("jdecouple.checkpoint.Checkpointer._start_save", full)
+    monkeypatch.setattr("orbax.checkpoint.CheckpointManager.save", full)
     with pytest.raises(ConfigError, match=r"checkpoint 4 could not be written.*No space left"):
         train_and_evaluate(cheap(), tmp_path)
 

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from jdecouple._errors import first_line
 from jdecouple.methods import Method
 from jdecouple.methods.objectives import BlockInfo
 from jdecouple.methods.routes import Carry, Route, Stage, Unit
@@ -70,9 +71,9 @@ def block_output(index: int, block: nnx.Module, x: Any, dtype: Any) -> Any:
         )
     except (TypeError, ValueError) as error:
         shape = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", x)
-        reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"block {index} ({type(block).__name__}) fails on an input of {shape}: {reason}"
+            f"block {index} ({type(block).__name__}) fails on an input of {shape}: "
+            f"{first_line(error)}"
         ) from error
 
 

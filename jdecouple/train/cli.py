@@ -13,6 +13,8 @@ from typing import Any, NoReturn
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from jdecouple._errors import first_line
+
 _USAGE = "usage: python train.py --config FILE[:ARGUMENT] --workdir FOLDER [--config.KEY=VALUE ...]"
 _HOSTS = """Several processes (docs/multi-host.md); SLURM and Open MPI need no flags:
   --coordinator HOST:PORT   where process 0 waits for the others
@@ -81,15 +83,15 @@ def _train_among(place: Any, config: ConfigDict, workdir: str) -> None:
         train_and_evaluate(config, workdir, processes)
         processes.close()
     except ConfigError as error:
-        code, shown = 2, _first_line(error)
+        code, shown = 2, first_line(error)
     except NonFiniteError as error:
-        code, shown = 1, _first_line(error)
+        code, shown = 1, first_line(error)
     except KeyboardInterrupt:
         code, shown = 130, _INTERRUPTED
     except BaseException as error:
         processes.settle()
         traceback.print_exc()
-        code, shown = 1, f"{type(error).__name__}: {_first_line(error)}"
+        code, shown = 1, f"{type(error).__name__}: {first_line(error)}"
     if code:
         processes.fail(shown, code)
         print(f"error: {shown}", file=sys.stderr)
@@ -151,7 +153,7 @@ def parse_process_spec(argv: Sequence[str]) -> Any:
             address=given.transport_address,
         )
     except ValueError as error:
-        raise ConfigError(_first_line(error)) from error
+        raise ConfigError(first_line(error)) from error
 
 
 def _own_flags(argv: Sequence[str]) -> tuple[flags.FlagValues, str, list[str]]:
@@ -175,14 +177,14 @@ def _parsed(values: flags.FlagValues, argv: Sequence[str], known_only: bool = Fa
     except flags.IllegalFlagValueError as error:
         match = re.match(r"flag --config\.([\w.]+)=(.*?): ", str(error), re.DOTALL)
         if not match:
-            raise configuration.ConfigError(_first_line(error)) from error
+            raise configuration.ConfigError(first_line(error)) from error
         kind = configuration.value_type(match[1])
         wanted = "a section with keys" if kind is ConfigDict else f"a value of type {kind.__name__}"
         raise configuration.ConfigError(
             f"config.{match[1]} is {match[2]!r}: {wanted} is needed"
         ) from error
     except (flags.Error, ValueError, TypeError) as error:
-        raise configuration.ConfigError(_first_line(error)) from error
+        raise configuration.ConfigError(first_line(error)) from error
 
 
 def _load(config: str) -> Mapping[str, Any]:
@@ -197,7 +199,7 @@ def _load(config: str) -> Mapping[str, Any]:
         loaded = found(*argument) if callable(found) else None
     except Exception as error:  # whatever the file does
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise configuration.ConfigError(f"--config {config}: {kind}{_first_line(error)}") from error
+        raise configuration.ConfigError(f"--config {config}: {kind}{first_line(error)}") from error
     if not isinstance(loaded, Mapping | ConfigDict):
         raise configuration.ConfigError(
             f"--config {config}: a function get_config() that returns a ConfigDict is needed"
@@ -222,10 +224,6 @@ def _keep_stdout() -> None:
     os.close(null)
 
 
-def _first_line(error: object) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
 def _fail(error: object, code: int) -> NoReturn:
-    print(f"error: {_first_line(error)}", file=sys.stderr)
+    print(f"error: {first_line(error)}", file=sys.stderr)
     sys.exit(code)

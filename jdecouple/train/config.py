@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from jdecouple import data, methods, models, optim, schedules
+from jdecouple._errors import first_line
 from jdecouple.pipeline.engine import ENGINES
 
 DTYPES = {"float32": None, "bfloat16": jnp.bfloat16}
@@ -65,8 +66,7 @@ def one_line() -> Iterator[None]:
     except ConfigError:
         raise
     except (ValueError, TypeError, OSError) as error:
-        text = str(error).strip() or type(error).__name__
-        raise ConfigError(text.splitlines()[0]) from error
+        raise ConfigError(first_line(error)) from error
 
 
 def default() -> ConfigDict:

@@ -262,24 +262,3 @@ def check_alike(config: ConfigDict, processes: SingleProcess) -> None:
                 raise ConfigError(
                     f"process {index} has config.{key} = {other.value[key]}, process 0 {own[key]}"
                 )
-
-
-class Unwritten:
-    """Takes what the first process writes, metrics and checkpoints, on the others."""
-
-    latest_step = best_step = None
-
-    def __enter__(self) -> "Unwritten":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        pass
-
-    def write(self, *values: Any) -> None:
-        """Writes nothing."""
-
-    def save(self, *values: Any) -> None:
-        """Saves nothing."""
-
-    def wait(self) -> None:
-        """Has nothing to wait for."""
