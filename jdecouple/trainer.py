@@ -1,9 +1,8 @@
 """The Trainer: a model, a method, an optimiser and a mesh, joined."""
 
 import itertools
-import statistics
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -16,30 +15,19 @@ from jdecouple.methods import Method
 from jdecouple.methods.routes import Metrics
 from jdecouple.methods.routes.stage import Transform
 from jdecouple.models import Model
-from jdecouple.pipeline.batch import (
-    BatchSpec,
-    PlacedBatch,
-    check_batch,
-    check_count,
-    check_labels,
-    check_type,
-)
-from jdecouple.pipeline.build import (
-    abstract,
-    build_stages,
-    build_units,
-    model_input,
-    split_blocks,
-    unit_costs,
-)
-from jdecouple.pipeline.distributed import gather
+from jdecouple.pipeline import build
+from jdecouple.pipeline import state as states
+from jdecouple.pipeline.batch import BatchSpec, PlacedBatch, check_batch, check_labels
+from jdecouple.pipeline.checks import check_count, check_type
+from jdecouple.pipeline.diagnostics import call_costs
+from jdecouple.pipeline.distributed import gather_metrics
 from jdecouple.pipeline.engine import make_engine
 from jdecouple.pipeline.evaluate import Evaluator
 from jdecouple.pipeline.evaluate_descending import DescendingEvaluator
 from jdecouple.pipeline.mesh import StageMesh, as_stage_mesh, make_mesh
 from jdecouple.pipeline.partition import first_blocks
-from jdecouple.pipeline.state import State, leaf_names, metric_names, modules, place, queue_shapes
-from jdecouple.schedules import Call, Costs, Kind
+from jdecouple.pipeline.state import State
+from jdecouple.schedules import Call, Costs
 
 Batch = Mapping[str, Any]
 
@@ -52,26 +40,24 @@ class Trainer:
 
     Attributes:
         boundaries: index of the first block of every stage.
-        num_classes: width of the logits.
-        stages: all stages, with their blocks and heads.
-        engine: "mpmd" or "spmd".
-        schedule: the actions of one batch.
-        placements: devices of every stage.
-        calls: the calls of a step in the order of dispatch; fused into one where `fuse` says so.
+        stages: all stages, with their blocks and heads; `placements` are their devices.
+        schedule: the actions of one batch; `calls` are its calls in the order of dispatch.
         latency: iterations by which metrics are late: those of step t are of batch t - latency.
 
     >>> import jdecouple as jd
     >>> model = jd.models.mlp(2, input_size=4, hidden=8, depth=2, rngs=nnx.Rngs(0))
     >>> x = np.linspace(-1, 1, 32, dtype=np.float32).reshape(8, 4)
     >>> batch = {"x": x, "label": (x[:, 0] > 0).astype(np.int32)}
-    >>> trainer = Trainer(
-    ...     model, jd.methods.get("scpl"), jd.optim.sgd(0.1), num_stages=2, example=batch
-    ... )
+    >>> method, optimizer = jd.methods.get("greedy_exit"), jd.optim.sgd(0.5)
+    >>> trainer = Trainer(model, method, optimizer, num_stages=2, example=batch)
     >>> state = trainer.init()
     >>> for _ in range(20):
     ...     state, metrics = trainer.step(state, batch)
-    >>> state.step, sorted(metrics)[:3]
-    (20, ['accuracy', 'block_0/loss', 'block_1/accuracy'])
+    >>> sorted(metrics)[-2:]
+    ['block_1/loss', 'loss']
+    >>> state, metrics = trainer.steps(state, [batch] * 3)
+    >>> state.step, metrics["loss"].shape
+    (23, (3,))
     >>> trainer.evaluate(state, batch)["accuracy"]
     1.0
     """
@@ -102,137 +88,99 @@ class Trainer:
 
         Args:
             model: blocks with their initial weights, and a classifier.
-            method: a row of `jdecouple.methods`.
+            method: what `jdecouple.methods.get` returns.
             optimizer: an optax transformation; every block gets a state of its own.
             num_stages: K; by default the number of boundaries, else the mesh's.
-            boundaries: block indices at which a stage begins, or the name of one of the model's
-                published splits; by default a split that balances floating-point operations.
-            mesh: `jdecouple.make_mesh(...)`, or a `jax.sharding.Mesh` with the axes `stage`
-                and `data`; by default the first `num_stages` devices.
-            microbatches: M; parts that the batch is cut into. Losses and BatchNorm
-                statistics are those of the part, gradients the mean over the parts.
+            boundaries: indices of the blocks at which stages begin, or the name of one of the
+                model's published splits; by default a split that balances the operations.
+            mesh: `jdecouple.make_mesh(...)`, or a `jax.sharding.Mesh` with the axes `stage` and
+                `data`; by default the first `num_stages` devices.
+            microbatches: M, parts that a batch is cut into. Losses and BatchNorm statistics are
+                those of a part, gradients the mean over the parts.
             schedule: name of a schedule, or "auto" for the route's own.
-            example: a global batch {"x": [batch, ...], "label": [batch]}; read for its
-                shapes and dtypes.
+            example: a global batch {"x": [batch, ...], "label": [batch]} of the shapes to come.
             num_classes: by default the width of the model's logits.
             seed: root of the keys of heads, dropout and augmentation.
-            transform: `(carry, keys, train) -> carry`, run inside the first stage's
-                compiled call; see `jdecouple.data.augment`.
+            transform: `(carry, keys, train) -> carry`, run inside the first stage's compiled call;
+                see `jdecouple.data.augment`.
             dtype: compute dtype of blocks and heads, such as `jnp.bfloat16`; parameters,
                 statistics and losses keep theirs. None leaves everything as it is.
-            clip_norm: bound on the norm of the gradient of all blocks (synchronous methods; to
-                clip each block of others, put `optax.clip_by_global_norm` in the optimizer).
-            remat: whether stages keep their inputs alone and repeat the forward in the
-                backward; for all, or one a stage.
+            clip_norm: bound on the norm of the gradient of all blocks (synchronous methods; for
+                others, `optax.clip_by_global_norm` in the optimizer clips each block).
+            remat: whether a stage keeps its input alone and repeats the forward in the backward;
+                for all stages, or for each.
             fuse: compile all stages into one call; by default where they share their devices.
-            max_in_flight: batches, or lists of them, that may be dispatched and unfinished; by
-                default 2K.
-            engine: "mpmd" compiles calls for every stage; "spmd" compiles one program for all,
-                which needs equal blocks between the first and the last, and a local method or
-                `gpipe`; "auto" takes "spmd" where it fits and there are devices for two stages.
+            max_in_flight: calls of `step` or `steps` that may be unfinished; by default 2K.
+            engine: "mpmd" compiles calls for every stage; "spmd" one program for all, which needs
+                equal blocks between the first and the last, and a local method or `gpipe`; "auto"
+                takes "spmd" where it fits and there are devices for two stages.
 
         Raises:
             TypeError: an argument of a wrong type.
-            ValueError: sizes that do not fit one another, or a method that needs what the
-                model lacks.
+            ValueError: values that do not fit, or a method that needs what the model lacks.
         """
         check_type("model", model, Model)
         check_type("method", method, Method)
         check_count("num_stages", num_stages)
+        check_count("num_classes", num_classes)
         if num_stages is None and not isinstance(boundaries, str | None):
             num_stages = len(first_blocks(boundaries))
-        grid = as_stage_mesh(make_mesh(num_stages or 1) if mesh is None else mesh)
-        num_stages = num_stages or grid.shape["stage"]
+        stage_mesh = as_stage_mesh(make_mesh(num_stages or 1) if mesh is None else mesh)
+        num_stages = num_stages or stage_mesh.shape["stage"]
         check_batch(example, num_classes)
-        self._example = abstract(dict(example))
-        self._spec = BatchSpec(self._example, microbatches, grid.shape["data"])
-        received = self._spec.split(self._example)[0]
-        built = build_units(
-            model, method, model_input(received, transform), num_classes, seed, dtype
+        self._spec = BatchSpec(
+            build.abstract(dict(example)), microbatches, stage_mesh.shape["data"]
         )
+        received = self._spec.split(self._spec.example)[0]
+        carry = build.model_input(received, transform)
+        built = self._built = build.build_units(model, method, carry, num_classes, seed, dtype)
         if num_classes is None:
             check_labels(example["label"], built.num_classes)
         self.model, self.method, self.microbatches = model, method, microbatches
         self.num_classes = built.num_classes
-        self.boundaries = split_blocks(model, built, method.route, num_stages, boundaries)
-        self.stages = build_stages(
-            built,
-            method,
-            self.boundaries,
-            received,
-            optimizer,
-            remat=remat,
-            clip_norm=clip_norm,
-            seed=seed,
-            num_microbatches=microbatches,
-            transform=transform,
+        self.boundaries = build.split_blocks(model, built, method.route, num_stages, boundaries)
+        common = {"seed": seed, "num_microbatches": microbatches, "transform": transform}
+        self.stages = build.build_stages(
+            built, method, self.boundaries, received, optimizer, remat, clip_norm, **common
         )
-        self._built = built
         self._engine = make_engine(
-            engine,
-            self.stages,
-            grid,
-            method,
-            schedule=schedule,
-            fuse=fuse,
-            max_in_flight=max_in_flight,
-            carries=built.carries,
+            engine, self.stages, stage_mesh, method, schedule, fuse, max_in_flight, built.carries
         )
-        self.engine = self._engine.name
-        self.schedule = self._engine.schedule
-        self.placements = self._engine.placements
-        self.calls = self._engine.calls
+        self.engine, self.schedule = self._engine.name, self._engine.schedule
+        self.placements, self.calls = self._engine.placements, self._engine.calls
         self.latency = self.schedule.latency
         evaluator = DescendingEvaluator if built.units[-1].descends else Evaluator
-        self._evaluate = evaluator(
-            self.stages,
-            self.placements,
-            self._example,
-            fuse=self._engine.fuse,
-            max_in_flight=self._engine.max_in_flight,
-        )
-
-    # --- State ------------------------------------------------------------------------------------
+        self._evaluate = evaluator(self.stages, self._engine, self._spec.example)
 
     def init(self) -> State:
         """Initial state: the weights of the model's blocks and of the heads, step 0.
 
         The queues of a delayed method are there from the start, full of zeros that nothing uses.
         """
-
-        def initial(k: int) -> Any:
-            return {**self.stages[k].initial(), **_zeros(self._queue_shapes(k))}
-
-        return self._load(0, initial)
+        return self._load(
+            0, lambda k: {**self.stages[k].initial(), **states.zeros(self._queues(k))}
+        )
 
     def abstract(self, *, addressable: bool = False) -> State:
-        """Shapes and dtypes of the state, without allocating it: of all stages, or of this process.
+        """Shapes and dtypes of the state, without allocating it.
 
         Args:
             addressable: leave out the stages of other processes, as `init` does.
         """
-        shapes = [
-            self._shapes(k) if self.placements[k].addressable or not addressable else None
-            for k in range(len(self.stages))
-        ]
+        shapes = (
+            self._shapes(k) if placement.addressable or not addressable else None
+            for k, placement in enumerate(self.placements)
+        )
         return State(0, tuple(shapes))
 
     def to_arrays(self, state: State) -> dict[str, Any]:
-        """The state's arrays by names that do not depend on the partition.
-
-        Args:
-            state: a state; its own arrays are returned, not copies.
+        """The state's own arrays by names that do not depend on the partition.
 
         Returns:
             "block_{i}/params/...", "block_{i}/stats/...", "block_{i}/opt/..." to array, for the
             blocks of this process; what a checkpoint holds.
         """
-        return {
-            name: leaf
-            for stage, values in zip(self.stages, state.stages, strict=True)
-            if values is not None
-            for name, leaf in zip(leaf_names(stage, values), jax.tree.leaves(values), strict=True)
-        }
+        return states.to_arrays(self.stages, state)
 
     def from_arrays(self, step: int, arrays: Mapping[str, Any]) -> State:
         """The state that `arrays` was read from, placed on this trainer's devices.
@@ -245,7 +193,7 @@ class Trainer:
 
         def read(k: int) -> Any:
             shapes = self._shapes(k)
-            leaves = [arrays[name] for name in leaf_names(self.stages[k], shapes)]
+            leaves = [arrays[name] for name in states.leaf_names(self.stages[k], shapes)]
             return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
         return self._load(step, read)
@@ -256,7 +204,7 @@ class Trainer:
         A classifier that the method does not train is returned as it was given; blocks of
         other processes are None.
         """
-        pairs = modules(self.stages, state)
+        pairs = states.modules(self.stages, state)
         blocks = [block for block, _ in pairs]
         if self.model.classifier is None:
             return blocks
@@ -266,19 +214,14 @@ class Trainer:
 
     def heads(self, state: State) -> list[nnx.Module | None]:
         """Trained heads, one per block; None where a block has none."""
-        return [head for _, head in modules(self.stages, state)]
-
-    # --- Batches ----------------------------------------------------------------------------------
+        return [head for _, head in states.modules(self.stages, state)]
 
     def local_indices(self, size: int, parts: int = 1) -> np.ndarray:
-        """Examples of a global batch that the devices of this process take in.
+        """Positions, rising, of the examples that the devices of this process take in.
 
         Args:
-            size: examples in the batch.
+            size: examples in a global batch.
             parts: microbatches that it is cut into.
-
-        Returns:
-            Their positions, rising; none without the first stage.
         """
         own = self.placements[0].local_indices(size // parts)
         return np.concatenate([part * (size // parts) + own for part in range(parts)])
@@ -297,12 +240,12 @@ class Trainer:
                 that are not finite; a list that is empty or that `check_steps` refuses.
         """
         if isinstance(batch, Mapping) or not isinstance(batch, Sequence):
-            return self._engine.put([self._spec.checked(batch, self.num_classes)])
+            return self._single(batch)
         if not batch:
             raise ValueError("batches is empty: at least one batch is needed")
         self.check_steps(len(batch))
         parts = [
-            self._one(item)
+            self._single(item)
             if isinstance(item, PlacedBatch)
             else self._spec.checked(item, self.num_classes)
             for item in batch
@@ -310,11 +253,9 @@ class Trainer:
         return self._engine.put(parts, len(batch))
 
     def check_steps(self, count: int) -> None:
-        """Checks that `steps` can take so many batches.
+        """Raises ValueError unless `steps` can take so many batches.
 
-        Raises:
-            ValueError: fewer than 1, or more than 1 where a stage needs its neighbours in every
-                batch and is not fused with them.
+        More than one need a local method or fused stages: others need one another in every batch.
         """
         check_count("chunk", count)
         if count > 1 and not self._engine.multi_step:
@@ -324,13 +265,11 @@ class Trainer:
                 "one another in every batch"
             )
 
-    # --- Training ---------------------------------------------------------------------------------
-
     def step(self, state: State, batch: Batch | PlacedBatch) -> tuple[State, Metrics]:
         """Trains on one global batch; returns as soon as all calls are dispatched.
 
         Args:
-            state: current state; donated.
+            state: current state; donated, as in all that trains.
             batch: {"x": [batch, ...], "label": [batch]} on the host, or what `put` returned.
 
         Returns:
@@ -338,7 +277,7 @@ class Trainer:
             (of the last exit) and per block "block_{i}/loss", its terms and
             "block_{i}/accuracy". Under several processes they cover the process's stages.
         """
-        stages, metrics = self._engine.run(state.stages, self._one(batch), state.step)
+        stages, metrics = self._engine.run(state.stages, self._single(batch), state.step)
         return State(state.step + 1, stages), metrics
 
     def steps(
@@ -350,7 +289,7 @@ class Trainer:
         "spmd"), which is compiled anew for another T.
 
         Args:
-            state: current state; donated.
+            state: current state.
             batches: T of what `step` takes, or what `put` returned for them.
 
         Returns:
@@ -359,25 +298,18 @@ class Trainer:
         Raises:
             TypeError, ValueError: what `put` refuses.
         """
-        if not isinstance(batches, PlacedBatch):
-            if isinstance(batches, Mapping) or not isinstance(batches, Sequence):
-                kind = type(batches).__name__
-                raise TypeError(f"batches is a {kind}: a list of batches is needed")
-            batches = self.put(batches)
-        if batches.count is None:
-            raise ValueError("batches is one batch: what `put` returns for a list is needed")
-        stages, metrics = self._engine.run(state.stages, batches, state.step)
-        return State(state.step + batches.count, stages), metrics
+        placed = batches if isinstance(batches, PlacedBatch) else self.put(batches)
+        if placed.count is None:
+            raise TypeError(f"batches is a {type(batches).__name__}: a list of batches is needed")
+        stages, metrics = self._engine.run(state.stages, placed, state.step)
+        return State(state.step + placed.count, stages), metrics
 
     def finish(self, state: State) -> State:
         """Applies what a delayed method still has queued; other methods have nothing.
 
         The stages go on without new batches until every batch has trained every stage. A step
-        after it fills them again from empty. Gradients that `accumulate` has not yet completed to
-        a step stay in the optimiser's state.
-
-        Args:
-            state: current state; donated.
+        after it fills the queues again from empty. Gradients that `accumulate` has not yet
+        completed to a step stay in the optimiser's state.
 
         Returns:
             The state with empty queues, at the same step.
@@ -385,12 +317,12 @@ class Trainer:
         if not self.schedule.overlapping:
             return state
         stages: Any = state.stages
-        nothing = self._engine.put([self._spec.split(_zeros(self._example))])
+        nothing = self._engine.put([self._spec.split(states.zeros(self._spec.example))])
         for late in range(self.schedule.depth):
             stages, _ = self._engine.run(stages, nothing, state.step + late, state.step)
         since = {"since": np.int32(state.step)}
         stages = tuple(
-            values and {**values, **place(self.stages[k], self.placements[k], since)}
+            values and {**values, **states.place(self.stages[k], self.placements[k], since)}
             for k, values in enumerate(stages)
         )
         return State(state.step, stages)
@@ -398,8 +330,6 @@ class Trainer:
     def wait(self, state: State) -> None:
         """Blocks until everything that was dispatched has run."""
         self._engine.wait(state.stages)
-
-    # --- Evaluation and measurements --------------------------------------------------------------
 
     def evaluate(self, state: State, data: Iterable[Batch] | Batch) -> dict[str, float]:
         """Evaluates every exit; batches of any size, each example counted once.
@@ -414,35 +344,22 @@ class Trainer:
             processes all call it and all get all of them.
 
         Raises:
-            ValueError: no examples, or a batch that `put` would refuse for another reason than
-                its size.
+            ValueError: no examples, or what `put` refuses for another reason than its size.
         """
         return self._evaluate(state.stages, data, self.num_classes)
 
     def gather_metrics(self, metrics: Mapping[str, Any]) -> dict[str, float]:
         """Metrics of `step` of all processes as floats; every process calls it."""
-        names = [name for stage in self.stages for name in metric_names(stage, self.method.route)]
-        values = {name: float(value) for name, value in metrics.items()}
-        blocks = gather(values, [name for name in names if name.startswith("block_")])
-        losses = [value for name, value in blocks.items() if name.endswith("/loss")]
-        exits = [value for name, value in blocks.items() if name.endswith("/accuracy")]
-        return {"loss": sum(losses), **({"accuracy": exits[-1]} if exits else {}), **blocks}
+        return gather_metrics(metrics, self._metric_names)
 
     def block_costs(self) -> list[float]:
         """Floating-point operations of every block, forward and backward, on one microbatch."""
-        return unit_costs(self._built.units, self._built.carries, self.method.route)
+        return build.unit_costs(self._built.units, self._built.carries, self.method.route)
 
     def measure(
         self, state: State, batch: Batch | PlacedBatch
     ) -> tuple[State, list[tuple[Call, float]]]:
-        """Trains on one global batch like `step`, waiting for every compiled call on its own.
-
-        Args:
-            state: current state; donated.
-            batch: as for `step`.
-
-        Returns:
-            The new state, and `calls`, each with its seconds.
+        """Trains like `step`, waiting for every compiled call; gives `calls` with their seconds.
 
         Raises:
             ValueError: the stages are fused (`fuse=False` keeps them apart), or some are in other
@@ -450,74 +367,57 @@ class Trainer:
         """
         if not all(placement.fully_addressable for placement in self.placements):
             raise ValueError("measuring needs all stages in one process")
-        stages, seconds = self._engine.measure(state.stages, self._one(batch), state.step)
+        stages, seconds = self._engine.measure(state.stages, self._single(batch), state.step)
         return State(state.step + 1, stages), seconds
 
     def measured_costs(
         self, state: State, batches: Iterable[Batch | PlacedBatch], repeats: int = 10
     ) -> tuple[State, Costs]:
-        """Trains on some batches, and takes the median time of every compiled call.
-
-        The calls run one after another, so none disturbs another. One batch more than `repeats` is
-        trained on: the first compiles, and does not count.
+        """Trains on some batches by `measure`, and takes the median time of every call.
 
         Args:
-            state: current state; donated.
+            state: current state.
             batches: batches as for `step`; begun again when they end.
-            repeats: batches that count, at least 1.
+            repeats: batches that count. One more is trained on: the first compiles.
 
         Returns:
-            The state after the batches, and costs with the seconds of every call of the schedule
-            and the bytes of its carries. The link is free: `dataclasses.replace` gives the costs a
-            bandwidth and a latency.
+            The new state, and costs with the seconds of every call of the schedule and the bytes of
+            its carries. The link is free: `dataclasses.replace` gives it a bandwidth and a latency.
 
         Raises:
             ValueError: fewer than 1 repeat, no batches, or a trainer that `measure` refuses.
         """
         check_count("repeats", repeats)
-        seconds: defaultdict[tuple[int, tuple[Kind, ...]], list[float]] = defaultdict(list)
-        trained = -1
-        for trained, batch in enumerate(itertools.islice(itertools.cycle(batches), repeats + 1)):
-            state, timed_calls = self.measure(state, batch)
-            for call, time in timed_calls if trained else ():
-                seconds[call.stage, call.kinds].append(time)
-        if trained < 0:
+        measured = []
+        for batch in itertools.islice(itertools.cycle(batches), repeats + 1):
+            state, seconds = self.measure(state, batch)
+            measured.append(seconds)
+        if not measured:
             raise ValueError("batches is empty: at least one batch is needed")
-        carries = [stage.carry for stage in self.stages[1:]]
-        return state, Costs(
-            calls={key: statistics.median(times) for key, times in seconds.items()},
-            message_bytes=[_num_bytes(carry) for carry in carries],
-            error_bytes=[_num_bytes(carry["x"]) for carry in carries],
-        )
+        return state, call_costs(itertools.chain(*measured[1:]), self.stages)
 
-    # --- Helpers ----------------------------------------------------------------------------------
-
-    def _one(self, batch: Batch | PlacedBatch) -> PlacedBatch:
-        """A single batch on the devices."""
+    def _single(self, batch: Batch | PlacedBatch) -> PlacedBatch:
         if not isinstance(batch, PlacedBatch):
             return self._engine.put([self._spec.checked(batch, self.num_classes)])
         if batch.count is not None:
             raise ValueError(f"batch holds a list of {batch.count}: a single batch is needed")
         return batch
 
-    def _load(self, step: int, values: Any) -> State:
-        """The state of which `values(k)` gives this process's stages, placed."""
-        stages = (
+    def _load(self, step: int, values: Callable[[int], Any]) -> State:
+        """Places the values of this process's stages, one after another."""
+        own = (
             values(k) if placement.addressable else None
             for k, placement in enumerate(self.placements)
         )
-        return State(step, self._engine.load(stages))
+        return State(step, self._engine.load(own))
 
-    def _queue_shapes(self, k: int) -> Any:
-        return queue_shapes(self.schedule, self.method.route, self.stages, k)
+    @cached_property
+    def _metric_names(self) -> list[str]:
+        route = self.method.route
+        return [name for stage in self.stages for name in states.metric_names(stage, route)]
+
+    def _queues(self, k: int) -> Any:
+        return states.queue_shapes(self.schedule, self.method.route, self.stages, k)
 
     def _shapes(self, k: int) -> Any:
-        return {**jax.eval_shape(self.stages[k].initial), **self._queue_shapes(k)}
-
-
-def _zeros(shapes: Any) -> Any:
-    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-
-
-def _num_bytes(tree: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+        return {**jax.eval_shape(self.stages[k].initial), **self._queues(k)}

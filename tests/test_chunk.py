@@ -224,7 +224,7 @@ def test_bad_batches_are_refused():
     words = ("holds a list of 2", "a single batch")
     nets.assert_clear(ValueError, words, lambda: engine.step(state, two))
     nets.assert_clear(ValueError, words, lambda: engine.steps(state, [good, two]))
-    nets.assert_clear(ValueError, ("one batch", "a list"), lambda: engine.steps(state, one))
+    nets.assert_clear(TypeError, ("list of batches",), lambda: engine.steps(state, one))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping
-from numbers import Integral
 from typing import Any
 
 import jax
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdecouple.methods.routes import Carry
+from jdecouple.pipeline.checks import check_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,21 +79,6 @@ class BatchSpec:
         ]
 
 
-def check_type(label: str, value: Any, wanted: type) -> None:
-    """Raises TypeError unless a value is of a type."""
-    if not isinstance(value, wanted):
-        package = wanted.__module__.split(".")[0]
-        raise TypeError(
-            f"{label} is a {type(value).__name__}: a {package} {wanted.__name__} is needed"
-        )
-
-
-def check_count(label: str, value: Any) -> None:
-    """Raises ValueError for a value that is neither None nor a whole number above 0."""
-    if value is not None and (not isinstance(value, Integral) or value < 1):
-        raise ValueError(f"{label} is {value!r}: a whole number of at least 1 is needed")
-
-
 def check_batch(batch: Any, num_classes: int | None = None) -> None:
     """Checks a batch; its numbers only where they are on the host.
 
@@ -156,23 +141,18 @@ def check_like(batch: Mapping[str, Any], example: Mapping[str, Any], *, any_size
         ValueError: it has others: they would compile anew, or fail on another process.
     """
 
-    def entries(tree: Mapping[str, Any]) -> dict[str, str]:
+    def listing(tree: Mapping[str, Any]) -> str:
         leaves = jax.tree_util.tree_leaves_with_path(dict(tree))
-        return {
-            jax.tree_util.keystr(path, simple=True): _entry(leaf, any_size) for path, leaf in leaves
-        }
+        return ", ".join(
+            f"{jax.tree_util.keystr(path, simple=True)} {_type(leaf, any_size)}"
+            for path, leaf in leaves
+        )
 
-    given, wanted = entries(batch), entries(example)
+    given, wanted = listing(batch), listing(example)
     if given != wanted:
-        raise ValueError(f"the batch holds {_listing(given)}: the example held {_listing(wanted)}")
+        raise ValueError(f"the batch holds {given}: the example held {wanted}")
 
 
-def _entry(leaf: Any, any_size: bool) -> str:
-    sizes = list(map(str, leaf.shape))
-    if any_size:
-        sizes[0] = "batch"
+def _type(leaf: Any, any_size: bool) -> str:
+    sizes = ["batch" if any_size else str(leaf.shape[0]), *map(str, leaf.shape[1:])]
     return f"{jax.dtypes.canonicalize_dtype(leaf.dtype)}[{', '.join(sizes)}]"
-
-
-def _listing(entries: Mapping[str, str]) -> str:
-    return ", ".join(f"{name} {entry}" for name, entry in sorted(entries.items()))

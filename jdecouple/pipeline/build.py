@@ -17,7 +17,7 @@ from jdecouple.methods.objectives import BlockInfo
 from jdecouple.methods.routes import Carry, Route, Stage, Synchronous, Unit
 from jdecouple.methods.routes.stage import Transform
 from jdecouple.models import Model
-from jdecouple.pipeline.batch import check_count, check_type
+from jdecouple.pipeline.checks import check_type
 from jdecouple.pipeline.partition import balance, check_boundaries, check_num_stages, program_cost
 
 
@@ -119,7 +119,6 @@ def build_units(
 
 def _num_classes(model: Model, method: Method, given: int | None, features: Any, dtype: Any) -> int:
     """Width of the model's logits; the number that is given where the method trains none."""
-    check_count("num_classes", given)
     trains_classifier = method.objective.trains_classifier
     if given is not None and not (trains_classifier and model.classifier is not None):
         return given
@@ -222,7 +221,6 @@ def build_stages(
     boundaries: Sequence[int],
     received: Carry,
     optimizer: optax.GradientTransformation,
-    *,
     remat: bool | Sequence[bool],
     clip_norm: float | None,
     **common: Any,

@@ -6,7 +6,8 @@ from typing import Any, Protocol
 from jdecouple import schedules
 from jdecouple.methods import Method
 from jdecouple.methods.routes import Carry, Metrics, Stage
-from jdecouple.pipeline.batch import PlacedBatch, check_count
+from jdecouple.pipeline.batch import PlacedBatch
+from jdecouple.pipeline.checks import check_count
 from jdecouple.pipeline.mesh import StageDevices, StageMesh, assign_devices
 from jdecouple.pipeline.mpmd.engine import MpmdEngine
 from jdecouple.pipeline.mpmd.executor import Executor
@@ -87,7 +88,6 @@ def make_engine(
     stages: tuple[Stage, ...],
     mesh: StageMesh,
     method: Method,
-    *,
     schedule: str,
     fuse: bool | None,
     max_in_flight: int | None,

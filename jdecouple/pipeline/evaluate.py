@@ -5,7 +5,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jdecouple.methods.routes import Carry, Stage, StageState, add
 from jdecouple.pipeline.batch import check_batch, check_like
 from jdecouple.pipeline.build import abstract
 from jdecouple.pipeline.distributed import gather
+from jdecouple.pipeline.engine import Engine
 from jdecouple.pipeline.mesh import StageDevices, compiler_options
 from jdecouple.pipeline.transfer import transfer
 
@@ -58,33 +59,37 @@ def exit_sums(index: int, logits: jax.Array, carry: Carry) -> Sums:
     }
 
 
+class EvalShapes(NamedTuple):
+    """What a batch of one size looks like on its way.
+
+    Attributes:
+        carries: shapes of the carry that every stage receives.
+        targets: shapes of what every stage receives from above, if anything comes down.
+        names: of the sums of all stages.
+    """
+
+    carries: list[Any]
+    targets: list[Any]
+    names: list[str]
+
+
 class Evaluator:
     """Runs `evaluate_stage` over all stages and batches.
 
     Args:
         stages: all stages.
-        placements: devices of each stage.
+        engine: says where they lie, whether they are one call, and how much may be in flight.
         example: shapes of a batch.
-        fuse: whether all stages are one call.
-        max_in_flight: batches that may be dispatched and unfinished.
     """
 
-    def __init__(
-        self,
-        stages: Sequence[Stage],
-        placements: Sequence[StageDevices],
-        example: Carry,
-        *,
-        fuse: bool,
-        max_in_flight: int,
-    ):
-        self._stages = tuple(stages)
-        self._placements = tuple(placements)
+    def __init__(self, stages: tuple[Stage, ...], engine: Engine, example: Carry):
+        self._stages = stages
+        self._placements = engine.placements
         self._example = example
-        self._fuse = fuse
-        self._max_in_flight = max_in_flight
-        self._one_process = all(placement.fully_addressable for placement in placements)
-        self._shapes: dict[int, list[Carry]] = {}  # of the carries, by the size of a batch
+        self._fuse = engine.fuse
+        self._max_in_flight = engine.max_in_flight
+        self._one_process = all(placement.fully_addressable for placement in engine.placements)
+        self._shapes: dict[int, EvalShapes] = {}  # by the size of a batch
 
     def __call__(
         self, states: Sequence[Any], data: Iterable[Mapping] | Mapping, num_classes: int
@@ -119,7 +124,7 @@ class Evaluator:
             for name, total in stage_sums.items()
         }
         if not self._one_process:
-            own = gather(own, self.names)
+            own = gather(own, self.shapes(self._example).names)
         means = {name: total / count for name, total in own.items()}
         last = max(int(name.split("/")[0].removeprefix("exit_")) for name in means)
         final = {metric: means[f"exit_{last}/{metric}"] for metric in ("loss", "accuracy")}
@@ -154,10 +159,19 @@ class Evaluator:
         """`add` where all stages are one call, as a pure function."""
         return self._ascend_fused(states, carry, sums)[1]
 
-    @property
-    def names(self) -> list[str]:
-        """Names of the sums of all processes."""
-        return self._trace(self._weighted_example)[2]
+    def trace(self, carry: Any) -> EvalShapes:
+        """Shapes by abstract evaluation, from those of a batch with its weights."""
+        shapes = EvalShapes([], [], [])
+        for stage in self._stages:
+            shapes.carries.append(carry)
+            carry, sums = jax.eval_shape(
+                functools.partial(self.ascend_stage, stage, sums=None),
+                jax.eval_shape(stage.initial),
+                carry,
+            )
+            shapes.names.extend(sums)
+        shapes.targets.append(carry)
+        return shapes
 
     # --- Up through all stages --------------------------------------------------------------------
 
@@ -172,7 +186,7 @@ class Evaluator:
         totals = list(sums)
         for k, placement in enumerate(self._placements):
             if k:
-                shapes = None if self._one_process else self._carry_shapes(batch)[k]
+                shapes = None if self._one_process else self.shapes(batch).carries[k]
                 carry = transfer(carry, shapes, self._placements[k - 1], placement)
             if placement.addressable:
                 carry, totals[k] = self._calls[k](states[k], carry, sums[k])
@@ -215,30 +229,13 @@ class Evaluator:
             compiler_options=compiler_options(placement),
         )
 
-    def _carry_shapes(self, batch: Carry) -> list[Carry]:
-        """Shapes of what every stage receives, by abstract evaluation."""
+    def shapes(self, batch: Carry) -> EvalShapes:
+        """What a batch of this one's size looks like on its way."""
         size = batch["label"].shape[0]
         if size not in self._shapes:
-            self._shapes[size] = self._trace(abstract(batch))[0]
+            weight = jax.ShapeDtypeStruct((size,), jnp.float32)
+            self._shapes[size] = self.trace({**abstract(dict(batch)), "weight": weight})
         return self._shapes[size]
-
-    @property
-    def _weighted_example(self) -> Carry:
-        label = self._example["label"]
-        return {**self._example, "weight": jax.ShapeDtypeStruct(label.shape, jnp.float32)}
-
-    def _trace(self, carry: Any) -> tuple[list[Carry], Any, list[str]]:
-        """Shapes of what every stage receives, and of what the last sends; names of the sums."""
-        carries, names = [], []
-        for stage in self._stages:
-            carries.append(carry)
-            carry, sums = jax.eval_shape(
-                functools.partial(self.ascend_stage, stage, sums=None),
-                jax.eval_shape(stage.initial),
-                carry,
-            )
-            names += sums
-        return carries, carry, names
 
 
 def _pad(batch: Mapping, size: int) -> Carry:

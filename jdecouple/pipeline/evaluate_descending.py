@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jdecouple.methods.routes import Carry, Stage, StageState, add
-from jdecouple.pipeline.build import abstract
-from jdecouple.pipeline.evaluate import Evaluator, Sums, evaluate_stage, exit_sums
+from jdecouple.pipeline.evaluate import EvalShapes, Evaluator, Sums, evaluate_stage, exit_sums
 from jdecouple.pipeline.transfer import transfer
 
 
@@ -46,7 +45,7 @@ class DescendingEvaluator(Evaluator):
         if self._fuse:
             return self._fused(states, carry, sums)
         labels = carry and {name: carry[name] for name in ("label", "weight")}
-        shapes = None if self._one_process else self._target_shapes(batch)
+        shapes = None if self._one_process else self.shapes(batch).targets
         target, totals = self._ascend(states, batch, carry, sums)
         self._at_top.append(_AtTop(target, labels, shapes))
         # As many batches rise as there are calls there and back. Between processes they go one by
@@ -101,10 +100,20 @@ class DescendingEvaluator(Evaluator):
             target, answered = self.descend_stage(stage, state, target, carry, sums[-1])
         return (*totals, answered)
 
-    @property
-    def names(self) -> list[str]:
-        """Names of the sums of all processes."""
-        return [*super().names, *self._trace_down(self._weighted_example)[1]]
+    def trace(self, carry: Any) -> EvalShapes:
+        """Shapes on the way up and down."""
+        shapes = super().trace(carry)
+        target, sums = shapes.targets.pop(), None
+        for stage in reversed(self._stages):
+            shapes.targets.insert(0, target)
+            target, sums = jax.eval_shape(
+                functools.partial(self.descend_stage, stage, sums=None),
+                jax.eval_shape(stage.initial),
+                target,
+                carry,
+            )
+        shapes.names.extend(sums or ())
+        return shapes
 
     def _descend(self, states: tuple, batch: _AtTop, sums: tuple) -> tuple:
         """Calls every stage from the last to the first; the sums with the batch's own added."""
@@ -124,30 +133,6 @@ class DescendingEvaluator(Evaluator):
     @cached_property
     def _down_calls(self) -> list[Callable]:
         return self._compile(self.descend_stage)
-
-    @cached_property
-    def _known_targets(self) -> dict[int, list[Any]]:
-        return {}
-
-    def _target_shapes(self, batch: Carry) -> list[Any]:
-        size = batch["label"].shape[0]
-        if size not in self._known_targets:
-            self._known_targets[size] = self._trace_down(abstract(batch))[0]
-        return self._known_targets[size]
-
-    def _trace_down(self, carry: Carry) -> tuple[list[Any], list[str]]:
-        """Shapes of what every stage receives from above (the last, from itself); names of sums."""
-        target = self._trace(carry)[1]
-        targets: list[Any] = []
-        for stage in reversed(self._stages):
-            targets.insert(0, target)
-            target, sums = jax.eval_shape(
-                functools.partial(self.descend_stage, stage, sums=None),
-                jax.eval_shape(stage.initial),
-                target,
-                carry,
-            )
-        return targets, list(sums or ())
 
 
 def _descend_units(stage: Stage, state: StageState, target: Any) -> Any:

@@ -154,8 +154,9 @@ def autoplace(
         ValueError: costs that are no numbers above 0, devices that are too few or too many, or a
             batch that none of the ways divides.
 
-    >>> print(autoplace([2.0, 1.0, 1.0], num_stages=2, num_devices=3))
-    ?
+    >>> proposal = autoplace([4, 1, 1], num_stages=2, num_devices=3)
+    >>> proposal.boundaries, proposal.replicas, round(1 / proposal.time, 2)
+    ((0, 1), (2, 1), 3.0)
     """
     if not costs or not all(0 < cost < math.inf for cost in costs):
         raise ValueError(f"costs are {tuple(costs)}: a finite number above 0 for every block")

@@ -54,6 +54,21 @@ def leaf_names(stage: Stage, values: Any) -> list[str]:
     return names
 
 
+def to_arrays(stages: Sequence[Stage], state: State) -> dict[str, Any]:
+    """The arrays of this process's stages by their names."""
+    return {
+        name: leaf
+        for stage, values in zip(stages, state.stages, strict=True)
+        if values is not None
+        for name, leaf in zip(leaf_names(stage, values), jax.tree.leaves(values), strict=True)
+    }
+
+
+def zeros(shapes: Any) -> Any:
+    """Host arrays of these shapes."""
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+
+
 def place(stage: Stage, placement: StageDevices, values: Any) -> Any:
     """Puts (parts of) the state of a stage on its devices, in memory of its own."""
     size = stage.carry["label"].shape[0]
@@ -89,9 +104,9 @@ def modules(
                 continue
             # Copies, because the next step donates the state's own buffers; bound to no device,
             # because a caller applies blocks of several stages to one input.
-            own = values["params"][number], values["stats"][number]
-            copy = jax.tree.map(lambda leaf: jnp.asarray(np.array(leaf)), own)
-            pairs.append(unit.modules(*copy))
+            arrays = values["params"][number], values["stats"][number]
+            copies = jax.tree.map(lambda leaf: jnp.asarray(np.array(leaf)), arrays)
+            pairs.append(unit.modules(*copies))
     return pairs
 
 

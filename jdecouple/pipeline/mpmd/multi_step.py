@@ -53,15 +53,15 @@ class MultiStep:
         if self.executor.fuse:
             fused_states, _, metrics = self._scans[0](tuple(states), parts, first)
             return fused_states, metrics
-        new_states, found = list(states), [None] * len(states)
+        new_states, stage_metrics = list(states), [None] * len(states)
         for k, placement in enumerate(self._placements):
             if k:
                 parts = [self._send(k, part, count) for part in parts]
             if placement.addressable:
-                new_states[k], parts, found[k] = self._scans[k](new_states[k], parts, first)
+                new_states[k], parts, stage_metrics[k] = self._scans[k](new_states[k], parts, first)
             else:
                 parts = [None] * len(parts)
-        return tuple(new_states), tuple(found)
+        return tuple(new_states), tuple(stage_metrics)
 
     def _send(self, target: int, carry: Carry | None, count: int) -> Carry | None:
         """Sends T carries from stage `target - 1`."""

@@ -1,5 +1,6 @@
 """The compiled calls of a stage: what it does in consecutive actions, as pure functions."""
 
+import functools
 from typing import Any
 
 import jax
@@ -112,27 +113,13 @@ def make_norm_fn(stage: Stage) -> Any:
 
 def make_stage_fn(stage: Stage, route: Route, kinds: tuple[Kind, ...]) -> Any:
     """`stage_step` of one stage and these actions; its name tells both in a profile."""
-
-    def call(state, accumulated, residuals, carry, cotangent, step_ids, squared_norm):
-        return stage_step(
-            stage,
-            route,
-            kinds,
-            state,
-            accumulated,
-            residuals,
-            carry,
-            cotangent,
-            step_ids,
-            squared_norm,
-        )
-
-    call.__name__ = f"stage{stage.index}_" + "".join(kind.value for kind in kinds)
-    return call
+    function: Any = functools.partial(stage_step, stage, route, kinds)
+    function.__name__ = f"stage{stage.index}_" + "".join(kind.value for kind in kinds)
+    return function
 
 
 def pack_io(function: Any, below: Carry | None, above: Carry | None) -> Any:
-    """The call of a stage that gets and leaves as one array what crosses processes.
+    """The call of a stage that takes and gives as one array what crosses processes.
 
     Args:
         function: the call.

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jdecouple.methods.routes import Carry, Metrics, Route, Stage, StageState, Unit, add
 from jdecouple.methods.routes.stage import totals
 from jdecouple.methods.routes.synchronous import advance
+from jdecouple.pipeline.spmd.sharded_state import Arrays, Slot
 
-Arrays = dict[str, Any]
-"""State of a device group: "params", "stats" and "opt", each a tuple with one entry a slot."""
+Slots = dict[Slot, Any]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,7 +42,7 @@ class DeviceGroup:
     """
 
     stages: tuple[Stage, ...]
-    param_slots: tuple[tuple[int, ...], ...]
+    param_slots: tuple[tuple[Slot, ...], ...]
     route: Route
     is_first: bool
     is_last: bool
@@ -61,12 +61,12 @@ class DeviceGroup:
 
     def put(self, arrays: Arrays, states: list[StageState]) -> Arrays:
         """The arrays with the states of the stages put back."""
-        new = {part: list(arrays[part]) for part in arrays}
+        new = {part: dict(arrays[part]) for part in arrays}
         for slots, state in zip(self.param_slots, states, strict=True):
             for part, values in state.items():
                 for slot, value in zip(slots, values, strict=True):
                     new[part][slot] = value
-        return {part: tuple(values) for part, values in new.items()}
+        return new
 
     def train(
         self, arrays: Arrays, carries: Carry, number: jax.Array
@@ -123,8 +123,8 @@ class DeviceGroup:
         return self.put(arrays, states), carries, self.stages[0].mean(metrics)
 
     def forward(
-        self, params: tuple, stats: tuple, carry: Carry, step_id: jax.Array
-    ) -> tuple[tuple, Carry, jax.Array, Metrics]:
+        self, params: Slots, stats: Slots, carry: Carry, step_id: jax.Array
+    ) -> tuple[Slots, Carry, jax.Array, Metrics]:
         """Forward of one microbatch, to be differentiated through all its stages.
 
         Args:
@@ -154,7 +154,7 @@ class DeviceGroup:
         stats = jax.lax.stop_gradient(self.put({"stats": stats}, moved)["stats"])
         return stats, carry, loss, jax.lax.stop_gradient(metrics)
 
-    def step(self, arrays: Arrays, gradients: tuple, squared_norm: jax.Array | None) -> Arrays:
+    def step(self, arrays: Arrays, gradients: Slots, squared_norm: jax.Array | None) -> Arrays:
         """Optimiser steps of all stages with the gradients of all slots."""
         states = [
             stage.update(state, tuple(gradients[slot] for slot in slots), squared_norm)
@@ -164,7 +164,7 @@ class DeviceGroup:
         ]
         return self.put(arrays, states)
 
-    def squared_norm(self, gradients: tuple) -> jax.Array:
+    def squared_norm(self, gradients: Slots) -> jax.Array:
         """Squared norm of the mean gradient of the group's stages."""
         norms = [
             stage.squared_norm(tuple(gradients[slot] for slot in slots))

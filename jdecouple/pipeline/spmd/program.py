@@ -15,8 +15,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jdecouple.methods.routes import Carry, Metrics, Route
 from jdecouple.pipeline.mesh import compiler_options
-from jdecouple.pipeline.spmd.device_group import Arrays, DeviceGroup
-from jdecouple.pipeline.spmd.sharded_state import Layout
+from jdecouple.pipeline.spmd.device_group import DeviceGroup, Slots
+from jdecouple.pipeline.spmd.sharded_state import Arrays, Layout
 from jdecouple.pipeline.state import metric_names
 
 STAGE = PartitionSpec("stage")
@@ -161,7 +161,7 @@ class Program:
         return jax.lax.scan(train, arrays, (numbers, batches))
 
     def _loss(
-        self, params: tuple, stats: tuple, carries: Carry, number: jax.Array, group: jax.Array
+        self, params: Slots, stats: Slots, carries: Carry, number: jax.Array, group: jax.Array
     ) -> tuple[jax.Array, tuple]:
         """Losses of a device group over all microbatches; moved statistics and sums of metrics.
 
@@ -172,7 +172,7 @@ class Program:
         scalar = jax.dtypes.canonicalize_dtype(jnp.float64)
 
         def forward(pattern: DeviceGroup) -> Callable:
-            def call(params: tuple, stats: tuple, received: Carry, part: jax.Array) -> tuple:
+            def call(params: Slots, stats: Slots, received: Carry, part: jax.Array) -> tuple:
                 if pattern.is_first:
                     received = jax.tree.map(lambda leaf: leaf[part], carries)
                 stats, carry, loss, metrics = pattern.forward(
@@ -182,12 +182,12 @@ class Program:
 
             return call
 
-        def idle(params: tuple, stats: tuple, received: Carry, part: jax.Array) -> tuple:
+        def idle(params: Slots, stats: Slots, received: Carry, part: jax.Array) -> tuple:
             return stats, nothing, jnp.zeros((), scalar), jnp.zeros(self._width, jnp.float32)
 
         branches, own = self._choose(group, forward)
 
-        def one(params: tuple, stats: tuple, received: Carry, part: jax.Array) -> tuple:
+        def one(params: Slots, stats: Slots, received: Carry, part: jax.Array) -> tuple:
             exists = (part >= 0) & (part < parts)
             index = jnp.where(exists, own, len(branches))
             return jax.lax.switch(index, [*branches, idle], params, stats, received, part)
@@ -297,10 +297,9 @@ class Program:
             )
             if key not in known:
                 known[key] = len(self._patterns), start
+                slots = tuple(layout.owner[k][1] for k in members)
                 self._patterns.append(
-                    DeviceGroup(
-                        stages, layout.slots_of(group), self._route, group == 0, group == last
-                    )
+                    DeviceGroup(stages, slots, self._route, group == 0, group == last)
                 )
             pattern, first = known[key]
             self._pattern_of.append(pattern)

@@ -18,6 +18,9 @@ PARTS = ("params", "stats", "opt")
 Slot = tuple[int, int]
 """(block class, number): room for one block of the class in every device group."""
 
+Arrays = dict[str, dict[Slot, Any]]
+"""State of all stages, or of a device group: "params", "stats" and "opt" of every slot."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Layout:
@@ -62,59 +65,37 @@ class Layout:
         return tuple(jax.eval_shape(stage.initial) for stage in self.stages)
 
     @cached_property
-    def param_slots(self) -> tuple[Slot, ...]:
-        """All slots."""
-        return tuple(sorted({slot for stages in self._stage_slots for slot in sum(stages, ())}))
-
-    @cached_property
-    def _stage_slots(self) -> tuple[tuple[tuple[Slot, ...], ...], ...]:
-        """For every device group, for each of its stages, the slots of the stage's blocks."""
-        groups = []
-        for group in self.device_groups:
-            used: collections.Counter = collections.Counter()
-            stages = []
-            for k in group:
+    def owner(self) -> tuple[tuple[int, tuple[Slot, ...]], ...]:
+        """Device group of every stage, and the slots of its blocks."""
+        owners = []
+        for group, members in enumerate(self.device_groups):
+            used: collections.Counter[int] = collections.Counter()
+            for k in members:
                 slots = []
                 for unit in self.stages[k].units:
                     block_class = self.block_classes[unit.index]
                     slots.append((block_class, used[block_class]))
                     used[block_class] += 1
-                stages.append(tuple(slots))
-            groups.append(tuple(stages))
-        return tuple(groups)
-
-    def slots_of(self, group: int) -> tuple[tuple[int, ...], ...]:
-        """For each stage of a device group, the indices of its blocks' slots."""
-        return tuple(
-            tuple(self.param_slots.index(slot) for slot in slots)
-            for slots in self._stage_slots[group]
-        )
-
-    @cached_property
-    def owner(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
-        """Device group of every stage, and the indices of its blocks' slots."""
-        return tuple(
-            (group, slots)
-            for group in range(len(self.device_groups))
-            for slots in self.slots_of(group)
-        )
+                owners.append((group, tuple(slots)))
+        return tuple(owners)
 
     def stack(self, states: Sequence[StageState]) -> "ShardedState":
         """Stacks placed states of all stages, whose memory it takes over."""
-        blocks: dict[int, dict[int, Any]] = collections.defaultdict(dict)  # by slot and group
-        for (group, slots), state in zip(self.owner, states, strict=True):
-            for number, slot in enumerate(slots):
-                blocks[slot][group] = {part: state[part][number] for part in PARTS}
-        stacked = []
-        for slot in range(len(self.param_slots)):
-            leaves = {group: jax.tree.leaves(block) for group, block in blocks[slot].items()}
-            structure = jax.tree.structure(next(iter(blocks[slot].values())))
-            arrays = [
-                self._concatenate({group: arrays[number] for group, arrays in leaves.items()})
-                for number in range(len(next(iter(leaves.values()))))
-            ]
-            stacked.append(jax.tree.unflatten(structure, arrays))
-        return ShardedState(self, {part: tuple(slot[part] for slot in stacked) for part in PARTS})
+        arrays: Arrays = {}
+        for part in PARTS:
+            blocks: dict[Slot, dict[int, Any]] = collections.defaultdict(dict)  # by device group
+            for (group, slots), state in zip(self.owner, states, strict=True):
+                for slot, block in zip(slots, state[part], strict=True):
+                    blocks[slot][group] = block
+            arrays[part] = {slot: self._stack_slot(by_group) for slot, by_group in blocks.items()}
+        return ShardedState(self, arrays)
+
+    def _stack_slot(self, blocks: dict[int, Any]) -> Any:
+        groups = list(blocks)
+        return jax.tree.map(
+            lambda *leaves: self._concatenate(dict(zip(groups, leaves, strict=True))),
+            *blocks.values(),
+        )
 
     def _concatenate(self, arrays: dict[int, jax.Array]) -> jax.Array:
         """Joins the arrays of the device groups that have one; the others get zeros."""
@@ -132,7 +113,7 @@ class Layout:
             (len(self.device_groups) * shape[0], *shape[1:]), self.sharding, pieces
         )
 
-    def view(self, arrays: dict[str, tuple], stage: int) -> StageState:
+    def view(self, arrays: Arrays, stage: int) -> StageState:
         """The state of one stage, in the memory of the stacked one."""
         group, slots = self.owner[stage]
         placement, shapes = self.placements[stage], self.shapes[stage]
@@ -159,10 +140,10 @@ class ShardedState(Sequence):
 
     Attributes:
         layout: where each block's state lies.
-        arrays: "params", "stats" and "opt": each a tuple with one entry a slot.
+        arrays: the stacked arrays.
     """
 
-    def __init__(self, layout: Layout, arrays: dict[str, tuple]):
+    def __init__(self, layout: Layout, arrays: Arrays):
         self.layout = layout
         self.arrays = arrays
 
