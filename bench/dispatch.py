@@ -6,7 +6,7 @@
 K stages train by deinforeg. A stage is one block: a tiny dense layer with many biases, all of them
 trained, so that leaves come without computation (a perceptron with as many leaves spends more time
 on its thousands of small operations than the dispatch takes). A sample is one `Trainer.step`, or
-one `Trainer.run_chunk` of T batches, with nothing in flight before it, on batches that are on the
+one `Trainer.steps` of T batches, with nothing in flight before it, on batches that are on the
 devices, divided by K and T:
 
     dispatched   until it returns: the host's share
@@ -78,7 +78,8 @@ def measure(leaves: int, stages: int, placement: str, chunk: int, steps: int) ->
         RuntimeError: a stage's state has another number of leaves than asked for.
     """
     trainer, batch = build(leaves, stages, placement)
-    state, placed = trainer.init(), trainer.put_chunk([batch] * chunk)
+    state, placed = trainer.init(), trainer.put([batch] * chunk if chunk > 1 else batch)
+    train = trainer.steps if chunk > 1 else trainer.step
     counted = {len(jax.tree.leaves(stage)) for stage in state.stages}
     if counted != {leaves}:
         raise RuntimeError(f"stages have {counted} leaves: {leaves} were asked for")
@@ -86,7 +87,7 @@ def measure(leaves: int, stages: int, placement: str, chunk: int, steps: int) ->
     for _ in range(WARM_UP + steps):
         trainer.wait(state)
         start = time.perf_counter()
-        state, _ = trainer.run_chunk(state, placed)
+        state, _ = train(state, placed)
         dispatched.append(time.perf_counter() - start)
         trainer.wait(state)
         done.append(time.perf_counter() - start)

@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ import numpy as np
 from flax import nnx
 
 import jdecouple as jd
-from jdecouple.pipeline.state import PlacedBatch
 
 NUM_CLASSES = 10
 IMAGE_SIZE = 16  # of the vgg of equal blocks, in pixels
@@ -91,12 +89,14 @@ class Run:
         chunk = self._chunk = options.get("chunk", 1)
         cycle = itertools.cycle(batches)
         groups = [list(itertools.islice(cycle, chunk)) for _ in range(DISTINCT_BATCHES)]
+        groups = groups if chunk > 1 else [batch for (batch,) in groups]
+        self._train = self.trainer.steps if chunk > 1 else self.trainer.step
         if options["input"] == "host":
             source = itertools.cycle(groups)
-            self._prefetcher = jd.data.Prefetcher(source, self.trainer.put_chunk)
+            self._prefetcher = jd.data.Prefetcher(source, self.trainer.put)
             self.chunks: Any = self._prefetcher
         else:
-            self.chunks = itertools.cycle([self.trainer.put_chunk(group) for group in groups])
+            self.chunks = itertools.cycle([self.trainer.put(group) for group in groups])
         placements = self.trainer.placements
         together = all(placement.devices == placements[0].devices for placement in placements)
         calls = [call.stage for call in self.trainer.calls]
@@ -123,7 +123,7 @@ class Run:
         for _ in range(rounds):
             chunk = next(self.chunks)
             began = time.thread_time()
-            self.state, metrics = self.trainer.run_chunk(self.state, chunk)
+            self.state, metrics = self._train(self.state, chunk)
             dispatch += time.thread_time() - began
             found.append(metrics)
         self.trainer.wait(self.state)
@@ -186,7 +186,7 @@ class Run:
         found = []
         for _ in range(steps):
             seconds = [0.0] * len(self.trainer.stages)
-            self.state, calls = self.trainer.measure(self.state, next(self._batches()))
+            self.state, calls = self.trainer.measure(self.state, next(self.chunks))
             for call, time_taken in calls:
                 seconds[call.stage] += time_taken
             found.append(seconds)
@@ -194,17 +194,13 @@ class Run:
 
     def costs(self, steps: int) -> dict[str, Any]:
         """Median seconds of every call over `steps` batches, and bytes of the messages."""
-        self.state, costs = self.trainer.measured_costs(self.state, self._batches(), steps)
+        self.state, costs = self.trainer.measured_costs(self.state, self.chunks, steps)
         calls = [
             [stage, "".join(kind.value for kind in kinds), seconds]
             for (stage, kinds), seconds in costs.calls.items()
         ]
         sizes = {"message_bytes": costs.message_bytes, "error_bytes": costs.error_bytes}
         return {"calls": calls, **sizes}
-
-    def _batches(self) -> Iterator[PlacedBatch]:
-        """Batches to measure calls with; of a run without chunks."""
-        return (PlacedBatch(chunk.parts) for chunk in self.chunks)
 
     @property
     def _waited(self) -> float:

@@ -136,6 +136,12 @@ def trained(trainer: jd.Trainer, data: list[dict], steps: int, state: Any = None
     return state, [{name: float(value) for name, value in each.items()} for each in metrics]
 
 
+def rows(metrics: dict[str, Any]) -> list[dict[str, float]]:
+    """The metrics of every batch from those of `Trainer.steps`, arrays [T]."""
+    columns = {name: np.asarray(column).tolist() for name, column in metrics.items()}
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
 def to_arrays(trainer: jd.Trainer, state: Any) -> dict[str, np.ndarray]:
     """Weights, statistics and optimiser states by name, on the host."""
     return {name: np.asarray(leaf) for name, leaf in trainer.to_arrays(state).items()}

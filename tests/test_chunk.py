@@ -57,13 +57,12 @@ def run(size: int | None, *arguments: Any, **options: Any) -> tuple[dict, list[d
         for group in groups(size or 1):
             if size is None:
                 state, metrics = engine.step(state, group[0])
-                found.append(metrics)
+                found.append({name: float(value) for name, value in metrics.items()})
             else:
                 state, metrics = engine.steps(state, group)
-                found += metrics
+                found += nets.rows(metrics)
         assert state.step == STEPS
-        values = [{name: float(value) for name, value in each.items()} for each in found]
-        return nets.to_arrays(engine, state), values
+        return nets.to_arrays(engine, state), found
 
 
 single = functools.cache(functools.partial(run, None))
@@ -135,7 +134,7 @@ def test_chunks_and_steps_may_alternate(x64):
     assert nets.largest_error(nets.to_arrays(engine, state), wanted) < TOLERANCE
 
 
-@pytest.mark.parametrize("kind", ["placed", "device arrays", "mixed", "placed chunk"])
+@pytest.mark.parametrize("kind", ["placed", "device arrays", "mixed", "placed list"])
 def test_batches_may_lie_anywhere(kind, x64):
     engine = trainer("scpl", 2, 4, 2)
     batches = groups(3)[0]
@@ -144,7 +143,7 @@ def test_batches_may_lie_anywhere(kind, x64):
         "placed": lambda: [engine.put(batch) for batch in batches],
         "device arrays": lambda: there,
         "mixed": lambda: [engine.put(batches[0]), there[1], batches[2]],
-        "placed chunk": lambda: engine.put_chunk(batches),
+        "placed list": lambda: engine.put(batches),
     }[kind]()
     with nets.quick_compile():
         found, _ = engine.steps(engine.init(), given)
@@ -165,13 +164,14 @@ def test_a_stage_is_called_once_for_all_batches(name, stages, options, calls, mo
     engine = trainer(name, stages, **options)
     ran = []
     counted = [
-        lambda *given, call=call: ran.append(call) or call(*given) for call in engine._chunks._calls
+        lambda *given, scan=scan: ran.append(scan) or scan(*given)
+        for scan in engine._engine._several._scans
     ]
-    monkeypatch.setitem(vars(engine._chunks), "_calls", counted)
+    monkeypatch.setitem(vars(engine._engine._several), "_scans", counted)
     with jax.enable_x64(True), nets.quick_compile():
         _, metrics = engine.steps(engine.init(), groups(5)[0])
     assert len(ran) == calls
-    assert len(metrics) == 5
+    assert len(metrics["loss"]) == 5
 
 
 def test_state_is_donated(x64):
@@ -185,22 +185,16 @@ def test_state_is_donated(x64):
 
 
 @pytest.mark.parametrize(("devices", "count"), [(1, 3), (2, 3), (2, 1)])
-def test_metrics_come_stacked_too(devices, count, x64):
+def test_metrics_are_arrays(devices, count, x64):
     engine = trainer("scpl", 4, devices)
-    chunk = engine.put_chunk(groups(count)[0])
     with nets.quick_compile():
-        state, rows = engine.steps(engine.init(), chunk)
-        other, columns = engine.run_chunk(engine.init(), chunk)
-    assert len(rows) == count
-    assert list(rows[0]) == list(columns)
-    for name, column in columns.items():
-        assert np.shape(column) == ((count,) if count > 1 else ())
-        found = [row[name] for row in rows]
-        assert all(isinstance(each, jax.Array) and each.shape == () for each in found)
-        np.testing.assert_allclose(found, np.atleast_1d(column), rtol=1e-6)
-    assert (
-        nets.largest_error(nets.to_arrays(engine, other), nets.to_arrays(engine, state)) < TOLERANCE
-    )
+        _, metrics = engine.steps(engine.init(), engine.put(groups(count)[0]))
+        _, single = engine.step(engine.init(), groups(1)[0][0])
+    assert list(metrics) == list(single)
+    for name, column in metrics.items():
+        assert isinstance(column, jax.Array)
+        assert (column.shape, single[name].shape) == ((count,), ())
+        np.testing.assert_allclose(column[0], single[name], rtol=1e-6)
 
 
 # --- What is refused -------------------------------------------------------------------------
@@ -214,7 +208,7 @@ def test_stages_that_need_each_other_are_refused(name, devices, options, x64):
     engine = trainer(name, 2, devices, **options)
     words = ("a chunk of 2", "local method", "fused", f"{name} has 2 stages apart")
     nets.assert_clear(ValueError, words, lambda: engine.steps(engine.init(), groups(2)[0]))
-    nets.assert_clear(ValueError, words, lambda: engine.check_chunk(2))
+    nets.assert_clear(ValueError, words, lambda: engine.check_steps(2))
 
 
 def test_bad_batches_are_refused():
@@ -226,6 +220,11 @@ def test_bad_batches_are_refused():
     nets.assert_clear(ValueError, ("out of range",), lambda: engine.steps(state, [good, bad]))
     smaller = {key: value[:8] for key, value in good.items()}
     nets.assert_clear(ValueError, ("uint8[8,",), lambda: engine.steps(state, [good, smaller]))
+    one, two = engine.put(good), engine.put([good, good])
+    words = ("holds a list of 2", "a single batch")
+    nets.assert_clear(ValueError, words, lambda: engine.step(state, two))
+    nets.assert_clear(ValueError, words, lambda: engine.steps(state, [good, two]))
+    nets.assert_clear(TypeError, ("list of batches",), lambda: engine.steps(state, one))
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def trained(name: str, stages: int = 1, data: int = 1, chunk: int = 1, **options
     metrics = []
     for start in range(0, STEPS, chunk):
         state, found = trainer.steps(state, batches[start : start + chunk])
-        metrics += [{key: float(value) for key, value in each.items()} for each in found]
+        metrics += nets.rows(found)
     return trainer, before, nets.weights(trainer, state), metrics
 
 

@@ -156,7 +156,7 @@ def live_microbatches(schedule: str, stages: int, microbatches: int, **options: 
     trainer = build(stages, microbatches, schedule=schedule, model=model, **options)
     state, _ = trainer.step(trainer.init(), DATA[0])
     trainer.wait(state)
-    engine = trainer._executor
+    engine = trainer._engine._executor
     peak = [0] * stages
     per_stage = len(WIDTHS) // stages
 
@@ -173,8 +173,8 @@ def live_microbatches(schedule: str, stages: int, microbatches: int, **options: 
 
         return counted
 
-    for key, call in engine._calls.items():
-        engine._calls[key] = counting(call)
+    for key, call in engine._compiled.items():
+        engine._compiled[key] = counting(call)
     state, _ = trainer.step(state, DATA[1])
     trainer.wait(state)
     return peak

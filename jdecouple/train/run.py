@@ -75,7 +75,7 @@ def build(config: ConfigDict | Mapping) -> Run:
         make_trainer = functools.partial(make_trainer, **placement)
         trainer = make_trainer(example=example)
         trainer_of = by_length(trainer, example, make_trainer)
-        trainer.check_chunk(config.chunk)
+        trainer.check_steps(config.chunk)
         if config.data.buckets:
             check_buckets(trainer)
         check_processes(trainer, config)
