@@ -78,11 +78,6 @@ def splits(name: str, data_dir: str | os.PathLike[str] | None) -> tuple[dict[str
     return found, _count(found)
 
 
-def names_files(name: str) -> bool:
-    """Whether the name of a data set is one of files with texts."""
-    return name.partition(":")[0] in _READERS and ":" in name
-
-
 def _count(found: dict[str, Texts]) -> int:
     return int(found["train"].labels.max()) + 1
 
