@@ -1,16 +1,21 @@
 """The configuration: defaults, completion, and one check of all values."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 from ml_collections import ConfigDict
 
 import jdecouple as jd
+from jdecouple.checkpoint import Checkpointer
 from jdecouple.methods.objectives import CrossEntropy
 from jdecouple.train import config as configuration
 from jdecouple.train.config import ConfigError, default, filled, validate
 from jdecouple.train.options import OWNERS, options
 from jdecouple.train.run import build
+
+OLDER = Path(__file__).parent / "checkpoints_0.1"
 
 
 def flat(section, path=""):
@@ -237,10 +242,13 @@ class TestIdentity:
         again.mesh.stages = 3
         configuration.check_identity(configuration.identity(again), before)
 
-    def test_of_an_older_version_without_a_later_argument(self):
-        before = configuration.identity(default())
-        assert None not in before["method"].values()
-        assert None not in before["model"].values()
+    @pytest.mark.parametrize("folder", sorted(OLDER.iterdir()), ids=lambda folder: folder.name)
+    def test_of_a_run_that_version_0_1_wrote(self, folder):
+        """Whose file holds the options of all methods, None but for its own."""
+        config = filled(json.loads((folder / "config.json").read_text())["config"])
+        (extra,) = Checkpointer(folder / "checkpoints", read_only=True).extras().values()
+        now = configuration.identity(config)
+        assert now == {key: extra["identity"][key] for key in now}
 
     @pytest.mark.parametrize(
         "given",

@@ -174,7 +174,14 @@ def load(
                 f"{key}={options[key]!r} given; data set {name!r} holds {dataset.kind} and takes "
                 f"only: {', '.join(key for key in options if key in taken) or 'no options'}"
             )
-    return _with_label_noise(dataset, label_noise, seed)
+    splits = {
+        role: dataclasses.replace(getattr(dataset, role), name=role)
+        for role in ("train", "validation", "test")
+    }
+    noise = symmetric_label_noise(len(dataset.train), dataset.num_classes, label_noise, seed)
+    if (noise >= 0).any():
+        splits["train"] = dataclasses.replace(splits["train"], overrides=noise)
+    return dataclasses.replace(dataset, name=name, **splits)
 
 
 def _loader(name: str, data_dir: Any, download: bool) -> Callable[..., Dataset]:
@@ -187,13 +194,4 @@ def _loader(name: str, data_dir: Any, download: bool) -> Callable[..., Dataset]:
         sources.prepared_texts if tfds_texts.holds_texts(builder) else sources.prepared_images,
         name,
         builder,
-    )
-
-
-def _with_label_noise(dataset: Dataset, fraction: float, seed: int) -> Dataset:
-    overrides = symmetric_label_noise(len(dataset.train), dataset.num_classes, fraction, seed)
-    if not (overrides >= 0).any():
-        return dataset
-    return dataclasses.replace(
-        dataset, train=dataclasses.replace(dataset.train, overrides=overrides)
     )
