@@ -139,7 +139,7 @@ def test_an_older_file_holds_the_options_of_all():
         ({"boundaries": (0, True)}, "config.boundaries is (0, True): increasing whole numbers"),
         ({"optimizer": {"warmup_epochs": -0.5}}, "warmup_epochs is -0.5: a finite number of at le"),
         ({"optimizer": {"warmup_epochs": float("inf")}}, "warmup_epochs is inf: a finite number"),
-        ({"optimizer": {"warmup_start": 1.01}}, "warmup_start is 1.01: a finite number of at le"),
+        ({"optimizer": {"warmup_start": 1.01}}, "warmup_start is 1.01: a finite number from 0 t"),
         ({"optimizer": {"warmup_start": "x"}}, "warmup_start is 'x': a value of type float"),
         ({"data": {"buckets": (3, 2)}}, "config.data.buckets is (3, 2): increasing whole numbers"),
         ({"data": {"buckets": "3"}}, "config.data.buckets is '3': a value of type tuple is needed"),

@@ -82,6 +82,15 @@ class TestTrainPy:
         (block,) = run.trainer.model.blocks
         assert block(np.ones((1, 4, 4, 1), np.float32)).tolist() == [[0.0, 0.0]]
 
+    def test_a_model_that_takes_any_inputs(self, parsed):
+        jd.models.register("any", lambda num_classes, *, rngs, **inputs: my_model(inputs, rngs))
+
+        def my_model(inputs, rngs):
+            return jd.models.mlp(2, hidden=inputs["image_size"], rngs=rngs, **inputs)
+
+        run = build(parsed("--config.model.name=any"))
+        assert run.trainer.model.classifier.kernel.shape == (4, 2)
+
     def test_a_data_set(self, parsed):
         run = build(parsed("--config.data.channels=3", "--config.data.label_noise=1.0"))
         assert run.dataset.image_shape == (4, 4, 3)

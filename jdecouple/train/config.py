@@ -1,35 +1,19 @@
 """The configuration of a run: its keys, their defaults, and the checks that have no other owner."""
 
 import contextlib
-import itertools
+import functools
 import json
-import math
+import operator
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn, TypeGuard
 
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from jdecouple import methods, models
 from jdecouple._errors import first_line
 from jdecouple.train.options import OWNERS, options
-
-DTYPES = {"float32": None, "bfloat16": jnp.bfloat16}
-# Keys of the optimizer section that make its learning rate; the others are its options.
-LEARNING_RATE = {
-    "learning_rate": 1e-3,
-    "schedule": "cosine",
-    "end_learning_rate": 0.0,  # of the cosine
-    "decay_epochs": (),  # of step_decay
-    "decay_factor": 0.1,
-    "per_epoch": False,  # move the rate once an epoch, as the papers' code does
-    "warmup_epochs": 0.0,  # over which the rate rises to its schedule
-    "warmup_start": 0.01,  # share of the rate that it rises from
-}
-# A run may be continued with other values of all keys but these: they define what it computes.
-_IDENTITY = ("method", "model", "data", "optimizer.name", "batch_size", "seed")
+from jdecouple.train.rules import RULES, clashes
 
 
 class ConfigError(ValueError):
@@ -54,39 +38,6 @@ def one_line(section: Any = None, path: str = "config") -> Iterator[None]:
         value = None if section is None else section.get(key)
         known = value is not None and not _is_section(value)
         raise ConfigError(f"{path}.{text}" if known else text) from error
-
-
-def _rises(kind: Any, least: int) -> Callable[[Any], bool]:
-    def rises(values: tuple) -> bool:
-        numbers = all(isinstance(x, kind) and not isinstance(x, bool) for x in values)
-        return numbers and all(a < b for a, b in itertools.pairwise((least - 1, *values)))
-
-    return rises
-
-
-_COUNT = (lambda value: 0 < value < 2**31, f"a whole number from 1 to {2**31 - 1} is needed")
-# Keys whose values nothing else refuses: test, and what is allowed. None passes.
-_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "dtype": (lambda value: value in DTYPES, f"allowed are {', '.join(DTYPES)}"),
-    "seed": (lambda value: 0 <= value < 2**32, f"a whole number from 0 to {2**32 - 1} is needed"),
-    **dict.fromkeys(("epochs", "steps", "eval_every", "log_every", "profile"), _COUNT),
-    **dict.fromkeys(("checkpoint.every", "checkpoint.keep"), _COUNT),
-    **dict.fromkeys(
-        ("optimizer.learning_rate", "optimizer.decay_factor"),
-        (lambda value: 0 < value < math.inf, "a finite number above 0 is needed"),
-    ),
-    **dict.fromkeys(
-        ("optimizer.end_learning_rate", "optimizer.warmup_epochs"),
-        (lambda value: 0 <= value < math.inf, "a finite number of at least 0 is needed"),
-    ),
-    "optimizer.warmup_start": (
-        lambda value: 0 <= value <= 1,
-        "a finite number of at least 0 and at most 1 is needed",
-    ),
-    "optimizer.decay_epochs": (_rises((int, float), 0), "increasing numbers from 0 on are needed"),
-    "data.buckets": (_rises(int, 1), "increasing whole numbers from 1 on are needed"),
-    "boundaries": (_rises(int, 0), "increasing whole numbers from 0 on are needed"),
-}
 
 
 def default() -> ConfigDict:
@@ -125,7 +76,17 @@ def default() -> ConfigDict:
                 "glove": placeholder(str),  # text file of word vectors
                 "buckets": placeholder(tuple),  # lengths that batches of texts are padded to
             },
-            "optimizer": {"name": "adam", **LEARNING_RATE},
+            "optimizer": {
+                "name": "adam",
+                "learning_rate": 1e-3,
+                "schedule": "cosine",
+                "end_learning_rate": 0.0,  # of the cosine
+                "decay_epochs": (),  # of step_decay
+                "decay_factor": 0.1,
+                "per_epoch": False,  # move the rate once an epoch, as the papers' code does
+                "warmup_epochs": 0.0,  # over which the rate rises to its schedule
+                "warmup_start": 0.01,  # share of the rate that it rises from
+            },
             "engine": "mpmd",  # a call for every stage; "spmd": one for all; "auto": where it fits
             "schedule": "auto",
             "microbatches": 1,
@@ -165,19 +126,16 @@ def chosen(config: ConfigDict, section: str) -> dict[str, Any]:
     return {key: value for key, value in config[section].items() if key not in keys}
 
 
-def value_type(config: ConfigDict, key: str) -> type:
+def value_type(config: ConfigDict, key: str, path: str = "config") -> type:
     """Type of the value of a key such as "mesh.stages"; ConfigDict for a section.
 
     Raises:
-        ConfigError: there is no such key.
+        ConfigError: there is no such key; what holds `config` is called `path`.
     """
-    section: Any = config
-    *path, last = key.split(".")
-    for depth, part in enumerate((*path, last)):
-        if not isinstance(section, ConfigDict) or part not in section:
-            _unknown_key(section, ".".join(("config", *path[:depth])), part)
-        wanted, section = section.get_type(part), section[part]
-    return wanted
+    first, dot, rest = key.partition(".")
+    if not isinstance(config, ConfigDict) or first not in config:
+        _unknown_key(config, path, first)
+    return value_type(config[first], rest, f"{path}.{first}") if dot else config.get_type(first)
 
 
 def filled(config: Mapping[str, Any], *, all_options: bool = False) -> ConfigDict:
@@ -220,56 +178,24 @@ def validate(config: Mapping[str, Any]) -> ConfigDict:
         ConfigError: naming the first bad key, what it holds and what is allowed.
     """
     complete = filled(config)
-    for key, (fits, allowed) in _RULES.items():
-        section, _, last = key.rpartition(".")
-        value = (complete[section] if section else complete)[last]
-        if value is not None and not fits(value):
-            huge = isinstance(value, int) and abs(value) >= 2**64  # of any number of digits
-            raise ConfigError(
-                f"config.{key} is {'a huge number' if huge else repr(value)}: {allowed}"
-            )
-    _check_combinations(complete)
+    for keys, fits, allowed in RULES:
+        for key in keys.split():
+            value = functools.reduce(operator.getitem, key.split("."), complete)
+            if value is not None and not fits(value):
+                huge = isinstance(value, int) and abs(value) >= 2**64  # of any number of digits
+                shown = "a huge number" if huge else repr(value)
+                raise ConfigError(f"config.{key} is {shown}: {allowed}")
+    for message, clash in clashes(complete).items():
+        if clash:
+            raise ConfigError(f"config.{message}")
     return complete
 
 
-def _check_combinations(config: ConfigDict) -> None:
-    """Raises ConfigError for keys that exclude each other."""
-    mesh, buckets, length = config.mesh, config.data.buckets, config.data.max_length
-    cut = config.boundaries is not None or config.split is not None
-    clashes = {
-        "config.split and config.boundaries are both set: give one of them": (
-            config.boundaries is not None and config.split is not None
-        ),
-        "config.mesh.replicas is set: leave config.mesh.stages and config.mesh.data alone": (
-            mesh.replicas is not None
-            and (mesh.stages not in (None, len(mesh.replicas)) or mesh.data != 1)
-        ),
-        "config.mesh.propose chooses boundaries and replicas: leave config.boundaries, "
-        "config.split and config.mesh.replicas alone": (
-            mesh.propose and (cut or mesh.replicas is not None)
-        ),
-        "config.profile shows the calls of stages: config.engine 'spmd' has none, 'mpmd' has": (
-            config.profile and config.engine == "spmd"
-        ),
-        "config.profile shows single batches: leave config.chunk at 1": (
-            config.profile and config.chunk > 1
-        ),
-        f"config.data.buckets is {buckets}: its last must be config.data.max_length, {length}": (
-            buckets and length not in (None, buckets[-1])
-        ),
-        **{
-            f"config.data.buckets is set: config.{key} is {config[key]}, which needs batches of "
-            f"one length: leave it at {least}": buckets and config[key] != least
-            for key, least in (("chunk", 1), ("profile", None))
-        },
-    }
-    for message, clash in clashes.items():
-        if clash:
-            raise ConfigError(message)
-
-
 def identity(config: ConfigDict) -> dict[str, Any]:
-    """The values that make a run what it is, as JSON; what is left at None does not count."""
+    """The values that make a run what it is, as JSON; what is left at None does not count.
+
+    A run may be continued with other values of all other keys.
+    """
     values = {key: config[key] for key in ("batch_size", "seed")}
     values["optimizer.name"] = config.optimizer.name
     for section in ("method", "model", "data"):
@@ -282,13 +208,20 @@ def identity(config: ConfigDict) -> dict[str, Any]:
 def check_identity(now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
     """Raises ConfigError unless a run of the identity `before` may go on as one of `now`."""
     for key in {**now, **before}:
-        value = now.get(key)
-        if before.get(key) != value:
-            label = f"config.{key}" if key in (*_IDENTITY, "boundaries", "dtype") else key
-            raise ConfigError(
-                f"the workdir holds a run with {label} = "
-                f"{_difference(before.get(key), value)}: choose another workdir, or the same value"
+        if (old := before.get(key)) == (new := now.get(key)):
+            continue
+        difference = f"{old}, now {new}"
+        if isinstance(old, dict) and isinstance(new, dict):
+            difference = ", ".join(
+                f"{name} {old.get(name)!r} (now {new.get(name)!r})"
+                for name in {**old, **new}
+                if old.get(name) != new.get(name)
             )
+        label = f"config.{key}" if key.split(".")[0] in default() else key
+        raise ConfigError(
+            f"the workdir holds a run with {label} = {difference}: choose another workdir, or the "
+            "same value"
+        )
 
 
 def _is_section(value: Any) -> TypeGuard[Mapping[str, Any]]:
@@ -332,37 +265,20 @@ def _unknown_key(section: Any, path: str, key: str) -> NoReturn:
     raise ConfigError(f"unknown key {path}.{key}: allowed are {', '.join(sorted(section))}")
 
 
-def _difference(before: Any, now: Any) -> str:
-    if not isinstance(before, dict) or not isinstance(now, dict):
-        return f"{before}, now {now}"
-    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    return ", ".join(f"{key} {before.get(key)!r} (now {now.get(key)!r})" for key in keys)
+def named(arguments: str) -> ConfigDict:
+    """The default configuration with the names in "dataset,model,method"; a path may have commas.
 
-
-def parts(arguments: str) -> list[str]:
-    """Data set, model and method of "dataset,model,method"; a path may have commas.
+    Initial weights are PyTorch's, as in the papers' code: local losses and LARS see their scale.
 
     Raises:
-        ValueError: There are less than three parts.
+        ValueError: There are less than three names, or no model or method has that name.
     """
-    found = [part.strip() for part in arguments.rsplit(",", 2)]
-    if len(found) != 3:
+    names = [name.strip() for name in arguments.rsplit(",", 2)]
+    if len(names) != 3:
         raise ValueError(f"'dataset,model,method' is needed after the file: given {arguments!r}")
-    return found
-
-
-def named(dataset: str, model: str, method: str) -> ConfigDict:
-    """The default configuration with these names, and PyTorch's initial weights.
-
-    The papers' code has those; local losses and LARS see their scale.
-
-    Raises:
-        ValueError: No model or no method has that name.
-    """
-    models.get(model)
-    methods.arguments(method)
     config = default()
-    config.data.name = dataset
-    config.model.name, config.method.name = model, method
-    config.model.init = config.method.init = "torch"
+    config.data.name, config.model.name, config.method.name = names
+    for section in ("model", "method"):
+        if "init" in options(section, config[section].name):
+            config[section].init = "torch"
     return config

@@ -36,7 +36,11 @@ def options(section: str, name: str) -> dict[str, tuple[type, Any]]:
         builder = OWNERS[section].get(name)
         owners = (builder,)
         parameters = inspect.signature(builder).parameters.values()
-        arguments = {p.name: p.default for p in parameters if p.name not in _FILLED}
+        arguments = {
+            p.name: p.default
+            for p in parameters
+            if p.name not in _FILLED and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        }
     hints: dict[str, Any] = {}
     for owner in owners:
         with contextlib.suppress(NameError, TypeError):  # a name for type checkers; no annotations

@@ -1,5 +1,6 @@
 """From a configuration to what it stands for: data set, model, method, optimiser and trainer."""
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -19,6 +20,7 @@ from jdecouple.pipeline.state import State
 from jdecouple.train import config as configuration
 from jdecouple.train.config import ConfigError, chosen, one_line
 from jdecouple.train.hosts import SingleProcess
+from jdecouple.train.rules import DTYPES
 from jdecouple.trainer import Trainer
 
 
@@ -70,7 +72,7 @@ def build(config: ConfigDict | Mapping) -> Run:
             num_classes=dataset.num_classes,
             seed=config.seed,
             transform=transform,
-            dtype=configuration.DTYPES[config.dtype],
+            dtype=DTYPES[config.dtype],
             clip_norm=config.clip_norm,
             remat=config.remat,
             fuse=False if config.profile else None,  # a timeline shows stages
@@ -137,11 +139,7 @@ def _load(config: ConfigDict) -> data.Dataset:
 def _model(config: ConfigDict, dataset: data.Dataset) -> models.Model:
     name, inputs = config.model.name, dataset.model_arguments()
     what = f"data set {dataset.name!r} holds {dataset.kind}"
-    readers = [
-        other
-        for other in models.names()
-        if inputs.keys() <= inspect.signature(models.get(other)).parameters.keys()
-    ]
+    readers = [other for other in models.names() if _takes(models.get(other), inputs)]
     if name not in readers:
         fitting = ", ".join(readers) or "no model"
         raise ConfigError(f"config.model.name is {name!r}: {what}, which {fitting} read")
@@ -160,6 +158,14 @@ def _model(config: ConfigDict, dataset: data.Dataset) -> models.Model:
     return model
 
 
+def _takes(builder: Callable[..., models.Model], inputs: Mapping[str, Any]) -> bool:
+    try:
+        inspect.signature(builder).bind_partial(**inputs)
+    except TypeError:
+        return False
+    return True
+
+
 def _method_arguments(config: ConfigDict, dataset: data.Dataset) -> dict[str, Any]:
     """What the configuration sets, and the images' statistics where the method asks for them."""
     allowed = methods.arguments(config.method.name)
@@ -169,14 +175,14 @@ def _method_arguments(config: ConfigDict, dataset: data.Dataset) -> dict[str, An
 
 def _optimizer(config: ConfigDict, total_steps: int, steps_per_epoch: int, accumulate: int) -> Any:
     section = config.optimizer
-    rate = section.learning_rate
-    epochs = section.decay_epochs
-    arguments: dict[str, tuple] = {
+    boundaries = [round(epoch * steps_per_epoch) for epoch in section.decay_epochs]
+    arguments = {
+        "constant": (),
         "cosine": (section.end_learning_rate, total_steps),
-        "step_decay": ([round(x * steps_per_epoch) for x in epochs], section.decay_factor),
+        "step_decay": (boundaries, section.decay_factor),
     }
     make_schedule = optim.get_schedule(section.schedule)
-    schedule = make_schedule(rate, *arguments.get(section.schedule, ()))
+    schedule = make_schedule(section.learning_rate, *arguments[section.schedule])
     if section.per_epoch:
         schedule = optim.per_epoch(schedule, steps_per_epoch)
     if section.warmup_epochs:
@@ -269,13 +275,10 @@ def check_alike(config: ConfigDict, processes: SingleProcess) -> None:
                 )
 
 
-class Unwritten:
-    """Takes what the first process writes, metrics and checkpoints, on the others."""
+class Unwritten(contextlib.AbstractContextManager):
+    """Stands for the metrics and checkpoints, which the first process writes, on the others."""
 
     latest_step = best_step = None
-
-    def __enter__(self) -> "Unwritten":
-        return self
 
     def __exit__(self, *exception: object) -> None:
         pass
@@ -283,8 +286,4 @@ class Unwritten:
     def write(self, *values: Any) -> None:
         """Writes nothing."""
 
-    def save(self, *values: Any) -> None:
-        """Saves nothing."""
-
-    def wait(self) -> None:
-        """Has nothing to wait for."""
+    save = wait = write
