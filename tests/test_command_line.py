@@ -106,7 +106,7 @@ def workdir():
         ({"optimizer__b1": 1.5}, "b1 must be a number in [0, 1), got 1.5"),
         ({"optimizer__learning_rate": 0}, "config.optimizer.learning_rate is 0.0: a finite number"),
         ({"optimizer__learning_rate": "nan"}, "config.optimizer.learning_rate is nan: a finite"),
-        ({"data__label_noise": 1.5}, "config.data.label_noise=1.5 given; a fraction in [0, 1]"),
+        ({"data__label_noise": 1.5}, "config.data.label_noise is 1.5: a finite number of at least"),
         ({"data__validation": -0.1}, "config.data.validation=-0.1 given; a fraction in [0, 1"),
         ({"data__channels": 2}, "channels=2 given; 1 or 3 wanted"),
         ({"optimizer__warmup_epochs": -1}, "config.optimizer.warmup_epochs is -1.0: a finite numb"),

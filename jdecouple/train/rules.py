@@ -35,7 +35,12 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda x: 0 <= x < math.inf,
         "a finite number of at least 0 is needed",
     ),
-    ("optimizer.warmup_start", lambda x: 0 <= x <= 1, "a finite number from 0 to 1 is needed"),
+    (
+        # The noise is refused by the data, too, but only when a sweep over it has come there.
+        "optimizer.warmup_start data.label_noise",
+        lambda x: 0 <= x <= 1,
+        "a finite number of at least 0 and at most 1 is needed",
+    ),
     (
         "optimizer.decay_epochs",
         lambda x: _rises(x, (int, float), 0),
