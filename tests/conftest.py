@@ -1,5 +1,6 @@
 """Eight CPU devices, a persistent compilation cache and the fixtures that tests share."""
 
+import importlib
 import os
 from importlib.metadata import version
 from pathlib import Path
@@ -58,3 +59,15 @@ def tfds_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no prepared data sets under {folder} (set JDECOUPLE_TEST_ASSETS)")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _registries_as_they_were(monkeypatch):
+    """What a test registers, its end forgets."""
+    for module, table in (
+        ("methods.table", "_METHODS"),
+        ("models", "_BUILDERS"),
+        ("data.loaders", "_LOADERS"),
+    ):
+        name = f"jdecouple.{module}"
+        monkeypatch.setattr(f"{name}.{table}", dict(getattr(importlib.import_module(name), table)))

@@ -230,7 +230,7 @@ def test_bad_batches_are_refused():
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"chunk": 0}, ("config.chunk is 0", "from 1 to")),
+        ({"chunk": 0}, ("config.chunk is 0", "of at least 1")),
         ({"chunk": 2, "profile": 3}, ("config.profile", "config.chunk at 1")),
         ({"chunk": 2, "mesh__stages": 2}, ("a chunk of 2", "local method", "bp has 2 stages")),
     ],

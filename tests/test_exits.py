@@ -161,7 +161,7 @@ def test_weights_of_a_configuration():
     chosen.method.name = "early_exit"
     chosen.method.weights = (0.3, 1)
     complete = config.validate(chosen)
-    given = config.chosen(complete.method, methods.arguments("early_exit"), "method")
+    given = config.chosen(complete, "method")
     assert methods.get("early_exit", **given).objective.weights == (0.3, 1)
 
 
