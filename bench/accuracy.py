@@ -44,7 +44,6 @@ accuracy itself, as the papers report it; not a result.
 """
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C564B")
 LOOKS = (("test", "last step", "o", "", "-"), ("test_by_exit", "exit by validation", "D", "w", ":"))
-Axes = tuple[tuple[str, str], ...]
 
 
 def parser(description: str | None = __doc__) -> argparse.ArgumentParser:
@@ -97,9 +96,9 @@ def cells_of(options: argparse.Namespace) -> list[Cell]:
     return matrix.cells(options.config, axes, options.set, own, options.output / "cells")
 
 
-def grouped(rows: Sequence[dict[str, Any]]) -> dict[Axes, list[dict]]:
+def grouped(rows: Sequence[dict[str, Any]]) -> dict[tuple, list[dict]]:
     """Rows that differ in their seed alone, by the axes that they share."""
-    groups: dict[Axes, list[dict]] = {}
+    groups: dict[tuple, list[dict]] = {}
     for row in rows:
         axes = itertools.takewhile(lambda item: item[0] != "seed", row.items())
         groups.setdefault(tuple(axes), []).append(row)

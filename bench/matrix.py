@@ -264,9 +264,9 @@ def _start_one(
 def _outcome(training: _Running) -> Outcome:
     cell, code = training.cell, training.process.returncode
     text = (cell.folder / OUTPUT).read_bytes()[training.start :].decode(errors="replace")
-    if code == 0:
-        return Outcome("finished" if is_finished(cell) else "stopped")
-    if -code == signal.SIGTERM:  # before there was anything to save
+    if code == 0 and is_finished(cell):
+        return Outcome("finished")
+    if code == 0 or -code == signal.SIGTERM:  # before there was anything to save
         return Outcome("stopped")
     if code < 0:
         return Outcome("failed", f"killed by {signal.Signals(-code).name}")

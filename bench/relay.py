@@ -170,18 +170,12 @@ def relay(devices: Sequence[int], commands: int) -> None:
                 return
             *lines, pending = (pending + read).split(b"\n")
             for line in lines:
-                _reply(_obey(directions, json.loads(line)))
-
-
-def _obey(directions: Sequence[Direction], command: dict[str, float]) -> dict[str, float]:
-    for direction in directions:
-        direction.delay = command.get("delay", direction.delay)
-        direction.bandwidth = command.get("bandwidth", direction.bandwidth)
-    return {
-        "processor": time.process_time(),
-        "packets": sum(direction.packets for direction in directions),
-        "bytes": sum(direction.bytes for direction in directions),
-    }
+                command = json.loads(line)
+                for direction in directions:
+                    direction.delay = command.get("delay", direction.delay)
+                    direction.bandwidth = command.get("bandwidth", direction.bandwidth)
+                used = {x: sum(getattr(y, x) for y in directions) for x in ("packets", "bytes")}
+                _reply({"processor": time.process_time(), **used})
 
 
 def _reply(reply: dict[str, Any]) -> None:

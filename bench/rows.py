@@ -59,8 +59,8 @@ class Row:
 
     def together(self) -> "Row":
         """The row where there is one device only."""
-        spread = self.data == 1 and self.groups > 1
-        return dataclasses.replace(self, place=TOGETHER) if spread else self
+        fits = self.data == 1 and self.groups > 1
+        return dataclasses.replace(self, place=TOGETHER) if fits else self
 
     def twin(self, rows: Sequence["Row"]) -> "Row | None":
         """That of the rows which computes the same by a call a batch, or on more devices."""

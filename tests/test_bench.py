@@ -2,8 +2,11 @@
 
 import argparse
 import importlib
+import itertools
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +38,38 @@ def benchmark(monkeypatch):
 
 def cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip("| ").split(" | ")]
+
+
+# --- Commands that are told of -------------------------------------------------------------------
+
+
+def commands(*names: str) -> list[list[str]]:
+    """Words of the commands in the documents that run one of these scripts."""
+    lines = []
+    for file in ("bench/RESULTS.md", "docs/accuracy.md", "docs/pipelines.md"):
+        for block in re.findall(r"```sh\n(.*?)```", (REPOSITORY / file).read_text(), re.DOTALL):
+            lines += block.replace("\\\n", " ").replace("; done", "").splitlines()
+    pattern = re.compile(rf"python bench/(?:{'|'.join(names)})\.py (.*)")
+    return [shlex.split(match[1]) for line in lines if (match := pattern.search(line))]
+
+
+def test_matrices_that_are_told_of(benchmark, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    accuracy, matrix = benchmark("accuracy"), benchmark("matrix")
+    given = commands("accuracy", "step_time")
+    assert len(given) >= 10
+    for words in given:
+        cells = accuracy.cells_of(accuracy.parser().parse_args(words))
+        assert not matrix.is_finished(cells[-1])  # its configuration is checked
+
+
+def test_rows_that_are_told_of(benchmark):
+    rows, given = benchmark("rows"), commands("throughput", "links")
+    assert len(given) >= 8
+    for words in given:
+        start = words.index("--rows") + 1 if "--rows" in words else len(words)
+        for word in itertools.takewhile(lambda word: not word.startswith("--"), words[start:]):
+            assert str(rows.parse(word)) == word
 
 
 # --- Throughput ----------------------------------------------------------------------------------
