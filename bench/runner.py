@@ -154,7 +154,7 @@ def columns(shown: Columns, results: Iterable[Any]) -> str:
 
 def options_line(options: Mapping[str, Any], script: str) -> str:
     """The options of a run as text, without lists and what is not set."""
-    given = {x: value for x, value in options.items() if value and not isinstance(value, list)}
+    given = {x: y for x, y in options.items() if y is not None and not isinstance(y, list)}
     shown = ", ".join(f"{name} {value}" for name, value in given.items())
     return f"{shown}; medians (lowest to highest); columns: see bench/{script}\n"
 
