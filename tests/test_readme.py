@@ -140,6 +140,8 @@ def test_files_and_sections_that_it_names_exist(page):
             titles = re.findall(r"^#+ (.*)$", target.read_text(), re.M)
             anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
             assert section in anchors, f"{link}#{section}"
+    if page.parent.name == "bench":
+        return  # a figure's command may be of a script that was deleted since
     code = r"(?<![\w/.])((?:configs|tests|jdecouple|docs|bench|\.ci|\.github)/[\w./]+\.\w+)"
     for name in re.findall(code, text):
         assert (ROOT / name).exists(), name
