@@ -252,7 +252,7 @@ def test_rows_and_chunks():
     ]
     for name in set(jd.schedules.names()) - {"interleaved_1f1b"}:
         assert build(name, 4).num_device_groups == 4
-        assert [build(name, 4, chunks=1).row(stage) for stage in range(4)] == [0, 1, 2, 3]
+        assert [build(name, 4, chunks=1).device_group(stage) for stage in range(4)] == [0, 1, 2, 3]
 
 
 def test_one_chunk_is_1f1b():
