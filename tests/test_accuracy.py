@@ -66,6 +66,7 @@ def is_png(path):
 # --- Real trainings ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_matrix_and_more_of_it(bench, capsys, tmp_path):
     flags = [*FLAGS, "--set-for", *HEAD, "--set", "steps=2", "--output", tmp_path]
     methods = ["--methods", "bp", "deinforeg"]
