@@ -156,9 +156,9 @@ def test_batches_may_lie_anywhere(kind, x64):
 @pytest.mark.parametrize(
     ("name", "stages", "options", "calls"),
     [
-        ("scpl", 4, {"fuse": False}, 4),
+        pytest.param("scpl", 4, {"fuse": False}, 4, marks=pytest.mark.slow),
         ("scpl", 2, {"fuse": False, "microbatches": 2}, 2),
-        ("scpl", 4, {}, 1),
+        pytest.param("scpl", 4, {}, 1, marks=pytest.mark.slow),
         ("fdg", 2, {}, 1),
     ],
 )
@@ -185,7 +185,9 @@ def test_state_is_donated(x64):
     assert sum(leaf.is_deleted() for leaf in leaves) > 0.9 * len(leaves)
 
 
-@pytest.mark.parametrize(("devices", "count"), [(1, 3), (2, 3), (2, 1)])
+@pytest.mark.parametrize(
+    ("devices", "count"), [pytest.param(1, 3, marks=pytest.mark.slow), (2, 3), (2, 1)]
+)
 def test_metrics_come_stacked_too(devices, count, x64):
     engine = trainer("scpl", 4, devices)
     chunk = engine.put_chunk(groups(count)[0])
@@ -261,8 +263,8 @@ def test_groups_end_where_something_happens(arguments, sizes):
 def test_chunks_write_the_lines_and_checkpoints_of_single_steps(tmp_path):
     """27 steps, evaluated every 9 and saved every 4; a line a step, in a chunk's middle too."""
     values = {"model__hidden": 8, "steps": 27}
-    train_and_evaluate(runs.tiny(**values), tmp_path / "one")
-    train_and_evaluate(runs.tiny(chunk=4, **values), tmp_path / "four")
+    train_and_evaluate(runs.cheap(**values), tmp_path / "one")
+    train_and_evaluate(runs.cheap(chunk=4, **values), tmp_path / "four")
     found, wanted = (runs.without_timing(runs.lines(tmp_path / each)) for each in ("four", "one"))
     assert len(found) == len(wanted) == 33
     for here, there in zip(found, wanted, strict=True):

@@ -117,7 +117,7 @@ def test_dropout_does_not_tell_the_partition(name, stages, data):
     assert_close(run(name, "dropout", stages, data), on_one_device(name, "dropout", stages))
 
 
-@pytest.mark.parametrize("name", nets.marked(nets.EXACT))
+@pytest.mark.parametrize("name", nets.marked(nets.EXACT, ("bp", "deinforeg")))
 @pytest.mark.parametrize(
     ("stages", "data", "microbatches"),
     [
