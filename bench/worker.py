@@ -47,7 +47,7 @@ def upload(trainer: jd.Trainer, batches: Sequence[dict]) -> Any:
 
 
 def train(trainer: jd.Trainer, state: Any, batches: Any) -> tuple[Any, dict[str, Any]]:
-    """Trains on what `upload` returned: the new state, and metrics, arrays [T] where T is above 1."""
+    """Trains on what `upload` returned: the new state, and metrics ([T] where T > 1)."""
     return (trainer.step if batches.count is None else trainer.steps)(state, batches)
 
 

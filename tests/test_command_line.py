@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import runs
-from runs import arguments, fingerprint, finished
+from runs import arguments, fingerprint
+from runs import finished_here as finished
 from tfds_writer import png, write_image_set
 
 from jdecouple.train import cli as command_line

@@ -17,18 +17,20 @@ from jdecouple.train.loop import build, train_and_evaluate
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 FOLDER = runs.REPOSITORY / "configs"
-# Arguments to call the files with that take one; the convolutions compile for long.
+# Arguments to call the files with that take one.
 UNDELAYED = [name for name in methods.names() if name not in nets.DELAYED]
-VISION = ["cifar10,vgg8,scpl", *(f"cifar10,mlp,{name}" for name in UNDELAYED)]
+VISION = [f"cifar10,mlp,{name}" for name in UNDELAYED]
+VISION += [f"cifar10,vgg8,{name}" for name in ("bp", "deinforeg", "scpl")]
 DELAYED = [f"cifar10,mlp,{name},2" for name in ("bp", *nets.DELAYED)]
 DELAYED += ["cifar10,mlp,fdg,1", "cifar10,resnet20,fdg,3"]
-SLOW = [
-    pytest.param("vision", f"cifar10,vgg8,{x}", marks=pytest.mark.slow) for x in ("bp", "deinforeg")
-]
 EQUAL = ["digits,mlp,deinforeg", "cifar10,mlp,scpl"]
 TEXT = ["glue/sst2,transformer,deinforeg", "ag_news_subset,lstm,scpl"]
 TEXT += ["imdb_reviews,transformer,bp", "csv:dbpedia,lstm,al"]
 TEXT += [f"glue/sst2,lstm,{name}" for name in UNDELAYED if name not in ("scpl", "al", "infopro")]
+# Trained in the fast run: each file, kind of model and kind of method once.
+FAST = ["cifar10,mlp,deinforeg", "cifar10,vgg8,scpl", "cifar10,mlp,fdg,2", "cifar10,mlp,al", None]
+FAST += ["digits,mlp,deinforeg", "glue/sst2,lstm,deinforeg", "imdb_reviews,transformer,bp"]
+FAST += ["csv:dbpedia,lstm,al"]
 ARGUMENTS = {"vision": VISION, "delayed": DELAYED, "text": TEXT, "equal": EQUAL}
 CASES = [
     (path.stem, argument)
@@ -53,10 +55,14 @@ def test_values_are_valid(name, argument):
     assert validate(config).to_dict() == filled(config).to_dict()
 
 
-IMAGES = [case for case in CASES if case[0] != "text"]
+IMAGES = [
+    case if case[1] in FAST else pytest.param(*case, marks=pytest.mark.slow)
+    for case in CASES
+    if case[0] != "text"
+]
 
 
-@pytest.mark.parametrize(("name", "argument"), [*IMAGES, *SLOW])
+@pytest.mark.parametrize(("name", "argument"), IMAGES)
 def test_four_steps_of_a_stand_in(tmp_path, name, argument):
     config = load(name, argument)
     config.data.name = "synthetic"
@@ -112,7 +118,7 @@ def texts(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("argument", TEXT)
+@pytest.mark.parametrize("argument", nets.marked(TEXT, FAST))
 def test_two_steps_of_texts(tmp_path, texts, argument):
     config = load("text", argument)
     config.data.data_dir = str(texts)
