@@ -176,7 +176,7 @@ class TestLibrary:
         loaded = jd.data.load("halves", validation=0.25)
         assert (loaded.name, loaded.train.name, len(loaded.train)) == ("halves", "train", 359)
         assert jd.data.load("halves", validation=0.5, label_noise=0.5).train.overrides is not None
-        with pytest.raises(ValueError, match=r"glove='x' given; .*'halves' holds images and takes"):
+        with pytest.raises(ValueError, match=r"glove is 'x': .*'halves' holds images and takes"):
             jd.data.load("halves", validation=0.5, glove="x")
 
     @pytest.mark.parametrize(
