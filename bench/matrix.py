@@ -1,7 +1,6 @@
 """A matrix of trainings: its cells, each a workdir of train.py, and the processes that run them."""
 
 import fcntl
-import functools
 import itertools
 import json
 import os
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flax import traverse_util
+from runner import pinned
 
 from jdecouple.train import config as configuration
 from jdecouple.train import report
@@ -247,16 +247,16 @@ def _start_one(
             if is_finished(cell):
                 ended(cell, Outcome("finished"))
                 continue
-            start, own = output.tell(), place.cores
-            process = subprocess.Popen(
-                [sys.executable, TRAIN, *cell.arguments, "--workdir", cell.folder],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                env={**os.environ, **place.variables},
-                preexec_fn=functools.partial(os.sched_setaffinity, 0, own) if own else None,
-                start_new_session=True,  # Ctrl-C is for the benchmark, which asks them to stop
-            )
+            start = output.tell()
+            with pinned(place.cores):
+                process = subprocess.Popen(
+                    [sys.executable, TRAIN, *cell.arguments, "--workdir", cell.folder],
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    env={**os.environ, **place.variables},
+                    start_new_session=True,  # Ctrl-C is for the benchmark, which asks them to stop
+                )
             return _Running(cell, process, start)
     return None
 

@@ -4,7 +4,6 @@ import argparse
 import collections
 import contextlib
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -14,7 +13,7 @@ import socket
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
@@ -204,20 +203,13 @@ class Processes(contextlib.AbstractContextManager):
         size = len(cores) if cores else 1
         arguments = (addresses or distributed_arguments(size)) if size > 1 else [None]
         environment = {**os.environ, **(ON_CPU if self._pinned else ON_DEVICES)}
-        self._processes: list[Any] = [
-            subprocess.Popen(
-                [*prefix, sys.executable, WORKER, json.dumps(argument)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                env=environment,
-                # Before Python starts, thus before XLA counts the cores.
-                preexec_fn=functools.partial(os.sched_setaffinity, 0, {core}) if cores else None,
-            )
-            for core, argument, prefix in zip(
-                cores or (0,), arguments, prefixes or [()] * size, strict=True
-            )
-        ]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self._processes: list[Any] = []
+        for index, argument in enumerate(arguments):
+            prefix = prefixes[index] if prefixes else ()
+            command = [*prefix, sys.executable, WORKER, json.dumps(argument)]
+            with pinned(cores[index : index + 1] if cores else ()):
+                self._processes.append(subprocess.Popen(command, env=environment, **pipes))
 
     def ask(self, command: str, *arguments: Any) -> list[Any]:
         """Sends a command to all processes at once; returns the reply of each."""
@@ -294,6 +286,20 @@ def union(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 def cores() -> list[int]:
     """Cores that this process may use; none where a process cannot be pinned."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+
+@contextlib.contextmanager
+def pinned(own: Sequence[int]) -> Iterator[None]:
+    """Starts processes on some cores, if any: they inherit them, before XLA counts the cores."""
+    if not own:
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, own)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def busy_seconds() -> float:
