@@ -16,16 +16,12 @@ import runs
 import jdecouple as jd
 from jdecouple import data
 from jdecouple.train.config import ConfigError
-from jdecouple.train.loop import build
+from jdecouple.train.loop import build, train_and_evaluate
 
 TOLERANCE = 1e-12
 STEPS = 10
 LOCAL = [name for name in jd.methods.names() if nets.method(name).route.local]
-OTHERS = [
-    pytest.param(name, marks=pytest.mark.slow) if name in ("ddg", "fr") else name
-    for name in jd.methods.names()
-    if name not in LOCAL
-]
+OTHERS = [name for name in jd.methods.names() if name not in LOCAL]
 
 
 @functools.cache
@@ -85,7 +81,12 @@ def test_local_methods_are_those_of_single_steps(name, devices):
 
 @pytest.mark.parametrize(
     ("stages", "devices", "replicas", "options"),
-    [(4, 1, 1, {"fuse": False}), (4, 2, 1, {}), (4, 4, 1, {}), (2, 4, 2, {})],
+    [
+        pytest.param(4, 1, 1, {"fuse": False}, marks=pytest.mark.slow),
+        (4, 2, 1, {}),
+        pytest.param(4, 4, 1, {}, marks=pytest.mark.slow),
+        (2, 4, 2, {}),
+    ],
     ids=["apart on one device", "two of four a device", "four devices", "two replicas"],
 )
 def test_placement_changes_nothing(stages, devices, replicas, options):
@@ -93,7 +94,7 @@ def test_placement_changes_nothing(stages, devices, replicas, options):
     assert_close(run(3, *where, **options), single(*where, **options))
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", nets.marked(OTHERS, ("bp", "fdg")))
 def test_fused_stages_are_those_of_single_steps(name):
     """Queues of delayed methods go from batch to batch and from chunk to chunk."""
     assert_close(run(4, name, 2), single(name, 2))
@@ -103,10 +104,10 @@ def test_fused_stages_are_those_of_single_steps(name):
     ("name", "stages", "options"),
     [
         ("bp", 2, {"schedule": "gpipe", "microbatches": 2, "clip_norm": 0.5}),
-        ("bp", 1, {"fuse": False}),
-        ("fdg", 1, {"fuse": False}),
+        pytest.param("bp", 1, {"fuse": False}, marks=pytest.mark.slow),
+        pytest.param("fdg", 1, {"fuse": False}, marks=pytest.mark.slow),
         ("scpl", 2, {"fuse": False, "microbatches": 2}),
-        ("scpl", 2, {"remat": True}),
+        pytest.param("scpl", 2, {"remat": True}, marks=pytest.mark.slow),
     ],
     ids=["clipped gpipe", "one stage", "one stage of fdg", "microbatches", "rematerialised"],
 )
@@ -154,9 +155,9 @@ def test_batches_may_lie_anywhere(kind, x64):
 @pytest.mark.parametrize(
     ("name", "stages", "options", "calls"),
     [
-        ("scpl", 4, {"fuse": False}, 4),
+        pytest.param("scpl", 4, {"fuse": False}, 4, marks=pytest.mark.slow),
         ("scpl", 2, {"fuse": False, "microbatches": 2}, 2),
-        ("scpl", 4, {}, 1),
+        pytest.param("scpl", 4, {}, 1, marks=pytest.mark.slow),
         ("fdg", 2, {}, 1),
     ],
 )
@@ -184,7 +185,9 @@ def test_state_is_donated(x64):
     assert sum(leaf.is_deleted() for leaf in leaves) > 0.9 * len(leaves)
 
 
-@pytest.mark.parametrize(("devices", "count"), [(1, 3), (2, 3), (2, 1)])
+@pytest.mark.parametrize(
+    ("devices", "count"), [pytest.param(1, 3, marks=pytest.mark.slow), (2, 3), (2, 1)]
+)
 def test_metrics_are_arrays(devices, count, x64):
     engine = trainer("scpl", 4, devices)
     with nets.quick_compile():
@@ -230,7 +233,7 @@ def test_bad_batches_are_refused():
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"chunk": 0}, ("config.chunk is 0", "from 1 to")),
+        ({"chunk": 0}, ("config.chunk is 0", "of at least 1")),
         ({"chunk": 2, "profile": 3}, ("config.profile", "config.chunk at 1")),
         ({"chunk": 2, "mesh__stages": 2}, ("a chunk of 2", "local method", "bp has 2 stages")),
     ],
@@ -259,9 +262,8 @@ def test_groups_end_where_something_happens(arguments, sizes):
 def test_chunks_write_the_lines_and_checkpoints_of_single_steps(tmp_path):
     """27 steps, evaluated every 9 and saved every 4; a line a step, in a chunk's middle too."""
     values = {"model__hidden": 8, "steps": 27}
-    one = runs.server().run(*runs.arguments(tmp_path / "one", **values))
-    four = runs.server().run(*runs.arguments(tmp_path / "four", chunk=4, **values))
-    assert (one.returncode, four.returncode) == (0, 0), one.stderr + four.stderr
+    train_and_evaluate(runs.cheap(**values), tmp_path / "one")
+    train_and_evaluate(runs.cheap(chunk=4, **values), tmp_path / "four")
     found, wanted = (runs.without_timing(runs.lines(tmp_path / each)) for each in ("four", "one"))
     assert len(found) == len(wanted) == 33
     for here, there in zip(found, wanted, strict=True):

@@ -66,11 +66,11 @@ def check(name: str, net: str, stages: int, data: int, group: int, **options: An
         pytest.param("deinforeg", "dropout", 1, 2, 5, 1, marks=pytest.mark.slow),
         pytest.param("deinforeg", "vgg", 2, 2, 5, 1, marks=pytest.mark.slow),
         pytest.param("deinforeg", "dropout", 2, 2, 5, 2, marks=pytest.mark.slow),
-        ("deinforeg", "residual", 4, 1, 5, 1),
-        ("scpl", "norm", 4, 1, 5, 1),
+        pytest.param("deinforeg", "residual", 4, 1, 5, 1, marks=pytest.mark.slow),
+        pytest.param("scpl", "norm", 4, 1, 5, 1, marks=pytest.mark.slow),
         ("scpl", "norm", 2, 2, 1, 1),
-        ("bp", "dropout", 4, 1, 3, 1),
-        ("bp", "vgg", 2, 2, 5, 1),
+        pytest.param("bp", "dropout", 4, 1, 3, 1, marks=pytest.mark.slow),
+        pytest.param("bp", "vgg", 2, 2, 5, 1, marks=pytest.mark.slow),
         ("bp", "ends", 4, 1, 5, 1),
         pytest.param("bp", "residual", 2, 2, 5, 1, marks=pytest.mark.slow),
         ("bp", "mlp", 4, 1, 5, 4),
@@ -91,11 +91,14 @@ def test_device_groups_need_not_hold_equally_many_blocks(name, boundaries):
     check(name, "deep", 3, 1, 5, boundaries=boundaries)
 
 
+@pytest.mark.slow
 def test_more_stages_than_device_groups():
     check("scpl", "deep", 2, 1, 5, mesh=jd.make_mesh(2), num_stages=7)
 
 
-@pytest.mark.parametrize("options", [{"clip_norm": 2.0}, {"remat": True}])
+@pytest.mark.parametrize(
+    "options", [{"clip_norm": 2.0}, pytest.param({"remat": True}, marks=pytest.mark.slow)]
+)
 def test_options_of_the_synchronous_route(options):
     check("bp", "dropout", 2, 1, 5, microbatches=2, **options)
     if "clip_norm" in options:
@@ -106,6 +109,7 @@ def test_options_of_the_synchronous_route(options):
         assert min(norms) < options["clip_norm"] < max(norms)
 
 
+@pytest.mark.slow
 def test_rematerialised_stages_of_a_local_route():
     check("deinforeg", "dropout", 2, 1, 5, remat=(True, False), boundaries=(2,))
 
@@ -115,7 +119,10 @@ def test_rematerialised_stages_of_a_local_route():
 
 @pytest.mark.parametrize(
     ("first", "second", "name", "net"),
-    [("mpmd", "spmd", "deinforeg", "dropout"), ("spmd", "mpmd", "bp", "ends")],
+    [
+        ("mpmd", "spmd", "deinforeg", "dropout"),
+        pytest.param("spmd", "mpmd", "bp", "ends", marks=pytest.mark.slow),
+    ],
 )
 def test_what_one_engine_began_the_other_ends(first, second, name, net):
     """A checkpoint holds names and arrays, which are the same; on other devices, too."""

@@ -1,4 +1,4 @@
-"""One process of a multi-process training; tests/test_processes.py starts it with a JSON argument.
+"""One process of a multi-process training, which test_processes.py starts with a JSON argument.
 
 It trains one configuration after the other and leaves what it found in `out`.
 """
