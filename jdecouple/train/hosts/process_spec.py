@@ -73,6 +73,9 @@ def detect_cluster(
     JAX_PROCESS_ID say (or COORDINATOR_ADDRESS, NUM_PROCESSES and PROCESS_ID), then those of SLURM
     (in a job step) or Open MPI. `count=1` is a run of its own, whatever the environment says.
 
+    >>> detect_cluster({"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "2"}, index=1)
+    ProcessSpec(coordinator='h:1', count=2, index=1, address=None, launched=False)
+
     Args:
         environ: the process's environment.
         coordinator: as in `ProcessSpec`, given by a flag.
