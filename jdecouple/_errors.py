@@ -1,4 +1,9 @@
-"""What an error says, in one line."""
+"""What errors say: the first line of one, and checks of arguments in one dialect."""
+
+import math
+from collections.abc import Collection
+from numbers import Integral, Real
+from typing import Any
 
 
 def first_line(error: object) -> str:
@@ -10,3 +15,52 @@ def first_line(error: object) -> str:
     'KeyboardInterrupt'
     """
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def require_int(least: int, /, **values: Any) -> None:
+    """Raises ValueError for the first of `values` that is no whole number from `least` on.
+
+    >>> require_int(1, depth=0)
+    Traceback (most recent call last):
+    ValueError: depth is 0: a whole number of at least 1 is needed
+    """
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+            raise ValueError(f"{name} is {value!r}: a whole number of at least {least} is needed")
+
+
+def require_number(*, positive: bool = False, below: float = math.inf, **values: Any) -> None:
+    """Raises ValueError for the first of `values` that is no finite number in [0, `below`).
+
+    >>> require_number(below=1, dropout=1.5)
+    Traceback (most recent call last):
+    ValueError: dropout is 1.5: a number in [0, 1) is needed
+
+    Args:
+        positive: Whether 0 is refused too.
+        below: Upper bound, excluded.
+        **values: Numbers by name.
+    """
+    for name, value in values.items():
+        number = (
+            isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) < below
+        )
+        if not number or (positive and value == 0):
+            kind = "finite number of at least 0"
+            if positive:
+                kind = "finite number above 0"
+            elif below < math.inf:
+                kind = f"number in [0, {below})"
+            raise ValueError(f"{name} is {value!r}: a {kind} is needed")
+
+
+def require_one_of(allowed: Collection[str], /, **values: Any) -> None:
+    """Raises ValueError for the first of `values` that is not `allowed`.
+
+    >>> require_one_of(("mean", "class"), pooling="max")
+    Traceback (most recent call last):
+    ValueError: pooling is 'max': allowed are mean, class
+    """
+    for name, value in values.items():
+        if value not in allowed:
+            raise ValueError(f"{name} is {value!r}: allowed are {', '.join(allowed)}")

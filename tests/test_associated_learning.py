@@ -83,7 +83,7 @@ def test_losses_golden(case, bits):
 
 def test_shapes_that_do_not_fit_are_refused():
     ones = jnp.ones((4, 3))
-    words = ("same shapes", "(4, 2)")
+    words = ("equal shapes", "(4, 2)")
     nets.assert_clear(ValueError, words, lambda: associated_learning(ones[:, :2], ones, ones, ones))
 
 
@@ -163,7 +163,7 @@ def test_labels_enter_one_hot(x64):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"features": 0}, ("features", "positive")),
+        ({"features": 0}, ("features", "at least 1")),
         ({"expansion": -1}, ("expansion", "at least 0")),
         ({"expansion": False}, ("expansion", "at least 0")),
         ({"head_pool": 0.5}, ("head_pool", "at least 0")),
@@ -210,9 +210,9 @@ def by_hand(trainer, state, data):
     ("stages", "data", "options"),
     [
         (1, 1, {}),
-        (1, 1, {"fuse": False}),
-        (2, 1, {"max_in_flight": 1}),
-        (4, 1, {}),
+        pytest.param(1, 1, {"fuse": False}, marks=pytest.mark.slow),
+        pytest.param(2, 1, {"max_in_flight": 1}, marks=pytest.mark.slow),
+        pytest.param(4, 1, {}, marks=pytest.mark.slow),
         (2, 2, {"boundaries": (1,)}),
         (4, 1, {"engine": "auto"}),
     ],

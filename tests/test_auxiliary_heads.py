@@ -184,7 +184,7 @@ def test_the_last_block_has_the_models_own_end(objective):
     head = objective.head(site(VECTORS[:, :5], index=3), nnx.Rngs(0))
     output, _, _ = run(head, VECTORS[:, :5])
     assert float(output.loss) == float(cross_entropy(VECTORS[:, :5], LABELS))
-    with pytest.raises(ValueError, match="must output logits"):
+    with pytest.raises(ValueError, match=r"outputs .* logits \[batch, 5\] are needed"):
         objective.head(site(VECTORS, index=3), nnx.Rngs(0))
 
 
@@ -339,20 +339,29 @@ def test_the_papers_projector_of_vgg8_has_134_million_weights_and_a_pooled_one_f
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: AuxiliaryNet("conv"), "aux must be one of mlp_sr, linear, got 'conv'"),
-        (lambda: AuxiliaryNet(hidden=-1), "hidden must be a whole number .* got -1"),
+        (lambda: AuxiliaryNet("conv"), "aux is 'conv': allowed are mlp_sr, linear"),
+        (lambda: AuxiliaryNet(hidden=-1), "hidden is -1: a whole number of at least 0"),
         (
             lambda: AuxiliaryNet(hidden=False),
-            "hidden must be a whole number .* got False",
+            "hidden is False: a whole number",
         ),
-        (lambda: AuxiliaryNet(head_pool=-2), "head_pool must be a whole number .* got -2"),
-        (lambda: InformationRegularization(head_pool=1.5), "head_pool must be a whole number"),
-        (lambda: SupervisedContrastive(head_pool=True), "head_pool must be a whole number"),
-        (lambda: PredictionSimilarity(prediction=-1), "prediction must be a finite non-negative"),
-        (lambda: PredictionSimilarity(0.0, 0.0), "both 0: one of them must be above 0"),
-        (lambda: PredictionSimilarity(similarity="1"), "similarity must be a finite non-negative"),
-        (lambda: PredictionSimilarity(statistic="std"), "one of deviation, features, got 'std'"),
-        (lambda: PredictionSimilarity(dim_in_decoder=0), "dim_in_decoder must be a positive"),
+        (lambda: AuxiliaryNet(head_pool=-2), "head_pool is -2: a whole number"),
+        (lambda: InformationRegularization(head_pool=1.5), "head_pool is 1.5: a whole number"),
+        (lambda: SupervisedContrastive(head_pool=True), "head_pool is True: a whole number"),
+        (
+            lambda: PredictionSimilarity(prediction=-1),
+            "prediction is -1: a finite number of at least 0",
+        ),
+        (lambda: PredictionSimilarity(0.0, 0.0), "both 0: a weight above 0"),
+        (lambda: PredictionSimilarity(similarity="1"), "similarity is '1': a finite number"),
+        (
+            lambda: PredictionSimilarity(statistic="std"),
+            "statistic is 'std': allowed are deviation, features",
+        ),
+        (
+            lambda: PredictionSimilarity(dim_in_decoder=0),
+            "dim_in_decoder is 0: a whole number of at least 1",
+        ),
     ],
 )
 def test_bad_arguments_get_one_clear_line(call, message):

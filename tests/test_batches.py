@@ -60,12 +60,12 @@ class TestTrainBatches:
 
     @pytest.mark.parametrize("batch_size", [0, -1, 11, 2.0, True])
     def test_bad_batch_size(self, batch_size):
-        with pytest.raises(ValueError, match="batch_size=") as error:
+        with pytest.raises(ValueError, match="batch_size is") as error:
             data.train_batches(numbered(10), batch_size, seed=0)
         assert_one_line(error)
 
     def test_bad_start(self):
-        with pytest.raises(ValueError, match="start=-1"):
+        with pytest.raises(ValueError, match="start is -1"):
             data.train_batches(numbered(10), 2, seed=0, start=-1)
 
 

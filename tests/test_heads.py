@@ -311,26 +311,41 @@ def test_projector_widths(projector, expected):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: InformationRegularization("64-x"), "projector must be 'identity' or positive"),
-        (lambda: InformationRegularization("64--8"), "projector must be 'identity' or positive"),
-        (lambda: InformationRegularization(""), "projector must be 'identity' or positive"),
-        (lambda: InformationRegularization((8, 0)), "projector must be 'identity' or positive"),
-        (lambda: InformationRegularization(None), "projector must be 'identity' or positive"),
-        (lambda: InformationRegularization(mode="join"), "mode must be one of merge, unmerge"),
-        (lambda: InformationRegularization(alpha=-1), "alpha must be a finite non-negative number"),
-        (lambda: InformationRegularization(variance="1"), "variance must be a finite"),
-        (lambda: InformationRegularization(covariance=float("inf")), "covariance must be a finite"),
-        (lambda: InformationRegularization(normalize=1), "normalize must be True or False, got 1"),
-        (lambda: SupervisedContrastive("deep"), "projector must be one of mlp, linear, identity"),
-        (lambda: SupervisedContrastive(hidden=0), "hidden must be a positive integer"),
-        (lambda: SupervisedContrastive(temperature=0), "temperature must be a finite positive"),
+        (lambda: InformationRegularization("64-x"), "projector is '64-x': 'identity' or positive"),
+        (
+            lambda: InformationRegularization("64--8"),
+            "projector is '64--8': 'identity' or positive",
+        ),
+        (lambda: InformationRegularization(""), "projector is '': 'identity' or positive"),
+        (
+            lambda: InformationRegularization((8, 0)),
+            r"projector is \(8, 0\): 'identity' or positive",
+        ),
+        (lambda: InformationRegularization(None), "projector is None: 'identity' or positive"),
+        (
+            lambda: InformationRegularization(mode="join"),
+            "mode is 'join': allowed are merge, unmerge",
+        ),
+        (lambda: InformationRegularization(alpha=-1), "alpha is -1: a finite number of at least 0"),
+        (lambda: InformationRegularization(variance="1"), "variance is '1': a finite number"),
+        (
+            lambda: InformationRegularization(covariance=float("inf")),
+            "covariance is inf: a finite number",
+        ),
+        (lambda: InformationRegularization(normalize=1), "normalize is 1: True or False is needed"),
+        (
+            lambda: SupervisedContrastive("deep"),
+            "projector is 'deep': allowed are mlp, linear, identity",
+        ),
+        (lambda: SupervisedContrastive(hidden=0), "hidden is 0: a whole number of at least 1"),
+        (lambda: SupervisedContrastive(temperature=0), "temperature is 0: a finite number above 0"),
         (
             lambda: SupervisedContrastive().head(site(index=1), nnx.Rngs(0)),
             "needs a model with a classifier",
         ),
         (
             lambda: CrossEntropy().head(site(index=1), nnx.Rngs(0)),
-            r"must output logits \[batch, 5\], got \(8, 6\)",
+            r"outputs \(8, 6\): .* logits \[batch, 5\] are needed",
         ),
     ],
 )
@@ -343,5 +358,5 @@ def test_bad_arguments_get_one_clear_line(call, message):
 def test_features_of_several_arrays_are_refused():
     where = dataclasses.replace(site(), features={"a": site().features})
     for objective in (InformationRegularization("8"), SupervisedContrastive()):
-        with pytest.raises(TypeError, match=r"output of block 0 must be one array .* got dict"):
+        with pytest.raises(TypeError, match=r"output of block 0 is of type dict: .* one array"):
             objective.head(where, nnx.Rngs(0))

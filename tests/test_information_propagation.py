@@ -102,14 +102,23 @@ def test_a_run_knows_how_its_images_were_normalised():
     [
         (
             lambda: InformationPropagation((1,)),
-            r"must be two weights, .* got \(1,\)",
+            r"is \(1,\): two weights",
         ),
-        (lambda: InformationPropagation(task=1.0), "task must hold finite numbers .* got 1.0"),
-        (lambda: InformationPropagation((1, -1)), "reconstruction must hold finite numbers"),
-        (lambda: InformationPropagation(task_loss="ce"), "one of contrastive, cross_entropy"),
-        (lambda: InformationPropagation(hidden=0), "hidden must be a positive integer"),
-        (lambda: InformationPropagation(temperature=0), "temperature must be a finite positive"),
-        (lambda: InformationPropagation(image_mean=(0.5,)), "must be as many numbers each"),
+        (lambda: InformationPropagation(task=1.0), "task is 1.0: a sequence of numbers"),
+        (
+            lambda: InformationPropagation((1, -1)),
+            "reconstruction is -1: a finite number of at least 0",
+        ),
+        (
+            lambda: InformationPropagation(task_loss="ce"),
+            "task_loss is 'ce': allowed are contrastive, cross_entropy",
+        ),
+        (lambda: InformationPropagation(hidden=0), "hidden is 0: a whole number of at least 1"),
+        (
+            lambda: InformationPropagation(temperature=0),
+            "temperature is 0: a finite number above 0",
+        ),
+        (lambda: InformationPropagation(image_mean=(0.5,)), "as many numbers of each"),
         (
             lambda: InformationPropagation(image_mean=(0.5,), image_std=(0.0,)),
             "image_std above 0",
@@ -122,13 +131,13 @@ def test_a_run_knows_how_its_images_were_normalised():
         ),
         (
             lambda: InformationPropagation((0, 0), (0, 1)).head(site(index=0), nnx.Rngs(0)),
-            "leave block 0 without a loss",
+            "a weight above 0 is needed at block 0",
         ),
         (
             lambda: InformationPropagation().head(
                 site(image=jnp.zeros((8, 4), jnp.int32)), nnx.Rngs(0)
             ),
-            r"an image of floats or uint8 is needed, got int32\[8, 4\]",
+            r"input is int32\[8, 4\]: infopro needs images",
         ),
     ],
 )

@@ -214,12 +214,27 @@ def test_cross_entropy_is_the_mean_negative_log_likelihood(x64):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda z, y: objectives.information_regularization(z[:1], y[:1], 3), "at least 2, got 1"),
-        (lambda z, y: objectives.information_regularization(z, y[:3], 3), r"labels \[batch\]"),
-        (lambda z, y: objectives.supervised_contrastive(z[..., None], y), r"z \[batch, dim\]"),
-        (lambda z, y: objectives.supervised_contrastive(z, y, 0.0), "temperature must be a finite"),
-        (lambda z, y: objectives.similarity_matching(z, y[:3], 3), r"labels \[batch\]"),
-        (lambda z, y: objectives.similarity_matrix(y), r"\[batch, ...\], got \(4,\)"),
+        (
+            lambda z, y: objectives.information_regularization(z[:1], y[:1], 3),
+            "the batch has 1 examples: at least 2",
+        ),
+        (
+            lambda z, y: objectives.information_regularization(z, y[:3], 3),
+            r"labels \(3,\): .* \[batch\] are needed",
+        ),
+        (
+            lambda z, y: objectives.supervised_contrastive(z[..., None], y),
+            r"z is \(4, 5, 1\) .* \[batch, dim\]",
+        ),
+        (
+            lambda z, y: objectives.supervised_contrastive(z, y, 0.0),
+            "temperature is 0.0: a finite number above 0",
+        ),
+        (
+            lambda z, y: objectives.similarity_matching(z, y[:3], 3),
+            r"labels \(3,\): .* \[batch\] are needed",
+        ),
+        (lambda z, y: objectives.similarity_matrix(y), r"x is \(4,\): \[batch, ...\]"),
         (lambda z, y: objectives.similarity_matrix(z[:, None, None]), "one pixel"),
     ],
 )

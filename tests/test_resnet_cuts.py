@@ -9,7 +9,7 @@ from flax import nnx
 
 import jdecouple as jd
 from jdecouple import models
-from jdecouple.models.resnet import resnet_of_four_groups
+from jdecouple.models.resnet import resnet_of_groups
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -37,8 +37,10 @@ def shapes(name, **arguments):
     ("name", "features", "splits"),
     [
         ("resnet18", (64, 128, 256, 512), {"fdg": {2: (2,)}}),  # 3 stages would cut a group
-        ("resnet34", (64, 128, 256, 512), {}),
-        ("resnet50", (256, 512, 1024, 2048), {"fdg": {2: (2,)}}),
+        pytest.param("resnet34", (64, 128, 256, 512), {}, marks=pytest.mark.slow),
+        pytest.param(
+            "resnet50", (256, 512, 1024, 2048), {"fdg": {2: (2,)}}, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_four_blocks_with_the_stem_in_the_first(name, features, splits):
@@ -60,9 +62,10 @@ def test_four_blocks_with_the_stem_in_the_first(name, features, splits):
 
 
 def small(cut):
-    net = {"counts": (2, 1, 1, 1), "bottleneck": False, "splits": {}}
+    net = {"bottleneck": False, "shortcut": "projection", "splits": {}}
+    net["groups"] = [(64, 2), (128, 1), (256, 1), (512, 1)]
     sizes = {"width": 1 / 16, "image_size": 8, "channels": 1}
-    return resnet_of_four_groups(nets.CLASSES, **net, **sizes, cut=cut, rngs=nnx.Rngs(0))
+    return resnet_of_groups(nets.CLASSES, **net, **sizes, cut=cut, rngs=nnx.Rngs(0))
 
 
 def test_the_cut_changes_no_number():
@@ -94,7 +97,7 @@ def test_a_local_method_has_four_heads():
 
 
 def test_an_unknown_cut_gets_one_clear_line():
-    words = ("unknown cut 'groups'", "units, paper")
+    words = ("cut is 'groups'", "units, paper")
     nets.assert_clear(
         ValueError, words, lambda: models.resnet18(10, cut="groups", rngs=nnx.Rngs(0))
     )

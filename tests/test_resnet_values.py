@@ -8,7 +8,7 @@ from flax import nnx
 
 from jdecouple import models
 from jdecouple.models import layers
-from jdecouple.models.resnet import resnet_of_four_groups
+from jdecouple.models.resnet import resnet_of_groups
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -83,8 +83,9 @@ def test_a_unit_that_keeps_the_shape_equals_numpy(x64):
 
 def test_a_bottleneck_equals_numpy(x64):
     options = {"width": 1 / 64, "param_dtype": jnp.float64}
-    net = {"counts": (1, 1, 1, 1), "bottleneck": True, "splits": {}}
-    model = resnet_of_four_groups(2, **net, **options, rngs=nnx.Rngs(0))
+    net = {"bottleneck": True, "shortcut": "projection", "splits": {}}
+    net["groups"] = [(64, 1), (128, 1), (256, 1), (512, 1)]
+    model = resnet_of_groups(2, **net, **options, rngs=nnx.Rngs(0))
     unit = perturbed(model.blocks[2])
     x = activations(4)
     residual = unit.layers[0]

@@ -252,7 +252,7 @@ def test_rows_and_chunks():
     ]
     for name in set(jd.schedules.names()) - {"interleaved_1f1b"}:
         assert build(name, 4).num_device_groups == 4
-        assert [build(name, 4, chunks=1).row(stage) for stage in range(4)] == [0, 1, 2, 3]
+        assert [build(name, 4, chunks=1).device_group(stage) for stage in range(4)] == [0, 1, 2, 3]
 
 
 def test_one_chunk_is_1f1b():
@@ -351,7 +351,7 @@ print(package.build("local", 2, 1))
 """
     folder = str(Path(jd.__file__).parent)
     done = subprocess.run(
-        [sys.executable, "-c", script, folder], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", script, folder], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == str(build("local", 2, 1)) + "\n"

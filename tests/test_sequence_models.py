@@ -120,7 +120,7 @@ def test_lstm_init():
     assert array(plain.kernel).std() == pytest.approx(1 / 8, rel=0.05)
     for way in array(plain.recurrent):
         np.testing.assert_allclose(way @ way.T, np.eye(16), atol=1e-5)
-    with pytest.raises(ValueError, match="unknown init 'xavier': expected one of flax"):
+    with pytest.raises(ValueError, match="init is 'xavier': allowed are flax"):
         BidirectionalLSTM(4, 4, init="xavier", rngs=nnx.Rngs(0))
 
 
@@ -246,7 +246,7 @@ def test_patches_equal_numpy(class_token, x64):
     np.testing.assert_allclose(found["h"], tokens, **EXACT)
     np.testing.assert_allclose(found["summary"], tokens[:, int(class_token) :].mean(1), **EXACT)
     assert found["mask"].all()
-    words = ("expected images", "6, 6, 2", "[2, 6, 3, 2]")
+    words = ("images [batch", "6, 6, 2", "[2, 6, 3, 2]")
     nets.assert_clear(ValueError, words, lambda: block(jnp.ones((2, 6, 3, 2))))
 
 
@@ -309,23 +309,27 @@ def test_dropout_drops_anew_in_every_step_and_not_in_evaluation(kind):
 @pytest.mark.parametrize(
     ("kind", "arguments", "message"),
     [
-        ("lstm", {"hidden": 0}, "hidden must be a positive integer, got 0"),
-        ("lstm", {"depth": 1.5}, "depth must be a positive integer, got 1.5"),
-        ("lstm", {"vocabulary_size": 0}, "vocabulary_size must be a positive integer"),
-        ("lstm", {"max_length": -1}, "max_length must be a positive integer"),
-        ("lstm", {"merge": "sum"}, "merge must be one of mean, concat, got 'sum'"),
-        ("lstm", {"init": "xavier"}, "unknown init 'xavier': expected one of flax, torch, he"),
-        ("lstm", {"dropout": 1.0}, "dropout must be a number from 0 to below 1, got 1.0"),
-        ("lstm", {"mask_padding": 1}, "mask_padding must be True or False, got 1"),
-        ("lstm", {"embeddings": np.ones((10, 8))}, r"must be .* = \[11, 8\], got \[10, 8\]"),
-        ("lstm", {"embeddings": np.ones(11)}, r"\[vocabulary_size, width\], got \[11\]"),
-        ("transformer", {"embeddings": np.ones((11, 9))}, r"= \[11, 8\], got \[11, 9\]"),
-        ("transformer", {"heads": 3}, "hidden=8 does not divide into heads=3 equal parts"),
-        ("transformer", {"feed_forward": -1}, "feed_forward must be a positive integer, got -1"),
-        ("transformer", {"layout": "bert"}, "unknown layout 'bert': expected one of standard, "),
-        ("vit", {"patch": 3}, "image_size=8 does not divide into patches of 3"),
-        ("vit", {"pooling": "max"}, "pooling must be one of mean, class, got 'max'"),
-        ("vit", {"channels": 0}, "channels must be a positive integer, got 0"),
+        ("lstm", {"hidden": 0}, "hidden is 0: a whole number of at least 1"),
+        ("lstm", {"depth": 1.5}, "depth is 1.5: a whole number of at least 1"),
+        ("lstm", {"vocabulary_size": 0}, "vocabulary_size is 0: a whole number of at least 1"),
+        ("lstm", {"max_length": -1}, "max_length is -1: a whole number of at least 1"),
+        ("lstm", {"merge": "sum"}, "merge is 'sum': allowed are mean, concat"),
+        ("lstm", {"init": "xavier"}, "init is 'xavier': allowed are flax, torch, he"),
+        ("lstm", {"dropout": 1.0}, r"dropout is 1.0: a number in \[0, 1\)"),
+        ("lstm", {"mask_padding": 1}, "mask_padding is 1: True or False is needed"),
+        ("lstm", {"embeddings": np.ones((10, 8))}, r"embeddings are \[10, 8\]: .* = \[11, 8\]"),
+        ("lstm", {"embeddings": np.ones(11)}, r"embeddings are \[11\]: \[vocabulary_size, width\]"),
+        (
+            "transformer",
+            {"embeddings": np.ones((11, 9))},
+            r"embeddings are \[11, 9\]: .* = \[11, 8\]",
+        ),
+        ("transformer", {"heads": 3}, "hidden is 8: a multiple of heads=3"),
+        ("transformer", {"feed_forward": -1}, "feed_forward is -1: a whole number of at least 1"),
+        ("transformer", {"layout": "bert"}, "layout is 'bert': allowed are standard, "),
+        ("vit", {"patch": 3}, "image_size is 8: a multiple of patch=3"),
+        ("vit", {"pooling": "max"}, "pooling is 'max': allowed are mean, class"),
+        ("vit", {"channels": 0}, "channels is 0: a whole number of at least 1"),
     ],
 )
 def test_bad_arguments_get_one_clear_line(kind, arguments, message):

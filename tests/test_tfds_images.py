@@ -214,7 +214,7 @@ class TestUnreadableSets:
 
     def test_no_label(self, tmp_path):
         tiny_set(tmp_path, with_label=False)
-        self.refused(r"no image and class label.*\['image'\]", "tiny", data_dir=tmp_path)
+        self.refused(r"features \['image'\]: an image and a class label", "tiny", data_dir=tmp_path)
 
     def test_shard_removed(self, tmp_path):
         tiny_set(tmp_path)

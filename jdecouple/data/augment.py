@@ -26,6 +26,12 @@ class Transform(Protocol):
 def get(name: str, *, mean: Sequence[float], std: Sequence[float]) -> Transform:
     """Returns an augmentation by name.
 
+    >>> augmentation = get("two_views", mean=(0.5,), std=(0.25,))
+    >>> batch = {"x": jnp.zeros((4, 8, 8, 1), jnp.uint8), "label": jnp.arange(4)}
+    >>> batch = augmentation(batch, jax.random.split(jax.random.key(0), 4), train=True)
+    >>> batch["x"].shape, batch["label"].shape
+    ((8, 8, 8, 1), (8,))
+
     - `none`: normalisation only.
     - `basic`: pad by an eighth of the size with zeros (4 pixels for 32) and crop at random, then
       flip left-right with probability 1/2. The padding is done before the normalisation.
@@ -52,10 +58,11 @@ def get(name: str, *, mean: Sequence[float], std: Sequence[float]) -> Transform:
         ValueError: an unknown name, or `mean` and `std` that are not as many positive figures.
     """
     if name not in _VIEWS:
-        raise ValueError(f"augmentation {name!r} given; one of {', '.join(names())} wanted")
+        raise ValueError(f"unknown augmentation {name!r}: allowed are {', '.join(names())}")
     if len(mean) != len(std) or not all(value > 0 for value in std):
         raise ValueError(
-            f"mean={tuple(mean)} and std={tuple(std)} given; as many of each, and std above 0"
+            f"mean is {tuple(mean)} and std {tuple(std)}: as many of each, and std above 0, are "
+            "needed"
         )
     views = _VIEWS[name]
     # Python floats stay constants of whatever is compiled, whichever device that is for.
@@ -64,15 +71,13 @@ def get(name: str, *, mean: Sequence[float], std: Sequence[float]) -> Transform:
     def transform(batch: Batch, keys: jax.Array | None, train: bool) -> Batch:
         images = batch["x"]
         if images.ndim != 4 or images.shape[-1] != len(offset):
-            raise ValueError(
-                f"images of shape {images.shape} given; [n, H, W, {len(offset)}] wanted"
-            )
+            raise ValueError(f"x is {images.shape}: [n, H, W, {len(offset)}] is needed")
         if not train or not views:
             return batch | {"x": _normalise(_to_unit(images), offset, scale)}
         if keys is None or keys.shape != images.shape[:1]:
             raise ValueError(
-                f"keys of shape {getattr(keys, 'shape', None)} given; one key for each of "
-                f"{images.shape[0]} examples wanted"
+                f"keys are {getattr(keys, 'shape', None)}: one key for each of {images.shape[0]} "
+                "examples is needed"
             )
         drawn = [
             jax.vmap(view)(jax.vmap(jax.random.fold_in, (0, None))(keys, number), images)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import grain
 import numpy as np
 
+from jdecouple._errors import require_int
 from jdecouple.data.splits import Split
 
 Batch = dict[str, np.ndarray]
@@ -21,10 +22,10 @@ def steps_per_epoch(split: Split, batch_size: int) -> int:
     Raises:
         ValueError: `batch_size` is not a whole number between 1 and the size of the split.
     """
-    _check_batch_size(batch_size)
+    require_int(1, batch_size=batch_size)
     if batch_size > len(split):
         raise ValueError(
-            f"batch_size={batch_size} given; the {split.name} split has {len(split)} examples"
+            f"batch_size is {batch_size}: the {split.name} split has {len(split)} examples"
         )
     return len(split) // batch_size
 
@@ -41,10 +42,17 @@ def train_batches(
 ) -> grain.DatasetIterator[Batch]:
     """Batches without end, the examples in a new order in each epoch.
 
-    Batch number b is a function of the arguments and b alone, so an iterator
-    resumes exactly from its state, `{"next_index": b}`. The order is drawn for a whole epoch at
-    once with NumPy: grain's own per-element shuffle costs 1.5 ms of interpreter time a batch of
-    128, which is as long as a small model's step.
+    >>> from jdecouple.data import load
+    >>> batches = train_batches(load("digits").train, 32, seed=0)
+    >>> batch = next(batches)
+    >>> batch["x"].shape, batch["label"].shape, batches.get_state()
+    ((32, 8, 8, 1), (32,), {'next_index': 1})
+    >>> batches.close()
+
+    Batch number b is a function of the arguments and b alone, so an iterator resumes exactly from
+    its state, `{"next_index": b}`. The order is drawn for an epoch at once with NumPy: grain's own
+    per-element shuffle costs 1.5 ms of interpreter time a batch of 128, which is as long as a small
+    model's step.
 
     Args:
         split: what to read.
@@ -67,10 +75,8 @@ def train_batches(
             hold all examples.
     """
     steps = steps_per_epoch(split, batch_size)
-    if start < 0:
-        raise ValueError(f"start={start} given; a batch number of at least 0 wanted")
-
-    sizes = _bucket_of(split.lengths, buckets) if buckets else np.zeros(len(split), int)
+    require_int(0, start=start)
+    bucket_of = _bucket_of(split.lengths, buckets) if buckets else np.zeros(len(split), int)
 
     @functools.lru_cache(maxsize=2)
     def plan(epoch: int) -> _Plan:
@@ -78,7 +84,7 @@ def train_batches(
         order = generator.permutation(len(split))
         if not buckets:
             return _Plan(order[: steps * batch_size].reshape(steps, batch_size), None)
-        return _bucketed(order, sizes, buckets, batch_size, generator)
+        return _bucketed(order, bucket_of, buckets, batch_size, generator)
 
     def read(number: int) -> Batch:
         epoch, step = divmod(number, steps)
@@ -103,7 +109,7 @@ def _bucket_of(lengths: np.ndarray, buckets: Sequence[int]) -> np.ndarray:
     """Number of the first bucket that holds each example."""
     if lengths.max() > buckets[-1]:
         raise ValueError(
-            f"buckets={tuple(buckets)} given; the longest example has {lengths.max()} words"
+            f"buckets is {tuple(buckets)}: the longest example has {lengths.max()} words"
         )
     return np.searchsorted(np.asarray(buckets), lengths)
 
@@ -146,7 +152,7 @@ def evaluation_batches(
     Raises:
         ValueError: `batch_size` is not a whole number of at least 1, or the split is empty.
     """
-    _check_batch_size(batch_size)
+    require_int(1, batch_size=batch_size)
     if not len(split):
         raise ValueError(f"the {split.name} split is empty")
 
@@ -163,13 +169,8 @@ def _gather(split: Split, indices: np.ndarray, share: np.ndarray | None) -> Batc
     if share is None or len(share) == len(indices):
         return split.gather(indices)
     # With no share one example is read nevertheless, to tell the shapes.
-    found = split.gather(indices[share if len(share) else [0]])
-    batch = {name: np.zeros((len(indices), *x.shape[1:]), x.dtype) for name, x in found.items()}
-    for name, leaf in found.items():
-        batch[name][share] = leaf[: len(share)]
+    rows = split.gather(indices[share if len(share) else [0]])
+    batch = {name: np.zeros((len(indices), *x.shape[1:]), x.dtype) for name, x in rows.items()}
+    for name, x in rows.items():
+        batch[name][share] = x[: len(share)]
     return batch
-
-
-def _check_batch_size(batch_size: Any) -> None:
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size={batch_size!r} given; a whole number of at least 1 wanted")

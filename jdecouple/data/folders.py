@@ -55,11 +55,7 @@ def sources(
     laid on white; of 16 bits the upper 8 are used. They are brought to one channel if all are
     greyscale, else to three; with `image_size` only one image of every class is asked for that.
 
-    Args:
-        name: `folder:PATH`.
-        data_dir: folder that a relative PATH begins at; the current one by default.
-        image_size: resize to this many pixels a side; needed where images differ in size.
-        cache_bytes: bound on the decoded images that one split keeps in memory.
+    A relative PATH begins at `data_dir`, by default the current folder.
 
     Returns:
         The name, the `train`, `validation` and `test` sources that there are, their rows in a fixed
@@ -74,11 +70,15 @@ def sources(
     if name == PREFIX or not root.is_dir():
         raise FileNotFoundError(f"data set {name!r}: there is no folder '{root}'")
     classes, splits = _splits(root)
-    files = [path for each in splits.values() for path, _ in each]
-    shape = _image_shape(files if image_size is None else _first_of_classes(splits), image_size)
+    if image_size is None:
+        paths = [path for files in splits.values() for path, _ in files]
+    else:
+        first_of_class = {label: path for path, label in reversed(splits["train"])}
+        paths = [first_of_class[label] for label in sorted(first_of_class)]
+    shape = _image_shape(paths, image_size)
     opened = {
         split: DecodedSource(
-            _Images(each, shape, resize=image_size is not None),
+            _Images(files, shape, resize=image_size is not None),
             keys=("image", "label"),
             image_shape=shape,
             dtype=np.dtype(np.uint8),
@@ -86,7 +86,7 @@ def sources(
             name=split,
             cache_bytes=cache_bytes,
         )
-        for split, each in splits.items()
+        for split, files in splits.items()
     }
     return name, opened, len(classes), shape
 
@@ -123,14 +123,14 @@ def _splits(root: Path) -> tuple[list[str], dict[str, Files]]:
             raise ValueError(f"{len(files)} images in '{root}': too few to hold some out for tests")
         return classes, {"train": [files[i] for i in kept], "test": [files[i] for i in held]}
     classes = _class_names(root / "train")
-    found = {"train": _in_classes(root / "train", classes)}
-    own = next((root / each for each in _VALIDATION if (root / each).is_dir()), None)
-    for split, folder in (("test", root / "test"), ("validation", own)):
-        if folder and folder.is_dir() and not _is_unlabelled(folder, classes):
-            found[split] = _labelled(folder, classes)
-    if len(found) == 1:
+    splits = {"train": _in_classes(root / "train", classes)}
+    validation = next((name for name in _VALIDATION if (root / name).is_dir()), "val")
+    for split, folder in (("test", root / "test"), ("validation", root / validation)):
+        if folder.is_dir() and not _is_unlabelled(folder, classes):
+            splits[split] = _labelled(folder, classes)
+    if len(splits) == 1:
         raise ValueError(f"'{root}' has 'train', but neither 'test' nor 'val' with labelled images")
-    return classes, {split: _mixed(files) for split, files in found.items()}
+    return classes, {split: _mixed(files) for split, files in splits.items()}
 
 
 def _is_divided(root: Path) -> bool:
@@ -163,30 +163,32 @@ def _labelled(folder: Path, classes: Sequence[str]) -> Files:
     """Files of a split other than train, whose classes must be the same."""
     if _annotations(folder).is_file():
         return _annotated(folder, classes)
-    if other := sorted(set(_subfolders(folder)) ^ set(classes)):
-        here, there = (folder.name, "train") if other[0] not in classes else ("train", folder.name)
-        raise ValueError(f"class {other[0]!r} is in '{folder.with_name(here)}', but not in {there}")
+    for name in sorted(set(_subfolders(folder)) ^ set(classes)):
+        here, there = (folder.name, "train") if name not in classes else ("train", folder.name)
+        raise ValueError(f"class {name!r} is in '{folder.with_name(here)}', but not in {there}")
     return _in_classes(folder, classes)
 
 
 def _annotated(folder: Path, classes: Sequence[str]) -> Files:
     listing, labels = _annotations(folder), {name: label for label, name in enumerate(classes)}
-    files, listed = [], set()
+    files = []
     for number, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip():
             continue
-        name, _, rest = line.partition("\t")
-        path, known = folder / "images" / name, rest.split("\t")[0].strip()
-        if known not in labels:
-            raise ValueError(f"'{listing}', line {number}: {known!r} is no class of 'train'")
+        file, name, *_ = [*line.split("\t"), ""]
+        path, name = folder / "images" / file, name.strip()
+        if name not in labels:
+            raise ValueError(f"'{listing}', line {number}: {name!r} is no class of 'train'")
         if not path.is_file():
             raise ValueError(f"'{listing}', line {number}: there is no file '{path}'")
-        files.append((str(path), labels[known]))
-        listed.add(str(path))
-    if missing := [path for path in _images_below(folder / "images") if path not in listed]:
-        raise ValueError(f"'{listing}' has no line for '{missing[0]}'")
-    if absent := sorted(set(range(len(classes))) - {label for _, label in files}):
-        raise ValueError(f"'{listing}' has no image of class {classes[absent[0]]!r}")
+        files.append((str(path), labels[name]))
+    listed, present = set(dict(files)), {label for _, label in files}
+    for image in _images_below(folder / "images"):
+        if image not in listed:
+            raise ValueError(f"'{listing}' has no line for '{image}'")
+    for name in classes:
+        if labels[name] not in present:
+            raise ValueError(f"'{listing}' has no image of class {name!r}")
     return sorted(files)
 
 
@@ -202,29 +204,23 @@ def _annotations(folder: Path) -> Path:
 
 def _subfolders(folder: Path) -> list[str]:
     with os.scandir(folder) as entries:
-        return sorted(e.name for e in entries if not e.name.startswith(".") and e.is_dir())
+        folders = [entry.name for entry in entries if entry.is_dir()]
+    return sorted(name for name in folders if not name.startswith("."))
 
 
 def _images_below(folder: Path) -> list[str]:
-    found = []
+    paths = []
     for path, folders, names in os.walk(folder):
-        folders[:] = [each for each in folders if not each.startswith(".")]
-        found += [
-            os.path.join(path, each)
-            for each in names
-            if not each.startswith(".") and each.lower().rpartition(".")[2] in EXTENSIONS
-        ]
-    return sorted(found)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            if not name.startswith(".") and name.lower().rpartition(".")[2] in EXTENSIONS:
+                paths.append(os.path.join(path, name))
+    return sorted(paths)
 
 
 def _mixed(files: Files) -> Files:
     """The files in a fixed order of which every part holds the classes in proportion."""
     return [files[i] for i in stratified_order(np.array([label for _, label in files]))]
-
-
-def _first_of_classes(splits: dict[str, Files]) -> list[str]:
-    first = {label: path for path, label in reversed(splits["train"])}
-    return [first[label] for label in sorted(first)]
 
 
 def _image_shape(paths: Sequence[str], image_size: int | None) -> tuple[int, int, int]:
@@ -248,9 +244,9 @@ def _image_shape(paths: Sequence[str], image_size: int | None) -> tuple[int, int
     return height, width, 1 if grey else 3
 
 
-def _other_size(path: str, found: Sequence[int], wanted: Sequence[int]) -> str:
+def _other_size(path: str, size: Sequence[int], others: Sequence[int]) -> str:
     return (
-        f"'{path}' is {found[1]} x {found[0]} pixels, others are {wanted[1]} x {wanted[0]}: "
+        f"'{path}' is {size[1]} x {size[0]} pixels, others are {others[1]} x {others[0]}: "
         "set data.image_size"
     )
 
@@ -261,7 +257,7 @@ def _decode(path: str, channels: int) -> np.ndarray:
         with Image.open(path) as opened:
             picture = ImageOps.exif_transpose(opened)
             if picture.mode in _TOO_DEEP:
-                raise ValueError(f"pixels of 32 bits (mode {picture.mode}); 8 or 16 wanted")
+                raise ValueError(f"pixels have 32 bits (mode {picture.mode}): 8 or 16 are needed")
             if picture.mode.startswith("I;16"):
                 picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
             if picture.mode in _TRANSPARENT or "transparency" in picture.info:

@@ -18,7 +18,7 @@ def group_sizes(first: int, last: int, most: int, *multiples: int) -> Iterator[i
         *multiples: a group ends, perhaps early, at every multiple of any of these.
     """
     while first < last:
-        ends = [(first // each + 1) * each for each in multiples]
+        ends = [(first // multiple + 1) * multiple for multiple in multiples]
         end = min(last, first + most, *ends)
         yield end - first
         first = end

@@ -24,10 +24,9 @@ def symmetric_label_noise(
     Raises:
         ValueError: `fraction` is not in [0, 1].
     """
-    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)):
-        raise ValueError(f"label_noise={fraction!r} given; a number in [0, 1] wanted")
-    if not 0 <= fraction <= 1:
-        raise ValueError(f"label_noise={fraction} given; a fraction in [0, 1] wanted")
+    number = isinstance(fraction, int | float) and not isinstance(fraction, bool)
+    if not number or not 0 <= fraction <= 1:
+        raise ValueError(f"label_noise is {fraction!r}: a number in [0, 1] is needed")
     generator = np.random.Generator(np.random.PCG64(seed))
     chosen = generator.permutation(num_examples)[: round(fraction * num_examples)]
     replacements = np.full(num_examples, -1, np.int32)

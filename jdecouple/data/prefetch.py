@@ -7,8 +7,9 @@ import copy
 import threading
 import time
 from collections.abc import Callable, Iterator
-from types import TracebackType
 from typing import Any, Generic, TypeVar
+
+from jdecouple._errors import require_int
 
 Read = TypeVar("Read")
 Placed = TypeVar("Placed")
@@ -25,17 +26,16 @@ class Prefetcher(Generic[Read, Placed]):
         iterator: where batches come from; its `get_state()`, if any, makes `state`, and its
             `close()`, if any, is called when the prefetcher is closed.
         place: uploads a batch, e.g. by `jax.device_put`; runs in the thread.
-        depth: placed batches that may wait, at least 1.
+        depth: placed batches that may be ready, at least 1.
 
     Raises:
         ValueError: `depth` is less than 1.
     """
 
     def __init__(self, iterator: Iterator[Read], place: Callable[[Read], Placed], depth: int = 2):
-        if depth < 1:
-            raise ValueError(f"depth={depth} given; at least 1 wanted")
+        require_int(1, depth=depth)
         self._iterator, self._place, self._depth = iterator, place, depth
-        self._waiting: collections.deque[tuple[Placed, Any]] = collections.deque()
+        self._ready: collections.deque[tuple[Placed, Any]] = collections.deque()
         self._changed = threading.Condition()
         self._error: BaseException | None = None
         self._closed = False
@@ -65,7 +65,7 @@ class Prefetcher(Generic[Read, Placed]):
         return self
 
     def __next__(self) -> Placed:
-        """The next placed batch.
+        """Returns the next placed batch.
 
         Raises:
             StopIteration: the iterator has ended.
@@ -74,14 +74,14 @@ class Prefetcher(Generic[Read, Placed]):
         """
         began = time.perf_counter()
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._error or self._closed)
+            self._changed.wait_for(lambda: self._ready or self._error or self._closed)
             self._wait_seconds += time.perf_counter() - began
             if self._closed:
                 raise RuntimeError("the prefetcher is closed")
-            if not self._waiting:
+            if not self._ready:
                 assert self._error is not None
                 raise self._error
-            placed, self._state = self._waiting.popleft()
+            placed, self._state = self._ready.popleft()
             self._changed.notify_all()
         return placed
 
@@ -93,7 +93,7 @@ class Prefetcher(Generic[Read, Placed]):
         """
         with self._changed:
             self._closed = True
-            self._waiting.clear()
+            self._ready.clear()
             self._changed.notify_all()
         self._thread.join(timeout)
         if not self._thread.is_alive() and hasattr(self._iterator, "close"):
@@ -102,12 +102,7 @@ class Prefetcher(Generic[Read, Placed]):
     def __enter__(self) -> Prefetcher[Read, Placed]:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _iterator_state(self) -> Any:
@@ -122,7 +117,7 @@ class Prefetcher(Generic[Read, Placed]):
                 item = (self._place(batch), self._iterator_state())
                 with self._changed:
                     if not self._closed:
-                        self._waiting.append(item)
+                        self._ready.append(item)
                         self._changed.notify_all()
         except BaseException as error:
             with self._changed:
@@ -131,5 +126,5 @@ class Prefetcher(Generic[Read, Placed]):
 
     def _wait_for_room(self) -> bool:
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or len(self._waiting) < self._depth)
+            self._changed.wait_for(lambda: self._closed or len(self._ready) < self._depth)
             return not self._closed

@@ -155,36 +155,30 @@ class ImageDataset(Dataset):
 
 
 class ArraySource:
-    """Images and labels that are already in memory.
-
-    Args:
-        images: uint8 or float [n, H, W, C]; float images are in 0..1.
-        labels: integers [n].
-        num_classes: labels must lie in 0..num_classes-1.
-        name: name of the split, for error messages.
+    """Images, uint8 or float (in 0..1) [n, H, W, C], and labels, integers [n], in memory.
 
     Raises:
-        ValueError: a wrong shape or dtype, no rows, a label out of range or a pixel that is
-            not finite; the example is named.
+        ValueError: a wrong shape or dtype, no rows, a label outside 0..num_classes-1 or a pixel
+            that is not finite; the split, of that name, and the example are named.
     """
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, *, num_classes: int, name: str):
         images, labels = np.asarray(images), np.asarray(labels)
         if images.ndim != 4 or labels.shape != images.shape[:1]:
             raise ValueError(
-                f"split {name!r}: images of shape {images.shape} and labels of shape "
-                f"{labels.shape} given; [n, H, W, C] and [n] wanted"
+                f"split {name!r}: images are {images.shape} and labels {labels.shape}: "
+                "[n, H, W, C] and [n] are needed"
             )
         if not len(images):
             raise ValueError(f"split {name!r} is empty")
         if not np.issubdtype(labels.dtype, np.integer):
-            raise ValueError(f"split {name!r}: labels are {labels.dtype}, not integers")
+            raise ValueError(f"split {name!r}: labels are {labels.dtype}: integers are needed")
         check_labels(labels, num_classes, name, np.arange(len(labels)))
         if np.issubdtype(images.dtype, np.floating):
             images = images.astype(np.float32, copy=False)
             check_finite(images, name, np.arange(len(images)))
         elif images.dtype != np.uint8:
-            raise ValueError(f"split {name!r}: images are {images.dtype}, not uint8 or float")
+            raise ValueError(f"split {name!r}: images are {images.dtype}: uint8 or float is needed")
         self._images, self._labels = images, labels.astype(np.int32)
 
     def __len__(self) -> int:
@@ -206,7 +200,7 @@ class DecodedSource:
         keys: the names of the image and the label in an example.
         image_shape: (H, W, C) of the rows returned.
         dtype: uint8 or float32.
-        num_classes: labels must lie in 0..num_classes-1.
+        num_classes: labels are 0..num_classes-1.
         name: name of the split, for error messages.
         resize: bring each image to `image_shape` with `resize_image`.
         cache_bytes: the decoded images are kept only if they need no more than this.
@@ -267,12 +261,12 @@ def read(records: Records, indices: np.ndarray, name: str) -> Sequence[Mapping[s
     try:
         return records.__getitems__(rows)
     except Exception:
-        for index in rows:
+        for row in rows:
             try:
-                records[index]
+                records[row]
             except Exception as error:
                 raise ValueError(
-                    f"split {name!r}: example {index} cannot be read ({first_line(error)})"
+                    f"split {name!r}: example {row} cannot be read ({first_line(error)})"
                 ) from error
         raise
 
@@ -280,7 +274,13 @@ def read(records: Records, indices: np.ndarray, name: str) -> Sequence[Mapping[s
 def from_arrays(
     images: np.ndarray, labels: np.ndarray, *, num_classes: int, name: str = "train"
 ) -> Split:
-    """Makes a split of arrays in memory; see `ArraySource` for shapes and errors."""
+    """Makes a split of arrays in memory; see `ArraySource` for shapes and errors.
+
+    >>> images, labels = np.zeros((6, 8, 8, 1), np.uint8), np.arange(6) % 3
+    >>> split = from_arrays(images, labels, num_classes=3)
+    >>> split.gather(np.array([1, 5]))["label"]
+    array([1, 2], dtype=int32)
+    """
     source = ArraySource(images, labels, num_classes=num_classes, name=name)
     return Split(name, source, np.arange(len(source)))
 
@@ -290,33 +290,23 @@ def check_labels(labels: np.ndarray, num_classes: int, name: str, indices: np.nd
     wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if wrong.size:
         raise ValueError(
-            f"split {name!r}: example {indices[wrong[0]]} has label {labels[wrong[0]]}; "
-            f"labels must lie in 0..{num_classes - 1}"
+            f"split {name!r}: example {indices[wrong[0]]} has label {labels[wrong[0]]}: "
+            f"0..{num_classes - 1} is needed"
         )
 
 
 def check_finite(images: np.ndarray, name: str, indices: np.ndarray) -> None:
     """Raises ValueError at the first image that holds a NaN or an infinity, naming it."""
-    flat = images.reshape(len(images), -1)
-    wrong = np.flatnonzero(~np.isfinite(flat).all(axis=1))
+    wrong = np.argwhere(~np.isfinite(images))
     if wrong.size:
-        row = flat[wrong[0]]
         raise ValueError(
-            f"split {name!r}: example {indices[wrong[0]]} has a pixel that is "
-            f"{row[~np.isfinite(row)][0]}; pixels must be finite"
+            f"split {name!r}: example {indices[wrong[0, 0]]} has a pixel that is "
+            f"{images[tuple(wrong[0])]}: finite pixels are needed"
         )
 
 
 def resize_image(image: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-    """Resizes the shorter side (bilinear, antialiased), then crops the centre.
-
-    Args:
-        image: uint8 [h, w, C].
-        shape: (H, W, C) wanted.
-
-    Returns:
-        uint8 [H, W, C].
-    """
+    """Resizes the shorter side (bilinear, antialiased), then crops the centre: uint8 [H, W, C]."""
     height, width, channels = shape
     if image.shape == shape:
         return image
@@ -352,21 +342,14 @@ def stratified_order(labels: np.ndarray) -> np.ndarray:
 def held_out(order: np.ndarray, amount: float | int) -> tuple[np.ndarray, np.ndarray]:
     """Cuts the first part of a permutation off.
 
-    Args:
-        order: a permutation of rows, [n].
-        amount: how much to hold out: a fraction in [0, 1) as float, or a number of rows as int.
-
-    Returns:
-        Sorted indices of the rows that stay and of those held out.
-
-    Raises:
-        ValueError: the amount is not one of these or leaves nothing.
+    The amount is a fraction in [0, 1) as float, or a number of rows as int; ValueError where it is
+    neither or leaves nothing. Returns the rows that stay and those held out, sorted.
     """
     size = len(order)
     count = round(amount * size) if isinstance(amount, float) and 0 <= amount < 1 else amount
     if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count < size:
         raise ValueError(
-            f"validation={amount!r} given; a fraction in [0, 1) or a count below "
-            f"{size} (the training examples) wanted"
+            f"validation is {amount!r}: a fraction in [0, 1) or a count below {size} (the training "
+            "examples) is needed"
         )
     return np.sort(order[count:]), np.sort(order[:count])

@@ -43,9 +43,7 @@ def splits(name: str, data_dir: str | os.PathLike[str] | None) -> tuple[dict[str
     line names neither has no header, and its first column holds the labels. Labels may be numbers
     or words; class i is the i-th of those of the training file in sorted order.
 
-    Args:
-        name: `csv:PATH` or `parquet:PATH`.
-        data_dir: folder that a relative PATH begins at; the current one by default.
+    A relative PATH begins at `data_dir`, by default the current folder.
 
     Returns:
         The splits that there are, and the number of classes.
@@ -54,20 +52,18 @@ def splits(name: str, data_dir: str | os.PathLike[str] | None) -> tuple[dict[str
         ValueError: a file is not laid out like that, or pyarrow is not installed.
         FileNotFoundError: there is no such folder or file.
     """
-    kind, _, given = name.partition(":")
-    path = Path(data_dir or "").expanduser() / Path(given).expanduser()
-    if not given or not path.exists():
+    kind, _, suffix = name.partition(":")
+    path = Path(data_dir or "").expanduser() / Path(suffix).expanduser()
+    if not suffix or not path.exists():
         raise FileNotFoundError(f"data set {name!r}: there is no file or folder '{path}'")
     read = _READERS[kind]
     if path.is_file():
-        whole = _labelled({"train": read([path])}, name)
-        (texts, labels), count = whole["train"], _count(whole)
+        stored, num_classes = _labelled({"train": read([path])}, name)
+        texts, labels = stored["train"]
         kept, held = held_out(stratified_order(labels), TEST_SHARE)
-        parts = {"train": kept, "test": held}
-        return {
-            split: Texts([texts[row] for row in rows], labels[rows])
-            for split, rows in parts.items()
-        }, count
+        for split, rows in (("train", kept), ("test", held)):
+            stored[split] = Texts([texts[row] for row in rows], labels[rows])
+        return stored, num_classes
     files = {
         split: sorted([*path.glob(f"{split}.{kind}"), *path.glob(f"{split}-*.{kind}")])
         for split in ("train", "validation", "test")
@@ -75,37 +71,26 @@ def splits(name: str, data_dir: str | os.PathLike[str] | None) -> tuple[dict[str
     tables = {split: read(paths) for split, paths in files.items() if paths}
     if "train" not in tables:
         raise ValueError(f"data set {name!r}: there is no 'train.{kind}' in '{path}'")
-    found = _labelled(tables, name)
-    return found, _count(found)
+    return _labelled(tables, name)
 
 
-def names_files(name: str) -> bool:
-    """Whether the name of a data set is one of files with texts."""
-    return name.partition(":")[0] in _READERS and ":" in name
-
-
-def _count(found: dict[str, Texts]) -> int:
-    return int(found["train"].labels.max()) + 1
-
-
-def _labelled(tables: dict[str, Table], name: str) -> dict[str, Texts]:
-    """Numbers the labels by those of the training split."""
-    known = set(tables["train"].labels)
-    numbers = {label: number for number, label in enumerate(sorted(known, key=_order))}
+def _labelled(tables: dict[str, Table], name: str) -> tuple[dict[str, Texts], int]:
+    """Numbers the labels by those of the training split; also returns how many there are."""
+    labels, _, named = tables["train"]
+    numbers = {label: number for number, label in enumerate(sorted(set(labels), key=_order))}
     if len(numbers) < 2:
         raise ValueError(
-            f"data set {name!r}: {len(numbers)} label(s) among {len(tables['train'].labels)} "
-            "training examples; at least 2 wanted"
+            f"data set {name!r}: {len(labels)} training examples have {len(numbers)} label(s): at "
+            "least 2 are needed"
         )
-    words = [label for label in tables["train"].labels if isinstance(label, str)]
-    unsure = not tables["train"].named
-    if unsure and 2 * len(set(words)) > len(tables["train"].labels):  # texts taken for labels
+    words = [label for label in labels if isinstance(label, str)]
+    if not named and 2 * len(set(words)) > len(labels):  # texts taken for labels
         raise ValueError(
             f"data set {name!r}: {len(set(words))} different labels, such as {words[0][:40]!r}, "
-            f"among {len(tables['train'].labels)} training examples; labels are in a column called "
-            "'label' or 'class', or in the first of a CSV file without a header"
+            f"among {len(labels)} training examples; labels are in a column called 'label' or "
+            "'class', or in the first of a CSV file without a header"
         )
-    found = {}
+    stored = {}
     for split, table in tables.items():
         for row, label in enumerate(table.labels):
             if label not in numbers:
@@ -113,9 +98,9 @@ def _labelled(tables: dict[str, Table], name: str) -> dict[str, Texts]:
                     f"data set {name!r}: split {split!r}: example {row} has label {label!r}, "
                     "which no training example has"
                 )
-        labels = np.array([numbers[label] for label in table.labels], np.int64)
-        found[split] = Texts(table.texts, labels)
-    return found
+        numbered = np.array([numbers[label] for label in table.labels], np.int64)
+        stored[split] = Texts(table.texts, numbered)
+    return stored, len(numbers)
 
 
 def _order(label: Any) -> tuple[bool, Any]:
@@ -130,31 +115,30 @@ def _number(label: str) -> int | str:
 
 def _read_csv(paths: Sequence[Path]) -> Table:
     table = Table([], [])
-    before = csv.field_size_limit(_LONGEST_FIELD)  # a text may be longer than Python's default
+    limit = csv.field_size_limit(_LONGEST_FIELD)  # a text may be longer than Python's default
     try:
         named = [_append_csv(path, table) for path in paths]
     finally:
-        csv.field_size_limit(before)
+        csv.field_size_limit(limit)
     return table._replace(named=all(named))
 
 
 def _append_csv(path: Path, table: Table) -> bool:
-    """Whether the file names the column of labels."""
+    """Appends the rows of a file; returns whether it names the column of labels."""
     column = width = None
     named = False
     for number, row in _csv_rows(path):
         if column is None:
             names = [cell.strip().lower() for cell in row]
-            column = next((names.index(each) for each in _LABELS if each in names), None)
-            width = len(row)
-            named = column is not None
+            label = next((name for name in _LABELS if name in names), None)
+            named, width = label is not None, len(row)
+            column = names.index(label) if label else 0
             if named:
                 continue
-            column = 0
         if len(row) != width or len(row) < 2:
             raise ValueError(
-                f"'{path}', line {number}: {len(row)} column(s) found; a label and at least one "
-                f"text wanted, and as many as in the first line ({width})"
+                f"'{path}', line {number} has {len(row)} column(s): a label and at least one text "
+                f"are needed, and as many as in the first line ({width})"
             )
         if not row[column].strip():
             raise ValueError(f"'{path}', line {number}: the label is empty")
@@ -187,29 +171,28 @@ def _read_parquet(paths: Sequence[Path]) -> Table:
     table = Table([], [])
     for path in paths:
         try:
-            found = parquet.read_table(path)
+            columns = parquet.read_table(path)
         except (arrow.ArrowException, OSError) as error:
             raise ValueError(f"'{path}' cannot be read ({first_line(error)})") from error
-        names = {name.lower(): name for name in reversed(found.column_names)}
-        label = next((names[each] for each in _LABELS if each in names), None)
+        names = {name.lower(): name for name in reversed(columns.column_names)}
+        label = next((names[name] for name in _LABELS if name in names), None)
         texts = [
             field.name
-            for field in found.schema
+            for field in columns.schema
             if field.name != label and str(_plain(field.type)) in _TEXTS
         ]
         if label is None or not texts:
             raise ValueError(
-                f"'{path}' has the columns {', '.join(found.column_names)}; 'label' (or 'class') "
-                "and at least one of texts wanted"
+                f"'{path}' has the columns {', '.join(columns.column_names)}: 'label' (or 'class') "
+                "and at least one of texts are needed"
             )
-        labels = found.column(label).to_pylist()
-        rows = zip(*(found.column(each).to_pylist() for each in texts), strict=True)
-        for number, (value, row) in enumerate(zip(labels, rows, strict=True)):
+        rows = zip(*(columns.column(name).to_pylist() for name in (label, *texts)), strict=True)
+        for number, (value, *row) in enumerate(rows):
             if value in (None, "") or None in row:
                 raise ValueError(f"'{path}': row {number} lacks its label or a text")
             if not isinstance(value, int | str):
                 raise ValueError(
-                    f"'{path}': row {number} has label {value!r}; a whole number or a text wanted"
+                    f"'{path}': row {number} has label {value!r}: a whole number or text is needed"
                 )
             table.labels.append(value)
             table.texts.append(" ".join(row))

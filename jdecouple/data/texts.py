@@ -50,40 +50,26 @@ class TextDataset(Dataset):
         """See `Dataset.transform`."""
         if name != "none":
             raise ValueError(
-                f"augmentation {name!r} given; data set {self.name!r} holds texts, which take "
-                "'none'"
+                f"unknown augmentation {name!r}: allowed for the texts of {self.name!r} is none"
             )
 
 
 class TextSource:
-    """Texts of different lengths, padded where they are gathered.
-
-    Args:
-        found: texts and labels.
-        vocabulary: numbers of their words.
-        max_length: words that are kept of a text.
-        num_classes: labels must lie in 0..num_classes-1.
-        name: name of the split, for error messages.
+    """Texts of different lengths, cut at `max_length` words and padded where they are gathered.
 
     Raises:
         ValueError: no texts, or a label out of range; the example is named.
     """
 
     def __init__(
-        self,
-        found: Texts,
-        *,
-        vocabulary: Vocabulary,
-        max_length: int,
-        num_classes: int,
-        name: str,
+        self, texts: Texts, *, vocabulary: Vocabulary, max_length: int, num_classes: int, name: str
     ):
-        if not len(found.labels):
+        if not len(texts.labels):
             raise ValueError(f"split {name!r} is empty")
-        check_labels(found.labels, num_classes, name, np.arange(len(found.labels)))
-        self._numbers, self.lengths = vocabulary.encode(found.texts, max_length)
+        check_labels(texts.labels, num_classes, name, np.arange(len(texts.labels)))
+        self._numbers, self.lengths = vocabulary.encode(texts.texts, max_length)
         self._starts = np.cumsum(self.lengths, dtype=np.int64) - self.lengths
-        self._labels = found.labels.astype(np.int32)
+        self._labels = texts.labels.astype(np.int32)
         self._max_length = max_length
 
     def __len__(self) -> int:
@@ -116,28 +102,18 @@ def dataset(
         stored: texts and labels of the splits as they are stored.
         parts: for "train", "validation" and "test" the stored split and the rows there.
         num_classes: labels are 0..num_classes-1.
-        max_length: words that are kept of a text; 256 if None.
+        max_length: see `load`, as the other options.
         vocabulary_size: most numbers of words; 30,000 if None.
-        glove: file of word vectors, see `vocabulary.word_vectors`; None leaves them to the model.
+        glove: file of word vectors; None leaves them to the model.
         seed: of the vectors of words that the file does not have.
-
-    Raises:
-        ValueError: a split or a file that does not fit.
-        OSError: `glove` cannot be read.
     """
     max_length = MAX_LENGTH if max_length is None else max_length
-    texts = stored[parts["train"][0]].texts
-    vocabulary = Vocabulary.of(
-        (texts[row] for row in parts["train"][1]), vocabulary_size or VOCABULARY_SIZE
-    )
+    split, rows = parts["train"]
+    texts = (stored[split].texts[row] for row in rows)
+    vocabulary = Vocabulary.of(texts, vocabulary_size or VOCABULARY_SIZE)
+    options: dict[str, Any] = {"vocabulary": vocabulary, "max_length": max_length}
     sources = {
-        split: TextSource(
-            stored[split],
-            vocabulary=vocabulary,
-            max_length=max_length,
-            num_classes=num_classes,
-            name=split,
-        )
+        split: TextSource(stored[split], num_classes=num_classes, name=split, **options)
         for split in sorted({split for split, _ in parts.values()})
     }
     return TextDataset(

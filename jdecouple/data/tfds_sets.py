@@ -15,6 +15,7 @@ from typing import Any
 from absl import logging
 
 from jdecouple._errors import first_line
+from jdecouple.data.splits import Records
 
 _PREPARE = (
     "import sys, tensorflow_datasets as tfds; "
@@ -70,44 +71,58 @@ def _quiet() -> Iterator[None]:
 
 
 def features(builder: Any) -> dict[str, Any]:
-    """The features of a set's examples by name; none if an example is no mapping."""
+    """Returns the features of a set's examples by name; none if an example is no mapping."""
     import tensorflow_datasets as tfds
 
     is_dict = isinstance(builder.info.features, tfds.features.FeaturesDict)
     return dict(builder.info.features.items()) if is_dict else {}
 
 
-def records(name: str, builder: Any, split: str) -> Any:
-    """Opens one split of a prepared set, as `splits.Records`.
+def keys(builder: Any, kind: str) -> list[str]:
+    """Returns the names of the features of one kind: "Image", "Text" or "ClassLabel"."""
+    import tensorflow_datasets as tfds
+
+    feature_type = getattr(tfds.features, kind)
+    return [key for key, value in features(builder).items() if isinstance(value, feature_type)]
+
+
+def records(name: str, builder: Any) -> dict[str, Records]:
+    """Opens those of the splits `train`, `validation` and `test` that a prepared set has.
 
     Raises:
-        ValueError: the split is empty, or its files are missing or cannot be read.
+        ValueError: a split is empty, or its files are missing or cannot be read.
     """
-    info = builder.info.splits[split]
-    if not info.num_examples:
-        raise ValueError(f"split {split!r} of data set {name!r} is empty")
-    # array_record itself finds out only when it reads the first row of the shard.
-    missing = [path for path in info.filepaths if not Path(path).is_file()]
-    if missing:
-        raise ValueError(f"split {split!r} of data set {name!r} lacks the file '{missing[0]}'")
-    try:
-        return builder.as_data_source(split)
-    except Exception as error:
-        raise ValueError(
-            f"split {split!r} of data set {name!r} cannot be read ({first_line(error)})"
-        ) from error
+    opened = {}
+    for split in ("train", "validation", "test"):
+        if split not in builder.info.splits:
+            continue
+        info, label = builder.info.splits[split], f"split {split!r} of data set {name!r}"
+        if not info.num_examples:
+            raise ValueError(f"{label} is empty")
+        # array_record itself finds out only when it reads the first row of the shard.
+        missing = [path for path in info.filepaths if not Path(path).is_file()]
+        if missing:
+            raise ValueError(f"{label} lacks the file '{missing[0]}'")
+        try:
+            opened[split] = builder.as_data_source(split)
+        except Exception as error:
+            raise ValueError(f"{label} cannot be read ({first_line(error)})") from error
+    return opened
 
 
 def _builder(name: str, folder: Path | None) -> Any:
     import tensorflow_datasets as tfds
 
-    place = None if folder is None else str(folder)
+    def open_builder() -> Any:
+        data_dir = None if folder is None else str(folder)
+        return tfds.builder(name, data_dir=data_dir, try_gcs=False)
+
     try:
         try:
-            return tfds.builder(name, data_dir=place, try_gcs=False)
+            return open_builder()
         except tfds.core.DatasetNotFoundError:  # TFDS knows some sets only after this import
             importlib.import_module("tensorflow_datasets.text")
-            return tfds.builder(name, data_dir=place, try_gcs=False)
+            return open_builder()
     except Exception as error:
         raise ValueError(
             f"data set {name!r} cannot be opened ({first_line(error)}); "
@@ -120,10 +135,10 @@ def _is_readable(builder: Any) -> bool:
 
 
 def _not_prepared(name: str, builder: Any, folder: Path | None) -> str:
-    place = "" if folder is None else f"data_dir='{folder}', "
+    data_dir = "" if folder is None else f"data_dir='{folder}', "
     command = (
         "import tensorflow_datasets as tfds; "
-        f"tfds.builder('{name}', {place}file_format='array_record').download_and_prepare()"
+        f"tfds.builder('{name}', {data_dir}file_format='array_record').download_and_prepare()"
     )
     needs = " ".join(_PREPARE_NEEDS)
     return (
@@ -140,8 +155,8 @@ def _prepare(name: str, folder: Path | None) -> None:
             f"pip install {' '.join(missing)}"
         )
     command = [sys.executable, "-c", _PREPARE, name, "" if folder is None else str(folder)]
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines()
-        reason = lines[-1] if lines else f"exit code {done.returncode}"
+    process = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    if process.returncode:
+        lines = process.stderr.strip().splitlines()
+        reason = lines[-1] if lines else f"exit code {process.returncode}"
         raise ValueError(f"data set {name!r} could not be prepared ({reason})")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from jdecouple.data import tfds_sets
-from jdecouple.data.splits import read
+from jdecouple.data.splits import Records, read
 from jdecouple.data.texts import Texts
 
 _ROWS_AT_ONCE = 4096
@@ -16,57 +16,38 @@ _HIDDEN = -1
 
 def holds_texts(builder: Any) -> bool:
     """Whether a prepared set has texts and class labels, and no images."""
-    texts, labels = _keys(builder)
-    return bool(texts and labels)
+    images, texts, labels = (
+        bool(tfds_sets.keys(builder, kind)) for kind in ("Image", "Text", "ClassLabel")
+    )
+    return texts and labels and not images
 
 
 def splits(name: str, builder: Any) -> tuple[dict[str, Texts], int]:
-    """Reads all splits of a prepared set into memory.
+    """Reads all splits of the set that `tfds_sets.prepared` returned into memory.
 
     Several texts of an example are joined by a space: its title first, then the others in
     alphabetical order of their names. A test split whose labels are hidden (all -1, as in GLUE) is
     passed over.
 
-    Args:
-        name: what the set was asked for as, for messages.
-        builder: what `tfds_sets.prepared` returned.
-
     Returns:
         The `train`, `validation` and `test` splits where there are any, and the number of classes.
-
-    Raises:
-        ValueError: a split is empty or cannot be read.
     """
-    texts, (label, *_) = _keys(builder)
-    found = {
-        split: _read(name, builder, split, texts, label)
-        for split in ("train", "validation", "test")
-        if split in builder.info.splits
+    texts = sorted(tfds_sets.keys(builder, "Text"), key=lambda key: (key != "title", key))
+    label = tfds_sets.keys(builder, "ClassLabel")[0]
+    stored = {
+        split: _read(records, split, texts, label)
+        for split, records in tfds_sets.records(name, builder).items()
     }
-    if "test" in found and (found["test"].labels == _HIDDEN).all():
-        del found["test"]
-    return found, builder.info.features[label].num_classes
+    if "test" in stored and (stored["test"].labels == _HIDDEN).all():
+        del stored["test"]
+    return stored, builder.info.features[label].num_classes
 
 
-def _keys(builder: Any) -> tuple[list[str], list[str]]:
-    """Names of the texts and of the class labels of an example; no texts where it has an image."""
-    import tensorflow_datasets as tfds
-
-    kinds = tfds.features
-    found = tfds_sets.features(builder)
-    if any(isinstance(value, kinds.Image) for value in found.values()):
-        return [], []
-    texts = [key for key, value in found.items() if isinstance(value, kinds.Text)]
-    labels = [key for key, value in found.items() if isinstance(value, kinds.ClassLabel)]
-    return sorted(texts, key=lambda key: (key != "title", key)), labels
-
-
-def _read(name: str, builder: Any, split: str, texts: list[str], label: str) -> Texts:
-    records = tfds_sets.records(name, builder, split)
-    found, labels = [], []
+def _read(records: Records, split: str, keys: list[str], label: str) -> Texts:
+    texts, labels = [], []
     for first in range(0, len(records), _ROWS_AT_ONCE):
         rows = np.arange(first, min(first + _ROWS_AT_ONCE, len(records)))
         for example in read(records, rows, split):
-            found.append(" ".join(example[key].decode("utf-8", "replace") for key in texts))
+            texts.append(" ".join(example[key].decode("utf-8", "replace") for key in keys))
             labels.append(int(example[label]))
-    return Texts(found, np.array(labels, np.int64))
+    return Texts(texts, np.array(labels, np.int64))

@@ -68,9 +68,9 @@ class Vocabulary:
         self._tokenizer.enable_truncation(max_length)
         numbers, lengths = [], []
         for first in range(0, len(texts), _TEXTS_AT_ONCE):
-            some = list(texts[first : first + _TEXTS_AT_ONCE])
-            for found in self._tokenizer.encode_batch_fast(some, add_special_tokens=False):
-                numbers.append(np.array(found.ids or [UNKNOWN], np.int32))
+            part = list(texts[first : first + _TEXTS_AT_ONCE])
+            for encoding in self._tokenizer.encode_batch_fast(part, add_special_tokens=False):
+                numbers.append(np.array(encoding.ids or [UNKNOWN], np.int32))
                 lengths.append(len(numbers[-1]))
         return np.concatenate([np.zeros(0, np.int32), *numbers]), np.array(lengths, np.int32)
 
@@ -107,17 +107,14 @@ def word_vectors(path: str | os.PathLike[str], words: Sequence[str], seed: int) 
                 shape = len(words), len(values) - 1
                 vectors = generator.normal(0, _DEVIATION, shape).astype(np.float32)
                 vectors[PADDING] = 0
-            width = vectors.shape[1]
+            where, width = f"glove file '{path}', line {number}", vectors.shape[1]
             word = " ".join(values[:-width])  # some files have words with spaces
             if len(values) <= width:
                 raise ValueError(
-                    f"glove file '{path}', line {number}: {len(values) - 1} numbers given; {width} "
-                    "wanted, as in the first line"
+                    f"{where} has {len(values) - 1} numbers: {width} are needed, as in the first"
                 )
             if word in missing:
-                vectors[rows[word]] = _finite(
-                    values[-width:], f"glove file '{path}', line {number}"
-                )
+                vectors[rows[word]] = _finite(values[-width:], where)
                 missing.remove(word)
     if vectors is None or not vectors.size or len(missing) == len(rows):
         raise ValueError(f"glove file '{path}' has none of the {len(rows)} words of the vocabulary")
@@ -130,7 +127,7 @@ def _finite(values: list[str], where: str) -> np.ndarray:
     except ValueError:
         vector = np.full(len(values), np.nan, np.float32)
     if not np.isfinite(vector).all():
-        raise ValueError(f"{where}: a word and {len(values)} finite numbers wanted")
+        raise ValueError(f"{where}: a word and {len(values)} finite numbers are needed")
     return vector
 
 

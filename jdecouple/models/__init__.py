@@ -1,11 +1,21 @@
-"""Models cut into blocks: builders that return a :class:`Model` of plain nnx modules.
+"""Models cut into blocks: builders that return a `Model` of plain nnx modules.
 
-Every builder takes `num_classes`, what its input is, `init`, `param_dtype` and `rngs`, and
-arguments of its own with defaults, so that a configuration can call any of them by name. The input
-is images of `image_size` and `channels`, or texts (`lstm`, `transformer`): `vocabulary_size`,
-`max_length` and, if there are any, `embeddings`.
+Every builder has arguments of its own with defaults, so that a configuration can call any of them
+by name, and these, which their docstrings leave out:
+
+- `num_classes`: number of logits;
+- of images: `image_size`, height and width in pixels, and `channels`;
+- of texts (`lstm`, `transformer`): `vocabulary_size`, number of token ids, of which 0 is padding;
+  `max_length`, most tokens in a text; `embeddings`, initial word vectors `[vocabulary_size, width]`
+  that are trained further, or None to draw them;
+- `init`: "flax", "torch" or "he", see `jdecouple.models.layers`;
+- `param_dtype`: dtype of the parameters;
+- `rngs`: source of initial weights, and of dropout's keys.
+
+Each raises ValueError where a size is not positive, a name unknown or an image too small.
 """
 
+import inspect
 from collections.abc import Callable
 
 from jdecouple.models import layers
@@ -47,19 +57,57 @@ _BUILDERS: dict[str, Callable[..., Model]] = {
 }
 
 
+_BUILT_IN = frozenset(_BUILDERS)
+
+
+def register(name: str, builder: Callable[..., Model]) -> None:
+    """Adds a builder; `get`, configurations and the command line then know its name.
+
+    A name that was registered before is replaced, so that a notebook's cell may run twice.
+
+    >>> from flax import nnx
+    >>> def one_layer(num_classes, *, image_size, channels, rngs):
+    ...     layers = [nnx.Linear(image_size**2 * channels, num_classes, rngs=rngs)]
+    ...     return Model([nnx.Sequential(lambda x: x.reshape(len(x), -1), *layers)])
+    >>> register("one_layer", one_layer)
+    >>> len(get("one_layer")(10, image_size=8, channels=1, rngs=nnx.Rngs(0)).blocks)
+    1
+
+    Args:
+        name: what the model is called.
+        builder: takes what the builders of this package take; its own arguments are options of
+            the model in a configuration.
+
+    Raises:
+        ValueError: the name is a built-in model's, or an argument is called "name".
+        TypeError: the builder cannot be called.
+    """
+    if name in _BUILT_IN:
+        raise ValueError(f"model {name!r} is built in: register yours under another name")
+    if not callable(builder):
+        raise TypeError(f"the builder of model {name!r} must be callable, got {builder!r}")
+    if "name" in inspect.signature(builder).parameters:
+        raise ValueError(f"model {name!r} has two arguments called 'name'")
+    _BUILDERS[name] = builder
+
+
 def names() -> tuple[str, ...]:
-    """Names that :func:`get` knows, sorted."""
+    """Names that `get` knows, sorted."""
     return tuple(sorted(_BUILDERS))
 
 
 def get(name: str) -> Callable[..., Model]:
     """Model builder called `name`.
 
+    >>> from flax import nnx
+    >>> len(get("mlp")(10, image_size=8, channels=1, depth=3, rngs=nnx.Rngs(0)).blocks)
+    3
+
     Raises:
         ValueError: No builder has that name.
     """
     if name not in _BUILDERS:
-        raise ValueError(f"unknown model {name!r}: expected one of {', '.join(names())}")
+        raise ValueError(f"unknown model {name!r}: allowed are {', '.join(names())}")
     return _BUILDERS[name]
 
 
@@ -70,6 +118,7 @@ __all__ = [
     "lstm",
     "mlp",
     "names",
+    "register",
     "resnet",
     "resnet18",
     "resnet20",

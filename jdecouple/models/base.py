@@ -1,9 +1,12 @@
 """The model that every method trains: a sequence of blocks and a classifier."""
 
 import dataclasses
+import functools
+import inspect
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
+from typing import Any
 
 from flax import nnx
 
@@ -12,9 +15,19 @@ from flax import nnx
 class Model:
     """A network cut into blocks.
 
+    Blocks are plain modules, so a model of one's own needs no class of this package:
+
+    >>> from flax import nnx
+    >>> rngs = nnx.Rngs(0)
+    >>> first = nnx.Sequential(nnx.Linear(64, 32, rngs=rngs), nnx.relu)
+    >>> second = nnx.Sequential(nnx.Linear(32, 32, rngs=rngs), nnx.relu)
+    >>> model = Model([first, second], classifier=nnx.Linear(32, 10, rngs=rngs))
+    >>> len(model.blocks)
+    2
+
     Attributes:
-        blocks: Modules applied one after another, each from one activation to the next, with their
-            initial weights. Any sequence is accepted; it is kept as a tuple.
+        blocks: Modules with their initial weights, each from one activation to the next. Any
+            sequence is accepted; it is kept as a tuple.
         classifier: Module from the last block's output to logits `[batch, classes]`. None when the
             last block outputs the logits itself.
         splits: Named cuts into stages: name -> number of stages K -> indices of the K - 1 blocks at
@@ -34,16 +47,21 @@ class Model:
 
     def __post_init__(self):
         if not isinstance(self.blocks, Sequence):
-            raise TypeError(f"blocks must be a sequence of modules, got {_kind(self.blocks)}")
+            raise TypeError(f"blocks is {_kind(self.blocks)}: a sequence of modules is needed")
         object.__setattr__(self, "blocks", tuple(self.blocks))
         if not self.blocks:
             raise ValueError("blocks is empty: a model needs at least one block")
+        modules = {f"blocks[{i}]": block for i, block in enumerate(self.blocks)}
+        if self.classifier is not None:
+            modules["classifier"] = self.classifier
         owners: dict[int, str] = {}
-        for name, module in self._named():
+        for name, module in modules.items():
             if not isinstance(module, nnx.Module):
-                raise TypeError(f"{name} must be a flax.nnx.Module, got {_kind(module)}")
-            for variable in _variables(module):
-                owner = owners.setdefault(id(variable), name)
+                raise TypeError(f"{name} is {_kind(module)}: a flax.nnx.Module is needed")
+            for _, node in nnx.iter_graph(module):
+                owner = (
+                    owners.setdefault(id(node), name) if isinstance(node, nnx.Variable) else name
+                )
                 if owner != name:
                     raise ValueError(f"{owner} and {name} share a variable: each must own its own")
         splits = {
@@ -53,32 +71,27 @@ class Model:
         object.__setattr__(self, "splits", splits)
 
     def boundaries(self, name: str, num_stages: int) -> tuple[int, ...]:
-        """Blocks at which stages 1 to `num_stages` - 1 begin in the split called `name`.
+        """Returns the blocks at which stages 1 to `num_stages` - 1 begin in the split `name`.
 
         Raises:
             ValueError: The model has no such split, or it has none into that many stages.
         """
         if name not in self.splits:
-            allowed = f"expected one of {', '.join(self.splits)}" if self.splits else "it has none"
+            allowed = f"allowed are {', '.join(self.splits)}" if self.splits else "it has none"
             raise ValueError(f"the model has no split {name!r}: {allowed}")
         cuts = self.splits[name]
         if num_stages not in cuts:
             raise ValueError(
-                f"split {name!r} has no cut into {num_stages!r} stages: expected one of "
-                f"{', '.join(map(str, cuts))}"
+                f"split {name!r} has no cut into {num_stages!r} stages: "
+                f"allowed are {', '.join(map(str, cuts))}"
             )
         return cuts[num_stages]
 
-    def _named(self) -> Iterator[tuple[str, nnx.Module]]:
-        yield from ((f"blocks[{i}]", block) for i, block in enumerate(self.blocks))
-        if self.classifier is not None:
-            yield "classifier", self.classifier
-
 
 def _starts(name: str, num_stages: int, starts: Sequence[int], num_blocks: int) -> tuple[int, ...]:
-    whole = all(isinstance(each, Integral) for each in (num_stages, *starts))
+    integers = all(isinstance(number, Integral) for number in (num_stages, *starts))
     increasing = all(a < b for a, b in itertools.pairwise((0, *starts, num_blocks)))
-    if not whole or not increasing or len(starts) != num_stages - 1:
+    if not integers or not increasing or len(starts) != num_stages - 1:
         raise ValueError(
             f"split {name!r} begins {num_stages!r} stages at blocks {tuple(starts)}: "
             f"K stages begin at K - 1 increasing block indices from 1 to {num_blocks - 1}"
@@ -86,9 +99,20 @@ def _starts(name: str, num_stages: int, starts: Sequence[int], num_blocks: int) 
     return tuple(starts)
 
 
-def _variables(module: nnx.Module) -> list[nnx.Variable]:
-    return [node for _, node in nnx.iter_graph(module) if isinstance(node, nnx.Variable)]
-
-
 def _kind(value: object) -> str:
-    return value.__name__ if isinstance(value, type) else type(value).__name__
+    return f"of type {type(value).__name__}" if not isinstance(value, type) else value.__name__
+
+
+def bind(builder: Callable[..., Model], name: str, text: str, **fixed: Any) -> Callable[..., Model]:
+    """Fixes keyword arguments of a builder, which its signature then lists no more."""
+
+    @functools.wraps(builder)
+    def bound(*args: Any, **kwargs: Any) -> Model:
+        return builder(*args, **kwargs, **fixed)
+
+    signature = inspect.signature(builder)
+    free = [parameter for key, parameter in signature.parameters.items() if key not in fixed]
+    bound.__signature__ = signature.replace(parameters=free)  # type: ignore[attr-defined]
+    bound.__name__ = bound.__qualname__ = name
+    bound.__doc__ = f"{text}; its arguments are the others of `{builder.__name__}`."
+    return bound

@@ -9,18 +9,20 @@
   (`size * size * out_features`) of convolutions and the incoming one of dense layers, as in the
   code of Features Replay (arXiv 1807.04511).
 
-No layer fixes its compute dtype: it follows from the input and the parameters.
+`param_dtype` is the dtype of the parameters, and `rngs` the source of initial weights and of
+dropout's keys. No layer fixes its compute dtype: it follows from the input and the parameters.
 """
 
 import math
-from collections.abc import Callable, Collection, Sequence
-from numbers import Integral, Real
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
+
+from jdecouple._errors import require_number, require_one_of
 
 INITS = ("flax", "torch", "he")
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -31,37 +33,23 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def activation(name: str) -> Callable[[jax.Array], jax.Array]:
-    """Elementwise function called `name`; ValueError names those allowed."""
-    if name not in ACTIVATIONS:
-        raise ValueError(f"unknown activation {name!r}: expected one of {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[name]
+def uniform(fan_in: int) -> Callable[..., jax.Array]:
+    """Initializer that is uniform in +-1/sqrt(fan_in)."""
+    bound = 1.0 / math.sqrt(fan_in)
 
+    def draw(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
 
-def require_init(init: str) -> None:
-    """Raise ValueError unless there is an `init` of that name."""
-    if init not in INITS:
-        raise ValueError(f"unknown init {init!r}: expected one of {', '.join(INITS)}")
-
-
-def embedding_deviation(init: str, features: int) -> float:
-    """Standard deviation of initial embeddings: 1 under "torch", else 1/sqrt(features)."""
-    require_init(init)
-    return 1.0 if init == "torch" else 1.0 / math.sqrt(features)
+    return draw
 
 
 def _initializers(init: str, fan_in: int, he_fan: int) -> dict[str, Any]:
-    require_init(init)
+    require_one_of(INITS, init=init)
     if init == "flax":
         return {}
     if init == "he":
         return {"kernel_init": nnx.initializers.normal(math.sqrt(2.0 / he_fan))}
-    bound = 1.0 / math.sqrt(fan_in)
-
-    def uniform(key, shape, dtype):
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return {"kernel_init": uniform, "bias_init": uniform}
+    return {"kernel_init": uniform(fan_in), "bias_init": uniform(fan_in)}
 
 
 def linear(
@@ -117,16 +105,13 @@ def conv(
 class BatchNorm(nnx.BatchNorm):
     """Batch normalisation over all axes but the last, momentum 0.9, epsilon 1e-5.
 
-    Differs from flax's in three points: the output has the dtype that input and parameters promote
-    to (flax's is at least that of its statistics, which would turn bfloat16 activations into
-    float32); the statistics are float64 where the parameters are (float32 otherwise); and the scale
-    multiplies what is already normalised, so that a backward with kept activations may use another
-    scale than the forward did (`current_weights` of the delayed route).
+    It differs from flax's in three points:
 
-    Args:
-        num_features: Size of the last axis.
-        param_dtype: Dtype of scale and bias.
-        rngs: Source of keys (unused by the constant initial values, but asked for by flax).
+    - The output has the dtype that input and parameters promote to. Flax's is at least that of its
+      statistics, which would turn bfloat16 activations into float32.
+    - The statistics are float64 where the parameters are, float32 otherwise.
+    - The scale multiplies what is already normalised, so that a backward with kept activations may
+      use another scale than the forward did (`current_weights` of the delayed route).
     """
 
     def __init__(self, num_features: int, *, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
@@ -143,7 +128,7 @@ class BatchNorm(nnx.BatchNorm):
             statistic.set_value(statistic.get_value().astype(dtype))
 
     def __call__(self, x, use_running_average: bool | None = None, *, mask=None) -> jax.Array:
-        """Normalise `x` of shape `[batch, ..., num_features]`."""
+        """Normalises `x` of shape `[batch, ..., num_features]`."""
         assert self.scale is not None
         assert self.bias is not None
         y = super().__call__(x, use_running_average, mask=mask)
@@ -166,23 +151,18 @@ def conv_norm(
     rngs: nnx.Rngs,
     **options: Any,
 ) -> tuple[nnx.Conv, BatchNorm]:
-    """Convolution and the BatchNorm behind it; the arguments are those of :func:`conv`."""
+    """Convolution and the BatchNorm behind it; the arguments are those of `conv`."""
     shared = {"param_dtype": param_dtype, "rngs": rngs}
     convolution = conv(in_features, out_features, size, **options, **shared)
     return convolution, BatchNorm(out_features, **shared)
 
 
 class LayerNorm(nnx.Module):
-    """Layer normalisation over the last axis.
+    """Layer normalisation over the last axis, of size `num_features`.
 
-    Like :class:`BatchNorm` it keeps the input's dtype, and its scale multiplies what is already
-    normalised.
-
-    Args:
-        num_features: Size of the last axis.
-        unbiased: Divide by the unbiased standard deviation plus 1e-6 (as the papers' transformer
-            does) instead of the root of the variance plus 1e-5.
-        param_dtype: Dtype of scale and bias.
+    Like `BatchNorm` it keeps the input's dtype, and its scale multiplies what is already
+    normalised. `unbiased` divides by the unbiased standard deviation plus 1e-6 (as the papers'
+    transformer does) instead of the root of the variance plus 1e-5.
     """
 
     def __init__(
@@ -193,7 +173,7 @@ class LayerNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(num_features, param_dtype))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalise `x` of shape `[..., num_features]`."""
+        """Normalises `x` of shape `[..., num_features]`."""
         scale, bias = self.scale[...], self.bias[...]
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         centred = wide - wide.mean(-1, keepdims=True)
@@ -211,14 +191,14 @@ class Flatten(nnx.Module):
     """`[batch, ...] -> [batch, features]`, row-major."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Flatten all axes but the first."""
+        """Flattens all axes but the first."""
         return x.reshape(x.shape[0], -1)
 
 
 class MaxPool(nnx.Module):
     """2x2 maximum pooling of stride 2 over NHWC; an odd last row or column is dropped.
 
-    Written as maxima of strided slices: same values as `nnx.max_pool`, whose gradient (a select and
+    Maxima of strided slices give the same values as `nnx.max_pool`, whose gradient (a select and
     scatter) XLA runs several times slower on CPUs. Where two maxima tie, the gradient is shared.
     """
 
@@ -245,64 +225,40 @@ class Residual(nnx.Module):
         self.shortcut = nnx.Sequential() if shortcut is None else shortcut
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Apply both to `x` and add."""
+        """Applies both to `x` and adds."""
         return self.branch(x) + self.shortcut(x)
 
 
 def perceptron(
-    in_features: int,
-    widths: Sequence[int],
-    *,
-    batch_norm: bool = False,
-    init: str = "flax",
-    param_dtype: Any = jnp.float32,
-    rngs: nnx.Rngs,
+    in_features: int, widths: Sequence[int], *, batch_norm: bool = False, **options: Any
 ) -> nnx.Sequential:
-    """Flatten, then dense layers with ReLU (after BatchNorm, if asked) between them.
+    """Flattens, then applies dense layers with ReLU (after BatchNorm, if asked) between them.
 
     Args:
         in_features: Size of the flattened input.
         widths: Output size of each dense layer; empty for a bare flatten.
         batch_norm: Whether BatchNorm precedes every ReLU.
-        init: "flax", "torch" or "he".
-        param_dtype: Dtype of the parameters.
-        rngs: Source of initial weights.
+        **options: `init`, `param_dtype` and `rngs`.
     """
+    norm = {key: value for key, value in options.items() if key != "init"}
     stack: list[Callable[..., jax.Array]] = [Flatten()]
     for i, width in enumerate(widths):
         if i > 0:
-            if batch_norm:
-                stack.append(BatchNorm(in_features, param_dtype=param_dtype, rngs=rngs))
-            stack.append(nnx.relu)
-        stack.append(linear(in_features, width, init=init, param_dtype=param_dtype, rngs=rngs))
+            stack += [BatchNorm(in_features, **norm), nnx.relu] if batch_norm else [nnx.relu]
+        stack.append(linear(in_features, width, **options))
         in_features = width
     return nnx.Sequential(*stack)
 
 
-def require_one_of(allowed: Collection[str], **values: Any) -> None:
-    """Raise ValueError, naming it, for the first of `values` that is not `allowed`."""
-    for name, value in values.items():
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-
-
-def require_positive(**values: Any) -> None:
-    """Raise ValueError, naming it, for the first of `values` that is no positive integer."""
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-            raise ValueError(f"{name} must be a positive integer, got {value!r}")
-
-
 def scaled(features: int, width: float) -> int:
     """`features * width`, rounded and at least 1; ValueError if `width` is no positive number."""
-    if isinstance(width, bool) or not isinstance(width, Real) or not 0 < width < math.inf:
-        raise ValueError(f"width must be a positive number, got {width!r}")
+    require_number(positive=True, width=width)
     return max(1, round(features * width))
 
 
 def require_pixels(image_size: int, halvings: int, what: str) -> None:
-    """Raise ValueError if `halvings` would leave less than one pixel of `image_size`."""
+    """Raises ValueError if `halvings` would leave less than one pixel of `image_size`."""
     if image_size < 2**halvings:
         raise ValueError(
-            f"image_size={image_size} is too small: {halvings} {what} need at least {2**halvings}"
+            f"image_size is {image_size}: {halvings} {what} need at least {2**halvings} pixels"
         )

@@ -1,15 +1,23 @@
 """Stacks of bidirectional LSTMs over texts: an embedding block, then one block a layer."""
 
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jdecouple._errors import require_int, require_one_of
 from jdecouple.models import layers
 from jdecouple.models.base import Model
-from jdecouple.models.sequence import Embedding, Sequence, dropout, pooled, read, sequence, width_of
+from jdecouple.models.sequence import (
+    Embedding,
+    Sequence,
+    dropout_layer,
+    pooled,
+    read,
+    sequence,
+    width_of,
+)
 
 MERGES = ("mean", "concat")
 
@@ -22,16 +30,13 @@ class BidirectionalLSTM(nnx.Module):
     it only ever adds; here is their sum.
 
     Args:
-        in_features: Width of the incoming states.
-        hidden: Width of the states of one direction.
         merge: "mean" of the two directions' states as what the next block reads, or "concat".
             The summary is the mean of their last states in either case.
         drop: Rate of dropout on the incoming states.
         init: "torch": all parameters uniform in +-1/sqrt(hidden), the bias the sum of two such;
             "flax": LeCun-normal and, between states, orthogonal, bias 0; "he": normal of variance
             2/fan_in, bias 0.
-        param_dtype: Dtype of the parameters.
-        rngs: Source of initial weights and of dropout's keys.
+        param_dtype, rngs: See `jdecouple.models.layers`.
     """
 
     def __init__(
@@ -45,17 +50,17 @@ class BidirectionalLSTM(nnx.Module):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        layers.require_one_of(MERGES, merge=merge)
+        require_one_of(MERGES, merge=merge)
         self.merge = merge
-        self.drop = dropout(drop, rngs)
+        self.drop = dropout_layer(drop, rngs)
 
-        def draw(way: Any, *shape: int) -> nnx.Param:
+        def draw(initializer: Any, *shape: int) -> nnx.Param:
             keys = (rngs.params(), rngs.params())
-            return nnx.Param(jnp.stack([way(key, shape, param_dtype) for key in keys]))
+            return nnx.Param(jnp.stack([initializer(key, shape, param_dtype) for key in keys]))
 
-        inward, between, bias = _initializers(init, hidden)
-        self.kernel = draw(inward, in_features, 4 * hidden)
-        self.recurrent = draw(between, hidden, 4 * hidden)
+        kernel, recurrent, bias = _initializers(init, hidden)
+        self.kernel = draw(kernel, in_features, 4 * hidden)
+        self.recurrent = draw(recurrent, hidden, 4 * hidden)
         self.bias = draw(bias, 4 * hidden)
 
     def __call__(self, x: Sequence) -> Sequence:
@@ -67,19 +72,21 @@ class BidirectionalLSTM(nnx.Module):
         gates = jnp.einsum("dbti,dig->tdbg", both, self.kernel[...]) + self.bias[...][:, None]
         recurrent = self.recurrent[...]
 
-        def step(carry: tuple, now: tuple) -> tuple[tuple, jax.Array]:
-            h, c = carry
-            gates, real = now
+        def step(state: tuple, inputs: tuple) -> tuple[tuple, jax.Array]:
+            h, c = state
+            gates, real = inputs
             gates = gates + jnp.einsum("dbh,dhg->dbg", h, recurrent)
             into, forget, cell, out = jnp.split(gates, 4, axis=-1)
-            moved = nnx.sigmoid(forget) * c + nnx.sigmoid(into) * jnp.tanh(cell)
-            h = jnp.where(real, nnx.sigmoid(out) * jnp.tanh(moved), h)
-            return (h, jnp.where(real, moved, c)), h
+            new_c = nnx.sigmoid(forget) * c + nnx.sigmoid(into) * jnp.tanh(cell)
+            h = jnp.where(real, nnx.sigmoid(out) * jnp.tanh(new_c), h)
+            return (h, jnp.where(real, new_c, c)), h
 
-        nothing = jnp.zeros((*gates.shape[1:3], recurrent.shape[1]), gates.dtype)
-        (last, _), states = jax.lax.scan(step, (nothing, nothing), (gates, real))
-        up, down = states[:, 0], states[::-1, 1]
-        merged = (up + down) / 2 if self.merge == "mean" else jnp.concatenate([up, down], -1)
+        zeros = jnp.zeros((*gates.shape[1:3], recurrent.shape[1]), gates.dtype)
+        (last, _), states = jax.lax.scan(step, (zeros, zeros), (gates, real))
+        onward, back = states[:, 0], states[::-1, 1]
+        merged = (
+            (onward + back) / 2 if self.merge == "mean" else jnp.concatenate([onward, back], -1)
+        )
         return sequence(merged.transpose(1, 0, 2), mask, last.mean(0))
 
 
@@ -100,49 +107,30 @@ def lstm(
 ) -> Model:
     """Embedding block and `depth` bidirectional LSTMs, as in DeInfoReg and SCPL.
 
-    The defaults are the sizes of arXiv 2506.18193 and 2602.00062.
+    The defaults are the sizes of arXiv 2506.18193 and 2602.00062. Words are drawn with width
+    `hidden`. Arguments not listed are those of all builders, see `jdecouple.models`.
 
     Args:
-        num_classes: Number of logits.
-        vocabulary_size: Number of token ids; 0 is padding.
-        max_length: Most tokens in a text.
-        embeddings: Initial word vectors `[vocabulary_size, width]`, trained further; None draws
-            them, of width `hidden`.
         hidden: Width of the states of one direction.
         depth: Number of LSTM blocks.
-        merge: What a block hands on of the two directions' states: their "mean", or both
+        merge: What the next block reads of the two directions' states: their "mean", or both
             ("concat"; the first LSTM block then differs from the others).
         dropout: Share of numbers dropped from the input of every LSTM block.
         mask_padding: Whether padding is masked: states stand still there, and means leave it out.
             False is the authors' way: padding is a word like others.
-        init: "flax", "torch" or "he", see :class:`BidirectionalLSTM` and
-            :class:`~jdecouple.models.sequence.Embedding`.
-        param_dtype: Dtype of the parameters.
-        rngs: Source of initial weights, and of dropout's keys.
 
     Returns:
         A model of 1 + `depth` blocks from token ids, int `[batch, length]`, to sequences (see
-        :mod:`jdecouple.models.sequence`) whose summary `[batch, hidden]` is, of an LSTM block, the
+        `jdecouple.models.sequence`) whose summary `[batch, hidden]` is, of an LSTM block, the
         mean of the two directions' states at their last real positions. The classifier is one dense
         layer on the summary.
-
-    Raises:
-        ValueError: A size is not positive, dropout not in [0, 1), a name unknown, or the embeddings
-            do not fit the vocabulary.
     """
-    layers.require_positive(num_classes=num_classes, hidden=hidden, depth=depth)
-    options = {"init": init, "param_dtype": param_dtype, "rngs": rngs}
+    require_int(1, num_classes=num_classes, hidden=hidden, depth=depth)
+    options: dict[str, Any] = {"init": init, "param_dtype": param_dtype, "rngs": rngs}
+    padding: dict[str, Any] = {"max_length": max_length, "mask_padding": mask_padding}
     features = width_of(embeddings, hidden)
-    blocks: list[nnx.Module] = [
-        Embedding(
-            vocabulary_size,
-            features,
-            max_length=max_length,
-            embeddings=embeddings,
-            mask_padding=mask_padding,
-            **options,
-        )
-    ]
+    embedding = Embedding(vocabulary_size, features, embeddings=embeddings, **padding, **options)
+    blocks: list[nnx.Module] = [embedding]
     for _ in range(depth):
         blocks.append(BidirectionalLSTM(features, hidden, merge=merge, drop=dropout, **options))
         features = hidden if merge == "mean" else 2 * hidden
@@ -150,19 +138,19 @@ def lstm(
 
 
 def _initializers(init: str, hidden: int) -> tuple[Any, Any, Any]:
-    """How kernel, recurrent kernel and bias are drawn."""
-    layers.require_init(init)
-    ways = nnx.initializers
+    """Initializers of kernel, recurrent kernel and bias."""
+    require_one_of(layers.INITS, init=init)
     if init == "flax":
-        return ways.lecun_normal(), ways.orthogonal(), ways.zeros
+        return (
+            nnx.initializers.lecun_normal(),
+            nnx.initializers.orthogonal(),
+            nnx.initializers.zeros,
+        )
     if init == "he":
-        return ways.he_normal(), ways.he_normal(), ways.zeros
-    bound = 1.0 / math.sqrt(hidden)
+        return nnx.initializers.he_normal(), nnx.initializers.he_normal(), nnx.initializers.zeros
+    draw = layers.uniform(hidden)
 
-    def uniform(key: jax.Array, shape: tuple, dtype: Any) -> jax.Array:
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
+    def draw_two(key: jax.Array, shape: tuple, dtype: Any) -> jax.Array:
+        return draw(key, shape, dtype) + draw(jax.random.fold_in(key, 1), shape, dtype)
 
-    def two(key: jax.Array, shape: tuple, dtype: Any) -> jax.Array:
-        return uniform(key, shape, dtype) + uniform(jax.random.fold_in(key, 1), shape, dtype)
-
-    return uniform, uniform, two
+    return draw, draw, draw_two

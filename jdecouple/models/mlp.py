@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jdecouple._errors import require_int, require_one_of
 from jdecouple.models import layers
 from jdecouple.models.base import Model
 
@@ -27,43 +28,33 @@ def mlp(
 ) -> Model:
     """Perceptron of `depth` blocks, each dense (, BatchNorm), activation.
 
+    >>> model = mlp(10, input_size=64, hidden=32, depth=3, rngs=nnx.Rngs(0))
+    >>> len(model.blocks), model.blocks[0](jnp.ones((5, 8, 8, 1))).shape
+    (3, (5, 32))
+
+    Arguments not listed are those of all builders, see `jdecouple.models`.
+
     Args:
-        num_classes: Number of logits.
         input_size: Numbers in one flattened input; `image_size**2 * channels` if None.
-        image_size: Height and width of an image, where the inputs are images.
-        channels: Channels of an image.
         hidden: Width of every block.
         depth: Number of blocks; the first also flattens its input.
         activation: "relu", "gelu", "tanh" or "sigmoid".
         batch_norm: Whether BatchNorm precedes the activation.
-        init: "flax", "torch" or "he", see :mod:`jdecouple.models.layers`.
-        param_dtype: Dtype of the parameters.
-        rngs: Source of initial weights.
 
     Returns:
         A model whose blocks map `[batch, ...]` to `[batch, hidden]`.
-
-    Raises:
-        ValueError: A size is not positive or a name is unknown.
     """
-    layers.require_positive(
-        num_classes=num_classes,
-        image_size=image_size,
-        channels=channels,
-        hidden=hidden,
-        depth=depth,
-    )
-    if input_size is None:
-        input_size = image_size**2 * channels
-    layers.require_positive(input_size=input_size)
-    nonlinearity = layers.activation(activation)
+    require_int(1, image_size=image_size, channels=channels)
+    input_size = image_size**2 * channels if input_size is None else input_size
+    require_int(1, num_classes=num_classes, input_size=input_size, hidden=hidden, depth=depth)
+    require_one_of(layers.ACTIVATIONS, activation=activation)
+    norm = {"param_dtype": param_dtype, "rngs": rngs}
+    options = {"init": init, **norm}
     blocks = []
     for i in range(depth):
         stack: list[Callable[..., jax.Array]] = [layers.Flatten()] if i == 0 else []
-        features = input_size if i == 0 else hidden
-        stack.append(layers.linear(features, hidden, init=init, param_dtype=param_dtype, rngs=rngs))
+        stack.append(layers.linear(input_size if i == 0 else hidden, hidden, **options))
         if batch_norm:
-            stack.append(layers.BatchNorm(hidden, param_dtype=param_dtype, rngs=rngs))
-        blocks.append(nnx.Sequential(*stack, nonlinearity))
-    classifier = layers.linear(hidden, num_classes, init=init, param_dtype=param_dtype, rngs=rngs)
-    return Model(blocks, classifier)
+            stack.append(layers.BatchNorm(hidden, **norm))
+        blocks.append(nnx.Sequential(*stack, layers.ACTIVATIONS[activation]))
+    return Model(blocks, layers.linear(hidden, num_classes, **options))

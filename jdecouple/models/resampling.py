@@ -10,15 +10,7 @@ def adaptive_average_pool(x: jax.Array, height: int, width: int) -> jax.Array:
 
     The bins are PyTorch's: of n pixels, bin i of N takes those from floor(i n / N) to
     ceil((i + 1) n / N) - 1. So neighbours share a pixel where N does not divide n, and pixels
-    repeat where N is larger than n.
-
-    Args:
-        x: `[batch, rows, columns, channels]`.
-        height: Rows of the result.
-        width: Columns of the result.
-
-    Returns:
-        `[batch, height, width, channels]`, in the dtype of `x`.
+    repeat where N is larger than n. The result has the dtype of `x`.
     """
     return _pooled(_pooled(x, 1, height), 2, width)
 
@@ -27,14 +19,7 @@ def bilinear(x: jax.Array, height: int, width: int) -> jax.Array:
     """Linear interpolation of NHWC in both directions, corner pixels on corner pixels.
 
     PyTorch's `interpolate` with `align_corners`: row i of H reads at i (n - 1) / (H - 1) of n rows.
-
-    Args:
-        x: `[batch, rows, columns, channels]`.
-        height: Rows of the result.
-        width: Columns of the result.
-
-    Returns:
-        `[batch, height, width, channels]`, in the dtype of `x`.
+    The result `[batch, height, width, channels]` has the dtype of `x`.
     """
     return _interpolated(_interpolated(x, 1, height), 2, width)
 

@@ -6,16 +6,15 @@ The stem is block 0, every residual unit one more block, unless the cut is anoth
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Integral
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jdecouple._errors import require_int, require_one_of
 from jdecouple.models import layers
-from jdecouple.models.base import Model
-from jdecouple.models.bind import bind
+from jdecouple.models.base import Model, bind
 
 SHORTCUTS = ("pad", "projection")
 CUTS = ("units", "paper")
@@ -68,34 +67,24 @@ def resnet(
     groups of 16, 32 and 64 channels, with stride 2 at the start of the last two.
 
     Args:
-        num_classes: Number of logits.
         depth: 6n+2 layers with weights, 8 at least.
         width: Factor on all channel counts; each is rounded and at least 1.
         shortcut: Past a unit that changes the shape: "pad" (subsampled, with zeros as further
             channels; the papers' choice) or "projection" (1x1 convolution and BatchNorm).
-        image_size: Height and width of an image, in pixels; at least 4.
-        channels: Channels of an image.
-        init: "flax", "torch" or "he", see :mod:`jdecouple.models.layers`. The code of FDG uses
-            "torch", that of Features Replay "he".
-        param_dtype: Dtype of the parameters.
-        rngs: Source of initial weights.
+        init: As of all builders, see `jdecouple.models`; the code of FDG uses "torch", that of
+            Features Replay "he".
 
     Returns:
         A model of 1 + 3n blocks between NHWC activations, with a classifier of global average
         pooling and a dense layer. Its splits: "fr" for 2 to 4 stages, as Features Replay (arXiv
         1807.04511) cuts it, and for depths 20, 56 and 110 "fdg", as FDG (arXiv 1906.09108) does.
-
-    Raises:
-        ValueError: The depth is not 6n+2, the shortcut unknown, another size not positive, or the
-            image too small.
     """
     count = units_per_group(depth, 2)
-    if shortcut not in SHORTCUTS:
-        raise ValueError(f"unknown shortcut {shortcut!r}: expected one of {', '.join(SHORTCUTS)}")
     fdg = {"fdg": _FDG[depth]} if depth in _FDG else {}
-    return _residual_net(
+    return resnet_of_groups(
         num_classes,
-        [(16, count), (32, count), (64, count)],
+        groups=[(16, count), (32, count), (64, count)],
+        bottleneck=False,
         shortcut=shortcut,
         splits={**fdg, "fr": _features_replay(3 * count)},
         width=width,
@@ -107,11 +96,12 @@ def resnet(
     )
 
 
-def resnet_of_four_groups(
+def resnet_of_groups(
     num_classes: int,
     *,
-    counts: Sequence[int],
+    groups: Sequence[tuple[int, int]],
     bottleneck: bool,
+    shortcut: str,
     splits: Splits,
     width: float = 1.0,
     cut: str = "units",
@@ -121,71 +111,34 @@ def resnet_of_four_groups(
     param_dtype: Any = jnp.float32,
     rngs: nnx.Rngs,
 ) -> Model:
-    """ResNet in groups of 64, 128, 256 and 512 channels (arXiv 1512.03385, table 1).
+    """ResNet of any groups of units (arXiv 1512.03385, table 1, with a stem for small images).
 
-    The stem is that for small images: a 3x3 convolution with BatchNorm and ReLU, no pooling. Units
-    are of two 3x3 convolutions or, as bottlenecks, of 1x1, 3x3 and 1x1 ones with fourfold channels
-    at the end; the last three groups begin with stride 2, in a 3x3 convolution. Shortcuts that
-    change the shape are 1x1 convolutions with BatchNorm.
+    The stem is a 3x3 convolution with BatchNorm and ReLU, no pooling. Units are of two 3x3
+    convolutions or, as bottlenecks, of 1x1, 3x3 and 1x1 ones with fourfold channels at the end. All
+    groups but the first begin with stride 2, in a 3x3 convolution.
 
     Args:
-        num_classes: Number of logits.
-        counts: Units in each of the four groups.
+        groups: Channels and number of units of each group.
         bottleneck: Whether units are bottlenecks.
-        splits: Named cuts into stages, see :class:`Model`.
+        shortcut: Past a unit that changes the shape: "pad" or "projection", see `resnet`.
+        splits: Named cuts into stages, see `Model`.
         width: Factor on all channel counts; each is rounded and at least 1.
-        cut: "units": the stem is block 0, every unit one more. "paper": four blocks, the groups,
+        cut: "units": the stem is block 0, every unit one more. "paper": the groups are the blocks,
             the first with the stem, as in DeInfoReg (arXiv 2506.18193) and SCPL (2602.00062).
-        image_size: Height and width of an image, in pixels; at least 8.
-        channels: Channels of an image.
-        init: "flax", "torch" or "he", see :mod:`jdecouple.models.layers`. The code of FDG (arXiv
-            1906.09108) uses "torch".
-        param_dtype: Dtype of the parameters.
-        rngs: Source of initial weights.
+        init: As of all builders, see `jdecouple.models`; the code of FDG uses "torch".
 
     Returns:
-        A model of 1 + sum(counts) blocks, or of four, between NHWC activations, with a classifier
-        of global average pooling and a dense layer. Under "paper" it has those of the splits that
-        cut no group.
-
-    Raises:
-        ValueError: A size is not positive, the cut unknown, or the image too small.
+        A model between NHWC activations, with a classifier of global average pooling and a dense
+        layer. Under "paper" it has those of the splits that cut no group.
     """
-    return _residual_net(
-        num_classes,
-        list(zip((64, 128, 256, 512), counts, strict=True)),
-        bottleneck=bottleneck,
-        splits=splits,
-        cut=cut,
-        width=width,
-        image_size=image_size,
-        channels=channels,
-        init=init,
-        param_dtype=param_dtype,
-        rngs=rngs,
-    )
-
-
-def _residual_net(
-    num_classes: int,
-    groups: Sequence[tuple[int, int]],
-    *,
-    bottleneck: bool = False,
-    shortcut: str = "projection",
-    splits: Splits,
-    cut: str = "units",
-    width: float,
-    image_size: int,
-    channels: int,
-    **options: Any,
-) -> Model:
-    """`groups` holds the channels and the number of units of each; `options` are of all layers."""
-    layers.require_positive(num_classes=num_classes, image_size=image_size, channels=channels)
-    stem = layers.scaled(groups[0][0], width)
+    require_int(1, num_classes=num_classes, image_size=image_size, channels=channels)
+    require_one_of(SHORTCUTS, shortcut=shortcut)
+    require_one_of(CUTS, cut=cut)
     layers.require_pixels(image_size, len(groups) - 1, "halvings")
-    if cut not in CUTS:
-        raise ValueError(f"unknown cut {cut!r}: expected one of {', '.join(CUTS)}")
+    options = {"init": init, "param_dtype": param_dtype, "rngs": rngs}
+    stem = layers.scaled(groups[0][0], width)
     blocks = [nnx.Sequential(*layers.conv_norm(channels, stem, **options), nnx.relu)]
+    starts = [0]  # of the groups, as indices of blocks; the stem belongs to the first
     channels = stem
     for group, (features, count) in enumerate(groups):
         inner = layers.scaled(features, width)
@@ -200,26 +153,27 @@ def _residual_net(
             bypass = _shortcut(channels, outer, strides, shortcut, **options)
             blocks.append(nnx.Sequential(layers.Residual(branch, bypass), nnx.relu))
             channels = outer
+        starts.append(len(blocks))
     classifier = nnx.Sequential(
         layers.GlobalAveragePool(), layers.linear(channels, num_classes, **options)
     )
     if cut == "paper":
-        counts = [count for _, count in groups]
-        starts = [0, *itertools.accumulate(counts, initial=1)]
-        del starts[1]  # the stem belongs to the first group
         blocks = [nnx.Sequential(*blocks[a:b]) for a, b in itertools.pairwise(starts)]
         splits = _regrouped(splits, starts)
     return Model(blocks, classifier, splits)
 
 
 def _regrouped(splits: Splits, starts: Sequence[int]) -> Splits:
-    """Splits by units as splits by groups that begin at the units `starts`, where they are any."""
-    found: dict[str, dict[int, tuple[int, ...]]] = {}
-    for name, cuts in splits.items():
-        for num_stages, units in cuts.items():
-            if set(units) <= set(starts):
-                found.setdefault(name, {})[num_stages] = tuple(map(starts.index, units))
-    return found
+    """Returns the splits by units as splits by groups, without those that cut a group."""
+    regrouped = {
+        name: {
+            num_stages: tuple(map(starts.index, units))
+            for num_stages, units in cuts.items()
+            if set(units) <= set(starts)
+        }
+        for name, cuts in splits.items()
+    }
+    return {name: cuts for name, cuts in regrouped.items() if cuts}
 
 
 def _branch(channels: int, plan: Sequence[tuple[int, int, int]], **options: Any) -> nnx.Sequential:
@@ -258,25 +212,28 @@ def _features_replay(units: int) -> dict[int, tuple[int, ...]]:
 
 
 def units_per_group(depth: int, extra: int) -> int:
-    """The n of a `depth` of 6n + `extra`; ValueError if there is none from 1 on."""
-    whole = isinstance(depth, Integral) and not isinstance(depth, bool)
-    if not whole or depth < 6 + extra or (depth - extra) % 6:
-        raise ValueError(f"depth must be 6n+{extra} for a whole n of at least 1, got {depth!r}")
+    """Returns the n of a `depth` of 6n + `extra`; ValueError if there is none from 1 on."""
+    require_int(1, depth=depth)
+    if depth < 6 + extra or (depth - extra) % 6:
+        raise ValueError(f"depth is {depth}: 6n+{extra} for a whole n of at least 1 is needed")
     return (depth - extra) // 6
+
+
+def _named(name: str, counts: Sequence[int], *, bottleneck: bool) -> Callable[..., Model]:
+    return bind(
+        resnet_of_groups,
+        name,
+        f"ResNet-{name.removeprefix('resnet')} for small images",
+        groups=tuple(zip((64, 128, 256, 512), counts, strict=True)),
+        bottleneck=bottleneck,
+        shortcut="projection",
+        splits={"fdg": _FDG[name]} if name in _FDG else {},
+    )
 
 
 resnet20 = bind(resnet, "resnet20", "ResNet of 20 layers for CIFAR", depth=20)
 resnet56 = bind(resnet, "resnet56", "ResNet of 56 layers for CIFAR", depth=56)
 resnet110 = bind(resnet, "resnet110", "ResNet of 110 layers for CIFAR", depth=110)
-
-
-def _named(name: str, counts: Sequence[int], *, bottleneck: bool) -> Callable[..., Model]:
-    splits = {"fdg": _FDG[name]} if name in _FDG else {}
-    text = f"ResNet-{name.removeprefix('resnet')} for small images"
-    fixed = {"counts": counts, "bottleneck": bottleneck, "splits": splits}
-    return bind(resnet_of_four_groups, name, text, **fixed)
-
-
 resnet18 = _named("resnet18", (2, 2, 2, 2), bottleneck=False)
 resnet34 = _named("resnet34", (3, 4, 6, 3), bottleneck=False)
 resnet50 = _named("resnet50", (3, 4, 6, 3), bottleneck=True)

@@ -11,8 +11,8 @@ The mask is no integer, so that a vector-Jacobian product of the whole dict is o
 floats; its gradient is always zero.
 """
 
+import math
 from collections.abc import Mapping
-from numbers import Real
 from typing import Any, ClassVar
 
 import jax
@@ -20,17 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jdecouple._errors import require_int, require_number, require_one_of
 from jdecouple.models import layers
 
 Sequence = dict[str, jax.Array]
 
 
 def pooled(features: Any) -> Any:
-    """The one array of features that a head reads: the summary of a sequence, else all of them.
-
-    Args:
-        features: A block's output, or its shapes.
-    """
+    """The part of a block's output, or of its shapes, that a head reads: a sequence's summary."""
     is_sequence = isinstance(features, Mapping) and "summary" in features
     return features["summary"] if is_sequence else features
 
@@ -47,7 +44,7 @@ def read(x: Sequence) -> tuple[jax.Array, jax.Array]:
 
 
 def sequence(h: jax.Array, mask: jax.Array, summary: jax.Array) -> Sequence:
-    """What a block hands on."""
+    """The carry of a block whose activations are a sequence."""
     return {"h": keep(h, mask), "mask": mask, "summary": summary}
 
 
@@ -59,14 +56,9 @@ def masked_mean(h: jax.Array, mask: jax.Array) -> jax.Array:
     return (total / jnp.maximum(count, 1)[:, None]).astype(h.dtype)
 
 
-def dropout(rate: float, rngs: nnx.Rngs) -> nnx.Module:
-    """Dropout layer; the identity, without keys, at rate 0.
-
-    Raises:
-        ValueError: The rate is no number in [0, 1).
-    """
-    if isinstance(rate, bool) or not isinstance(rate, Real) or not 0 <= rate < 1:
-        raise ValueError(f"dropout must be a number from 0 to below 1, got {rate!r}")
+def dropout_layer(rate: float, rngs: nnx.Rngs) -> nnx.Module:
+    """Dropout layer; at rate 0 the identity, without keys."""
+    require_number(below=1, dropout=rate)
     return nnx.Dropout(rate, rngs=rngs) if rate > 0 else nnx.Sequential()
 
 
@@ -85,8 +77,7 @@ class Embedding(nnx.Module):
         drop: Rate of dropout on the vectors; the summary sees none of it.
         mask_padding: Whether padding is masked; if not, every position counts as a word.
         init: "torch": vectors are drawn from N(0, 1); "flax" and "he": from N(0, 1/features).
-        param_dtype: Dtype of the parameters.
-        rngs: Source of initial weights and of dropout's keys.
+        param_dtype, rngs: See `jdecouple.models.layers`.
 
     Raises:
         ValueError: A size is not positive, or the embeddings have another shape.
@@ -108,29 +99,30 @@ class Embedding(nnx.Module):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        layers.require_positive(vocabulary_size=vocabulary_size, max_length=max_length)
+        require_int(1, vocabulary_size=vocabulary_size, max_length=max_length)
+        require_one_of(layers.INITS, init=init)
         if not isinstance(mask_padding, bool):
-            raise ValueError(f"mask_padding must be True or False, got {mask_padding!r}")
-        draw = nnx.initializers.normal(layers.embedding_deviation(init, features))
+            raise ValueError(f"mask_padding is {mask_padding!r}: True or False is needed")
+        draw = nnx.initializers.normal(1.0 if init == "torch" else 1.0 / math.sqrt(features))
         self.max_length, self.mask_padding = max_length, mask_padding
         shape = vocabulary_size, features
         if embeddings is None:
             embeddings = draw(rngs.params(), shape, param_dtype)
         elif np.shape(embeddings) != shape:
             raise ValueError(
-                f"embeddings must be [vocabulary_size, width] = {list(shape)}, "
-                f"got {list(np.shape(embeddings))}"
+                f"embeddings are {list(np.shape(embeddings))}: "
+                f"[vocabulary_size, width] = {list(shape)} is needed"
             )
         self.table = nnx.Param(jnp.array(embeddings, param_dtype))
         shape = max_length, features
         self.positions = nnx.Param(draw(rngs.params(), shape, param_dtype)) if positions else None
-        self.drop = dropout(drop, rngs)
+        self.drop = dropout_layer(drop, rngs)
 
     def __call__(self, x: jax.Array) -> Sequence:
         """Sequence of the ids `x`, int `[batch, length]`, `length <= max_length`."""
         if x.ndim != 2 or not jnp.issubdtype(x.dtype, jnp.integer):
             raise ValueError(
-                f"expected token ids, int [batch, length], got {x.dtype}{list(x.shape)}"
+                f"x is {x.dtype}{list(x.shape)}: token ids, int [batch, length], are needed"
             )
         if x.shape[1] > self.max_length:
             raise ValueError(f"a text has {x.shape[1]} tokens, max_length is {self.max_length}")
@@ -146,7 +138,7 @@ def width_of(embeddings: Any, hidden: int) -> int:
     """Width of given embeddings, `hidden` without any; ValueError if they are no matrix."""
     if embeddings is None:
         return hidden
-    shape = np.shape(embeddings)
-    if len(shape) != 2:
-        raise ValueError(f"embeddings must be [vocabulary_size, width], got {list(shape)}")
-    return shape[1]
+    if np.ndim(embeddings) != 2:
+        shape = list(np.shape(embeddings))
+        raise ValueError(f"embeddings are {shape}: [vocabulary_size, width] is needed")
+    return np.shape(embeddings)[1]

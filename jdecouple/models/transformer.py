@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jdecouple._errors import require_int, require_one_of
 from jdecouple.models import layers
 from jdecouple.models.base import Model
 from jdecouple.models.sequence import (
     Embedding,
     Sequence,
-    dropout,
+    dropout_layer,
     masked_mean,
     pooled,
     read,
@@ -79,17 +80,12 @@ class EncoderBlock(nnx.Module):
     """Self-attention and a feed-forward layer, each behind LayerNorm and past a shortcut.
 
     Args:
-        hidden: Width of the states.
-        heads: Number of attention heads, a divisor of `hidden`.
-        feed_forward: Width inside the feed-forward layer.
         layout: Which kind of encoder it is part of.
         pooling: What the summary is: the "mean" over real positions, or the first position, that
             of the "class" token.
         drop: Rate of dropout on attention weights, inside the feed-forward layer and before each
             addition.
-        init: "flax", "torch" or "he", see :mod:`jdecouple.models.layers`.
-        param_dtype: Dtype of the parameters.
-        rngs: Source of initial weights and of dropout's keys.
+        init, param_dtype, rngs: See `jdecouple.models.layers`.
     """
 
     def __init__(
@@ -105,12 +101,12 @@ class EncoderBlock(nnx.Module):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        layers.require_positive(hidden=hidden, heads=heads, feed_forward=feed_forward)
+        require_int(1, hidden=hidden, heads=heads, feed_forward=feed_forward)
         if hidden % heads:
-            raise ValueError(f"hidden={hidden} does not divide into heads={heads} equal parts")
-        layers.require_one_of(POOLINGS, pooling=pooling)
+            raise ValueError(f"hidden is {hidden}: a multiple of heads={heads} is needed")
+        require_one_of(POOLINGS, pooling=pooling)
         self.heads, self.pooling = heads, pooling
-        self.activation = layers.activation(layout.activation)
+        self.activation = layers.ACTIVATIONS[layout.activation]
         norm = {"unbiased": layout.unbiased, "param_dtype": param_dtype}
         options = {"init": init, "param_dtype": param_dtype, "rngs": rngs}
         self.attention_norm = layers.LayerNorm(hidden, **norm)
@@ -120,7 +116,7 @@ class EncoderBlock(nnx.Module):
         self.up = layers.linear(hidden, feed_forward, **options)
         self.down = layers.linear(feed_forward, hidden, **options)
         self.norm = layers.LayerNorm(hidden, **norm) if layout.norm_each else None
-        self.drop = dropout(drop, rngs)
+        self.drop = dropout_layer(drop, rngs)
 
     def __call__(self, x: Sequence) -> Sequence:
         """Sequence of the same shapes."""
@@ -136,7 +132,7 @@ class EncoderBlock(nnx.Module):
     def _attend(self, h: jax.Array, mask: jax.Array) -> jax.Array:
         batch, length, hidden = h.shape
         parts = self.projections(h).reshape(batch, length, 3, self.heads, hidden // self.heads)
-        query, key, value = (parts[:, :, each] for each in range(3))
+        query, key, value = (parts[:, :, part] for part in range(3))
         return self.out(attention(query, key, value, mask, self.drop).reshape(h.shape))
 
 
@@ -159,12 +155,9 @@ def transformer(
 ) -> Model:
     """Embedding block and `depth` encoder layers (arXiv 1706.03762, pre-norm as in 2002.04745).
 
+    Arguments not listed are those of all builders, see `jdecouple.models`.
+
     Args:
-        num_classes: Number of logits.
-        vocabulary_size: Number of token ids; 0 is padding.
-        max_length: Most tokens in a text.
-        embeddings: Initial word vectors `[vocabulary_size, hidden]`, trained further; None draws
-            them.
         hidden: Width of the states; 300 in DeInfoReg (arXiv 2506.18193) and SCPL (2602.00062).
         depth: Number of encoder blocks.
         heads: Attention heads of every block, a divisor of `hidden`.
@@ -176,23 +169,14 @@ def transformer(
             feed-forward layers and before every addition.
         mask_padding: Whether padding is masked, in attention as in means. If not, it is a word
             like others.
-        init: "flax", "torch" or "he", see :mod:`jdecouple.models.layers` and
-            :class:`~jdecouple.models.sequence.Embedding`.
-        param_dtype: Dtype of the parameters.
-        rngs: Source of initial weights, and of dropout's keys.
 
     Returns:
         A model of 1 + `depth` blocks from token ids, int `[batch, length]`, to sequences (see
-        :mod:`jdecouple.models.sequence`) whose summary `[batch, hidden]` is the mean over real
+        `jdecouple.models.sequence`) whose summary `[batch, hidden]` is the mean over real
         positions. The classifier reads the summary.
-
-    Raises:
-        ValueError: A size is not positive or does not divide, dropout not in [0, 1), a name
-            unknown, or the embeddings of another shape.
     """
-    layers.require_positive(num_classes=num_classes, hidden=hidden, depth=depth)
-    if layout not in LAYOUTS:
-        raise ValueError(f"unknown layout {layout!r}: expected one of {', '.join(LAYOUTS)}")
+    require_int(1, num_classes=num_classes, hidden=hidden, depth=depth)
+    require_one_of(LAYOUTS, layout=layout)
     kind = LAYOUTS[layout]
     options = {"init": init, "param_dtype": param_dtype, "rngs": rngs}
     embedding = Embedding(

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jdecouple._errors import require_int, require_one_of
 from jdecouple.models import layers
 from jdecouple.models.base import Model
 
@@ -32,27 +33,26 @@ def vgg(
 ) -> Model:
     """VGG of any layout, on square NHWC images.
 
+    >>> model = vgg(10, blocks="8,M|16,16,M", rngs=nnx.Rngs(0))
+    >>> model.blocks[1](model.blocks[0](jnp.ones((5, 32, 32, 3)))).shape
+    (5, 8, 8, 16)
+
+    Arguments not listed are those of all builders, see `jdecouple.models`.
+
     Args:
-        num_classes: Number of logits.
         blocks: What each block holds, in order: channel counts (convolution without bias,
             BatchNorm, ReLU) and "M" (2x2 maximum pooling). As text, "32,32,M|64,M"; or as nested
             sequences, `((32, 32, "M"), (64, "M"))`.
         width: Factor on all channel counts; each is rounded and at least 1.
-        image_size: Height and width of an image, in pixels.
-        channels: Channels of an image.
-        init: "flax", "torch" or "he", see :mod:`jdecouple.models.layers`.
-        param_dtype: Dtype of the parameters.
-        rngs: Source of initial weights.
 
     Returns:
         A model whose blocks map `[batch, height, width, channels]` to the same with fewer pixels,
         and whose classifier flattens and is one dense layer.
 
     Raises:
-        ValueError: A size is not positive, the layout is malformed, or the image is too small for
-            the poolings.
+        ValueError: The layout is malformed or the image too small for its poolings.
     """
-    layers.require_positive(num_classes=num_classes, image_size=image_size, channels=channels)
+    require_int(1, num_classes=num_classes, image_size=image_size, channels=channels)
     layout = _parse(blocks)
     pools = sum(item == "M" for block in layout for item in block)
     layers.require_pixels(image_size, pools, "poolings")
@@ -63,10 +63,10 @@ def vgg(
         for item in block:
             if isinstance(item, str):
                 stack.append(layers.MaxPool())
-                continue
-            features = layers.scaled(item, width)
-            stack += [*layers.conv_norm(channels, features, **options), nnx.relu]
-            channels = features
+            else:
+                features = layers.scaled(item, width)
+                stack += [*layers.conv_norm(channels, features, **options), nnx.relu]
+                channels = features
         modules.append(nnx.Sequential(*stack))
     features = channels * (image_size >> pools) ** 2
     return Model(modules, layers.perceptron(features, (num_classes,), **options))
@@ -85,22 +85,16 @@ def vgg8(
 ) -> Model:
     """VGG in four blocks, in the layout of one of the papers.
 
-    Args:
-        num_classes: Number of logits.
-        layout: "deinforeg" ([128, 128, 128, 256, M] [256, 512, M] [512, 512, M] [512, M]) or "scpl"
-            ([128, 256, M] [256, 512, M] [512, M] [512, M]).
-        width: Factor on all channel counts; each is rounded and at least 1.
-        image_size: Height and width of an image, in pixels; at least 16.
-        channels: Channels of an image.
-        init: "flax", "torch" or "he", see :mod:`jdecouple.models.layers`.
-        param_dtype: Dtype of the parameters.
-        rngs: Source of initial weights.
+    >>> model = vgg8(10, width=1 / 16, rngs=nnx.Rngs(0))
+    >>> len(model.blocks), model.blocks[0](jnp.ones((5, 32, 32, 3))).shape
+    (4, (5, 16, 16, 16))
 
-    Raises:
-        ValueError: The layout is unknown, a size is not positive, or the image is too small.
+    Args:
+        layout: "deinforeg" ([128, 128, 128, 256, M] [256, 512, M] [512, 512, M] [512, M]) or "scpl"
+            ([128, 256, M] [256, 512, M] [512, M] [512, M]); the other arguments are `vgg`'s.
+        width: Factor on all channel counts; each is rounded and at least 1.
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"unknown layout {layout!r}: expected one of {', '.join(LAYOUTS)}")
+    require_one_of(LAYOUTS, layout=layout)
     return vgg(
         num_classes,
         blocks=LAYOUTS[layout],
@@ -115,20 +109,19 @@ def vgg8(
 
 def _parse(blocks: str | Blocks) -> list[list[int | str]]:
     if isinstance(blocks, str):
-        layout = [[_item(text.strip()) for text in block.split(",")] for block in blocks.split("|")]
-    else:
-        layout = [[_item(item) for item in block] for block in blocks]
+        blocks = [[text.strip() for text in block.split(",")] for block in blocks.split("|")]
+    layout = [[_item(item) for item in block] for block in blocks]
     if not layout or not all(layout):
-        raise ValueError(f"blocks={blocks!r} has an empty block")
+        raise ValueError(f"blocks is {blocks!r}: no block may be empty")
     if not any(isinstance(item, int) for block in layout for item in block):
-        raise ValueError(f"blocks={blocks!r} has no convolution")
+        raise ValueError(f"blocks is {blocks!r}: at least one convolution is needed")
     return layout
 
 
 def _item(value: int | str) -> int | str:
-    if value == "M":
-        return "M"
     text = str(value)
+    if text == "M":
+        return text
     if not (text.isascii() and text.isdigit()) or int(text) < 1:
-        raise ValueError(f"a block holds positive channel counts and 'M', got {value!r}")
+        raise ValueError(f"blocks holds {value!r}: positive channel counts and 'M' are needed")
     return int(text)

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jdecouple._errors import require_int, require_one_of
 from jdecouple.models import layers
 from jdecouple.models.base import Model
-from jdecouple.models.sequence import Sequence, dropout, masked_mean, sequence
+from jdecouple.models.sequence import Sequence, dropout_layer, masked_mean, sequence
 from jdecouple.models.transformer import LAYOUTS, POOLINGS, classifier, encoder
 
 _DEVIATION = 0.02  # of initial positions and class token, as in the paper's code
@@ -18,15 +19,9 @@ class PatchEmbedding(nnx.Module):
     """Images to sequences: a dense layer on every patch, and a learned vector for every position.
 
     Args:
-        image_size: Height and width of an image, in pixels.
-        channels: Channels of an image.
-        patch: Height and width of a patch, a divisor of `image_size`.
-        hidden: Width of a token.
         class_token: Whether a learned token precedes the patches.
         drop: Rate of dropout on the tokens; the summary sees none of it.
-        init: "flax", "torch" or "he", see :mod:`jdecouple.models.layers`.
-        param_dtype: Dtype of the parameters.
-        rngs: Source of initial weights and of dropout's keys.
+        init, param_dtype, rngs: See `jdecouple.models.layers`.
     """
 
     is_embedding: ClassVar[bool] = True
@@ -44,9 +39,9 @@ class PatchEmbedding(nnx.Module):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        layers.require_positive(image_size=image_size, channels=channels, patch=patch)
+        require_int(1, image_size=image_size, channels=channels, patch=patch)
         if image_size % patch:
-            raise ValueError(f"image_size={image_size} does not divide into patches of {patch}")
+            raise ValueError(f"image_size is {image_size}: a multiple of patch={patch} is needed")
         self.shape, self.patch = (image_size, image_size, channels), patch
         self.project = layers.linear(
             patch * patch * channels, hidden, init=init, param_dtype=param_dtype, rngs=rngs
@@ -58,12 +53,12 @@ class PatchEmbedding(nnx.Module):
 
         self.positions = drawn((image_size // patch) ** 2 + class_token, hidden)
         self.token = drawn(hidden) if class_token else None
-        self.drop = dropout(drop, rngs)
+        self.drop = dropout_layer(drop, rngs)
 
     def __call__(self, x: jax.Array) -> Sequence:
         """Tokens of `x` `[batch, height, width, channels]`; the summary is the patches' mean."""
         if x.shape[1:] != self.shape:
-            raise ValueError(f"expected images [batch, {self.shape}], got {list(x.shape)}")
+            raise ValueError(f"x is {list(x.shape)}: images [batch, {self.shape}] are needed")
         batch, side, _, channels = x.shape
         count, patch = side // self.patch, self.patch
         x = x.reshape(batch, count, patch, count, patch, channels).transpose(0, 1, 3, 2, 4, 5)
@@ -96,8 +91,9 @@ def vit(
 ) -> Model:
     """Vision transformer (arXiv 2010.11929); by default a small one for CIFAR.
 
+    Arguments not listed are those of all builders, see `jdecouple.models`.
+
     Args:
-        num_classes: Number of logits.
         patch: Height and width of a patch in pixels, a divisor of `image_size`.
         hidden: Width of the states.
         depth: Number of encoder blocks.
@@ -106,36 +102,21 @@ def vit(
         pooling: What represents an image: the "mean" over the patches, or a "class" token.
         dropout: Share of numbers dropped from tokens, attention weights, inside the feed-forward
             layers and before every addition.
-        image_size: Height and width of an image, in pixels.
-        channels: Channels of an image.
-        init: "flax", "torch" or "he", see :mod:`jdecouple.models.layers`.
-        param_dtype: Dtype of the parameters.
-        rngs: Source of initial weights, and of dropout's keys.
 
     Returns:
         A model of 1 + `depth` blocks from images, NHWC, to sequences of tokens (see
-        :mod:`jdecouple.models.sequence`; the mask is all ones), with a classifier of LayerNorm and
+        `jdecouple.models.sequence`; the mask is all ones), with a classifier of LayerNorm and
         a dense layer on the summary `[batch, hidden]`. That of the first block, which embeds the
         patches, is their mean in either case.
-
-    Raises:
-        ValueError: A size is not positive or does not divide, dropout not in [0, 1), or the pooling
-            unknown.
     """
-    layers.require_positive(num_classes=num_classes, hidden=hidden, depth=depth)
-    layers.require_one_of(POOLINGS, pooling=pooling)
-    options = {"init": init, "param_dtype": param_dtype, "rngs": rngs}
+    require_int(1, num_classes=num_classes, hidden=hidden, depth=depth)
+    require_one_of(POOLINGS, pooling=pooling)
+    options: dict[str, Any] = {"init": init, "param_dtype": param_dtype, "rngs": rngs}
+    token, layout = pooling == "class", LAYOUTS["standard"]
     patches = PatchEmbedding(
-        image_size,
-        channels,
-        patch,
-        hidden,
-        class_token=pooling == "class",
-        drop=dropout,
-        **options,
+        image_size, channels, patch, hidden, class_token=token, drop=dropout, **options
     )
-    kind = LAYOUTS["standard"]
     blocks = encoder(
-        hidden, depth, heads, feed_forward, layout=kind, pooling=pooling, drop=dropout, **options
+        hidden, depth, heads, feed_forward, layout=layout, pooling=pooling, drop=dropout, **options
     )
-    return Model([patches, *blocks], classifier(hidden, num_classes, kind, **options))
+    return Model([patches, *blocks], classifier(hidden, num_classes, layout, **options))

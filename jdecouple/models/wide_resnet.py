@@ -1,16 +1,15 @@
 """Wide residual nets, pre-activated; the stem is block 0, every residual unit one more block."""
 
 from collections.abc import Callable
-from numbers import Real
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jdecouple._errors import require_int, require_number
 from jdecouple.models import layers
-from jdecouple.models.base import Model
-from jdecouple.models.bind import bind
+from jdecouple.models.base import Model, bind
 from jdecouple.models.resnet import units_per_group
 
 # By depth: blocks at which stages 1 to K - 1 begin, by K, in the code of FDG (arXiv 1906.09108).
@@ -39,32 +38,19 @@ def wide_resnet(
     BatchNorm and ReLU, and convolutions have no biases.
 
     Args:
-        num_classes: Number of logits.
         depth: 6n+4 convolutions, 10 at least; those of the three shortcuts count.
         widen: Factor on the channels of the groups.
         dropout: Share of activations dropped between the convolutions of a unit (after ReLU).
-        image_size: Height and width of an image, in pixels; at least 4.
-        channels: Channels of an image.
-        init: "flax", "torch" or "he", see :mod:`jdecouple.models.layers`. The code of FDG uses
-            "torch".
-        param_dtype: Dtype of the parameters.
-        rngs: Source of initial weights, and of dropout's keys.
+        init: As of all builders, see `jdecouple.models`; the code of FDG uses "torch".
 
     Returns:
         A model of 1 + 3n blocks between NHWC activations, with a classifier of BatchNorm, ReLU,
         global average pooling and a dense layer. At depth 28 it has the split "fdg" of FDG's code.
-
-    Raises:
-        ValueError: The depth is not 6n+4, dropout not in [0, 1), another size not positive, or the
-            image too small.
     """
     count = units_per_group(depth, 4)
-    layers.require_positive(
-        num_classes=num_classes, widen=widen, image_size=image_size, channels=channels
-    )
+    require_int(1, num_classes=num_classes, widen=widen, image_size=image_size, channels=channels)
+    require_number(below=1, dropout=dropout)
     layers.require_pixels(image_size, 2, "halvings")
-    if isinstance(dropout, bool) or not isinstance(dropout, Real) or not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be a number from 0 to below 1, got {dropout!r}")
     norm = {"param_dtype": param_dtype, "rngs": rngs}
     options = {"init": init, **norm}
     blocks: list[nnx.Module] = [layers.conv(channels, 16, use_bias=True, **options)]

@@ -1,16 +1,18 @@
 """Generators of schedules: each is a short loop with its grid drawn above it."""
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from jdecouple.schedules.schedule import Action, Kind, Schedule, joins
+from jdecouple._errors import require_int
+from jdecouple.schedules.schedule import Action, Kind, Schedule, joins, split
 
 _F, _B, _S = Kind.FORWARD, Kind.BACKWARD, Kind.STEP
 
 
 def local(num_stages: int, num_microbatches: int) -> Iterator[Action]:
-    """Wavefront without backward messages: a stage trains as soon as its input is there.
+    """Wavefront without errors: a stage trains as soon as its input is there.
 
     K = 2, M = 2 (the next batch enters stage 0 while stage 1 still works on this one)::
 
@@ -56,7 +58,7 @@ def gpipe(num_stages: int, num_microbatches: int) -> Iterator[Action]:
         stage 2 | .  .  F0 F1 F2 B2 B1 B0 S2 .  .
     """
     parts = range(num_microbatches)
-    orders = [_each([k], _F, parts) + _each([k], _B, parts[::-1]) for k in range(num_stages)]
+    orders = [_actions([k], _F, parts) + _actions([k], _B, parts[::-1]) for k in range(num_stages)]
     return _wavefront(orders, num_stages, num_microbatches)
 
 
@@ -71,7 +73,7 @@ def one_forward_one_backward(num_stages: int, num_microbatches: int) -> Iterator
     """
     parts = range(num_microbatches)
     orders = [
-        _in_turns(_each([k], _F, parts), _each([k], _B, parts), warm_up=num_stages - 1 - k)
+        _in_turns(_actions([k], _F, parts), _actions([k], _B, parts), warm_up=num_stages - 1 - k)
         for k in range(num_stages)
     ]
     return _wavefront(orders, num_stages, num_microbatches)
@@ -80,10 +82,10 @@ def one_forward_one_backward(num_stages: int, num_microbatches: int) -> Iterator
 def interleaved(num_stages: int, num_microbatches: int, chunks: int) -> Iterator[Action]:
     """1f1b with V chunks of blocks a device (Megatron-LM, arXiv 2104.04473, section 2.2).
 
-    Stage s lives on row s % P of P = K / V. A row takes its stages in turns, P microbatches at a
-    time; the last group also takes what is left over, because a group below P stalls the pipeline.
-    The bubble is then P - 1 forwards and backwards of one stage for every M of at least P.
-    K = 4, V = 2, M = 2; stages 0 and 2 share a row, and so do stages 1 and 3::
+    Stage s lives on device group s % P of P = K / V. A device group takes its stages in turns, P
+    microbatches at a time. The last P also take what is left over, because fewer than P stall the
+    pipeline. The bubble is then P - 1 forwards and backwards of one stage for every M of at least
+    P. K = 4, V = 2, M = 2; stages 0 and 2 share a device group, and so do stages 1 and 3::
 
         stage 0 | F0 F1 .  .  .  .  .  .  B0 B1 S1 .
         stage 1 | .  F0 F1 .  .  .  .  B0 B1 S1 .  .
@@ -92,70 +94,56 @@ def interleaved(num_stages: int, num_microbatches: int, chunks: int) -> Iterator
     """
     if chunks == 1:
         return one_forward_one_backward(num_stages, num_microbatches)
-    num_rows = num_stages // chunks
-    *starts, last = range(0, max(1, num_microbatches - num_rows + 1), num_rows)
-    groups = [range(start, start + num_rows) for start in starts]
-    groups.append(range(last, num_microbatches))
+    size = num_stages // chunks
+    *starts, last = range(0, max(1, num_microbatches - size + 1), size)
+    turns = [*(range(start, start + size) for start in starts), range(last, num_microbatches)]
     orders = []
-    for row in range(num_rows):
-        stages = range(row, num_stages, num_rows)
-        forwards = [action for group in groups for action in _each(stages, _F, group)]
-        backwards = [action for group in groups for action in _each(stages[::-1], _B, group)]
-        warm_up = 2 * (num_rows - 1 - row) + (chunks - 1) * len(groups[-1])
+    for device_group in range(size):
+        stages = range(device_group, num_stages, size)
+        forwards = [action for parts in turns for action in _actions(stages, _F, parts)]
+        backwards = [action for parts in turns for action in _actions(stages[::-1], _B, parts)]
+        warm_up = 2 * (size - 1 - device_group) + (chunks - 1) * len(turns[-1])
         orders.append(_in_turns(forwards, backwards, warm_up))
     return _wavefront(orders, num_stages, num_microbatches)
 
 
-def _each(stages: Iterable[int], kind: Kind, microbatches: Sequence[int]) -> list[Action]:
-    return [Action(stage, kind, each) for stage in stages for each in microbatches]
+def _actions(stages: Iterable[int], kind: Kind, microbatches: Sequence[int]) -> list[Action]:
+    return [Action(stage, kind, microbatch) for stage in stages for microbatch in microbatches]
 
 
 def _in_turns(forwards: list[Action], backwards: list[Action], warm_up: int) -> list[Action]:
     """Some forwards, then one forward and one backward in turns, then the other backwards."""
     turns = max(0, len(forwards) - warm_up)
     pairs = zip(forwards[warm_up:], backwards[:turns], strict=True)
-    return [*forwards[:warm_up], *(each for pair in pairs for each in pair), *backwards[turns:]]
+    return [*forwards[:warm_up], *itertools.chain(*pairs), *backwards[turns:]]
 
 
 def _wavefront(
     orders: Sequence[list[Action]], num_stages: int, num_microbatches: int
 ) -> Iterator[Action]:
-    """Merges what each row does, and the steps that end it, into the order of dispatch.
+    """Merges what each device group does, and the steps that end it, into the order of dispatch.
 
     Every action takes one tick, and a call is dispatched in the tick in which it begins, the first
-    row first.
+    device group first. What sends nothing joins what follows; the rest sends as soon as it ends.
     """
-    num_rows, last = len(orders), num_microbatches - 1
+    silent = (num_stages - 1, _F), (0, _B)
     inputs = Schedule("", num_stages, num_microbatches, ()).inputs
-    waiting = []
-    for row, order in enumerate(orders):
-        steps = _each(range(row, num_stages, num_rows), _S, [last])
-        waiting.append(deque(_calls(order + steps, num_stages)))
+    queues = []
+    for device_group, order in enumerate(orders):
+        stages = range(device_group, num_stages, len(orders))
+        actions = order + _actions(stages, _S, [num_microbatches - 1])
+        queues.append(deque(split(actions, lambda a, b: a[:2] in silent and joins(a, b))))
     done: dict[Action, int] = {}
-    free = [0] * num_rows
+    free = [0] * len(orders)
     for tick in range(sum(map(len, orders)) + num_stages):
-        if not any(waiting):
-            return
-        for row, calls in enumerate(waiting):
-            if not calls or free[row] > tick:
+        for device_group, calls in enumerate(queues):
+            if not calls or free[device_group] > tick:
                 continue
-            if all(done.get(each, tick) < tick for each in inputs(calls[0][0])):
+            if all(done.get(action, tick) < tick for action in inputs(calls[0][0])):
                 call = calls.popleft()
                 done |= {action: tick + late for late, action in enumerate(call)}
-                free[row] = tick + len(call)
+                free[device_group] = tick + len(call)
                 yield from call
-
-
-def _calls(order: list[Action], num_stages: int) -> Iterator[list[Action]]:
-    """Joins what sends nothing with what follows; the rest sends as soon as it ends."""
-    silent = (num_stages - 1, _F), (0, _B)
-    call: list[Action] = []
-    for action in order:
-        if call and not (call[-1][:2] in silent and joins(call[-1], action)):
-            yield call
-            call = []
-        call.append(action)
-    yield call
 
 
 def delayed(num_stages: int, num_microbatches: int) -> Iterator[Action]:
@@ -197,33 +185,37 @@ def delayed_locked(num_stages: int, num_microbatches: int) -> Iterator[Action]:
         yield Action(stage, _S, stage - last)
 
 
-class _Entry(NamedTuple):
-    generator: Callable[..., Iterator[Action]]
+class _Generator(NamedTuple):
+    actions: Callable[..., Iterator[Action]]
     local: bool = False
     delayed: bool = False
-    interleaved: bool = False
+    takes_chunks: bool = False
 
 
-_SCHEDULES: dict[str, _Entry] = {
-    "local": _Entry(local, local=True),
-    "sequential": _Entry(sequential),
-    "gpipe": _Entry(gpipe),
-    "1f1b": _Entry(one_forward_one_backward),
-    "interleaved_1f1b": _Entry(interleaved, interleaved=True),
-    "delayed": _Entry(delayed, delayed=True),
-    "delayed_locked": _Entry(delayed_locked, delayed=True),
+_GENERATORS = {
+    "local": _Generator(local, local=True),
+    "sequential": _Generator(sequential),
+    "gpipe": _Generator(gpipe),
+    "1f1b": _Generator(one_forward_one_backward),
+    "interleaved_1f1b": _Generator(interleaved, takes_chunks=True),
+    "delayed": _Generator(delayed, delayed=True),
+    "delayed_locked": _Generator(delayed_locked, delayed=True),
 }
 
 
 def names() -> tuple[str, ...]:
     """Names that `build` takes."""
-    return tuple(_SCHEDULES)
+    return tuple(_GENERATORS)
 
 
 def build(
     name: str, num_stages: int, num_microbatches: int = 1, *, chunks: int | None = None
 ) -> Schedule:
     """Builds and validates a schedule.
+
+    >>> print(build("1f1b", num_stages=2, num_microbatches=3))
+    stage 0 | F0 F1 .  B0 F2 B1 .  B2 S2
+    stage 1 | .  F0 B0 F1 B1 F2 B2 S2 .
 
     Args:
         name: one of `names()`.
@@ -239,31 +231,28 @@ def build(
         ValueError: unknown name, a count below 1, microbatches in a delayed schedule, or chunks
             that do not divide the stages or that the schedule does not take.
     """
-    if name not in _SCHEDULES:
-        raise ValueError(f"unknown schedule {name!r}: allowed are {', '.join(_SCHEDULES)}")
-    entry = _SCHEDULES[name]
+    if name not in _GENERATORS:
+        raise ValueError(f"unknown schedule {name!r}: allowed are {', '.join(_GENERATORS)}")
+    actions, is_local, is_delayed, takes_chunks = _GENERATORS[name]
     if chunks is None:
-        chunks = 2 if entry.interleaved and num_stages > 2 and num_stages % 2 == 0 else 1
-    counts = {"num_stages": num_stages, "num_microbatches": num_microbatches, "chunks": chunks}
-    for label, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{label} is {count}: at least 1 is needed")
-    if entry.delayed and num_microbatches > 1:
+        chunks = 2 if takes_chunks and num_stages > 2 and num_stages % 2 == 0 else 1
+    require_int(1, num_stages=num_stages, num_microbatches=num_microbatches, chunks=chunks)
+    if is_delayed and num_microbatches > 1:
         raise ValueError(
             f"num_microbatches is {num_microbatches}: schedule {name} takes 1, because consecutive "
             "batches already fill its stages"
         )
-    if chunks > 1 and not entry.interleaved:
+    if chunks > 1 and not takes_chunks:
         raise ValueError(f"chunks is {chunks}: schedule {name} takes 1, a stage a device")
     if num_stages % chunks:
         raise ValueError(f"num_stages is {num_stages}: a multiple of chunks={chunks} is needed")
-    arguments = (chunks,) if entry.interleaved else ()
+    counts = (num_stages, num_microbatches, *([chunks] if takes_chunks else []))
     return Schedule(
         name,
         num_stages,
         num_microbatches,
-        tuple(entry.generator(num_stages, num_microbatches, *arguments)),
-        local=entry.local,
-        delayed=entry.delayed,
+        tuple(actions(*counts)),
+        local=is_local,
+        delayed=is_delayed,
         chunks=chunks,
     ).validate()

@@ -2,7 +2,7 @@
 
 import dataclasses
 import enum
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 
@@ -45,9 +45,9 @@ class InFlight(NamedTuple):
     """What a stage holds between two iterations, as the batches it belongs to, oldest first.
 
     Attributes:
-        carries: handed on by the stage below, and not yet used.
+        carries: sent by the stage below, and not yet used.
         residuals: forwarded, with the backward still to come.
-        errors: handed back by the stage above, and not yet used.
+        errors: sent by the stage above, and not yet used.
     """
 
     carries: range
@@ -67,9 +67,9 @@ class Schedule:
         num_stages: K.
         num_microbatches: M.
         actions: every action in the order in which the host dispatches them.
-        local: whether the stages exchange no backward messages (local objectives).
+        local: whether no errors go from stage to stage (local objectives).
         delayed: whether what an action needs may come from an earlier iteration.
-        chunks: stages that share a row of devices.
+        chunks: stages that share a device group.
     """
 
     name: str
@@ -82,11 +82,11 @@ class Schedule:
 
     @property
     def num_device_groups(self) -> int:
-        """Rows of devices that the stages live on; K unless several share one."""
+        """Device groups that the stages live on; K unless several share one."""
         return self.num_stages // self.chunks
 
     def device_group(self, stage: int) -> int:
-        """Row of devices on which a stage lives: they go round, so that neighbours differ."""
+        """Device group on which a stage lives: they go round, so that neighbours differ."""
         return stage % self.num_device_groups
 
     def calls(self) -> Iterator[Call]:
@@ -95,14 +95,10 @@ class Schedule:
         Joined are those on one microbatch, a step with the backward before it, and what a step of
         their stage precedes.
         """
-        run: list[Action] = []
-        for action in self.actions:
-            if run and not joins(run[-1], action):
-                yield _call(run)
-                run = []
-            run.append(action)
-        if run:
-            yield _call(run)
+        for actions in split(self.actions, joins):
+            kinds = tuple(action.kind for action in actions)
+            microbatches = tuple(action.microbatch for action in actions)
+            yield Call(actions[0].stage, kinds, microbatches)
 
     @property
     def overlapping(self) -> bool:
@@ -139,27 +135,36 @@ class Schedule:
             The schedule itself, so that a call can be chained.
 
         Raises:
-            ValueError: naming the first action that is out of range, done twice, without
-                its inputs or too early, or the first that is missing; or chunks that do not
-                divide the stages.
+            ValueError: naming the first action that is out of range, done twice, without its
+                inputs or too early, or missing; or the chunks do not divide the stages.
         """
         if self.chunks < 1 or self.num_stages % self.chunks:
             raise ValueError(
                 f"schedule {self.name}: {self.num_stages} stages cannot be dealt out in "
                 f"{self.chunks} chunks a device"
             )
-        done: set[Action] = set()
+        done: set[tuple] = set()
         for action in self.actions:
-            problem = self._problem(action, done)
-            if problem:
+            if problem := self._problem(action, done):
                 raise ValueError(f"schedule {self.name}: {action} {problem}")
-            done.add(action)
-        for action in self._complete():
-            if action not in done:
+            done |= {action, self._slot(action)}
+        for action in self._needed():
+            if self._slot(action) not in done:
                 raise ValueError(f"schedule {self.name}: {action} is missing")
         return self
 
-    def _problem(self, action: Action, done: set[Action]) -> str | None:
+    def _slot(self, action: Action) -> tuple:
+        """What is done once: an action, in a delayed schedule one of any batch."""
+        return action[:2] if self.delayed else action
+
+    def _needed(self) -> Iterator[Action]:
+        for stage in range(self.num_stages):
+            for microbatch in range(self.num_microbatches):
+                yield Action(stage, Kind.FORWARD, microbatch)
+                yield Action(stage, Kind.BACKWARD, microbatch)
+            yield self._last_step(stage)
+
+    def _problem(self, action: Action, done: set[tuple]) -> str | None:
         stage, kind, microbatch = action
         if not 0 <= stage < self.num_stages:
             return f"names a stage outside 0..{self.num_stages - 1}"
@@ -167,7 +172,7 @@ class Schedule:
             return f"names a microbatch outside 0..{self.num_microbatches - 1}"
         if self.delayed and microbatch > 0:
             return "names a batch that has not entered yet"
-        if action in done or (self.delayed and any(each[:2] == action[:2] for each in done)):
+        if self._slot(action) in done:
             return "stands twice"
         for needed in self.inputs(action):
             if needed not in done and not self._earlier(needed):
@@ -179,7 +184,8 @@ class Schedule:
     def _earlier(self, needed: Action) -> bool:
         """Whether an earlier iteration of a delayed schedule has done what is needed."""
         return self.delayed and any(
-            each[:2] == needed[:2] and each.microbatch > needed.microbatch for each in self.actions
+            action[:2] == needed[:2] and action.microbatch > needed.microbatch
+            for action in self.actions
         )
 
     def _last_step(self, stage: int) -> Action:
@@ -188,47 +194,32 @@ class Schedule:
     def inputs(self, action: Action) -> Iterator[Action]:
         """Yields the actions whose results an action takes."""
         stage, kind, microbatch = action
-        if kind is Kind.FORWARD:
-            if stage > 0:
-                yield Action(stage - 1, Kind.FORWARD, microbatch)
+        if kind is Kind.FORWARD and stage > 0:
+            yield Action(stage - 1, Kind.FORWARD, microbatch)
         elif kind is Kind.BACKWARD:
             yield Action(stage, Kind.FORWARD, microbatch)
             if not self.local and stage < self.num_stages - 1:
                 yield Action(stage + 1, Kind.BACKWARD, microbatch)
-        elif self.delayed:
-            yield Action(stage, Kind.BACKWARD, microbatch)
-        else:
-            for each in range(self.num_microbatches):
-                yield Action(stage, Kind.BACKWARD, each)
-
-    def _complete(self) -> Iterator[Action]:
-        for stage in range(self.num_stages):
-            if self.delayed:
-                acts = {action.kind: action for action in self.actions if action.stage == stage}
-                yield from (acts.get(kind, Action(stage, kind, 0)) for kind in Kind)
-                continue
-            for microbatch in range(self.num_microbatches):
-                yield Action(stage, Kind.FORWARD, microbatch)
-                yield Action(stage, Kind.BACKWARD, microbatch)
-            yield self._last_step(stage)
+        elif kind is Kind.STEP:
+            for of in [microbatch] if self.delayed else range(self.num_microbatches):
+                yield Action(stage, Kind.BACKWARD, of)
 
     def __str__(self) -> str:
-        """The grid: a line a stage, a column a tick; the stages of one row act once in a tick."""
+        """The grid: a line a stage, a column a tick; a device group acts once in a tick."""
         finished: dict[Action, int] = {}
         free = [0] * self.num_device_groups
-        rows: list[dict[int, str]] = [{} for _ in range(self.num_stages)]
+        grid: list[dict[int, str]] = [{} for _ in range(self.num_stages)]
         for action in self.actions:
-            ready = [finished[each] + 1 for each in self.inputs(action) if each in finished]
-            tick = max([free[self.device_group(action.stage)], *ready])
-            finished[action] = tick
-            free[self.device_group(action.stage)] = tick + 1
-            rows[action.stage][tick] = f"{action.kind.value}{action.microbatch}"
-        ticks = max(free, default=0)
-        width = max((len(cell) for row in rows for cell in row.values()), default=1)
+            group = self.device_group(action.stage)
+            ready = [finished[needed] + 1 for needed in self.inputs(action) if needed in finished]
+            finished[action] = tick = max([free[group], *ready])
+            free[group] = tick + 1
+            grid[action.stage][tick] = f"{action.kind.value}{action.microbatch}"
+        width = max((len(cell) for cells in grid for cell in cells.values()), default=1)
         lines = []
-        for stage, row in enumerate(rows):
-            cells = " ".join(row.get(tick, ".").ljust(width) for tick in range(ticks))
-            lines.append(f"stage {stage} | {cells.rstrip()}")
+        for stage, cells in enumerate(grid):
+            line = " ".join(cells.get(tick, ".").ljust(width) for tick in range(max(free)))
+            lines.append(f"stage {stage} | {line.rstrip()}")
         return "\n".join(lines)
 
 
@@ -239,9 +230,15 @@ def joins(before: Action, action: Action) -> bool:
     )
 
 
-def _call(run: list[Action]) -> Call:
-    return Call(
-        run[0].stage,
-        tuple(action.kind for action in run),
-        tuple(action.microbatch for action in run),
-    )
+def split(
+    actions: Iterable[Action], joined: Callable[[Action, Action], bool]
+) -> Iterator[list[Action]]:
+    """Cuts actions between neighbours that are not joined."""
+    run: list[Action] = []
+    for action in actions:
+        if run and not joined(run[-1], action):
+            yield run
+            run = []
+        run.append(action)
+    if run:
+        yield run

@@ -4,12 +4,14 @@ import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from numbers import Integral, Real
+from numbers import Integral
 from typing import NamedTuple
 
+from jdecouple._errors import require_int, require_number
 from jdecouple.schedules.schedule import Kind, Schedule
 
 PerStage = float | Sequence[float]
+Kinds = tuple[Kind, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,13 +24,13 @@ class Costs:
         forward: seconds of one microbatch, for each of the K stages; not needed beside all `calls`.
         backward: as forward.
         step: seconds of one optimiser step, for each stage.
-        message_bytes: of one microbatch's activations, for each of the K-1 boundaries.
+        message_bytes: of one microbatch's carry, for each of the K-1 boundaries.
         error_bytes: of one microbatch's errors, for each boundary.
         bandwidth: bytes per second of a link in one direction, above 0.
         latency: seconds that a message takes beside its bytes.
         dispatch: seconds of the host per call. A host dispatches one call after another.
         hosts: the process that drives each stage; by default one drives all.
-        calls: seconds of whole calls by (stage, kinds), such as `pipeline.measured_costs` gives.
+        calls: seconds of whole calls by (stage, kinds), such as `Trainer.measured_costs` gives.
             What joins several actions in one call is faster than the actions one by one.
 
     Raises:
@@ -45,24 +47,26 @@ class Costs:
     latency: float = 0.0
     dispatch: float = 0.0
     hosts: Sequence[int] | None = None
-    calls: Mapping[tuple[int, tuple[Kind, ...]], float] = dataclasses.field(default_factory=dict)
+    calls: Mapping[tuple[int, Kinds], float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("forward", "backward", "step", "message_bytes", "error_bytes"):
-            given = getattr(self, name)
-            if given is None and self.calls and name in ("forward", "backward"):
+            values = getattr(self, name)
+            if values is None and self.calls and name in ("forward", "backward"):
                 continue
-            for each in given if isinstance(given, Iterable) else [given]:
-                _check_number(name, each)
+            for value in values if isinstance(values, Iterable) else [values]:
+                require_number(**{name: value})
         for key, seconds in self.calls.items():
-            _check_key(key)
-            _check_number(f"calls[{_label(*key)}]", seconds)
-        _check_number("latency", self.latency)
-        _check_number("dispatch", self.dispatch)
-        if not isinstance(self.bandwidth, Real) or not self.bandwidth > 0:
-            raise ValueError(
-                f"bandwidth is {self.bandwidth!r}: bytes per second above 0 are needed"
-            )
+            match key:
+                case (Integral() as stage, (Kind(), *_) as kinds) if {*map(type, kinds)} == {Kind}:
+                    require_number(**{f"calls[{_label(stage, kinds)}]": seconds})
+                case _:
+                    raise ValueError(
+                        f"calls has the key {key!r}: (stage, kinds of its actions) is needed"
+                    )
+        require_number(latency=self.latency, dispatch=self.dispatch)
+        if self.bandwidth != math.inf:
+            require_number(positive=True, bandwidth=self.bandwidth)
 
 
 class Span(NamedTuple):
@@ -70,7 +74,7 @@ class Span(NamedTuple):
 
     Attributes:
         stage: index of the stage.
-        device_group: devices that the call occupied.
+        device_group: device group that the call occupied.
         kinds: its actions, in order.
         microbatches: of each action, as in the schedule.
         batch: number of the iteration, from 0.
@@ -93,9 +97,9 @@ class Simulation:
 
     Attributes:
         makespan: seconds from the first dispatch to the end of the last call.
-        busy: share of the makespan in which each row of devices ran a call.
+        busy: share of the makespan in which each device group ran a call.
         peak_live: microbatches of each stage that are forwarded with the backward to come, at most.
-        bytes_moved: bytes of all batches that went from one row to another.
+        bytes_moved: bytes of all batches that went from one device group to another.
         spans: every call, in order of dispatch.
     """
 
@@ -107,7 +111,7 @@ class Simulation:
 
     @property
     def idle(self) -> tuple[float, ...]:
-        """Share of the makespan in which each row of devices waited."""
+        """Share of the makespan in which each device group waited."""
         return tuple(1.0 - share for share in self.busy)
 
     @property
@@ -127,12 +131,17 @@ def simulate(
 ) -> Simulation:
     """Plays consecutive batches as the executor runs them.
 
+    >>> from jdecouple.schedules import build
+    >>> played = simulate(build("gpipe", num_stages=2, num_microbatches=3), Costs(1.0, 2.0))
+    >>> played.makespan, played.idle, played.peak_live
+    (12.0, (0.25, 0.25), (3, 3))
+
     The calls are dispatched in the schedule's order, batch after batch, without waiting. A call
-    begins when it is dispatched, its row of devices is free and its inputs are there; it takes its
+    begins when it is dispatched, its device group is free and its inputs are there; it takes its
     own time or the times of its actions; what it sends leaves at its end. A message takes latency +
-    bytes / bandwidth from row to row and nothing within a row; a link carries one at a time each
-    way. An action of a delayed schedule takes its time also before its first input exists, because
-    the executor computes and discards it.
+    bytes / bandwidth between device groups and nothing within one; a link carries one at a time
+    each way. An action of a delayed schedule takes its time also before its first input exists,
+    because the executor computes and discards it.
 
     Args:
         schedule: a valid schedule.
@@ -148,12 +157,12 @@ def simulate(
             for a call, or counts below 1.
     """
     schedule.validate()
-    _check_count("batches", batches)
+    require_int(1, batches=batches)
     if max_in_flight is not None:
-        _check_count("max_in_flight", max_in_flight)
-    stages, calls = schedule.num_stages, tuple(schedule.calls())
+        require_int(1, max_in_flight=max_in_flight)
+    calls = tuple(schedule.calls())
     seconds = _seconds(schedule, costs)
-    hosts = _spread("hosts", 0 if costs.hosts is None else costs.hosts, stages)
+    hosts = _per_stage("hosts", 0 if costs.hosts is None else costs.hosts, schedule.num_stages)
     links = _Links(schedule, costs)
     dispatched: dict[float, float] = defaultdict(float)  # host -> when it is free
     free, work = [0.0] * schedule.num_device_groups, [0.0] * schedule.num_device_groups
@@ -165,25 +174,27 @@ def simulate(
         if max_in_flight is not None and batch >= max_in_flight:
             opened = ends[batch - max_in_flight]
         for stage, kinds, microbatches in calls:
-            row, host = schedule.device_group(stage), hosts[stage]
+            group, host = schedule.device_group(stage), hosts[stage]
             dispatched[host] = max(dispatched[host], opened) + costs.dispatch
             # What never arrives belongs to a batch before the first.
-            parts = [batch * schedule.num_microbatches + each for each in microbatches]
-            takes = [(stage, kind, part) for kind, part in zip(kinds, parts, strict=True)]
-            ready = [arrived.pop(each, 0.0) for each in takes]
-            start = max(free[row], dispatched[host], *ready)
-            free[row] = end = start + seconds[stage, kinds]
-            work[row] += end - start
-            spans.append(Span(stage, row, kinds, microbatches, batch, start, end))
-            for _, kind, part in takes:
+            actions = [
+                (kind, batch * schedule.num_microbatches + microbatch)
+                for kind, microbatch in zip(kinds, microbatches, strict=True)
+            ]
+            ready = [arrived.pop((stage, *action), 0.0) for action in actions]
+            start = max(free[group], dispatched[host], *ready)
+            free[group] = end = start + seconds[stage, kinds]
+            work[group] += end - start
+            spans.append(Span(stage, group, kinds, microbatches, batch, start, end))
+            for kind, microbatch in actions:
                 target = stage + _DIRECTION[kind]
                 if (stage, target) in links.sizes:
-                    arrived[target, kind, part] = links.send(stage, target, end)
+                    arrived[target, kind, microbatch] = links.send(stage, target, end)
         ends.append(max(free))
     makespan = ends[-1]
     return Simulation(
         makespan,
-        busy=tuple(min(1.0, each / makespan) if makespan else 0.0 for each in work),
+        busy=tuple(min(1.0, seconds / makespan) if makespan else 0.0 for seconds in work),
         peak_live=_peak_live(schedule),
         bytes_moved=links.moved,
         spans=tuple(spans),
@@ -191,19 +202,18 @@ def simulate(
 
 
 _DIRECTION = {Kind.FORWARD: 1, Kind.BACKWARD: -1, Kind.STEP: 0}
-_LIVE = {Kind.FORWARD: 1, Kind.BACKWARD: -1, Kind.STEP: 0}
 
 
 class _Links:
-    """Times of arrival; a link between two rows carries one message at a time each way."""
+    """Times of arrival; a link carries one message at a time each way."""
 
     def __init__(self, schedule: Schedule, costs: Costs):
         boundaries = schedule.num_stages - 1
-        upwards = _spread("message_bytes", costs.message_bytes, boundaries)
-        downwards = _spread("error_bytes", costs.error_bytes, boundaries)
-        self.sizes = {(k, k + 1): size for k, size in enumerate(upwards)}
+        carries = _per_stage("message_bytes", costs.message_bytes, boundaries)
+        errors = _per_stage("error_bytes", costs.error_bytes, boundaries)
+        self.sizes = {(k, k + 1): size for k, size in enumerate(carries)}
         if not schedule.local:
-            self.sizes |= {(k + 1, k): size for k, size in enumerate(downwards)}
+            self.sizes |= {(k + 1, k): size for k, size in enumerate(errors)}
         self.moved = 0.0
         self._schedule, self._costs = schedule, costs
         self._free: dict[tuple[int, int], float] = defaultdict(float)
@@ -219,44 +229,43 @@ class _Links:
         return self._free[link] + self._costs.latency
 
 
-def _seconds(schedule: Schedule, costs: Costs) -> dict[tuple[int, tuple[Kind, ...]], float]:
+def _seconds(schedule: Schedule, costs: Costs) -> dict[tuple[int, Kinds], float]:
     """What each call of a schedule takes, by (stage, kinds)."""
-    stages = schedule.num_stages
-    forward, backward = (
-        None if given is None else _spread(name, given, stages)
-        for name, given in (("forward", costs.forward), ("backward", costs.backward))
-    )
-    step = _spread("step", costs.step, stages)
-    each = {Kind.FORWARD: forward, Kind.BACKWARD: backward, Kind.STEP: step}
-    found = {}
+    times = {
+        kind: None if values is None else _per_stage(name, values, schedule.num_stages)
+        for kind, name, values in (
+            (Kind.FORWARD, "forward", costs.forward),
+            (Kind.BACKWARD, "backward", costs.backward),
+            (Kind.STEP, "step", costs.step),
+        )
+    }
+    seconds = {}
     for stage, kinds, _ in schedule.calls():
-        key = stage, kinds
-        if key in costs.calls:
-            found[key] = costs.calls[key]
-            continue
-        times = [each[kind] for kind in kinds]
-        if None in times:
+        parts = [time[stage] for kind in kinds if (time := times[kind])]
+        if (stage, kinds) in costs.calls:
+            seconds[stage, kinds] = costs.calls[stage, kinds]
+        elif len(parts) == len(kinds):
+            seconds[stage, kinds] = sum(parts)
+        else:
             raise ValueError(
-                f"calls has no time for {_label(*key)}: that or forward and backward are needed"
+                f"calls has no time for {_label(stage, kinds)}: that or forward and backward are "
+                "needed"
             )
-        found[key] = sum(time[stage] for time in times if time)
-    return found
+    return seconds
 
 
 def _peak_live(schedule: Schedule) -> tuple[int, ...]:
     live = [len(schedule.in_flight(stage).residuals) for stage in range(schedule.num_stages)]
     peak = list(live)
     for stage, kind, _ in schedule.actions:
-        live[stage] += _LIVE[kind]
+        live[stage] += _DIRECTION[kind]  # a forward begins what its backward ends
         peak[stage] = max(peak[stage], live[stage])
     return tuple(peak)
 
 
-def _spread(name: str, given: PerStage, count: int) -> tuple[float, ...]:
+def _per_stage(name: str, values: PerStage, count: int) -> tuple[float, ...]:
     """One value for each stage (or boundary)."""
-    if not isinstance(given, Iterable):
-        return (given,) * count
-    values = tuple(given)
+    values = tuple(values) if isinstance(values, Iterable) else (values,) * count
     if len(values) != count:
         raise ValueError(
             f"{name} has {len(values)} values: one number or {count} values are needed"
@@ -264,22 +273,5 @@ def _spread(name: str, given: PerStage, count: int) -> tuple[float, ...]:
     return values
 
 
-def _label(stage: int, kinds: Iterable[Kind]) -> str:
+def _label(stage: int, kinds: Kinds) -> str:
     return f"stage {stage}: {''.join(kind.value for kind in kinds)}"
-
-
-def _check_key(key: object) -> None:
-    match key:
-        case (Integral(), (Kind(), *_) as kinds) if all(isinstance(each, Kind) for each in kinds):
-            return
-    raise ValueError(f"calls has the key {key!r}: (stage, kinds of its actions) is needed")
-
-
-def _check_number(name: str, value: object) -> None:
-    if not isinstance(value, Real) or not 0 <= float(value) < math.inf:
-        raise ValueError(f"{name} is {value!r}: a finite number of at least 0 is needed")
-
-
-def _check_count(name: str, value: object) -> None:
-    if not isinstance(value, Integral) or int(value) < 1:
-        raise ValueError(f"{name} is {value!r}: a whole number of at least 1 is needed")

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from jdecouple import data
 from jdecouple.checkpoint import Checkpointer, Restored
-from jdecouple.pipeline.state import PlacedChunk
+from jdecouple.pipeline.batch import PlacedBatch
 from jdecouple.train import config as configuration
 from jdecouple.train import hosts, report
 from jdecouple.train.config import ConfigError, one_line
@@ -135,9 +135,10 @@ class Loop:
             while state.step < run.total_steps:
                 since, began = state.step, Clock.now(prefetcher.wait_seconds)
                 with one_line():
-                    trainer, chunk = next(prefetcher)
+                    trainer, placed = next(prefetcher)
                 profile.before(since + 1, state)
-                state, metrics = trainer.run_chunk(state, chunk)
+                train = trainer.step if placed.count is None else trainer.steps
+                state, metrics = train(state, placed)
                 step = state.step
                 if news := profile.after(step, state):
                     progress.print(news)
@@ -166,9 +167,9 @@ class Loop:
             self.checkpoints.wait()
         return state
 
-    def _put(self, batches: list[Mapping[str, Any]]) -> tuple[Trainer, PlacedChunk]:
+    def _put(self, batches: list[Mapping[str, Any]]) -> tuple[Trainer, PlacedBatch]:
         trainer = self.run.trainer_of(batches[0])
-        return trainer, trainer.put_chunk(batches)
+        return trainer, trainer.put(batches if len(batches) > 1 else batches[0])
 
     def _ends_interval(self, step: int) -> bool:
         """Whether a line is due: every `log_every` steps, and for a long enough rest."""

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jdecouple.methods.objectives.base import BlockInfo, HeadOutput, at_least_float32, require_whole
-from jdecouple.methods.objectives.maps import pool_maps, pooled_site
+from jdecouple._errors import require_int, require_one_of
+from jdecouple.methods.objectives.base import BlockInfo, HeadOutput, Objective, at_least_float32
+from jdecouple.methods.objectives.maps import pool_maps, pooled_info
 from jdecouple.models import layers
 
 ACTIVATIONS = ("sigmoid", "tanh", "linear")
@@ -41,8 +42,8 @@ def associated_learning(
     """
     if bridged.shape != code.shape or decoded.shape != target.shape:
         raise ValueError(
-            "expected bridged and code, and decoded and target, of the same shapes, "
-            f"got {bridged.shape} and {code.shape}, {decoded.shape} and {target.shape}"
+            f"bridged and code are {bridged.shape} and {code.shape}, decoded and target "
+            f"{decoded.shape} and {target.shape}: equal shapes are needed"
         )
     return {
         "bridge": _mean_squared_error(bridged, jax.lax.stop_gradient(code)),
@@ -50,21 +51,21 @@ def associated_learning(
     }
 
 
-def _mean_squared_error(found: jax.Array, wanted: jax.Array) -> jax.Array:
-    return jnp.mean((at_least_float32(found) - at_least_float32(wanted)) ** 2)
+def _mean_squared_error(x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.mean((at_least_float32(x) - at_least_float32(y)) ** 2)
 
 
 class AssociatedLearningHead(nnx.Module):
-    """Encoder g, bridge b and decoder v of one block; hands the code on as the next target."""
+    """Encoder g, bridge b and decoder v of one block; its code is the next block's target."""
 
-    def __init__(self, objective: "AssociatedLearning", site: BlockInfo, rngs: nnx.Rngs):
-        self.num_classes = site.num_classes
+    def __init__(self, objective: "AssociatedLearning", info: BlockInfo, rngs: nnx.Rngs):
+        self.num_classes = info.num_classes
         self.head_pool = objective.head_pool
-        size = pooled_site(site, self.head_pool).size
-        below = objective.features if site.index else site.num_classes
+        size = pooled_info(info, self.head_pool).size
+        below = objective.features if info.index else info.num_classes
 
         def dense(*sizes: int) -> list[Callable]:
-            return _dense(sizes, objective.activation, site, rngs)
+            return _dense(sizes, objective.activation, info, rngs)
 
         self.encoder = nnx.Sequential(*dense(below, objective.features))
         self.bridge = nnx.Sequential(
@@ -75,8 +76,8 @@ class AssociatedLearningHead(nnx.Module):
     def __call__(self, features: Any, carry: Mapping[str, Any]) -> HeadOutput:
         """Loss of `features` `[batch, ...]`, or a sequence, under `carry["target"]`.
 
-        The first block's target are the one-hot labels; "target" of the carry handed on is its
-        code, `[batch, objective.features]`.
+        The first block's target is the one-hot labels. The head's "target" for the block above is
+        its code, `[batch, objective.features]`.
         """
         bridged = self.turn(features)
         target = carry.get("target")
@@ -100,19 +101,19 @@ class AssociatedLearningHead(nnx.Module):
 
 
 def _dense(
-    sizes: Sequence[int], activation: str, site: BlockInfo, rngs: nnx.Rngs
+    sizes: Sequence[int], activation: str, info: BlockInfo, rngs: nnx.Rngs
 ) -> list[Callable[..., jax.Array]]:
     """Dense layers from size to size, each with the activation behind it."""
     stack: list[Callable[..., jax.Array]] = []
     for size, width in itertools.pairwise(sizes):
-        stack.append(layers.linear(size, width, **site.options(rngs)))
+        stack.append(layers.linear(size, width, **info.options(rngs)))
         if activation != "linear":
-            stack.append(layers.activation(activation))
+            stack.append(layers.ACTIVATIONS[activation])
     return stack
 
 
 @dataclasses.dataclass(frozen=True)
-class AssociatedLearning:
+class AssociatedLearning(Objective):
     """Associated Learning: loss of the bridge plus loss of the autoencoder, at every block.
 
     The labels flow up beside the features, encoded anew at every block. A sample is classified by
@@ -134,19 +135,18 @@ class AssociatedLearning:
     expansion: int = 5
     activation: str = "sigmoid"
     head_pool: int = 0
-    needs_classifier: ClassVar[bool] = False
     trains_classifier: ClassVar[bool] = False
 
     def __post_init__(self):
-        layers.require_positive(features=self.features)
-        require_whole(expansion=self.expansion, head_pool=self.head_pool)
-        layers.require_one_of(ACTIVATIONS, activation=self.activation)
+        require_int(1, features=self.features)
+        require_int(0, expansion=self.expansion, head_pool=self.head_pool)
+        require_one_of(ACTIVATIONS, activation=self.activation)
 
     @property
     def bridge_widths(self) -> tuple[int, ...]:
         """Widths of the bridge's hidden layers."""
         return (self.expansion * self.features,) if self.expansion else ()
 
-    def head(self, site: BlockInfo, rngs: nnx.Rngs) -> nnx.Module:
+    def head(self, info: BlockInfo, rngs: nnx.Rngs) -> nnx.Module:
         """Head for any block."""
-        return AssociatedLearningHead(self, site, rngs)
+        return AssociatedLearningHead(self, info, rngs)

@@ -2,14 +2,15 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 from flax import nnx
 
-from jdecouple.methods.objectives.base import BlockInfo, HeadOutput, require_whole
+from jdecouple._errors import require_int, require_one_of
+from jdecouple.methods.objectives.base import BlockInfo, HeadOutput, Objective
 from jdecouple.methods.objectives.cross_entropy import CrossEntropy, cross_entropy
-from jdecouple.methods.objectives.maps import is_map, pool_maps, pooled_site
+from jdecouple.methods.objectives.maps import is_map, pool_maps, pooled_info
 from jdecouple.models import layers
 from jdecouple.models.resampling import adaptive_average_pool
 
@@ -23,13 +24,13 @@ class SpatialReduction(nnx.Module):
     2, or at 1 where no more are left.
     """
 
-    def __init__(self, site: BlockInfo, rngs: nnx.Rngs):
-        _, height, width, channels = site.features.shape
+    def __init__(self, info: BlockInfo, rngs: nnx.Rngs):
+        _, height, width, channels = info.features.shape
         self.quarter = (-(-height // 4), -(-width // 4))
         self.end = (min(2, self.quarter[0]), min(2, self.quarter[1]))
         stack: list[Callable[..., jax.Array]] = []
         for _ in range(3):
-            stack += [*layers.conv_norm(channels, channels, 1, **site.options(rngs)), nnx.relu]
+            stack += [*layers.conv_norm(channels, channels, 1, **info.options(rngs)), nnx.relu]
         self.convolutions = nnx.Sequential(*stack)
         self.size = self.end[0] * self.end[1] * channels
 
@@ -42,17 +43,17 @@ class SpatialReduction(nnx.Module):
 class AuxiliaryNetHead(nnx.Module):
     """An auxiliary net under cross-entropy: an exit."""
 
-    def __init__(self, objective: "AuxiliaryNet", site: BlockInfo, rngs: nnx.Rngs):
+    def __init__(self, objective: "AuxiliaryNet", info: BlockInfo, rngs: nnx.Rngs):
         self.head_pool = objective.head_pool
-        site = pooled_site(site, self.head_pool)
-        reduction, size = None, site.size
-        if objective.aux == "mlp_sr" and is_map(site.features):
-            reduction = SpatialReduction(site, rngs)
+        info = pooled_info(info, self.head_pool)
+        reduction, size = None, info.size
+        if objective.aux == "mlp_sr" and is_map(info.features):
+            reduction = SpatialReduction(info, rngs)
             size = reduction.size
         self.reduction = reduction or nnx.Sequential()
         hidden = () if objective.aux == "linear" else 3 * (objective.hidden or size,)
-        widths = (*hidden, site.num_classes)
-        self.readout = layers.perceptron(size, widths, batch_norm=True, **site.options(rngs))
+        widths = (*hidden, info.num_classes)
+        self.readout = layers.perceptron(size, widths, batch_norm=True, **info.options(rngs))
 
     def __call__(self, features: Any, carry: Mapping[str, Any]) -> HeadOutput:
         """Loss of `features` `[batch, ...]`, or a sequence, under `carry["label"]`."""
@@ -66,7 +67,7 @@ class AuxiliaryNetHead(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class AuxiliaryNet:
+class AuxiliaryNet(Objective):
     """Cross-entropy of an auxiliary net at every block but the last, which has the model's end.
 
     As in the paper, the last block trains with the model's own classifier (or with its output as
@@ -87,19 +88,17 @@ class AuxiliaryNet:
     aux: str = "mlp_sr"
     hidden: int = 0
     head_pool: int = 0
-    needs_classifier: ClassVar[bool] = False
-    trains_classifier: ClassVar[bool] = True
 
     def __post_init__(self):
-        layers.require_one_of(NETS, aux=self.aux)
-        require_whole(hidden=self.hidden, head_pool=self.head_pool)
+        require_one_of(NETS, aux=self.aux)
+        require_int(0, hidden=self.hidden, head_pool=self.head_pool)
 
-    def head(self, site: BlockInfo, rngs: nnx.Rngs) -> nnx.Module | None:
+    def head(self, info: BlockInfo, rngs: nnx.Rngs) -> nnx.Module | None:
         """Head for any block.
 
         Raises:
             ValueError: There is no classifier and the last block's output is no logits.
         """
-        if site.is_last:
-            return CrossEntropy().head(site, rngs)
-        return AuxiliaryNetHead(self, site, rngs)
+        if info.is_last:
+            return CrossEntropy().head(info, rngs)
+        return AuxiliaryNetHead(self, info, rngs)

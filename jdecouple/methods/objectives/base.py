@@ -3,8 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from numbers import Integral, Real
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +20,7 @@ class BlockInfo:
         index: Index of the block, from 0.
         num_blocks: Number of blocks of the model.
         features: Shape and dtype (`jax.ShapeDtypeStruct`, or a pytree of them) of the block's
-            output, batch axis first. Of a sequence (see :mod:`jdecouple.models.sequence`) heads
+            output, batch axis first. Of a sequence (see `jdecouple.models.sequence`) heads
             read the summary: `pooled(features)`.
         num_classes: Number of classes of the labels.
         classifier: The model's classifier, or None.
@@ -57,13 +56,13 @@ class BlockInfo:
         features = pooled(self.features)
         if not hasattr(features, "shape"):
             raise TypeError(
-                f"the output of block {self.index} must be one array (or a sequence with "
-                f'"summary") for this objective, got {type(features).__name__}'
+                f"the output of block {self.index} is of type {type(features).__name__}: this "
+                'objective needs one array (or a sequence with "summary")'
             )
         return math.prod(features.shape[1:])
 
     def options(self, rngs: nnx.Rngs) -> dict[str, Any]:
-        """Arguments that all layers of :mod:`jdecouple.models.layers` with weights share."""
+        """Arguments that all layers of `jdecouple.models.layers` with weights share."""
         return {"init": self.init, "param_dtype": self.param_dtype, "rngs": rngs}
 
 
@@ -96,11 +95,10 @@ class Head(Protocol):
             carry: "label" holds int labels `[batch]`, "x" the block's input; what else there is
                 came with the batch or from the heads below.
         """
-        ...
+        raise NotImplementedError
 
     def logits(self, features: Any) -> jax.Array | None:
         """Logits `[batch, classes]` for evaluation; None if the head is no exit."""
-        ...
 
 
 @runtime_checkable
@@ -109,16 +107,14 @@ class Descending(Protocol):
 
     def turn(self, features: Any) -> Any:
         """At the last block: what its output becomes before it comes down, batch first."""
-        ...
 
     def descend(self, target: Any) -> Any:
         """What the block below gets for what came from above; below the first block, logits."""
-        ...
 
 
 @runtime_checkable
 class Objective(Protocol):
-    """What each block minimises.
+    """What each block minimises; a subclass inherits the two defaults.
 
     Attributes:
         needs_classifier: The objective cannot do without the model's classifier.
@@ -126,17 +122,11 @@ class Objective(Protocol):
             holds it as its attribute `classifier`.
     """
 
-    @property
-    def needs_classifier(self) -> bool:  # noqa: D102
-        ...
+    needs_classifier: ClassVar[bool] = False
+    trains_classifier: ClassVar[bool] = True
 
-    @property
-    def trains_classifier(self) -> bool:  # noqa: D102
-        ...
-
-    def head(self, site: BlockInfo, rngs: nnx.Rngs) -> nnx.Module | None:
-        """The :class:`Head` for a block, or None if the block has no loss of its own."""
-        ...
+    def head(self, info: BlockInfo, rngs: nnx.Rngs) -> nnx.Module | None:
+        """Returns the `Head` for a block, or None if the block has no loss of its own."""
 
 
 def at_least_float32(x: jax.Array) -> jax.Array:
@@ -161,26 +151,10 @@ def inner_products(x: jax.Array) -> jax.Array:
 
 
 def check_batch(z: jax.Array, labels: jax.Array, *, least: int = 1) -> None:
-    """Raise ValueError unless `z` is `[batch, dim]`, `labels` `[batch]` and batch >= `least`."""
+    """Raises ValueError unless `z` is `[batch, dim]`, `labels` `[batch]` and batch >= `least`."""
     if z.ndim != 2 or labels.shape != z.shape[:1]:
         raise ValueError(
-            f"expected z [batch, dim] and labels [batch], got {z.shape} and {labels.shape}"
+            f"z is {z.shape} and labels {labels.shape}: [batch, dim] and [batch] are needed"
         )
     if z.shape[0] < least:
-        raise ValueError(f"the loss needs a batch of at least {least}, got {z.shape[0]}")
-
-
-def require_number(*, positive: bool = False, **values: Any) -> None:
-    """Raise ValueError, naming it, for the first of `values` not finite and >= 0 (> 0)."""
-    for name, value in values.items():
-        is_number = isinstance(value, Real) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value) or value < 0 or (positive and value == 0):
-            kind = "positive" if positive else "non-negative"
-            raise ValueError(f"{name} must be a finite {kind} number, got {value!r}")
-
-
-def require_whole(**values: Any) -> None:
-    """Raise ValueError, naming it, for the first of `values` that is no whole number >= 0."""
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, Integral) or value < 0:
-            raise ValueError(f"{name} must be a whole number of at least 0, got {value!r}")
+        raise ValueError(f"the batch has {z.shape[0]} examples: at least {least} are needed")

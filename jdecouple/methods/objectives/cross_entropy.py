@@ -2,14 +2,14 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from jdecouple.methods.objectives.base import BlockInfo, HeadOutput, at_least_float32
+from jdecouple.methods.objectives.base import BlockInfo, HeadOutput, Objective, at_least_float32
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -41,25 +41,22 @@ class CrossEntropyHead(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class CrossEntropy:
+class CrossEntropy(Objective):
     """Cross-entropy of the final logits; only the last block has a head."""
 
-    needs_classifier: ClassVar[bool] = False
-    trains_classifier: ClassVar[bool] = True
-
-    def head(self, site: BlockInfo, rngs: nnx.Rngs) -> nnx.Module | None:
+    def head(self, info: BlockInfo, rngs: nnx.Rngs) -> nnx.Module | None:
         """Head for the last block, None for the others.
 
         Raises:
             ValueError: There is no classifier and the last block's output is no logits.
         """
-        if not site.is_last:
+        if not info.is_last:
             return None
-        if site.classifier is None:
-            shape = getattr(site.features, "shape", None)
-            if shape is None or len(shape) != 2 or shape[1] != site.num_classes:
+        if info.classifier is None:
+            shape = getattr(info.features, "shape", None)
+            if shape is None or len(shape) != 2 or shape[1] != info.num_classes:
                 raise ValueError(
-                    "without a classifier the last block must output logits "
-                    f"[batch, {site.num_classes}], got {shape or type(site.features).__name__}"
+                    f"the last block outputs {shape or type(info.features).__name__}: without a "
+                    f"classifier logits [batch, {info.num_classes}] are needed"
                 )
-        return CrossEntropyHead(site.classifier)
+        return CrossEntropyHead(info.classifier)

@@ -6,14 +6,15 @@ BranchyNet (Teerapittayanon et al., arXiv 1709.01686) trains the exits jointly; 
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 from flax import nnx
 
-from jdecouple.methods.objectives.base import BlockInfo, HeadOutput, require_number, require_whole
+from jdecouple._errors import require_int, require_number
+from jdecouple.methods.objectives.base import BlockInfo, HeadOutput, Objective
 from jdecouple.methods.objectives.cross_entropy import CrossEntropy, CrossEntropyHead
-from jdecouple.methods.objectives.maps import pool_maps, pooled_site
+from jdecouple.methods.objectives.maps import pool_maps, pooled_info
 from jdecouple.models import layers
 
 
@@ -33,9 +34,9 @@ class ExitHead(CrossEntropyHead):
 class PooledExitHead(ExitHead):
     """A dense layer on pooled features, under weighted cross-entropy."""
 
-    def __init__(self, objective: "Exits", weight: float, site: BlockInfo, rngs: nnx.Rngs):
-        size = pooled_site(site, objective.head_pool).size
-        readout = layers.perceptron(size, (site.num_classes,), **site.options(rngs))
+    def __init__(self, objective: "Exits", weight: float, info: BlockInfo, rngs: nnx.Rngs):
+        size = pooled_info(info, objective.head_pool).size
+        readout = layers.perceptron(size, (info.num_classes,), **info.options(rngs))
         super().__init__(readout, weight)
         self.head_pool = objective.head_pool
 
@@ -45,7 +46,7 @@ class PooledExitHead(ExitHead):
 
 
 @dataclasses.dataclass(frozen=True)
-class Exits:
+class Exits(Objective):
     """Weighted cross-entropy of an exit at every block.
 
     The exit of the last block is the model's classifier, or its output where there is none; every
@@ -61,8 +62,6 @@ class Exits:
 
     weights: float | tuple[float, ...] = (1.0,)
     head_pool: int = 1
-    needs_classifier: ClassVar[bool] = False
-    trains_classifier: ClassVar[bool] = True
 
     def __post_init__(self):
         weights = self.weights if isinstance(self.weights, list | tuple) else (self.weights,)
@@ -70,10 +69,10 @@ class Exits:
         for weight in weights:
             require_number(weights=weight)
         if not any(weights):
-            raise ValueError(f"weights must hold a number above 0, got {self.weights}")
-        require_whole(head_pool=self.head_pool)
+            raise ValueError(f"weights is {self.weights}: a number above 0 is needed")
+        require_int(0, head_pool=self.head_pool)
 
-    def head(self, site: BlockInfo, rngs: nnx.Rngs) -> nnx.Module:
+    def head(self, info: BlockInfo, rngs: nnx.Rngs) -> nnx.Module:
         """Head for any block.
 
         Raises:
@@ -81,13 +80,13 @@ class Exits:
                 and the last block's output is no logits.
         """
         assert isinstance(self.weights, tuple)
-        if len(self.weights) not in (1, site.num_blocks):
+        if len(self.weights) not in (1, info.num_blocks):
             raise ValueError(
                 f"weights has {len(self.weights)} numbers: 1 or one for each of the "
-                f"{site.num_blocks} blocks is needed"
+                f"{info.num_blocks} blocks is needed"
             )
-        weight = self.weights[site.index if len(self.weights) > 1 else 0]
-        if site.is_last:
-            CrossEntropy().head(site, rngs)  # refuses features that are no logits
-            return ExitHead(site.classifier, weight)
-        return PooledExitHead(self, weight, site, rngs)
+        weight = self.weights[info.index if len(self.weights) > 1 else 0]
+        if info.is_last:
+            CrossEntropy().head(info, rngs)  # refuses features that are no logits
+            return ExitHead(info.classifier, weight)
+        return PooledExitHead(self, weight, info, rngs)

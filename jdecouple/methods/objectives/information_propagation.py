@@ -3,23 +3,23 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from numbers import Real
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from jdecouple._errors import require_int, require_number, require_one_of
 from jdecouple.methods.objectives.base import (
     BlockInfo,
     HeadOutput,
+    Objective,
     at_least_float32,
     pooled,
-    require_number,
 )
 from jdecouple.methods.objectives.cross_entropy import CrossEntropy, cross_entropy
-from jdecouple.methods.objectives.maps import is_map, pooled_site
+from jdecouple.methods.objectives.maps import is_map, pooled_info
 from jdecouple.methods.objectives.supervised_contrastive import supervised_contrastive
 from jdecouple.models import layers
 from jdecouple.models.resampling import bilinear
@@ -59,19 +59,19 @@ class Decoder(nnx.Module):
     dense.
     """
 
-    def __init__(self, hidden: int, site: BlockInfo, rngs: nnx.Rngs):
-        options = site.options(rngs)
-        self.shape = tuple(site.input.shape[1:])
-        self.spatial = len(self.shape) == 3 and is_map(site.features)
+    def __init__(self, hidden: int, info: BlockInfo, rngs: nnx.Rngs):
+        options = info.options(rngs)
+        self.shape = tuple(info.input.shape[1:])
+        self.spatial = len(self.shape) == 3 and is_map(info.features)
         if self.spatial:
             middle = DECODER_CHANNELS
             self.net = nnx.Sequential(
-                *layers.conv_norm(site.features.shape[-1], middle, use_bias=True, **options),
+                *layers.conv_norm(info.features.shape[-1], middle, use_bias=True, **options),
                 nnx.relu,
                 layers.conv(middle, self.shape[-1], use_bias=True, **options),
             )
         else:
-            self.net = layers.perceptron(site.size, (hidden, math.prod(self.shape)), **options)
+            self.net = layers.perceptron(info.size, (hidden, math.prod(self.shape)), **options)
 
     def __call__(self, features: jax.Array) -> jax.Array:
         """Logits of the shape of the input."""
@@ -80,14 +80,14 @@ class Decoder(nnx.Module):
         return self.net(features).reshape(-1, *self.shape)
 
 
-def _task_net(objective: "InformationPropagation", site: BlockInfo, rngs: nnx.Rngs) -> nnx.Module:
+def _task_net(objective: "InformationPropagation", info: BlockInfo, rngs: nnx.Rngs) -> nnx.Module:
     """Strided convolution to twice the channels and global average of maps, two dense layers."""
-    options = site.options(rngs)
+    options = info.options(rngs)
     contrastive = objective.task_loss == "contrastive"
-    widths = (objective.hidden, objective.features if contrastive else site.num_classes)
-    if not is_map(site.features):
-        return layers.perceptron(site.size, widths, **options)
-    channels = site.features.shape[-1]
+    widths = (objective.hidden, objective.features if contrastive else info.num_classes)
+    if not is_map(info.features):
+        return layers.perceptron(info.size, widths, **options)
+    channels = info.features.shape[-1]
     return nnx.Sequential(
         *layers.conv_norm(channels, 2 * channels, strides=2, **options),
         nnx.relu,
@@ -99,17 +99,17 @@ def _task_net(objective: "InformationPropagation", site: BlockInfo, rngs: nnx.Rn
 class InformationPropagationHead(nnx.Module):
     """A decoder of the image and a net of the task; each only where its weight is not 0."""
 
-    def __init__(self, objective: "InformationPropagation", site: BlockInfo, rngs: nnx.Rngs):
+    def __init__(self, objective: "InformationPropagation", info: BlockInfo, rngs: nnx.Rngs):
         self.objective = objective
-        site = pooled_site(site, 0)
-        self.is_first = site.index == 0
-        self.weights = objective.weights(site.index, site.num_blocks)
+        info = pooled_info(info, 0)
+        self.is_first = info.index == 0
+        self.weights = objective.weights(info.index, info.num_blocks)
         reconstruction, task = self.weights
-        self.decoder = Decoder(objective.hidden, site, rngs) if reconstruction else None
-        self.task_net = _task_net(objective, site, rngs) if task else None
-        above = range(1, site.num_blocks - 1)
+        self.decoder = Decoder(objective.hidden, info, rngs) if reconstruction else None
+        self.task_net = _task_net(objective, info, rngs) if task else None
+        above = range(1, info.num_blocks - 1)
         self.sends = self.is_first and any(
-            objective.weights(index, site.num_blocks)[0] for index in above
+            objective.weights(index, info.num_blocks)[0] for index in above
         )
 
     def __call__(self, features: Any, carry: Mapping[str, Any]) -> HeadOutput:
@@ -150,7 +150,7 @@ class InformationPropagationHead(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class InformationPropagation:
+class InformationPropagation(Objective):
     """Reconstruction of the image and a loss of the task at every block but the last.
 
     The last block trains with the model's own classifier (or with its output as logits where there
@@ -161,13 +161,13 @@ class InformationPropagation:
             and at the last but one; linear in the block's index between them, and the first where
             there are two blocks. The default is the authors' for four.
         task: Weights of the task's loss, likewise. A term of weight 0 is not computed.
-        task_loss: "contrastive" (:func:`~jdecouple.objectives.supervised_contrastive`) or
+        task_loss: "contrastive" (`supervised_contrastive`) or
             "cross_entropy", which makes the block an exit.
         hidden: Width of the hidden dense layer (of the decoder too, where it is dense).
         features: Width of what the contrastive loss reads.
         temperature: Divisor of the cosines.
         image_mean: Means by channel that the input was normalised with, on the scale 0..1; empty if
-            they are not known, see :func:`unit_range`. `train.py` gives those of the data set.
+            they are not known, see `unit_range`. `train.py` gives those of the data set.
         image_std: The same for the standard deviations.
 
     Raises:
@@ -182,24 +182,24 @@ class InformationPropagation:
     temperature: float = 0.07
     image_mean: tuple[float, ...] = ()
     image_std: tuple[float, ...] = ()
-    needs_classifier: ClassVar[bool] = False
-    trains_classifier: ClassVar[bool] = True
 
     def __post_init__(self):
         for name in ("reconstruction", "task", "image_mean", "image_std"):
-            value = getattr(self, name)
-            if not isinstance(value, tuple | list) or not all(map(_is_number, value)):
-                raise ValueError(f"{name} must hold finite numbers of at least 0, got {value!r}")
-            if name in ("reconstruction", "task") and len(value) != 2:
-                raise ValueError(f"{name} must be two weights, first and last, got {value!r}")
-            object.__setattr__(self, name, tuple(map(float, value)))  # modules have to hash it
-        layers.require_one_of(TASK_LOSSES, task_loss=self.task_loss)
-        layers.require_positive(hidden=self.hidden, features=self.features)
+            numbers = getattr(self, name)
+            if not isinstance(numbers, tuple | list):
+                raise ValueError(f"{name} is {numbers!r}: a sequence of numbers is needed")
+            for number in numbers:
+                require_number(**{name: number})
+            if name in ("reconstruction", "task") and len(numbers) != 2:
+                raise ValueError(f"{name} is {numbers!r}: two weights, first and last, are needed")
+            object.__setattr__(self, name, tuple(map(float, numbers)))  # modules have to hash it
+        require_one_of(TASK_LOSSES, task_loss=self.task_loss)
+        require_int(1, hidden=self.hidden, features=self.features)
         require_number(positive=True, temperature=self.temperature)
         if len(self.image_mean) != len(self.image_std) or not all(self.image_std):
             raise ValueError(
-                f"image_mean={self.image_mean} and image_std={self.image_std} must be as many "
-                "numbers each, and image_std above 0"
+                f"image_mean is {self.image_mean} and image_std {self.image_std}: as many "
+                "numbers of each, and image_std above 0, are needed"
             )
 
     def weights(self, index: int, num_blocks: int) -> tuple[float, float]:
@@ -210,7 +210,7 @@ class InformationPropagation:
         )
         return reconstruction, task
 
-    def head(self, site: BlockInfo, rngs: nnx.Rngs) -> nnx.Module | None:
+    def head(self, info: BlockInfo, rngs: nnx.Rngs) -> nnx.Module | None:
         """Head for any block.
 
         Raises:
@@ -218,31 +218,25 @@ class InformationPropagation:
                 many channels as `image_mean`, both weights of the block are 0, or there is no
                 classifier and the last block's output is no logits.
         """
-        if site.is_last:
-            return CrossEntropy().head(site, rngs)
-        _check_input(site.input, len(self.image_mean))
-        if not any(self.weights(site.index, site.num_blocks)):
+        if info.is_last:
+            return CrossEntropy().head(info, rngs)
+        _check_input(info.input, len(self.image_mean))
+        if not any(self.weights(info.index, info.num_blocks)):
             raise ValueError(
-                f"reconstruction={self.reconstruction} and task={self.task} leave block "
-                f"{site.index} without a loss: one of them must be above 0 there"
+                f"reconstruction is {self.reconstruction} and task {self.task}: a weight above 0 "
+                f"is needed at block {info.index}"
             )
-        return InformationPropagationHead(self, site, rngs)
+        return InformationPropagationHead(self, info, rngs)
 
 
-def _check_input(given: Any, channels: int) -> None:
-    dtype = getattr(given, "dtype", None)
+def _check_input(image: Any, channels: int) -> None:
+    dtype = getattr(image, "dtype", None)
     if dtype is None or not (jnp.issubdtype(dtype, jnp.floating) or dtype == jnp.uint8):
-        kind = type(given).__name__ if dtype is None else f"{dtype}{list(given.shape)}"
+        kind = type(image).__name__ if dtype is None else f"{dtype}{list(image.shape)}"
         raise ValueError(
-            f"infopro reconstructs the model's input: an image of floats or uint8 is needed, "
-            f"got {kind}"
+            f"the model's input is {kind}: infopro needs images of floats or uint8 to reconstruct"
         )
-    if channels and given.shape[-1] != channels:
+    if channels and image.shape[-1] != channels:
         raise ValueError(
-            f"image_mean has {channels} numbers: the images have {given.shape[-1]} channels"
+            f"image_mean has {channels} numbers: the images have {image.shape[-1]} channels"
         )
-
-
-def _is_number(value: Any) -> bool:
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    return number and math.isfinite(value) and value >= 0

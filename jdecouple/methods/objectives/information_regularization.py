@@ -8,18 +8,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jdecouple._errors import require_int, require_number, require_one_of
 from jdecouple.methods.objectives.base import (
     BlockInfo,
     HeadOutput,
+    Objective,
     at_least_float32,
     check_batch,
     inner_products,
     normalized_rows,
-    require_number,
-    require_whole,
 )
 from jdecouple.methods.objectives.cross_entropy import cross_entropy
-from jdecouple.methods.objectives.maps import pool_maps, pooled_site
+from jdecouple.methods.objectives.maps import pool_maps, pooled_info
 from jdecouple.methods.objectives.similarity_matching import similarity_matching
 from jdecouple.models import layers
 
@@ -31,10 +31,15 @@ def information_regularization(
 ) -> dict[str, jax.Array]:
     """The three terms of DeInfoReg's loss, unweighted, as the authors' code computes them.
 
+    >>> z = jax.random.normal(jax.random.key(0), (8, 4))
+    >>> terms = information_regularization(z, jnp.arange(8) % 2, num_classes=2)
+    >>> {name: round(float(term), 3) for name, term in terms.items()}
+    {'variance': 0.059, 'invariance': 0.719, 'covariance': 0.007}
+
     With N examples, D features, z L2-normalised by row, and zc = z minus its mean over the batch:
     variance is the mean over features of relu(1 - sqrt(var_unbiased(zc) + 1e-7)), divided by N;
     invariance the mean over all N x N pairs of (S(one-hot labels) - S(z))^2, S as in
-    :func:`~jdecouple.objectives.similarity_matrix`; covariance the sum of the squared off-diagonal
+    `similarity_matrix`; covariance the sum of the squared off-diagonal
     entries of zc'zc / N, divided by D.
 
     Unit rows make each deviation about 1/sqrt(D), so the hinge is always active and the variance
@@ -83,23 +88,23 @@ def _covariance_penalty(centred: jax.Array) -> jax.Array:
 class InformationRegularizationHead(nnx.Module):
     """Projector under the three terms, and a classifier: an exit at every block but embeddings."""
 
-    def __init__(self, objective: "InformationRegularization", site: BlockInfo, rngs: nnx.Rngs):
+    def __init__(self, objective: "InformationRegularization", info: BlockInfo, rngs: nnx.Rngs):
         self.objective = objective
-        self.num_classes = site.num_classes
-        site = pooled_site(site, objective.head_pool)
-        options = site.options(rngs)
+        self.num_classes = info.num_classes
+        info = pooled_info(info, objective.head_pool)
+        options = info.options(rngs)
         widths = objective.widths
-        self.projector = layers.perceptron(site.size, widths, batch_norm=True, **options)
-        if site.is_embedding:
+        self.projector = layers.perceptron(info.size, widths, batch_norm=True, **options)
+        if info.is_embedding:
             self.classifier = None
         elif objective.mode == "unmerge":
             self.classifier = layers.perceptron(
-                site.size, (*widths[:-1], site.num_classes), batch_norm=True, **options
+                info.size, (*widths[:-1], info.num_classes), batch_norm=True, **options
             )
         else:
-            out = widths[-1] if widths else site.size
-            norm = layers.BatchNorm(out, param_dtype=site.param_dtype, rngs=rngs)
-            readout = layers.linear(out, site.num_classes, **options)
+            out = widths[-1] if widths else info.size
+            norm = layers.BatchNorm(out, param_dtype=info.param_dtype, rngs=rngs)
+            readout = layers.linear(out, info.num_classes, **options)
             self.classifier = nnx.Sequential(norm, nnx.relu, readout)
 
     def __call__(self, features: Any, carry: Mapping[str, Any]) -> HeadOutput:
@@ -110,11 +115,7 @@ class InformationRegularizationHead(nnx.Module):
         z = self.projector(features)
         logits = self._classify(features, z)
         terms = information_regularization(z, labels, self.num_classes, normalize=weights.normalize)
-        loss = (
-            weights.variance * terms["variance"]
-            + weights.invariance * terms["invariance"]
-            + weights.covariance * terms["covariance"]
-        )
+        loss: Any = sum(getattr(weights, name) * term for name, term in terms.items())
         if logits is not None:
             terms["cross_entropy"] = cross_entropy(logits, labels)
             loss = loss + weights.alpha * terms["cross_entropy"]
@@ -134,7 +135,7 @@ class InformationRegularizationHead(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class InformationRegularization:
+class InformationRegularization(Objective):
     """DeInfoReg: the three weighted terms of every block plus `alpha` times its cross-entropy.
 
     The model's own classifier is ignored: every block has one, except those that only embed tokens
@@ -167,7 +168,6 @@ class InformationRegularization:
     alpha: float = 0.001
     normalize: bool = True
     head_pool: int = 0
-    needs_classifier: ClassVar[bool] = False
     trains_classifier: ClassVar[bool] = False
 
     def __post_init__(self):
@@ -175,19 +175,15 @@ class InformationRegularization:
             object.__setattr__(self, "projector", tuple(self.projector))
         if not all(_is_width(width) for width in self._split()):
             raise ValueError(
-                "projector must be 'identity' or positive widths as in '2048-2048-2048', "
-                f"got {self.projector!r}"
+                f"projector is {self.projector!r}: 'identity' or positive widths as in "
+                "'2048-2048-2048' are needed"
             )
-        layers.require_one_of(MODES, mode=self.mode)
-        require_number(
-            variance=self.variance,
-            invariance=self.invariance,
-            covariance=self.covariance,
-            alpha=self.alpha,
-        )
+        require_one_of(MODES, mode=self.mode)
+        for name in ("variance", "invariance", "covariance", "alpha"):
+            require_number(**{name: getattr(self, name)})
         if not isinstance(self.normalize, bool):
-            raise ValueError(f"normalize must be True or False, got {self.normalize!r}")
-        require_whole(head_pool=self.head_pool)
+            raise ValueError(f"normalize is {self.normalize!r}: True or False is needed")
+        require_int(0, head_pool=self.head_pool)
 
     def _split(self) -> tuple[Any, ...]:
         if self.projector == "identity":
@@ -201,9 +197,9 @@ class InformationRegularization:
         """Output sizes of the projector's dense layers; empty for "identity"."""
         return tuple(int(width) for width in self._split())
 
-    def head(self, site: BlockInfo, rngs: nnx.Rngs) -> nnx.Module:
+    def head(self, info: BlockInfo, rngs: nnx.Rngs) -> nnx.Module:
         """Head for any block."""
-        return InformationRegularizationHead(self, site, rngs)
+        return InformationRegularizationHead(self, info, rngs)
 
 
 def _is_width(value: object) -> bool:

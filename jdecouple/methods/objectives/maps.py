@@ -31,7 +31,7 @@ def pool_maps(features: Any, size: int) -> Any:
     return adaptive_average_pool(features, height, width)
 
 
-def pooled_site(site: BlockInfo, size: int) -> BlockInfo:
-    """The site of a head that reads `pool_maps(features, size)`."""
-    features = jax.eval_shape(functools.partial(pool_maps, size=size), site.features)
-    return dataclasses.replace(site, features=features)
+def pooled_info(info: BlockInfo, size: int) -> BlockInfo:
+    """Where a head is that reads `pool_maps(features, size)`."""
+    features = jax.eval_shape(functools.partial(pool_maps, size=size), info.features)
+    return dataclasses.replace(info, features=features)

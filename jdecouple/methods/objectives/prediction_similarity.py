@@ -3,15 +3,16 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jdecouple.methods.objectives.base import BlockInfo, HeadOutput, pooled, require_number
+from jdecouple._errors import require_int, require_number, require_one_of
+from jdecouple.methods.objectives.base import BlockInfo, HeadOutput, Objective, pooled
 from jdecouple.methods.objectives.cross_entropy import cross_entropy
-from jdecouple.methods.objectives.maps import is_map, pooled_site
+from jdecouple.methods.objectives.maps import is_map, pooled_info
 from jdecouple.methods.objectives.similarity_matching import similarity_matching
 from jdecouple.models import layers
 from jdecouple.models.resampling import adaptive_average_pool
@@ -25,28 +26,28 @@ class PredictionSimilarityHead(nnx.Module):
     At the last block the model's classifier, where there is one, is the exit instead.
     """
 
-    def __init__(self, objective: "PredictionSimilarity", site: BlockInfo, rngs: nnx.Rngs):
+    def __init__(self, objective: "PredictionSimilarity", info: BlockInfo, rngs: nnx.Rngs):
         self.objective = objective
-        self.num_classes = site.num_classes
-        site = pooled_site(site, 0)
-        options = site.options(rngs)
+        self.num_classes = info.num_classes
+        info = pooled_info(info, 0)
+        options = info.options(rngs)
         self.pooled: tuple[int, int] | None = None
         self.deviation = False
-        if is_map(site.features):
-            _, height, width, channels = site.features.shape
+        if is_map(info.features):
+            _, height, width, channels = info.features.shape
             self.layer: nnx.Module = layers.conv(channels, channels, **options)
             self.pooled = _pooled_size(height, width, channels, objective.dim_in_decoder)
             self.deviation = objective.statistic == "deviation" and height * width > 1
             size = math.prod(self.pooled) * channels
         else:
-            size = site.size
+            size = info.size
             self.layer = nnx.Sequential(
                 layers.Flatten(), layers.linear(size, size, use_bias=False, **options)
             )
         readout = layers.linear(size, self.num_classes, **options)
         readout.kernel.set_value(jnp.zeros_like(readout.kernel.get_value()))
         self.decoder = nnx.Sequential(layers.Flatten(), readout)
-        self.classifier = site.classifier if site.is_last else None
+        self.classifier = info.classifier if info.is_last else None
 
     def __call__(self, features: Any, carry: Mapping[str, Any]) -> HeadOutput:
         """Loss of `features` `[batch, ...]`, or a sequence, under `carry["label"]`."""
@@ -92,7 +93,7 @@ def _pooled_size(height: int, width: int, channels: int, most: int) -> tuple[int
 
 
 @dataclasses.dataclass(frozen=True)
-class PredictionSimilarity:
+class PredictionSimilarity(Objective):
     """Cross-entropy of a dense decoder, and matching of similarities, at every block.
 
     The last head also trains the model's classifier, where there is one, by cross-entropy on the
@@ -115,16 +116,14 @@ class PredictionSimilarity:
     similarity: float = 0.99
     statistic: str = "deviation"
     dim_in_decoder: int = 4096
-    needs_classifier: ClassVar[bool] = False
-    trains_classifier: ClassVar[bool] = True
 
     def __post_init__(self):
         require_number(prediction=self.prediction, similarity=self.similarity)
         if not self.prediction and not self.similarity:
-            raise ValueError("prediction and similarity are both 0: one of them must be above 0")
-        layers.require_one_of(STATISTICS, statistic=self.statistic)
-        layers.require_positive(dim_in_decoder=self.dim_in_decoder)
+            raise ValueError("prediction and similarity are both 0: a weight above 0 is needed")
+        require_one_of(STATISTICS, statistic=self.statistic)
+        require_int(1, dim_in_decoder=self.dim_in_decoder)
 
-    def head(self, site: BlockInfo, rngs: nnx.Rngs) -> nnx.Module:
+    def head(self, info: BlockInfo, rngs: nnx.Rngs) -> nnx.Module:
         """Head for any block."""
-        return PredictionSimilarityHead(self, site, rngs)
+        return PredictionSimilarityHead(self, info, rngs)

@@ -21,7 +21,7 @@ def similarity_matrix(x: jax.Array) -> jax.Array:
         ValueError: `x` has one axis only, or a map of a single pixel.
     """
     if x.ndim < 2:
-        raise ValueError(f"expected x of shape [batch, ...], got {x.shape}")
+        raise ValueError(f"x is {x.shape}: [batch, ...] is needed")
     x = at_least_float32(x)
     if x.ndim == 4:
         x = _spatial_deviation(x)
@@ -39,8 +39,12 @@ def similarity_matrix(x: jax.Array) -> jax.Array:
 def similarity_matching(z: jax.Array, labels: jax.Array, num_classes: int) -> jax.Array:
     """Mean squared error between the similarities of a batch and those of its labels.
 
+    >>> z = jnp.array([[1.0, 0.0], [2.0, 0.0], [0.0, 3.0]])
+    >>> print(f"{similarity_matching(z, labels=jnp.array([0, 0, 1]), num_classes=2):.3f}")
+    0.000
+
     Args:
-        z: `[batch, ...]`, see :func:`similarity_matrix`.
+        z: `[batch, ...]`, see `similarity_matrix`.
         labels: `[batch]`, int, in [0, num_classes).
         num_classes: Width of the one-hot labels.
 
@@ -52,7 +56,7 @@ def similarity_matching(z: jax.Array, labels: jax.Array, num_classes: int) -> ja
     """
     if labels.shape != z.shape[:1]:
         raise ValueError(
-            f"expected z [batch, ...] and labels [batch], got {z.shape}, {labels.shape}"
+            f"z is {z.shape} and labels {labels.shape}: [batch, ...] and [batch] are needed"
         )
     similarity = similarity_matrix(z)
     target = similarity_matrix(jax.nn.one_hot(labels, num_classes, dtype=similarity.dtype))
@@ -62,7 +66,7 @@ def similarity_matching(z: jax.Array, labels: jax.Array, num_classes: int) -> ja
 def _spatial_deviation(x: jax.Array) -> jax.Array:
     """`[batch, height, width, channels] -> [batch, channels]`; gradient zero where it is 0."""
     if x.shape[1] * x.shape[2] < 2:
-        raise ValueError(f"a map of one pixel has no deviation over space: got shape {x.shape}")
+        raise ValueError(f"x is {x.shape}: a map of one pixel has no deviation over space")
     variance = jnp.var(x, axis=(1, 2), ddof=1)
     varies = variance > 0
     return jnp.where(varies, jnp.sqrt(jnp.where(varies, variance, 1)), 0)

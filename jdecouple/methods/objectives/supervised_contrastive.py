@@ -8,18 +8,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jdecouple._errors import require_int, require_number, require_one_of
 from jdecouple.methods.objectives.base import (
     BlockInfo,
     HeadOutput,
+    Objective,
     at_least_float32,
     check_batch,
     inner_products,
     normalized_rows,
-    require_number,
-    require_whole,
 )
 from jdecouple.methods.objectives.cross_entropy import cross_entropy
-from jdecouple.methods.objectives.maps import pool_maps, pooled_site
+from jdecouple.methods.objectives.maps import pool_maps, pooled_info
 from jdecouple.models import layers
 
 PROJECTORS = ("mlp", "linear", "identity")
@@ -27,6 +27,12 @@ PROJECTORS = ("mlp", "linear", "identity")
 
 def supervised_contrastive(z: jax.Array, labels: jax.Array, temperature: float = 0.1) -> jax.Array:
     """Supervised contrastive loss.
+
+    >>> z = jnp.array([[1.0, 0.0], [2.0, 0.1], [0.0, 3.0]])
+    >>> for labels in ([0, 0, 1], [0, 1, 1]):  # the second pairs examples that point apart
+    ...     print(f"{supervised_contrastive(z, jnp.array(labels)):.3f}")
+    0.000
+    1.660
 
     Rows are L2-normalised. An example's loss is minus the sum, over the *other* examples of its
     class, of the log-probability of that example among all others, divided by the class count that
@@ -58,12 +64,12 @@ def supervised_contrastive(z: jax.Array, labels: jax.Array, temperature: float =
 class SupervisedContrastiveHead(nnx.Module):
     """Projector under the contrastive loss; at the last block the model's classifier as well."""
 
-    def __init__(self, objective: "SupervisedContrastive", site: BlockInfo, rngs: nnx.Rngs):
+    def __init__(self, objective: "SupervisedContrastive", info: BlockInfo, rngs: nnx.Rngs):
         self.temperature = objective.temperature
         self.head_pool = objective.head_pool
-        size = pooled_site(site, self.head_pool).size
-        self.projector = layers.perceptron(size, objective.widths, **site.options(rngs))
-        self.classifier = site.classifier if site.is_last else None
+        size = pooled_info(info, self.head_pool).size
+        self.projector = layers.perceptron(size, objective.widths, **info.options(rngs))
+        self.classifier = info.classifier if info.is_last else None
 
     def __call__(self, features: Any, carry: Mapping[str, Any]) -> HeadOutput:
         """Loss of `features` `[batch, ...]`, or a sequence, under `carry["label"]`."""
@@ -83,7 +89,7 @@ class SupervisedContrastiveHead(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class SupervisedContrastive:
+class SupervisedContrastive(Objective):
     """Supervised contrastive loss of every block's projected output.
 
     The last head also trains the model's classifier, by cross-entropy on the detached features.
@@ -107,13 +113,12 @@ class SupervisedContrastive:
     temperature: float = 0.1
     head_pool: int = 0
     needs_classifier: ClassVar[bool] = True
-    trains_classifier: ClassVar[bool] = True
 
     def __post_init__(self):
-        layers.require_one_of(PROJECTORS, projector=self.projector)
-        layers.require_positive(hidden=self.hidden, features=self.features)
+        require_one_of(PROJECTORS, projector=self.projector)
+        require_int(1, hidden=self.hidden, features=self.features)
         require_number(positive=True, temperature=self.temperature)
-        require_whole(head_pool=self.head_pool)
+        require_int(0, head_pool=self.head_pool)
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -122,12 +127,12 @@ class SupervisedContrastive:
             self.projector
         ]
 
-    def head(self, site: BlockInfo, rngs: nnx.Rngs) -> nnx.Module:
+    def head(self, info: BlockInfo, rngs: nnx.Rngs) -> nnx.Module:
         """Head for any block.
 
         Raises:
             ValueError: The model has no classifier.
         """
-        if site.is_last and site.classifier is None:
+        if info.is_last and info.classifier is None:
             raise ValueError("the contrastive objective needs a model with a classifier")
-        return SupervisedContrastiveHead(self, site, rngs)
+        return SupervisedContrastiveHead(self, info, rngs)
