@@ -299,7 +299,7 @@ class TestParquet:
             "row 1 lacks its label or a text", write(train={"label": [1, None], "text": ["a"] * 2})
         )
         refused(
-            "row 0 has label 0.0; a whole", write(train={"label": [0.0, 1.0], "text": ["a"] * 2})
+            "row 0 has label 0.0: a whole", write(train={"label": [0.0, 1.0], "text": ["a"] * 2})
         )
         refused("has the columns", write(train={"label": [0, 1], "text": [["a"], ["b"]]}))
         (tmp_path / "train.parquet").write_bytes(b"nothing")
