@@ -4,6 +4,7 @@ r"""Accuracy of methods x data sets x models x seeds, and of any other key of th
         --models vgg8 --seeds 0 1 2 --set epochs=2 model.width=0.25 \
         --set-for deinforeg method.projector=256-256 --sweep data.label_noise 0 0.4 \
         --jobs 2 --output runs/table
+    python bench/accuracy.py @bench/label_noise.txt --jobs 2 --output runs/label-noise
 
 Every cell is a run of train.py in a folder of its own below --output. The same command again goes
 on where it stopped: finished cells are not trained again, killed ones continue. It writes
@@ -13,6 +14,7 @@ in which # begins a comment.
 
 import argparse
 import csv
+import functools
 import itertools
 import os
 import shlex
@@ -23,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import matrix
-from common import describe, heading, table
+import runner
 from matrix import Cell, Outcome
 
 EQUAL = Path(__file__).resolve().parents[1] / "configs" / "equal.py"
@@ -41,102 +43,42 @@ split. *Best test epoch (papers)*: best exit at its best evaluation, both chosen
 accuracy itself, as the papers report it; not a result.
 """
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C564B")
+LOOKS = (("test", "last step", "o", "", "-"), ("test_by_exit", "exit by validation", "D", "w", ":"))
 
 
-class Parser(argparse.ArgumentParser):
-    """Reads arguments from a file as a shell would."""
-
-    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
-        """The arguments on a line."""
-        return shlex.split(arg_line, comments=True)
-
-
-def parser(description: str | None = __doc__) -> Parser:
+def parser(description: str | None = __doc__) -> argparse.ArgumentParser:
     """Flags of a matrix."""
-    flags = Parser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        fromfile_prefix_chars="@",
+    layout = argparse.RawDescriptionHelpFormatter
+    flags = argparse.ArgumentParser(
+        description=description, formatter_class=layout, fromfile_prefix_chars="@"
     )
+    read_line = functools.partial(shlex.split, comments=True)
+    flags.convert_arg_line_to_args = read_line  # type: ignore[method-assign]
+
+    def several(name: str, metavar: Any, words: str, **more: Any) -> None:
+        flags.add_argument(name, nargs="+", metavar=metavar, help=words, **more)
+
     for name in ("methods", "data", "models"):
-        flags.add_argument(f"--{name}", nargs="+", metavar="NAME")
-    flags.add_argument("--seeds", nargs="+", metavar="SEED", default=["0"])
+        several(f"--{name}", "NAME", "an axis of the matrix")
+    several("--seeds", "SEED", "another", default=["0"])
     flags.add_argument(
         "--config",
         default=os.path.relpath(EQUAL) + ":{data},{model},{method}",
         help="of train.py; {data}, {model} and {method} are replaced (default: configs/equal.py)",
     )
-    lists: dict[str, Any] = {"nargs": "+", "default": []}
-    flags.add_argument(
-        "--set",
-        metavar="KEY=VALUE",
-        action="extend",
-        help="override the configuration of all cells",
-        **lists,
-    )
-    flags.add_argument(
-        "--set-for",
-        metavar=("NAME[,NAME]", "KEY=VALUE"),
-        action="append",
-        help="override that of the cells of a method, data set or model, or of several at once",
-        **lists,
-    )
-    flags.add_argument(
-        "--sweep",
-        metavar=("KEY", "VALUE"),
-        action="append",
-        help="one more axis of the matrix",
-        **lists,
-    )
+    words = "override the configuration of all cells"
+    several("--set", "KEY=VALUE", words, action="extend", default=[])
+    words = "override that of the cells of a method, data set or model, or of several at once"
+    several("--set-for", ("NAME[,NAME]", "KEY=VALUE"), words, action="append", default=[])
+    several("--sweep", ("KEY", "VALUE"), "one more axis", action="append", default=[])
     flags.add_argument("--jobs", type=int, default=1, help="runs side by side, with cores each")
-    flags.add_argument(
-        "--gpus", nargs="+", default=[], metavar="ID", help="GPUs of the jobs, one each in turn"
-    )
+    several("--gpus", "ID", "GPUs of the jobs, one each in turn", default=[])
     flags.add_argument("--output", type=Path, required=True, metavar="FOLDER")
     return flags
 
 
-def main(options: argparse.Namespace, flags: Parser) -> int:
-    """Trains what is not trained yet and writes the results.
-
-    Returns:
-        0; 1 if a cell failed or was stopped, 130 after SIGTERM or Ctrl-C.
-
-    Raises:
-        SystemExit: with code 2 after bad flags.
-    """
-    try:
-        cells = cells_of(options)
-        finished = sum([matrix.is_finished(cell) for cell in cells])
-        options.output.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:
-        flags.error(str(error))
-    print(f"{len(cells)} cells, {finished} of them finished", flush=True)
-    setup, ends = describe(), itertools.count(1)
-    rows = {cell.folder: {**cell.axes, "state": "waiting", "error": ""} for cell in cells}
-
-    def ended(cell: Cell, outcome: Outcome) -> None:
-        found = matrix.result(cell) if outcome.state == "finished" else {}
-        rows[cell.folder] |= {"state": outcome.state, "error": outcome.line, **found}
-        shown = f"{100 * found['test']:.2f} %" if found else outcome.line
-        line = f"[{next(ends)}/{len(cells)}] {cell.title}: {outcome.state} {shown}"
-        print(line.rstrip(), flush=True)
-        write(options.output, setup, list(rows.values()))
-
-    by_seed = sorted(cells, key=lambda cell: options.seeds.index(cell.axes["seed"]))
-    whole = matrix.run(by_seed, matrix.slots(options.jobs, options.gpus), ended)
-    found = list(rows.values())
-    print(f"\n{write(options.output, setup, found)}")
-    draw(found, [key for key, *_ in options.sweep], options.output / "results.png")
-    return 130 if not whole else int(any(row["state"] != "finished" for row in found))
-
-
 def cells_of(options: argparse.Namespace) -> list[Cell]:
-    """The cells that the flags ask for.
-
-    Raises:
-        ValueError: in one line, what is wrong with them.
-    """
+    """The cells that the flags ask for; raises ValueError with a line if something is wrong."""
     axes = {"data": options.data, "model": options.models, "method": options.methods}
     for name, values in axes.items():
         if not values:
@@ -154,13 +96,13 @@ def cells_of(options: argparse.Namespace) -> list[Cell]:
     return matrix.cells(options.config, axes, options.set, own, options.output / "cells")
 
 
-def grouped(rows: Sequence[dict[str, Any]]) -> dict[tuple[tuple[str, str], ...], list[dict]]:
+def grouped(rows: Sequence[dict[str, Any]]) -> dict[tuple, list[dict]]:
     """Rows that differ in their seed alone, by the axes that they share."""
-    found: dict[tuple[tuple[str, str], ...], list[dict]] = {}
+    groups: dict[tuple, list[dict]] = {}
     for row in rows:
-        axes = tuple((key, row[key]) for key in list(row)[: list(row).index("seed")])
-        found.setdefault(axes, []).append(row)
-    return found
+        axes = itertools.takewhile(lambda item: item[0] != "seed", row.items())
+        groups.setdefault(tuple(axes), []).append(row)
+    return groups
 
 
 def mean_and_deviation(rows: Sequence[dict[str, Any]], key: str) -> tuple[float, float] | None:
@@ -173,12 +115,11 @@ def mean_and_deviation(rows: Sequence[dict[str, Any]], key: str) -> tuple[float,
 
 def write(folder: Path, setup: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     """Writes results.md and results.csv; returns the former."""
-    devices = {row["device"]: None for row in rows if "device" in row}
-    text = f"{heading({**setup, 'devices': list(devices)})}\n{markdown(rows)}"
+    devices = list(dict.fromkeys(row["device"] for row in rows if "device" in row))
+    text = f"{runner.heading({**setup, 'devices': devices})}\n{markdown(rows)}"
     (folder / "results.md").write_text(text)
     with (folder / "results.csv").open("w", newline="") as file:
-        names = dict.fromkeys(key for row in rows for key in row)
-        writer = csv.DictWriter(file, names)
+        writer = csv.DictWriter(file, dict.fromkeys(key for row in rows for key in row))
         writer.writeheader()
         writer.writerows(rows)
     return text
@@ -188,92 +129,105 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The table of means, and what has failed."""
 
     def shown(group: Sequence[dict[str, Any]], key: str) -> str:
-        found = mean_and_deviation(group, key)
-        if found is None:
-            return ""
+        numbers = mean_and_deviation(group, key) or ()
         several = sum(row.get(key) is not None for row in group) > 1
-        return f"{found[0]:.2f} ± {found[1]:.2f}" if several else f"{found[0]:.2f}"
+        return " ± ".join(f"{number:.2f}" for number in numbers[: 1 + several])
 
-    lines = []
+    lines, notes = [], []
     for axes, group in grouped(rows).items():
-        done = sum(row["state"] == "finished" for row in group)
-        seeds = str(done) if done == len(group) else f"{done} of {len(group)}"
-        lines.append([*dict(axes).values(), seeds, *(shown(group, key) for key in COLUMNS)])
-    names = [matrix.short(key) for key, _ in next(iter(grouped(rows)))]
-    text = table([*names, "seeds", *COLUMNS.values()], lines) + f"\n{LEGEND}"
-    for row in rows:
-        if row["state"] != "finished":
-            axes = list(row.items())[: list(row).index("seed") + 1]
-            title = " ".join(f"{matrix.short(key)}={value}" for key, value in axes)
-            text += f"\n- {title}: {row['state']}" + (f": `{row['error']}`" if row["error"] else "")
-    return text.rstrip("\n") + "\n"
+        missing = [row for row in group if row["state"] != "finished"]
+        done = f"{len(group) - len(missing)} of {len(group)}" if missing else str(len(group))
+        lines.append([*dict(axes).values(), done, *(shown(group, key) for key in COLUMNS)])
+        names = [matrix.short(key) for key, _ in axes]
+        for row in missing:
+            cell = " ".join(f"{name}={value}" for name, (_, value) in zip(names, axes, strict=True))
+            error = f": `{row['error']}`" if row["error"] else ""
+            notes.append(f"\n- {cell} seed={row['seed']}: {row['state']}{error}")
+    text = runner.table([*names, "seeds", *COLUMNS.values()], lines)
+    return f"{text}\n{LEGEND}{''.join(notes)}".rstrip("\n") + "\n"
 
 
-def draw(rows: Sequence[dict[str, Any]], sweeps: Sequence[str], path: Path) -> None:
-    """Draws means with standard deviations, a panel for every data set and model.
+def draw(rows: Sequence[dict[str, Any]], along: str, path: Path) -> None:
+    """Draws means with deviations along an axis, a panel for every data set and model.
 
-    Along the first swept key a line for every method; without any the methods side by side.
+    Filled: the last step; hollow: the exit by validation, where that is another number.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    groups = grouped(rows)
-    panels = list(dict.fromkeys((dict(axes)["data"], dict(axes)["model"]) for axes in groups))
-    along = sweeps[0] if sweeps else "method"
+    panels: dict[str, dict[str, dict[str, list[dict]]]] = {}
+    for axes, group in grouped(rows).items():
+        chosen = dict(axes)
+        panel, x = f"{chosen.pop('data')} {chosen.pop('model')}", chosen.pop(along)
+        label = " ".join(
+            value if key == "method" else f"{matrix.short(key)}={value}"
+            for key, value in chosen.items()
+        )
+        panels.setdefault(panel, {}).setdefault(label, {})[x] = group
     figure = Figure(figsize=(max(6, 4.5 * len(panels)), 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    for panel, each in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
-        lines: dict[str, dict[str, Sequence[dict]]] = {}
-        for axes, group in groups.items():
-            chosen = dict(axes)
-            if (chosen.pop("data"), chosen.pop("model")) == panel:
-                place = chosen.pop(along)
-                label = " ".join(
-                    value if key == "method" else f"{matrix.short(key)}={value}"
-                    for key, value in chosen.items()
-                )
-                lines.setdefault(label, {})[place] = group
-        _draw_panel(each, lines, "-" if sweeps else "")
-        each.set_title(" ".join(panel))
-        each.set_xlabel(matrix.short(along))
-        each.set_ylabel("test accuracy, %")
-        each.grid(alpha=0.3)
-        handles, labels = each.get_legend_handles_labels()
-        each.legend(handles, labels, fontsize="small")
+    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (panel, lines) in zip(all_axes, panels.items(), strict=True):
+        draw_panel(axes, lines)
+        axes.set(title=panel, xlabel=matrix.short(along), ylabel="test accuracy, %")
+        axes.grid(alpha=0.3)
+        axes.legend(*axes.get_legend_handles_labels(), fontsize="small")
     figure.savefig(path, format="png", dpi=120)
 
 
-def _draw_panel(axes: Any, lines: Mapping[str, Mapping[str, Any]], style: str) -> None:
-    """Filled: the last step; hollow: the exit by validation, where it is another number."""
-    places = list(dict.fromkeys(place for line in lines.values() for place in line))
-    numeric = all(_is_number(place) for place in places)
-    positions = {place: float(place) if numeric else at for at, place in enumerate(places)}
-    if not numeric:
-        axes.set_xticks(range(len(places)), places)
-        axes.set_xlim(-0.5, len(places) - 0.5)
-    for number, (label, line) in enumerate(lines.items()):
-        colour = COLOURS[number % len(COLOURS)]
-        final = {place: mean_and_deviation(group, "test") for place, group in line.items()}
-        chosen = {place: mean_and_deviation(group, "test_by_exit") for place, group in line.items()}
-        differs = any(chosen[place] not in (None, final[place]) for place in line)
-        series = [(final, "last step", {"marker": "o", "linestyle": style})]
-        if differs:
-            hollow = {"marker": "D", "markerfacecolor": "white", "linestyle": ":" if style else ""}
-            series.append((chosen, "exit by validation", hollow))
-        for found, name, look in series:
-            points = [(positions[place], *each) for place, each in found.items() if each]
-            if points:
-                x, means, deviations = zip(*points, strict=True)
-                shown = f"{label}, {name}" if label else name
-                axes.errorbar(x, means, deviations, color=colour, label=shown, capsize=3, **look)
-
-
-def _is_number(text: str) -> bool:
+def draw_panel(axes: Any, lines: Mapping[str, Mapping[str, list[dict]]]) -> None:
+    """Draws a line for every label; values that are no numbers stand side by side, unconnected."""
+    values = list(dict.fromkeys(x for groups in lines.values() for x in groups))
     try:
-        float(text)
+        places, joined = {x: float(x) for x in values}, True
     except ValueError:
-        return False
-    return True
+        places, joined = {x: float(place) for place, x in enumerate(values)}, False
+        axes.set_xticks(range(len(values)), values)
+        axes.set_xlim(-0.5, len(values) - 0.5)
+    for number, (label, groups) in enumerate(lines.items()):
+        last: list[tuple] = []
+        for key, name, marker, fill, line in LOOKS:
+            means = {places[x]: mean_and_deviation(group, key) for x, group in groups.items()}
+            points = [(place, *mean) for place, mean in means.items() if mean]
+            if not points or set(points) <= set(last):
+                continue
+            x, y, deviations = zip(*points, strict=True)
+            colour = COLOURS[number % len(COLOURS)]
+            look = {"color": colour, "marker": marker, "markerfacecolor": fill or colour}
+            shown, line = f"{label}, {name}" if label else name, line if joined else ""
+            axes.errorbar(x, y, deviations, capsize=3, label=shown, linestyle=line, **look)
+            last = points
+
+
+def main(options: argparse.Namespace, flags: argparse.ArgumentParser) -> int:
+    """Trains what is not trained yet and writes the results.
+
+    Returns:
+        0; 1 if a cell failed or was stopped, 130 after SIGTERM or Ctrl-C.
+    """
+    try:
+        cells = cells_of(options)
+        finished = sum([matrix.is_finished(cell) for cell in cells])
+        options.output.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        flags.error(str(error))
+    print(f"{len(cells)} cells, {finished} of them finished", flush=True)
+    setup, number = runner.describe(), itertools.count(1)
+    by_cell = {cell.folder: {**cell.axes, "state": "waiting", "error": ""} for cell in cells}
+    rows = by_cell.values()
+
+    def ended(cell: Cell, outcome: Outcome) -> None:
+        result = matrix.result(cell) if outcome.state == "finished" else {}
+        by_cell[cell.folder] |= {"state": outcome.state, "error": outcome.line, **result}
+        shown = f"{100 * result['test']:.2f} %" if result else outcome.line
+        line = f"[{next(number)}/{len(cells)}] {cell.title}: {outcome.state} {shown}"
+        print(line.rstrip(), flush=True)
+        write(options.output, setup, list(rows))
+
+    by_seed = sorted(cells, key=lambda cell: options.seeds.index(cell.axes["seed"]))
+    complete = matrix.run(by_seed, matrix.slots(options.jobs, options.gpus), ended)
+    print(f"\n{write(options.output, setup, list(rows))}")
+    along = next((key for key, *_ in options.sweep), "method")
+    draw(list(rows), along, options.output / "results.png")
+    return 130 if not complete else int(any(row["state"] != "finished" for row in rows))
 
 
 if __name__ == "__main__":

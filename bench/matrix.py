@@ -5,7 +5,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 import signal
 import statistics
 import subprocess
@@ -15,6 +14,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from flax import traverse_util
+from runner import pinned
+
 from jdecouple.train import config as configuration
 from jdecouple.train import report
 from jdecouple.train.cli import parse
@@ -23,22 +25,16 @@ from jdecouple.train.metrics import read_metrics
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 OUTPUT = "output.txt"  # what the processes of a cell print, one after another
 NAMES = ("data", "model", "method")  # axes whose values are names
-_PLACE = ("data_dir", "download")  # keys of `data` that may change: where the data lies
-_POLL_SECONDS = 0.1
+WHERE = ("data.data_dir", "data.download")  # keys that may change: where the data lies
+POLL_SECONDS = 0.1
 
 
 class Cell(NamedTuple):
-    """One training of the matrix.
+    """One training of the matrix."""
 
-    Attributes:
-        axes: what sets it apart: "data", "model", "method", swept keys, and "seed" at the end.
-        folder: its workdir.
-        arguments: of train.py.
-    """
-
-    axes: Mapping[str, str]
-    folder: Path
-    arguments: Sequence[str]
+    axes: Mapping[str, str]  # what sets it apart: "data", "model", "method", swept keys, "seed"
+    folder: Path  # its workdir
+    arguments: Sequence[str]  # of train.py
 
     @property
     def title(self) -> str:
@@ -56,9 +52,9 @@ class Outcome(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """Where one of several processes runs: words before its command, and variables."""
+    """Where one of several processes runs: its cores (none: all), and environment variables."""
 
-    prefix: Sequence[str]
+    cores: Sequence[int]
     variables: Mapping[str, str]
 
 
@@ -74,14 +70,10 @@ def cells(
     settings_for: Sequence[tuple[Sequence[str], Sequence[str]]],
     folder: Path,
 ) -> list[Cell]:
-    """The product of the axes, the seed running fastest.
+    """The product of the axes, the seed running fastest, with workdirs below a folder.
 
-    Args:
-        config: argument of --config, in which {data}, {model} and {method} are replaced.
-        axes: values of "data", "model", "method", of any keys of the configuration, and of "seed".
-        settings: "KEY=VALUE" for all cells.
-        settings_for: names, and "KEY=VALUE" for the cells that have all of these names.
-        folder: where their workdirs are.
+    In `config`, an argument of --config, {data}, {model} and {method} are replaced. `settings` are
+    "KEY=VALUE" for all cells, those of `settings_for` for the cells that have all of its names.
 
     Raises:
         ValueError: in one line: something is given twice, unknown, or no setting.
@@ -99,34 +91,34 @@ def cells(
             raise ValueError(f"setting {setting!r}: KEY=VALUE is needed")
         if key in {*axes, *(f"{name}.name" for name in NAMES)}:
             raise ValueError(f"setting {setting!r}: {key} is an axis of the matrix")
-    found: dict[str, Cell] = {}
+    by_label: dict[str, Cell] = {}
     for values in itertools.product(*axes.values()):
         chosen = dict(zip(axes, values, strict=True))
-        cell_settings = [f"{name}.name={chosen[name]}" for name in NAMES] + [*settings]
+        pairs = [f"{name}.name={chosen[name]}" for name in NAMES] + [*settings]
         for names, own in settings_for:
             if set(names) <= {chosen[name] for name in NAMES}:
-                cell_settings += own
-        cell_settings += [f"{key}={value}" for key, value in chosen.items() if key not in NAMES]
+                pairs += own
+        pairs += [f"{key}={value}" for key, value in chosen.items() if key not in NAMES]
         path = config
         for name in NAMES:
             path = path.replace(f"{{{name}}}", chosen[name])
-        cell = Cell(chosen, folder, ["--config", path, *(f"--config.{x}" for x in cell_settings)])
+        cell = Cell(chosen, folder, ["--config", path, *(f"--config.{pair}" for pair in pairs)])
         label = re.sub(r"[^\w.=+-]", "_", cell.title.replace(" ", "-"))
-        if label in found:
-            raise ValueError(f"{cell.title!r} and {found[label].title!r} have one name: {label}")
-        found[label] = cell._replace(folder=folder / label)
-    return list(found.values())
+        if label in by_label:
+            raise ValueError(f"{cell.title!r} and {by_label[label].title!r} have one name: {label}")
+        by_label[label] = cell._replace(folder=folder / label)
+    return list(by_label.values())
 
 
 def is_finished(cell: Cell) -> bool:
-    """Whether the workdir holds the result of a cell; checks the cell's configuration.
+    """Whether the workdir holds the result of a cell.
 
     Raises:
         ValueError: in one line: a bad configuration, or the workdir holds a run of another one.
     """
     try:
         config, _ = parse(["train.py", *cell.arguments, "--workdir", str(cell.folder)])
-        wanted = _values(configuration.validate(config))
+        wanted = _flat(configuration.validate(config))
     except configuration.ConfigError as error:
         raise ValueError(f"{cell.title}: {error}") from None
     try:
@@ -134,33 +126,38 @@ def is_finished(cell: Cell) -> bool:
     except FileNotFoundError:
         return False
     try:
-        found = _values(configuration.filled(written["config"]))
+        present = _flat(configuration.filled(written["config"]))
     except configuration.ConfigError as error:
-        found = {str(error): None}
-    if changed := [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]:
-        key = changed[0]
-        raise ValueError(
-            f"{cell.title}: '{cell.folder}' holds a run with {key} = {found.get(key)!r}, "
-            f"now {wanted.get(key)!r}: choose another --output, or remove that folder"
-        )
+        present = {str(error): None}
+    for key in {**present, **wanted}:
+        if present.get(key) != wanted.get(key):
+            raise ValueError(
+                f"{cell.title}: '{cell.folder}' holds a run with {key} = {present.get(key)!r}, "
+                f"now {wanted.get(key)!r}: choose another --output, or remove that folder"
+            )
     steps = (line["step"] for line in read_metrics(cell.folder) if line["split"] == "test")
     return written["total_steps"] in steps
 
 
+def _flat(config: Any) -> dict[str, Any]:
+    """Values of a configuration as JSON, by key, without those that may change."""
+    flat = traverse_util.flatten_dict(config.to_dict(), sep=".")
+    return {key: value for key, value in json.loads(json.dumps(flat)).items() if key not in WHERE}
+
+
 def result(cell: Cell) -> dict[str, Any]:
-    """What a finished cell has found; accuracies are fractions.
+    """The results of a finished cell; accuracies are fractions, None without a validation split.
 
     Returns:
         "test" (final exit, last step), "test_by_exit" (last step, the exit that is best on the
         validation split) and that "exit", "test_by_step" (final exit, the step that is best on the
         validation split), "papers" (best test accuracy of any exit and step), "validation" (final
         exit, last step), "steps", "parameters", "examples_per_second" (median) and "device".
-        What needs a validation split is None without one.
     """
     written = json.loads((cell.folder / "config.json").read_text())
     lines = read_metrics(cell.folder)
-    found = report.summary(lines)
-    last, steps = found["test"], found["test"]["step"]
+    summary = report.summary(lines)
+    last, steps = summary["test"], summary["test"]["step"]
     validation = next((x for x in lines if (x["split"], x["step"]) == ("validation", steps)), {})
     by_exit = report.exits(validation)
     chosen = max(by_exit, key=lambda name: by_exit[name], default=None)
@@ -169,8 +166,8 @@ def result(cell: Cell) -> dict[str, Any]:
         "test": last["accuracy"],
         "test_by_exit": chosen and report.exits(last)[chosen],
         "exit": chosen,
-        "test_by_step": found.get("test_at_best_validation", {}).get("accuracy"),
-        "papers": max(report.exits(found["best_test"]).values()),
+        "test_by_step": summary.get("test_at_best_validation", {}).get("accuracy"),
+        "papers": max(report.exits(summary["best_test"]).values()),
         "validation": validation.get("accuracy"),
         "steps": steps,
         "parameters": written["parameters"],
@@ -182,31 +179,29 @@ def result(cell: Cell) -> dict[str, Any]:
 def slots(count: int, gpus: Sequence[str] = ()) -> list[Slot]:
     """Places for so many processes, each with its part of the cores and one of the GPUs, if any."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    pinned = count > 1 and cores and shutil.which("taskset")
-    found = []
+    places = []
     for index in range(count):
         first, end = index * len(cores) // count, (index + 1) * len(cores) // count
-        own = cores[first : max(end, first + 1)]
-        prefix = ["taskset", "-c", ",".join(map(str, own))] if pinned else []
         variables = {"CUDA_VISIBLE_DEVICES": gpus[index % len(gpus)]} if gpus else {}
         if count > max(1, len(gpus)):  # several on a GPU
             variables["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-        found.append(Slot(prefix, variables))
-    return found
+        places.append(Slot(cores[first : max(end, first + 1)] if count > 1 else (), variables))
+    return places
+
+
+class _Running(NamedTuple):
+    cell: Cell
+    process: subprocess.Popen
+    start: int  # of its output in the file
 
 
 def run(
     waiting: Iterable[Cell], places: Sequence[Slot], ended: Callable[[Cell, Outcome], None]
 ) -> bool:
-    """Trains cells, one at a time in every place.
+    """Trains cells, one at a time in every place, and calls `ended` after each.
 
     A process holds a lock on its output for as long as it lives. A cell whose process has outlived
     the benchmark that started it is thus waited for, not trained twice.
-
-    Args:
-        waiting: the cells, first ones first.
-        places: from `slots`.
-        ended: called after each.
 
     Returns:
         False after SIGTERM or Ctrl-C, when the processes have saved and ended.
@@ -216,37 +211,31 @@ def run(
     try:
         while left or running:
             for slot, place in enumerate(places):
-                if slot not in running and (begun := _start_one(left, place, ended)):
-                    running[slot] = begun
-            for slot, each in list(running.items()):
-                if each.process.poll() is not None:
+                if slot not in running and (started := _start_one(left, place, ended)):
+                    running[slot] = started
+            for slot, training in list(running.items()):
+                if training.process.poll() is not None:
                     del running[slot]
-                    ended(each.cell, _outcome(each))
-            time.sleep(_POLL_SECONDS if left or running else 0)
+                    ended(training.cell, _outcome(training))
+            time.sleep(POLL_SECONDS if left or running else 0)
     except KeyboardInterrupt:
-        for each in running.values():
-            each.process.terminate()
-        for each in running.values():
-            each.process.wait()
-            ended(each.cell, _outcome(each))
+        for training in running.values():
+            training.process.terminate()
+        for training in running.values():
+            training.process.wait()
+            ended(training.cell, _outcome(training))
         return False
     finally:
-        for each in running.values():
-            each.process.kill()  # nothing that has ended
+        for training in running.values():
+            training.process.kill()  # nothing that has ended
         signal.signal(signal.SIGTERM, previous)
     return True
-
-
-class _Running(NamedTuple):
-    cell: Cell
-    process: subprocess.Popen
-    start: int  # of its output in the file
 
 
 def _start_one(
     left: list[Cell], place: Slot, ended: Callable[[Cell, Outcome], None]
 ) -> _Running | None:
-    """Starts the first cell that no process trains; takes it, and finished ones, off the list."""
+    """Starts the first cell that no process trains; it, and finished ones, leave the list."""
     for cell in list(left):
         cell.folder.mkdir(parents=True, exist_ok=True)
         with (cell.folder / OUTPUT).open("ab") as output:
@@ -259,45 +248,28 @@ def _start_one(
                 ended(cell, Outcome("finished"))
                 continue
             start = output.tell()
-            command = [sys.executable, str(TRAIN), *cell.arguments, "--workdir", str(cell.folder)]
-            process = subprocess.Popen(
-                [*place.prefix, *command],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                env={**os.environ, **place.variables},
-                start_new_session=True,  # Ctrl-C is for the benchmark, which asks them to stop
-            )
+            with pinned(place.cores):
+                process = subprocess.Popen(
+                    [sys.executable, TRAIN, *cell.arguments, "--workdir", cell.folder],
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    env={**os.environ, **place.variables},
+                    start_new_session=True,  # Ctrl-C is for the benchmark, which asks them to stop
+                )
             return _Running(cell, process, start)
     return None
 
 
-def _outcome(ended: _Running) -> Outcome:
-    cell, code = ended.cell, ended.process.returncode
-    with (cell.folder / OUTPUT).open("rb") as output:
-        output.seek(ended.start)
-        text = output.read().decode(errors="replace")
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if code == 0:
-        return Outcome("finished" if is_finished(cell) else "stopped")
-    if -code == signal.SIGTERM:  # before there was anything to save
+def _outcome(training: _Running) -> Outcome:
+    cell, code = training.cell, training.process.returncode
+    text = (cell.folder / OUTPUT).read_bytes()[training.start :].decode(errors="replace")
+    if code == 0 and is_finished(cell):
+        return Outcome("finished")
+    if code == 0 or -code == signal.SIGTERM:  # before there was anything to save
         return Outcome("stopped")
     if code < 0:
         return Outcome("failed", f"killed by {signal.Signals(-code).name}")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("error: ")]
     return Outcome("failed", (errors or lines or [f"exit code {code}"])[-1])
-
-
-def _values(config: Any) -> dict[str, Any]:
-    """Flat values of a configuration as JSON, without those that may change."""
-    found: dict[str, Any] = {}
-
-    def add(prefix: str, section: Mapping[str, Any]) -> None:
-        for key, value in section.items():
-            if isinstance(value, Mapping):
-                add(f"{prefix}{key}.", value)
-            elif not (prefix == "data." and key in _PLACE):
-                found[prefix + key] = value
-
-    add("", json.loads(json.dumps(config.to_dict())))
-    return found

@@ -5,6 +5,7 @@ autograd, and for the compiled peer `torch.compile` of each block with its loss 
 under BP, whose error crosses all blocks).
 """
 
+import functools
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -96,16 +97,8 @@ class WholeUnit(nn.Module):
 class Lars(torch.optim.Optimizer):
     """LARS as `jdecouple.optim.lars` states it, over all parameters at once."""
 
-    def __init__(
-        self,
-        params: Iterable[Tensor],
-        lr: float,
-        momentum: float = 0.9,
-        weight_decay: float = 1e-4,
-        trust: float = 0.001,
-    ):
-        options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust}
-        super().__init__(params, options)
+    def __init__(self, params: Iterable[Tensor], lr: float):
+        super().__init__(params, {"lr": lr, "momentum": 0.9, "weight_decay": 1e-4, "trust": 0.001})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -129,17 +122,9 @@ class Lars(torch.optim.Optimizer):
 
 
 class Peer:
-    """A net with its optimiser, and a batch that is on the device.
+    """A net with its optimiser, and a batch ("x" NHWC and "label", NumPy) that is on the device.
 
-    Args:
-        method: "deinforeg" or "bp".
-        blocks: Layout of every block: channels, and "M" for pooling.
-        widths: Of the projector's dense layers (DeInfoReg).
-        batch: {"x": NHWC images, "label": classes}, NumPy.
-        num_classes: Number of classes.
-        learning_rate: Of LARS (DeInfoReg) or SGD with momentum 0.9 (BP).
-        device: "cpu" or "cuda".
-        compiled: Whether `torch.compile` compiles the forward and backward.
+    `blocks` are layouts, channels and "M" for pooling, `widths` those of the projector.
     """
 
     def __init__(
@@ -161,33 +146,29 @@ class Peer:
         self._blocks, self._maps = [], []
         for layout in blocks:
             self._blocks.append(vgg_block(layout, channels))
-            channels = [each for each in layout if isinstance(each, int)][-1]
+            channels = [item for item in layout if isinstance(item, int)][-1]
             pixels >>= list(layout).count("M")
             self._maps.append((pixels, pixels, channels))
-        sizes = [int(np.prod(each)) for each in self._maps]
-        if method == "deinforeg":
-            self._units: list[nn.Module] = [
-                LocalUnit(block, size, widths, num_classes)
-                for block, size in zip(self._blocks, sizes, strict=True)
-            ]
-        else:
-            self._units = [WholeUnit(self._blocks, sizes[-1], num_classes)]
-        params = [p for unit in self._units for p in unit.to(device).parameters()]
-        self._optimizer: torch.optim.Optimizer = (
-            Lars(params, learning_rate)
-            if method == "deinforeg"
-            else torch.optim.SGD(params, learning_rate, momentum=0.9)
+        sizes = [int(np.prod(shape)) for shape in self._maps]
+        local = method == "deinforeg"
+        self._units: list[nn.Module] = (
+            [LocalUnit(*x, widths, num_classes) for x in zip(self._blocks, sizes, strict=True)]
+            if local
+            else [WholeUnit(self._blocks, sizes[-1], num_classes)]
         )
+        params = [p for unit in self._units for p in unit.to(device).parameters()]
+        sgd = functools.partial(torch.optim.SGD, momentum=0.9)
+        self._optimizer: torch.optim.Optimizer = (Lars if local else sgd)(params, learning_rate)
         self._calls = [torch.compile(unit) if compiled else unit for unit in self._units]
 
     @torch.no_grad()
     def load(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Takes over weights by the names and in the layouts of `jdecouple.Trainer.arrays`."""
+        """Takes over weights by the names and in the layouts of `jdecouple.Trainer.to_arrays`."""
         for name, value in arrays.items():
             owner, kind, *path = name.split("/")
             if kind != "params":
                 continue
-            part, index, what = (each for each in path if each not in ("head", "layers"))
+            part, index, what = (name for name in path if name not in ("head", "layers"))
             number = int(owner.removeprefix("block_"))
             unit = self._units[min(number, len(self._units) - 1)]
             stack = self._blocks[number] if part == "block" else unit.get_submodule(part)

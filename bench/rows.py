@@ -1,4 +1,4 @@
-"""Rows of the throughput benchmark: a method on a schedule, its stages, replicas, microbatches."""
+"""Rows of a benchmark: a method on a schedule, its stages, replicas, microbatches and batches."""
 
 import dataclasses
 import statistics
@@ -11,30 +11,21 @@ from jdecouple import methods, schedules
 from jdecouple.schedules import Costs, Kind, Schedule, simulate
 
 COUNTS = {"K": "stages", "D": "data", "M": "microbatches", "T": "chunk"}
-TOGETHER = "together"
+TOGETHER, APART, SPMD = "together", "apart", "spmd"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Row:
-    """One line of the table; its text is what `parse` reads.
-
-    Attributes:
-        method: name of the method.
-        schedule: name of the schedule.
-        stages: K.
-        data: D, replicas of every stage.
-        microbatches: M.
-        chunk: T, batches of a call.
-        together: all stages on one device.
-    """
+    """One line of a table; its text is what `parse` reads."""
 
     method: str
     schedule: str
-    stages: int = 1
-    data: int = 1
-    microbatches: int = 1
-    chunk: int = 1
-    together: bool = False
+    stages: int = 1  # K
+    data: int = 1  # D, replicas of every stage
+    microbatches: int = 1  # M
+    chunk: int = 1  # T, batches of a call
+    place: str = ""  # TOGETHER: all stages on one device, in one call; APART: a call each
+    engine: str = "mpmd"
 
     @cached_property
     def plan(self) -> Schedule:
@@ -42,14 +33,14 @@ class Row:
         return schedules.build(self.schedule, self.stages, self.microbatches)
 
     @property
-    def rows(self) -> int:
-        """Rows of devices."""
-        return 1 if self.together else self.plan.num_device_groups
+    def groups(self) -> int:
+        """Device groups of the stages."""
+        return 1 if self.place else self.plan.num_device_groups
 
     @property
     def devices(self) -> int:
         """Devices that the row is made for."""
-        return self.rows * self.data
+        return self.groups * self.data
 
     @property
     def reference(self) -> "Row":
@@ -57,91 +48,80 @@ class Row:
 
         A delayed method keeps its stages, because what it computes depends on them.
         """
-        first = methods.get(self.method).route.schedules[0]
         if self.plan.delayed and self.stages > 1:
-            return Row(self.method, self.schedule, self.stages, together=True)
-        return Row(self.method, first)
+            return Row(self.method, self.schedule, self.stages, place=TOGETHER)
+        return Row(self.method, methods.get(self.method).route.schedules[0])
 
-    def fitted(self, devices: int) -> "Row":
-        """The row where there are so many devices: on one, the stages are together."""
-        alone = self.data == devices == 1 and self.rows > 1
-        return dataclasses.replace(self, together=True) if alone else self
+    @property
+    def alone(self) -> "Row":
+        """The row with which its calls are measured: on one device, a batch a call."""
+        return dataclasses.replace(self, place=APART, chunk=1)
+
+    def together(self) -> "Row":
+        """The row where there is one device only."""
+        fits = self.data == 1 and self.groups > 1
+        return dataclasses.replace(self, place=TOGETHER) if fits else self
+
+    def twin(self, rows: Sequence["Row"]) -> "Row | None":
+        """That of the rows which computes the same by a call a batch, or on more devices."""
+        plain = dataclasses.replace(self, chunk=1, engine="mpmd")
+        wide = dataclasses.replace(self, place="")
+        return next((row for row in (plain, wide) if row != self and row in rows), None)
+
+    def check(self, depth: int, batch: int) -> None:
+        """Raises ValueError if the net or the batch does not fit."""
+        if depth % self.stages:
+            raise ValueError(f"row '{self}': --depth {depth} is no multiple of K")
+        if batch % (self.microbatches * self.data):
+            raise ValueError(f"row '{self}': --batch {batch} is no multiple of M x D")
 
     def ideal(self, batches: int) -> float:
-        """Speed over one device where stages are equal and nothing else takes time.
-
-        Of a segment of some batches, in which the stages of a local method fill and drain once.
-        """
-        if self.rows == 1:
+        """Speed over one device, of a segment of equal stages in which nothing else takes time."""
+        if self.groups == 1:
             return float(self.data)
-        forward, backward = 1.0, 2.0
-        work = batches * self.stages * self.microbatches * (forward + backward)
-        return (
-            self.data
-            * work
-            / simulate(self.plan, Costs(forward, backward), batches=batches).makespan
-        )
+        costs = Costs(forward=1.0, backward=2.0)
+        alone = batches * self.stages * self.microbatches * (1.0 + 2.0)
+        return self.data * alone / simulate(self.plan, costs, batches=batches).makespan
 
     def simulated(
-        self,
-        found: Sequence[dict],
-        link: dict[str, Any],
-        batches: int,
-        in_flight: int | None = None,
+        self, replies: Sequence[dict], link: dict, batches: int, in_flight: int | None = None
     ) -> float:
-        """Seconds of a segment, simulated from the times of the calls alone.
-
-        Args:
-            found: replies of `Run.costs`; of each call the median of them counts.
-            link: bandwidth and latency.
-            batches: length of the segment.
-            in_flight: batches (or chunks) that may be; by default as many as the trainer's default.
-        """
+        """Seconds of a segment of some batches over a link, from replies of `Run.costs`."""
         seconds = defaultdict(list)
-        for reply in found:
-            for stage, kinds, each in reply["calls"]:
-                seconds[stage, tuple(map(Kind, kinds))].append(each)
+        for reply in replies:
+            for stage, kinds, time in reply["calls"]:
+                seconds[stage, tuple(map(Kind, kinds))].append(time)
         costs = Costs(
-            calls={key: self.chunk * statistics.median(each) for key, each in seconds.items()},
-            message_bytes=[self.chunk * each for each in found[0]["message_bytes"]],
-            error_bytes=[self.chunk * each for each in found[0]["error_bytes"]],
-            hosts=[self.plan.row(stage) for stage in range(self.stages)],
+            calls={key: self.chunk * statistics.median(times) for key, times in seconds.items()},
+            message_bytes=[self.chunk * size for size in replies[0]["message_bytes"]],
+            error_bytes=[self.chunk * size for size in replies[0]["error_bytes"]],
+            hosts=[self.plan.device_group(stage) for stage in range(self.stages)],
             **link,
         )
-        flying = in_flight or 2 * self.stages
-        chunks = -(-batches // self.chunk)
-        return simulate(self.plan, costs, batches=chunks, max_in_flight=flying).makespan
+        limit, chunks = in_flight or 2 * self.stages, -(-batches // self.chunk)
+        return simulate(self.plan, costs, batches=chunks, max_in_flight=limit).makespan
 
-    def options(self, apart: bool) -> dict[str, Any]:
-        """The row's part of the options of `run.Run`; `apart`: one device, a call a call."""
-        return {
-            "method": self.method,
-            "schedule": self.schedule,
-            "stages": self.stages,
-            "microbatches": self.microbatches,
-            "chunk": 1 if apart else self.chunk,
-            "rows": 1 if apart else self.rows,
-            "data": 1 if apart else self.data,
-            "fuse": False if apart else None,
-        }
+    def options(self) -> dict[str, Any]:
+        """The row's part of the options of `worker.Run`."""
+        names = ("method", "schedule", "stages", "microbatches", "chunk", "data", "engine")
+        fuse = False if self.place == APART else None
+        return {name: getattr(self, name) for name in names} | {"groups": self.groups, "fuse": fuse}
 
     def __str__(self) -> str:
         usual = self.schedule == methods.get(self.method).route.schedules[0]
         counts = [f"{key}={getattr(self, name)}" for key, name in COUNTS.items()]
-        settings = [each for each in counts if not each.endswith("=1")]
+        words = [word for word in (self.place, SPMD * (self.engine == SPMD)) if word]
         head = self.method if usual else f"{self.method}:{self.schedule}"
-        return ",".join([head, *settings, *[TOGETHER] * self.together])
+        return ",".join([head, *(text for text in counts if not text.endswith("=1")), *words])
+
+    __repr__ = __str__
 
 
 BP = Row("bp", "sequential")
 
 
 def parse(text: str) -> Row:
-    """Reads `method[:schedule][,K=2][,D=1][,M=4][,T=1][,together]`.
-
-    Raises:
-        ValueError: in one line, whatever is wrong with it.
-    """
+    """Reads a row, see `throughput.py`; raises ValueError for whatever is wrong with it."""
     head, *settings = text.split(",")
     method, _, schedule = head.partition(":")
     try:
@@ -151,17 +131,18 @@ def parse(text: str) -> Row:
         values: dict[str, Any] = {}
         for setting in settings:
             key, _, value = setting.partition("=")
-            if setting == TOGETHER:
-                values[TOGETHER] = True
+            if setting in (TOGETHER, APART):
+                values["place"] = setting
+            elif setting == SPMD:
+                values["engine"] = SPMD
             elif key in COUNTS and value.isdigit() and int(value) >= 1:
                 values[COUNTS[key]] = int(value)
             else:
-                raise ValueError(
-                    f"{setting!r} is none of K=, D=, M=, T= with a count of at least 1, {TOGETHER}"
-                )
+                counts = "K=, D=, M=, T= with a count of at least 1"
+                raise ValueError(f"{setting!r} is none of {counts}, {TOGETHER}, {APART}, {SPMD}")
         row = Row(method, schedule or allowed[0], **values)
-        if row.together and row.data > 1:
-            raise ValueError(f"{TOGETHER} means one device, D is {row.data}")
+        if row.place and row.data > 1:
+            raise ValueError(f"{row.place} means one device, D is {row.data}")
         _ = row.plan
     except ValueError as error:
         raise ValueError(f"row {text!r}: {error}") from None
@@ -170,7 +151,5 @@ def parse(text: str) -> Row:
 
 def with_references(rows: Sequence[Row]) -> list[Row]:
     """The rows, and before them what they are compared with: BP and themselves on one device."""
-    references = [row.reference for row in rows]
-    return list(
-        dict.fromkeys([BP, *(row for pair in zip(references, rows, strict=True) for row in pair)])
-    )
+    pairs = [(row.reference, row) for row in rows]
+    return list(dict.fromkeys([BP, *(row for pair in pairs for row in pair)]))

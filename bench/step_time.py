@@ -5,83 +5,65 @@
         --sweep method.head_pool 0 4 1 --output runs/step-time
 
 The cells are those of bench/accuracy.py with the same flags; one process holds them all. A segment
-trains a cell for `--steps` steps on one batch that is on the devices already, and waits for it. The
-cells take turns, segment by segment, so that a machine that slows down slows all of them. The ratio
-is the median of the ratios to the first cell's segment of the same turn.
+trains a cell for `--steps` steps on one batch that is on the devices already, and waits for it.
+The cells take turns. The ratio is that to the first cell's segment of the same turn.
 """
 
+import functools
 import sys
-import time
-from typing import Any
 
 import accuracy
 import numpy as np
-from common import Spread, describe, heading, save, table
+import runner
 from matrix import Cell
+from runner import Columns, Spread
+from worker import Repeated, timed
 
 from jdecouple.train import report, run
 from jdecouple.train.cli import parse
 
-
-class Arm:
-    """A cell, and where its training stands."""
-
-    def __init__(self, cell: Cell):
-        config, _ = parse(["train.py", *cell.arguments, "--workdir", str(cell.folder)])
-        built = run.build(config)
-        self.title = cell.title
-        self._trainer = built.trainer
-        self._batch = built.trainer.put(built.dataset.train.gather(np.arange(config.batch_size)))
-        self._state = built.trainer.init()
-        self.parameters = report.parameters(built.trainer)
-
-    def train(self, steps: int) -> float:
-        """Trains and waits; seconds a step."""
-        start = time.perf_counter()
-        for _ in range(steps):
-            self._state, _ = self._trainer.step(self._state, self._batch)
-        self._trainer.wait(self._state)
-        return (time.perf_counter() - start) / steps
+COLUMNS: Columns = {
+    "cell": lambda result: result["cell"],
+    "parameters": lambda result: f"{result['parameters']:,}",
+    "ms a step": lambda result: result["ms"].show(),
+    "ratio to the first": lambda result: result["ratio"].show(2),
+}
 
 
-def measure(arms: list[Arm], steps: int, segments: int) -> list[dict[str, Any]]:
-    """Milliseconds a step of every arm, and their ratios to those of the first."""
-    for arm in arms:
-        arm.train(1)
-    times = np.array([[arm.train(steps) for arm in arms] for _ in range(segments)])
-    return [
-        {
-            "cell": arm.title,
-            "parameters": arm.parameters,
-            "ms": Spread.of(1000 * times[:, index]),
-            "ratio": Spread.of(times[:, index] / times[:, 0]),
-        }
-        for index, arm in enumerate(arms)
-    ]
+def start(cell: Cell) -> tuple[Repeated, int]:
+    config, _ = parse(["train.py", *cell.arguments, "--workdir", str(cell.folder)])
+    built = run.build(config)
+    batch = built.dataset.train.gather(np.arange(config.batch_size))
+    return Repeated(built.trainer, batch), report.parameters(built.trainer)
 
 
 def main() -> int:
     flags = accuracy.parser(__doc__)
-    flags.add_argument("--steps", type=int, default=10, help="steps of a segment")
-    flags.add_argument("--segments", type=int, default=7, help="segments of every cell")
+    flags.add_argument("--steps", type=runner.count, default=10, help="steps of a segment")
+    flags.add_argument("--segments", type=runner.count, default=7, help="segments of every cell")
     options = flags.parse_args()
-    if min(options.steps, options.segments) < 1:
-        flags.error("--steps and --segments must be at least 1")
-    setup = describe()
+    setup = runner.describe()
     try:
-        arms = [Arm(cell) for cell in accuracy.cells_of(options)]
+        cells = {cell.title: start(cell) for cell in accuracy.cells_of(options)}
         options.output.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:  # a ConfigError among them
         flags.error(str(error))
-    found = measure(arms, options.steps, options.segments)
-    print(heading(setup))
-    header = ["cell", "parameters", "ms a step", "ratio to the first"]
-    rows = (
-        [each["cell"], f"{each['parameters']:,}", each["ms"].show(1), each["ratio"].show(2)]
-        for each in found
-    )
-    print(table(header, rows))
-    save(options.output / "step-time.json", {"setup": setup, "found": found})
+    for training, _ in cells.values():
+        training.run(1)  # compiles
+    arms = {x: functools.partial(timed, cells[x][0], options.steps) for x in cells}
+    segments_of = runner.turns(arms, options.segments)
+    first, *_ = segments_of.values()
+    results = [
+        {
+            "cell": title,
+            "parameters": cells[title][1],
+            "ms": Spread.of(segment["ms"] for segment in segments),
+            "ratio": runner.ratios(segments, first),
+        }
+        for title, segments in segments_of.items()
+    ]
+    output = options.output / "step-time.json"
+    runner.publish(setup, runner.columns(COLUMNS, results), output, results=results)
     return 0
 
 

@@ -2,332 +2,239 @@
 
     python bench/throughput.py --output runs/throughput.json
     python bench/throughput.py --rows bp:1f1b,K=2,M=4 deinforeg,K=2 fdg,K=2 bp,D=2
+    python bench/throughput.py --rows deinforeg,K=2 deinforeg,K=2,together deinforeg,K=2,apart
 
-A row is `method[:schedule][,K=2][,D=1][,M=4][,T=1][,together]`: K stages, D replicas of each, M
-microbatches, T batches a call, and `together` keeps the stages on one device. All rows train the
-same net on the same global batches. BP on one device and every row's method on one device are added
-as references.
+A row is `method[:schedule][,K=2][,D=1][,M=4][,T=1][,together|apart][,spmd]`: K stages, D replicas
+of each, M microbatches, T batches a call; `together` has all stages on one device in one call,
+`apart` on one device in the calls that several devices would have; `spmd` is the engine of one
+program. All rows train the same net of equal blocks on the same global batches, which are on the
+devices beforehand. BP on one device and every row's method on one device are added as references.
 
 Every row has processes of its own, which live from beginning to end. The rows take turns: each
-trains a segment of N batches, while the others idle, and so on, again and again. A segment lasts
-from the first dispatch until all work is done, so that stages that fill and drain do it once a
-segment. Two ways to place a row:
+trains a segment of N batches while the others idle. A segment lasts from the first dispatch until
+all work is done, so that stages fill and drain once a segment.
 
-    processes   K x D processes under `jax.distributed`, each pinned to a core of its own that is
-                its only device (Linux; the default where JAX has no other device and the cores
-                suffice)
-    devices     one process with all devices of JAX, such as GPUs; where there are fewer than
-                stages, stages share them; on one device all are together, in one call
+    --place processes   K x D processes under `jax.distributed`, each pinned to a core of its own
+                that is its only device (Linux; the default where JAX has no other device)
+    --place devices     one process with all devices of JAX, such as GPUs; on one device all stages
+                are together (JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=4 makes four that share cores)
 
 Columns, as medians (lowest to highest) over the segments:
 
     x bp, x same method   time of BP, and of the same method, on one device over the row's, turn by
                 turn; the same method has one stage and one microbatch, a delayed one its K stages
-    ideal       the schedule's ratio to the same method with equal stages and nothing else, for
-                segments of N batches
+    ideal       the schedule's ratio to the same method with equal stages and nothing else
     simulated   ms of a batch in the simulated segment, from the median time of every call on one
                 device alone and from the link, and its error; not for replicas
-    dispatch    processor time of the dispatching thread inside `Trainer.step`, a compiled call
-    input wait  share of the time without a batch; "placed" batches are on the devices beforehand,
-                `--input host` uploads each in a thread
-    peak        of the fullest process: on GPUs the most bytes ever in use on a device (the process
-                has trained this row only); elsewhere the state and the most that the resident
-                set has grown during a segment
+    peak        the most bytes ever in use on a device, where JAX knows, as on GPUs
     state       parameters, statistics, optimiser and queues of the fullest device
-    compile     first step, with tracing
+
+A second table compares rows that compute the same: with T batches a call or another engine, and
+with the stages on one device. Where pinned processes and `apart` do not end with losses and state
+that are equal to the last bit, the exit code is 1.
+
+`--dispatch N` adds what a stage and batch cost the host with nothing in flight, medians of N calls:
+until the call returns, and until its batches are trained on. For it `--model arrays` is a net of
+tiny blocks with `--hidden` arrays of state each.
 """
 
-import argparse
 import contextlib
-import inspect
-import math
-import os
+import functools
 import statistics
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import rows as row_specs
-import workers
-from common import OTHERS_SHARE, SIZES, Spread, busy_seconds, describe, heading, save, table
-from rows import BP, Row
-from workers import Processes
-
-from jdecouple import models
+import runner
+from rows import APART, BP, Row
+from runner import Columns, Processes, Spread
 
 ROWS = (
-    *("bp,D=2", "bp:gpipe,K=2,M=4", "bp:1f1b,K=2,M=4", "deinforeg,K=2", "scpl,K=2"),
+    *("bp:gpipe,K=2,M=4", "bp:1f1b,K=2,M=4", "deinforeg,K=2", "scpl,K=2"),
     *("fdg,K=2", "ddg,K=2", "fr,K=2"),
 )
-MODELS = (
-    *SIZES,
-    *(
-        name
-        for name in models.names()
-        if name not in SIZES and "image_size" in inspect.signature(models.get(name)).parameters
-    ),
-)
-OTHER_SIZES = {"hidden": None, "depth": None, "batch": 128}
+SIZES = {
+    "mlp": {"hidden": 1024, "depth": 10, "batch": 256},
+    "vgg": {"hidden": 32, "depth": 4, "batch": 64},
+    "arrays": {"hidden": 64, "depth": 2, "batch": 8},
+}
 WARM_UP_BATCHES = 3
 COST_BATCHES = 5
-NOT_MEASURED = "not measured"
 
 
-def measure(rows: Sequence[Row], options: dict[str, Any], count: int | None) -> dict[str, Any]:
-    """Lets the rows take turns.
-
-    Args:
-        rows: the rows, references included.
-        options: of the command line.
-        count: devices of every process; None if every device is a process.
-
-    Returns:
-        By row "compile" (seconds), "segments" and "costs" (replies of `Run.costs`); and "link".
-    """
-    cores = workers.cores() if count is None else None
-    shared = {
-        name: options[name]
-        for name in ("model", "hidden", "depth", "batch", "head", "dtype", "input")
-    }
-    found: dict[str, Any] = {str(row): {"segments": [], "costs": []} for row in rows}
-    simulated = [row for row in rows if is_simulated(row, count)]
+def measure(rows: Sequence[Row], options: dict[str, Any], pinned: bool) -> dict[str, Any]:
+    """Lets the rows take turns: what they measured, and the "link" between the first of several."""
+    cores = runner.cores() if pinned else None
+    net = {x: options[x] for x in ("model", "hidden", "depth", "batch", "head", "dtype")}
+    results: dict[Row, dict[str, Any]] = {row: {} for row in rows}
+    simulated = [r for r in rows if r.groups > 1 and r.data == 1 and r.engine == "mpmd"]
     with contextlib.ExitStack() as stack:
 
-        def start(needed: int) -> Processes:
-            return stack.enter_context(Processes(cores and cores[:needed]))
+        def start(size: int) -> Processes:
+            return stack.enter_context(Processes(cores and cores[:size]))
 
-        groups = {row: start(row.devices) for row in rows}
+        processes = {row: start(row.devices) for row in rows}
         alone: Any = start(1) if simulated else None
-        for row, group in groups.items():
-            group.ask("build", "row", {**shared, **row.options(apart=False)})
-            found[str(row)]["compile"] = workers.seconds(group.ask("run", "row", 1))
-            segment(group, row, WARM_UP_BATCHES)
+        for row, group in processes.items():
+            group.ask("build", "row", net | row.options())
+            results[row]["compile"] = group.segment("row", 1)["seconds"]
+            group.segment("row", WARM_UP_BATCHES)
         for row in simulated:
-            alone.ask("build", str(row), {**shared, **row.options(apart=True)})
-        pairs = [group for row, group in groups.items() if cores and row.devices > 1]
-        link = workers.measured_link(pairs[0]) if pairs else {}
-        for repeat in range(options["repeats"]):
-            for row, group in groups.items():
-                each = segment(group, row, options["steps"])
-                found[str(row)]["segments"].append(each)
-                print(f"repeat {repeat + 1}: {row}, {each['ms']:.1f} ms per batch", file=sys.stderr)
-                if row in simulated:
-                    found[str(row)]["costs"] += alone.ask("costs", str(row), COST_BATCHES)
-    given = {name: options[name] for name in ("bandwidth", "latency") if options[name] is not None}
-    return {"rows": found, "link": {**link, **given}}
+            alone.ask("build", str(row), net | row.alone.options())
+        pairs = [group for row, group in processes.items() if pinned and row.devices > 1]
+        link = pairs[0].link() if pairs else {}
+
+        def train(row: Row) -> dict[str, Any]:
+            costs = alone.ask("costs", str(row), COST_BATCHES) if row in simulated else []
+            return {**processes[row].segment("row", options["steps"]), "costs": costs}
+
+        arms = {row: functools.partial(train, row) for row in rows}
+        for row, segments in runner.turns(arms, options["repeats"]).items():
+            group, samples = processes[row], options["dispatch"]
+            results[row]["segments"] = segments
+            results[row]["digest"] = runner.union(group.ask("digest", "row"))
+            results[row]["dispatch"] = group.ask("dispatch", "row", samples)[0] if samples else {}
+    return {"rows": results, "link": link}
 
 
-def is_simulated(row: Row, count: int | None) -> bool:
-    return row.rows > 1 and row.data == 1 and (count is None or row.devices <= count)
-
-
-def segment(processes: Processes, row: Row, batches: int) -> dict[str, Any]:
-    """One measurement of a row; "others" is the share of the machine that others took."""
-    busy = busy_seconds() if processes.pinned else None
-    replies = processes.ask("run", "row", batches)
-    seconds = workers.seconds(replies)
-    own = sum(reply["processor"] for reply in replies)
-    others = busy and max(0.0, (busy_seconds() - busy - own) / seconds / (os.cpu_count() or 1))
-    peaks = [reply["peak"] for reply in replies]
-    return {
-        "ms": 1e3 * seconds / batches,
-        "others": others,
-        "dispatch_us": 1e6 * sum(r["dispatch"] for r in replies) / sum(r["calls"] for r in replies),
-        "input_wait": max(reply["waited"] for reply in replies) / seconds,
-        "peak": None if None in peaks else max(peaks),
-        "state": max(reply["state"] for reply in replies),
-        "cores": [reply["cores"] for reply in replies],
-    }
-
-
-def compare(
-    rows: Sequence[Row], found: dict[str, Any], options: dict[str, Any], count: int | None
-) -> list[dict[str, Any]]:
+def compare(measured: dict[str, Any], steps: int) -> list[dict[str, Any]]:
     """What the segments say of each row."""
-    steps, batch = options["steps"], options["batch"]
-    times = {row: [each["ms"] for each in found["rows"][str(row)]["segments"]] for row in rows}
-
-    def ratio(reference: Row, row: Row) -> Spread:
-        # Neighbours in time are divided, so that a slow drift of the machine cancels.
-        return Spread.of(a / b for a, b in zip(times[reference], times[row], strict=True))
-
+    segments_of = {row: result["segments"] for row, result in measured["rows"].items()}
     results = []
-    for row in rows:
-        mine = found["rows"][str(row)]
-        segments, milliseconds = mine["segments"], Spread.of(times[row])
-        used = min(row.rows, (count or row.devices) // row.data)
-        ideal = row.ideal(steps) if used == row.rows else float(row.data) if used == 1 else None
-        simulated = None
-        if mine["costs"]:
-            simulated = 1e3 * row.simulated(mine["costs"], found["link"], steps) / steps
-        peaks = [each["peak"] for each in segments]
+    for row, segments in segments_of.items():
+        ms = Spread.of(segment["ms"] for segment in segments)
+        costs = [reply for segment in segments for reply in segment["costs"]]
+        simulated = 1e3 * row.simulated(costs, measured["link"], steps) / steps if costs else None
+        peaks = [segment["peak"] for segment in segments]
+        processor = zip(*(segment["processor_ms"] for segment in segments), strict=True)
         results.append(
             {
                 "row": str(row),
-                "stages": row.stages,
-                "devices": used * row.data,
-                "ms": milliseconds,
-                "examples_per_second": 1e3 * batch / milliseconds.median,
-                "ratio_to_bp": ratio(BP, row),
-                "ratio_to_method": ratio(row.reference, row),
-                "ideal": ideal,
+                "ms": ms,
+                "processor_ms": [statistics.median(values) for values in processor],
+                "ratio_to_bp": runner.ratios(segments_of[BP], segments),
+                "ratio_to_method": runner.ratios(segments_of[row.reference], segments),
+                "ideal": row.ideal(steps),
                 "simulated_ms": simulated,
-                "simulated_error": simulated and simulated / milliseconds.median - 1,
-                "dispatch_us": statistics.median(each["dispatch_us"] for each in segments),
-                "input_wait": statistics.median(each["input_wait"] for each in segments),
+                "simulated_error": simulated and simulated / ms.median - 1,
                 "peak_bytes": None if None in peaks else max(peaks),
                 "state_bytes": segments[-1]["state"],
-                "compile_seconds": mine["compile"],
+                "compile_seconds": measured["rows"][row]["compile"],
+                **measured["rows"][row]["dispatch"],
+                **compare_twin(row, measured["rows"]),
             }
         )
     return results
 
 
-def report(options: dict[str, Any], found: dict[str, Any], results: list[dict[str, Any]]) -> str:
+def compare_twin(row: Row, measured: dict[Row, dict[str, Any]]) -> dict[str, Any]:
+    """The row's speed over that of its twin, if any, and whether their numbers are equal."""
+    if (twin := row.twin(list(measured))) is None:
+        return {}
+    sides = [measured[twin], measured[row]]
+    ratio = runner.ratios(*(side["segments"] for side in sides))
+    histories = [([x["losses"] for x in side["segments"]], side["digest"]) for side in sides]
+    equal = histories[0] == histories[1] if row.chunk == twin.chunk else None
+    return {"twin": str(twin), "ratio_to_twin": ratio, "equal_to_twin": equal}
+
+
+COLUMNS: Columns = {
+    "row": lambda r: f"`{r['row']}`",
+    "ms per batch": lambda r: r["ms"].show(),
+    "processor ms": lambda r: ", ".join(f"{ms:.1f}" for ms in r["processor_ms"]),
+    "x bp": lambda r: r["ratio_to_bp"].show(2),
+    "x same method": lambda r: r["ratio_to_method"].show(2),
+    "ideal": lambda r: f"{r['ideal']:.2f}",
+    "simulated ms": lambda r: (
+        f"{r['simulated_ms']:.1f} ({r['simulated_error']:+.1%})" if r["simulated_ms"] else ""
+    ),
+    "peak MB": lambda r: f"{r['peak_bytes'] / 1e6:.0f}" if r["peak_bytes"] else "not measured",
+    "state MB": lambda r: f"{r['state_bytes'] / 1e6:.1f}",
+    "compile s": lambda r: f"{r['compile_seconds']:.1f}",
+}
+DISPATCH_COLUMNS: Columns = {
+    "arrays of a stage": lambda r: r["arrays"],
+    "dispatched us": lambda r: f"{r['dispatched']:.0f}",
+    "done us": lambda r: f"{r['done']:.0f}",
+}
+EQUAL = {True: "equal", False: "differ", None: "not compared"}
+TWIN_COLUMNS: Columns = {
+    "row": COLUMNS["row"],
+    "twin": lambda r: f"`{r['twin']}`",
+    "x twin": lambda r: r["ratio_to_twin"].show(2),
+    "losses and state to the last bit": lambda r: EQUAL[r["equal_to_twin"]],
+}
+
+
+def report(options: dict[str, Any], measured: dict[str, Any], results: list[dict[str, Any]]) -> str:
     """The result as Markdown."""
-    header = (
-        *("row", "devices", "ms per batch", "examples/s", "x bp", "x same method", "ideal"),
-        *("simulated ms", "dispatch us", "input wait", "peak MB", "state MB", "compile s"),
-    )
-    lines = []
-    for each in results:
-        simulated, error = each["simulated_ms"], each["simulated_error"]
-        peak = each["peak_bytes"]
-        lines.append(
-            (
-                f"`{each['row']}`",
-                each["devices"],
-                each["ms"].show(),
-                f"{each['examples_per_second']:.0f}",
-                each["ratio_to_bp"].show(2),
-                each["ratio_to_method"].show(2),
-                "" if each["ideal"] is None else f"{each['ideal']:.2f}",
-                "" if simulated is None else f"{simulated:.1f} ({error:+.1%})",
-                f"{each['dispatch_us']:.0f}",
-                "placed" if options["input"] == "placed" else f"{each['input_wait']:.1%}",
-                NOT_MEASURED if peak is None else f"{peak / 1e6:.0f}",
-                f"{each['state_bytes'] / 1e6:.1f}",
-                f"{each['compile_seconds']:.1f}",
-            )
-        )
-    shown = ", ".join(f"{k} {v}" for k, v in options.items() if v is not None and k != "rows")
-    notes = [f"{shown}; medians (lowest to highest); columns: see bench/throughput.py\n"]
-    notes.append(table(header, lines))
-    errors = [abs(each["simulated_error"]) for each in results if each["simulated_ms"]]
-    if errors:
-        link = found["link"]
-        wire = f"{1e6 * link.get('latency', 0):.0f} us"
-        if "bandwidth" in link:
-            wire += f", {link['bandwidth'] / 1e9:.2f} GB/s"
-        notes.append(f"- Largest error of the simulation: {max(errors):.1%}; link: {wire}.")
-    segments = [each for row in found["rows"].values() for each in row["segments"]]
-    others = [each["others"] for each in segments if each["others"] is not None]
-    if others:
-        share = statistics.median(others)
-        valid = ": NOT VALID" if share > OTHERS_SHARE else ""
-        notes.append(f"- Other processes took {share:.1%} of the machine{valid}.")
-    return "\n".join(notes)
+    shown = COLUMNS | DISPATCH_COLUMNS if options["dispatch"] else COLUMNS
+    texts = [runner.options_line(options, "throughput.py"), runner.columns(shown, results)]
+    if twins := [result for result in results if "twin" in result]:
+        texts.append(runner.columns(TWIN_COLUMNS, twins))
+    if errors := [abs(x["simulated_error"]) for x in results if x["simulated_ms"]]:
+        wire = runner.link_text(measured["link"])
+        texts.append(f"- Largest error of the simulation: {max(errors):.1%}; link: {wire}.")
+    segments = [segment for result in measured["rows"].values() for segment in result["segments"]]
+    return "\n".join([*texts, *runner.others_note(segments)])
 
 
-def parse() -> tuple[argparse.Namespace, list[Row], list[str]]:
-    """Options, rows with their references, and kinds of the devices of every process.
-
-    No kinds: every device is a process.
-    """
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rows", nargs="+", metavar="ROW", help=f"default: {' '.join(ROWS)}")
+def parse() -> tuple[Namespace, list[Row], list[str]]:
+    """Options, rows with their references, and the kinds of JAX's devices; none for processes."""
+    parser = runner.flags(__doc__)
+    runner.net_flags(parser, SIZES, rows=ROWS)
     parser.add_argument("--place", choices=("processes", "devices"))
-    parser.add_argument("--model", choices=MODELS, default="mlp", metavar="MODEL")
-    parser.add_argument("--hidden", type=int, help="width of a dense layer, or channels")
-    parser.add_argument("--depth", type=int, help="number of equal blocks (mlp, vgg)")
-    parser.add_argument("--batch", type=int, help="examples of a global batch")
-    parser.add_argument("--head", type=int, default=64, help="features of a block's projector")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--input", choices=("placed", "host"), default="placed")
-    parser.add_argument("--steps", type=int, default=40, help="batches of a segment")
-    parser.add_argument("--repeats", type=int, default=5, help="segments of each row")
-    parser.add_argument("--bandwidth", type=float, help="bytes/s of the simulated link")
-    parser.add_argument("--latency", type=float, help="seconds of the simulated link")
-    parser.add_argument("--output", type=Path, help="JSON file to write, and .md beside it")
+    parser.add_argument("--steps", type=runner.count, default=40, help="batches of a segment")
+    parser.add_argument("--repeats", type=runner.count, default=5, help="segments of each row")
+    parser.add_argument("--dispatch", type=runner.count, metavar="N", help="calls with none before")
     options = parser.parse_args()
+    for name, value in SIZES[options.model].items():
+        setattr(options, name, getattr(options, name) or value)
     try:
-        complete(options)
-        rows = [row_specs.parse(each) for each in options.rows or ROWS]
-        kinds = place(options, rows)
-        if kinds:
-            known = rows if options.rows else [row for row in rows if row.data <= len(kinds)]
-            rows = [row.fitted(len(kinds)) for row in known]
-        rows = row_specs.with_references(rows)
-        check(options, rows)
+        rows = [row_specs.parse(text) for text in options.rows]
+        for row in rows:
+            row.check(options.depth, options.batch)
+            if options.steps % row.chunk:
+                raise ValueError(f"row '{row}': --steps {options.steps} is no multiple of T")
+        kinds = []
+        if options.place != "processes":
+            with Processes(None) as process:
+                kinds = process.ask("devices")[0]
+        if options.place is None and all(kind.startswith("cpu") for kind in kinds):
+            kinds = []
+        if len(kinds) == 1:
+            rows = [row.together() for row in rows]
+        had, needed = len(kinds or runner.cores()), max(row.devices for row in rows)
+        if needed > had:
+            what = "devices" if kinds else "cores"
+            raise ValueError(f"the rows need {needed} {what}, {had} can be had")
     except ValueError as error:
         parser.error(str(error))
-    return options, rows, kinds
+    options.place = "devices" if kinds else "processes"
+    return options, row_specs.with_references(rows), kinds
 
 
-def complete(options: argparse.Namespace) -> None:
-    """Fills in the sizes of the net; raises ValueError for bad numbers."""
-    for name, value in SIZES.get(options.model, OTHER_SIZES).items():
-        given = getattr(options, name)
-        if value is None and given is not None:
-            raise ValueError(f"--{name} is for {' and '.join(SIZES)}, --model is {options.model}")
-        setattr(options, name, value if given is None else given)
-    for name in ("hidden", "depth", "batch", "head", "steps", "repeats"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} is {value}: at least 1 is needed")
-    if options.bandwidth is not None and not options.bandwidth > 0:
-        raise ValueError(f"--bandwidth is {options.bandwidth}: bytes/s above 0 are needed")
-    if options.latency is not None and not 0 <= options.latency < math.inf:
-        raise ValueError(f"--latency is {options.latency}: seconds of at least 0 are needed")
-
-
-def check(options: argparse.Namespace, rows: Sequence[Row]) -> None:
-    """Raises ValueError for rows that the net or the batch does not fit."""
-    for row in rows:
-        if options.depth and options.depth % row.stages:
-            raise ValueError(f"row {str(row)!r}: --depth {options.depth} is no multiple of K")
-        if options.steps % row.chunk:
-            raise ValueError(f"row {str(row)!r}: --steps {options.steps} is no multiple of T")
-        if options.batch % (row.microbatches * row.data):
-            raise ValueError(f"row {str(row)!r}: --batch {options.batch} is no multiple of M x D")
-
-
-def place(options: argparse.Namespace, rows: Sequence[Row]) -> list[str]:
-    """Kinds of the devices of every process; none if every device is a process.
-
-    Raises:
-        ValueError: too few cores or devices.
-    """
-    cores, needed = workers.cores(), max(row.devices for row in rows)
-    if options.place == "processes" and needed > len(cores):
-        raise ValueError(f"the rows need {needed} cores, {len(cores)} can be had")
-    kinds = [] if options.place == "processes" else workers.devices()
-    if options.place is None:
-        on_cpu = all(kind.startswith("cpu") for kind in kinds)
-        options.place = "processes" if on_cpu and needed <= len(cores) else "devices"
-    if options.place == "processes":
-        return []
-    replicas = max(row.data for row in rows)
-    if options.rows and replicas > len(kinds):
-        raise ValueError(f"the rows need {replicas} devices, {len(kinds)} can be had")
-    return kinds
-
-
-def main() -> None:
+def main() -> int:
     arguments, rows, kinds = parse()
-    options, count = vars(arguments), len(kinds) or None
+    options = vars(arguments)
     output = options.pop("output")
     options["rows"] = [str(row) for row in rows]
-    setup = {**describe(), "devices": kinds}
-    found = measure(rows, options, count)
-    results = compare(rows, found, options, count)
-    text = f"{heading(setup)}\n{report(options, found, results)}\n"
-    print(text)
-    if output:
-        save(output, {"setup": setup, "options": options, **found, "results": results})
-        output.with_suffix(".md").write_text(text)
+    setup = runner.describe(devices=kinds)
+    measured = measure(rows, options, pinned=not kinds)
+    results = compare(measured, options["steps"])
+    text = report(options, measured, results)
+    for result in measured["rows"].values():  # these are compared, and long
+        del result["digest"]
+        for segment in result["segments"]:
+            del segment["losses"]
+    measured["rows"] = {str(row): result for row, result in measured["rows"].items()}
+    runner.publish(setup, text, output, options=options, **measured, results=results)
+    apart = [x for x, row in zip(results, rows, strict=True) if row.place == APART]
+    return int(not kinds and any(result.get("equal_to_twin") is False for result in apart))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

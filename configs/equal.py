@@ -10,11 +10,11 @@ Hardware:  anything; a CPU for reduced widths.
 Expected:  the tables of accuracies in bench/RESULTS.md.
 """
 
-from jdecouple.train.config import named, parts
+from jdecouple.train.config import named
 
 
 def get_config(arguments: str = "digits,mlp,deinforeg"):
-    config = named(*parts(arguments))
+    config = named(arguments)
     config.batch_size = 128
     config.epochs = 10
     config.optimizer.name = "adam"

@@ -13,7 +13,7 @@ Expected:  measured on one CPU core, SST-2, two blocks of width 64 and 30 words,
            command in bench/RESULTS.md).
 """
 
-from jdecouple.train.config import named, parts
+from jdecouple.train.config import named
 
 # Words that the papers keep of a text, by a part of the data set's name.
 _LENGTHS = {"sst2": 15, "ag_news": 60, "imdb": 350, "dbpedia": 400}
@@ -26,11 +26,12 @@ _METHODS = {
 
 
 def get_config(arguments: str = "glue/sst2,lstm,deinforeg"):
-    dataset, model, method = parts(arguments)
+    config = named(arguments)
+    model, method = config.model.name, config.method.name
     if model not in ("lstm", "transformer"):
         raise ValueError(f"model {model!r} is not one of lstm, transformer")
-    config = named(dataset, model, method)
-    config.data.max_length = next((n for k, n in _LENGTHS.items() if k in dataset.lower()), None)
+    name = config.data.name.lower()
+    config.data.max_length = next((n for part, n in _LENGTHS.items() if part in name), None)
     config.model.hidden = 300
     config.model.depth = 4
     if model == "transformer":

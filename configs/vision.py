@@ -11,11 +11,11 @@ Expected:  measured on two CPU cores, CIFAR-10, a quarter of the width, 2 epochs
            (the whole commands are in bench/RESULTS.md).
 """
 
-from jdecouple.train.config import named, parts
+from jdecouple.train.config import named
 
 
 def get_config(arguments: str = "cifar10,vgg8,deinforeg"):
-    config = named(*parts(arguments))
+    config = named(arguments)
     config.epochs = 200
     _PAPERS.get(config.method.name, _bp)(config)
     return config

@@ -1,55 +1,73 @@
 """Checkpoints of a run: asynchronous, atomic, verified on the way back.
 
-One checkpoint is one directory, ``<directory>/<step>``, that Orbax writes under a temporary name
-and renames when it is whole; `jdecouple._checkpoint_format` says what it holds.
+A checkpoint is one directory, ``<directory>/<step>``, that Orbax writes under a temporary name and
+renames when it is complete:
+
+- ``state`` is an Orbax PyTree item: a flat dict of arrays, whose names are percent-escaped.
+- ``info`` is JSON with a CRC-32: step, metric, extra; dtype, shape and CRC-32 of every array.
 """
 
 import contextlib
-import dataclasses
+import functools
 import itertools
+import json
+import operator
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from urllib.parse import quote, unquote
 
+import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from absl import logging
+from etils import epath
 
-from jdecouple import _checkpoint_format as form
+from jdecouple._errors import first_line
 
+FORMAT = 1
 _DELETED = ".deleted"
+_escaped = functools.partial(quote, safe="")
+
+Accept = Callable[[dict[str, Any]], str | None]
 
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be written, or none of those present can be used."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Restored:
-    """What `Checkpointer.restore` returns.
+class _RefusedError(Exception):
+    """Why one checkpoint is not used, in one line."""
 
-    Attributes:
-        step: the step that the checkpoint was saved at.
-        tree: nested dict of the template's structure; leaves are NumPy arrays.
-        extra: the JSON-able dict that was saved with it.
-    """
+
+class Restored(NamedTuple):
+    """A checkpoint: its step, its NumPy arrays by name, and the `extra` saved with them."""
 
     step: int
-    tree: Any
+    arrays: dict[str, np.ndarray]
     extra: dict[str, Any]
 
 
-class Checkpointer:
-    """Saves and restores the state of a run below one directory.
+class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
+    """Saves and restores the arrays of a run below one directory.
 
-    In a `jax.distributed` run a single process constructs the writer; no barrier with the others
-    is entered. Any process may open the same directory with ``read_only=True``.
+    >>> with tempfile.TemporaryDirectory() as folder, Checkpointer(folder) as checkpoints:
+    ...     checkpoints.save(10, {"block_0/w": np.arange(3)}, {"seed": 0}, metric=0.9)
+    ...     checkpoints.restore({"block_0/w": np.zeros(3, int)})
+    Restored(step=10, arrays={'block_0/w': array([0, 1, 2])}, extra={'seed': 0})
+
+    In a `jax.distributed` run a single process constructs the writer; it waits for no other. Any
+    process may open the same directory with ``read_only=True``.
 
     Args:
         directory: where the checkpoints live; created if missing.
-        keep: how many of the last checkpoints to keep (the best one is kept besides).
+        keep: how many of the last checkpoints to keep. The best one is kept besides, and a
+            directory that holds no checkpoint of this program is never deleted.
         read_only: only restore: nothing is created, cleaned, moved or deleted.
 
     Raises:
@@ -60,36 +78,28 @@ class Checkpointer:
     def __init__(
         self, directory: str | os.PathLike[str], *, keep: int = 3, read_only: bool = False
     ):
-        if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
+        if not isinstance(keep, int) or keep < 1:
             raise ValueError(f"keep must be a positive integer, got {keep!r}")
         self.directory = Path(directory).absolute()
         self._keep = keep
-        self._metrics: dict[int, float | None] = {}
+        self._policy = _AllBut()
         self._refused: tuple[int, ...] = ()
         self._pending: int | None = None
         self._manager: Any = None
         # Orbax reports each save at INFO; what fails reaches the caller as a CheckpointError.
         logging.get_absl_logger().addFilter(_is_not_orbax)
+        sys.unraisablehook = _without_late_reads
         if not read_only:
-            _require_writable(self.directory)
-            self._manager = self._open_manager()
+            with _one_line(f"cannot write checkpoints to {self.directory}"):
+                self.directory.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=self.directory).close()
+            self._open_manager()
 
     def steps(self) -> list[int]:
-        """Returns the steps on disk in rising order, without unfinished and refused ones.
-
-        Raises:
-            CheckpointError: the directory cannot be listed.
-        """
-        try:
-            names = os.listdir(self.directory)
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise CheckpointError(
-                f"cannot read checkpoints in {self.directory}: {error.strerror}"
-            ) from error
-        found = {int(name) for name in names if name.isdecimal() and str(int(name)) == name}
-        return sorted(found.difference(self._refused))
+        """The steps on disk in rising order, without unfinished and refused ones."""
+        names = os.listdir(self.directory) if self.directory.exists() else []
+        steps = {int(name) for name in names if name.isdecimal() and str(int(name)) == name}
+        return sorted(steps.difference(self._refused))
 
     @property
     def latest_step(self) -> int | None:
@@ -99,68 +109,70 @@ class Checkpointer:
     @property
     def best_step(self) -> int | None:
         """The step on disk with the highest metric, the earliest of equals; None without one."""
-        return _best(self._known_metrics())
+        return _best(self._documents())
+
+    def extras(self) -> dict[int, dict[str, Any]]:
+        """Step -> the `extra` it was saved with, of every checkpoint whose info is sound."""
+        return {step: document["extra"] for step, document in self._documents().items()}
 
     def save(
-        self, step: int, tree: Mapping[str, Any], extra: dict[str, Any], metric: float | None = None
+        self, step: int, arrays: Mapping[str, Any], extra: Any, metric: float | None = None
     ) -> None:
-        """Copies `tree` to host memory and writes it in the background.
+        """Copies `arrays` to host memory and writes them in the background.
 
-        The caller may donate or overwrite the leaves as soon as this returns. A save still in
-        flight is waited for first.
+        The caller may donate or overwrite them as soon as this returns. It waits for a save that
+        is still in flight.
 
         Args:
-            step: greater than every step already saved.
-            tree: nested dict with string keys; leaves are arrays or scalars of any shape and
-                numeric dtype. Every leaf must be addressable by this process.
+            step: an integer greater than every step already saved.
+            arrays: name to NumPy or JAX array that this process can read; one must have elements.
             extra: small dict that `json` can write.
             metric: score of this state, higher is better; None or NaN never counts as best.
 
         Raises:
-            CheckpointError: `step` is not new, the directory is open for reading only, or this
-                or the previous save could not be written.
-            ValueError: `step` is negative, or `tree` has no leaves or one that lives elsewhere.
-            TypeError: a key, a leaf, `step` or `extra` is of the wrong type.
+            CheckpointError: `step` is not new, the directory is open for reading only, or this or
+                the previous save could not be written.
         """
         if self._manager is None:
             raise CheckpointError(f"{self.directory} is open for reading only")
-        if isinstance(step, bool) or not isinstance(step, int | np.integer):
-            raise TypeError(f"step must be an integer, got {step!r}")
-        step = int(step)
-        if step < 0:
-            raise ValueError(f"step must not be negative, got {step}")
+        step = operator.index(step)
         metric = None if metric is None or np.isnan(metric) else float(metric)
-        leaves = form.host_copies(tree)
-        info = form.describe(step, metric, extra, leaves)
+        on_host = jax.device_get(dict(arrays))  # may share the device's memory
+        copies = {name: np.array(array, order="C") for name, array in on_host.items()}
+        document = {
+            "format": FORMAT,
+            "step": step,
+            "metric": metric,
+            "extra": json.loads(json.dumps(extra)),
+            "leaves": {_escaped(name): [_spec(x), _crc(x)] for name, x in copies.items()},
+        }
         self.wait()
-        self._set_refused_aside()
+        if self._refused:
+            self._set_refused_aside()
         latest = self.latest_step
-        if latest is not None and step <= latest:
+        if step < 0 or (latest is not None and step <= latest):
             raise CheckpointError(
                 f"step {step} is not after the latest checkpoint, {latest}, in {self.directory}"
             )
-        self._known_metrics()
-        self._metrics[step] = metric
+        documents = self._documents() | {step: document}
+        kept = {*sorted(documents)[-self._keep :], _best(documents)}
+        self._policy.superseded = documents.keys() - kept
         self._pending = step
-        self._guarded(lambda: self._start_save(step, leaves, info))
+        info = {"document": document, "crc32": _document_crc(document)}
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(_item(copies)), info=ocp.args.JsonSave(info)
+        )
+        self._guarded(lambda: self._manager.save(step, args=args, force=True))
 
     def wait(self) -> None:
-        """Blocks until the save in flight is on disk and superseded checkpoints are gone.
-
-        Raises:
-            CheckpointError: it could not be written.
-        """
+        """Blocks until the save in flight is on disk and superseded checkpoints are gone."""
         if self._pending is not None:
             self._guarded(self._manager.wait_until_finished)
             self._pending = None
             shutil.rmtree(self.directory / _DELETED, ignore_errors=True)
 
     def close(self) -> None:
-        """Waits for the save in flight and releases the directory; may be called again.
-
-        Raises:
-            CheckpointError: the save in flight could not be written.
-        """
+        """Waits for the save in flight and releases the directory; may be called again."""
         try:
             self.wait()
         finally:
@@ -168,109 +180,119 @@ class Checkpointer:
             if manager is not None:
                 manager.close()
 
-    def __enter__(self) -> "Checkpointer":
-        return self
-
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-    def extras(self) -> dict[int, dict[str, Any]]:
-        """Returns step -> the `extra` it was saved with, of every checkpoint that has one."""
-        found = {}
-        for step in self.steps():
-            with contextlib.suppress(form.RefusedError):
-                found[step] = form.read_document(self.directory / str(step))["extra"]
-        return found
 
     def restore(
         self,
         template: Mapping[str, Any],
         step: int | None = None,
         *,
-        accept: Callable[[dict[str, Any]], str | None] = lambda extra: None,
+        accept: Accept = lambda extra: None,
     ) -> Restored | None:
         """Reads the latest usable checkpoint, or the one of `step`.
 
         A checkpoint that is truncated, corrupted, foreign or none at all is refused with one
-        warning and the one before it is tried. If one is found, those refused are moved to
+        warning and the one before it is tried. If one can be used, those refused are moved to
         ``<directory>_refused`` by the next save.
 
         Args:
-            template: nested dict of the expected structure; leaves have `shape` and `dtype`
-                (arrays, `jax.ShapeDtypeStruct`) or are scalars.
+            template: name to anything with the expected array's `shape` and `dtype`.
             step: use this checkpoint or fail.
             accept: given the `extra` of a checkpoint, says why it is to be refused, or None.
 
         Returns:
-            The checkpoint with bit-equal NumPy leaves, or None if there are no checkpoints.
+            The checkpoint, bit for bit, or None if there are no checkpoints.
 
         Raises:
             CheckpointError: `step` is absent or unusable, or every checkpoint was refused.
         """
         self.wait()
-        specs = form.specs(template)
         steps = self.steps()
         if step is not None:
             if step not in steps:
-                present = f"there are {steps}" if steps else "there are none"
-                raise CheckpointError(f"no checkpoint {step} in {self.directory}; {present}")
+                raise CheckpointError(
+                    f"no checkpoint {step} in {self.directory}; there are {steps or 'none'}"
+                )
             steps = [step]
+        refused: list[tuple[int, str]] = []
+        for candidate in reversed(steps):
+            if refused:
+                logging.warning("checkpoint %d refused: %s; trying %d", *refused[-1], candidate)
+            try:
+                restored = self._load(candidate, template, accept)
+            except _RefusedError as error:
+                refused.append((candidate, str(error)))
+            else:
+                self._refused += tuple(number for number, _ in refused)
+                return restored
         if not steps:
             return None
-        reasons = {}
-        for candidate, before in zip(steps[::-1], [*steps[-2::-1], None], strict=True):
-            try:
-                arrays, extra = form.load(self.directory / str(candidate), candidate, specs, accept)
-            except form.RefusedError as error:
-                reasons[candidate] = str(error)
-                if before is not None:
-                    logging.warning(
-                        "checkpoint %d refused: %s; trying %d", candidate, error, before
-                    )
-                continue
-            self._refused += tuple(reasons)
-            return Restored(candidate, form.unflatten(template, arrays), extra)
-        listed = ", ".join(map(str, reasons))
+        tried = ", ".join(map(str, reversed(steps)))
         raise CheckpointError(
-            f"no usable checkpoint in {self.directory}: refused {listed}; "
-            f"{steps[-1]}: {reasons[steps[-1]]}"
+            f"no usable checkpoint in {self.directory}: refused {tried}; "
+            f"{steps[-1]}: {refused[0][1]}"
         )
 
-    def _open_manager(self) -> Any:
-        """An Orbax manager that counts this process alone; cleans what dead saves left."""
-        import orbax.checkpoint as ocp
+    def _documents(self) -> dict[int, dict[str, Any]]:
+        """Step -> the document of every checkpoint on disk that has a sound one."""
+        documents = {}
+        for step in self.steps():
+            with contextlib.suppress(_RefusedError):
+                documents[step] = _read_document(self.directory / str(step))
+        return documents
 
+    def _open_manager(self) -> None:
+        """Makes a fresh Orbax manager, of this process alone; cleans what dead saves left."""
+        if self._manager is not None:
+            with contextlib.suppress(Exception):  # what failed has been told
+                self._manager.close()
         shutil.rmtree(self.directory / _DELETED, ignore_errors=True)
-        alone = form.process_alone()
-        registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-        registry.add(
-            "state", ocp.args.StandardSave, form.sealing_handler()(multiprocessing_options=alone)
+        alone = _process_alone()
+        handlers = {
+            "state": ocp.StandardCheckpointHandler(multiprocessing_options=alone),
+            "info": ocp.JsonCheckpointHandler(multiprocessing_options=alone),
+        }
+        options = ocp.CheckpointManagerOptions(
+            create=False,
+            cleanup_tmp_directories=True,
+            lightweight_initialize=True,
+            save_root_metadata=False,
+            # A rename is atomic: a kill never leaves half a checkpoint under its step.
+            todelete_subdir=_DELETED,
+            multiprocessing_options=alone,
+            preservation_policy=self._policy,
         )
-        registry.add(
-            "info", ocp.args.JsonSave, ocp.JsonCheckpointHandler(multiprocessing_options=alone)
-        )
-        return ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(
-                create=False,
-                cleanup_tmp_directories=True,
-                lightweight_initialize=True,
-                save_root_metadata=False,
-                # A rename is atomic: a kill never leaves half a checkpoint under its step.
-                todelete_subdir=_DELETED,
-                multiprocessing_options=alone,
-                preservation_policy=_LastAndBest(self._keep, self._metrics),
-            ),
-            handler_registry=registry,
+        self._manager = ocp.CheckpointManager(
+            self.directory, options=options, item_handlers=handlers
         )
 
-    def _start_save(self, step: int, leaves: Mapping[str, Any], info: dict[str, Any]) -> None:
-        import orbax.checkpoint as ocp
-
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave(form.stored(leaves)), info=ocp.args.JsonSave(info)
-        )
-        self._manager.save(step, args=items, force=True)
+    def _load(self, step: int, template: Mapping[str, Any], accept: Accept) -> Restored:
+        """Reads one checkpoint and compares it with what was saved and with what is expected."""
+        document = _read_document(self.directory / str(step))
+        if document["step"] != step:
+            raise _RefusedError(f"it was saved at step {document['step']}")
+        if reason := accept(document["extra"]):
+            raise _RefusedError(reason)
+        saved = {unquote(name): spec for name, (spec, _) in document["leaves"].items()}
+        expected = {name: _spec(array) for name, array in template.items()}
+        for name in sorted(saved.keys() | expected.keys()):
+            was, wanted = saved.get(name, "absent"), expected.get(name, "none")
+            if was != wanted:
+                raise _RefusedError(f"leaf {name} is {was}, expected {wanted}")
+        arrays = {name: np.empty(array.shape, array.dtype) for name, array in template.items()}
+        handler = ocp.StandardCheckpointHandler(multiprocessing_options=_process_alone())
+        state = epath.Path(self.directory) / str(step) / "state"
+        try:
+            with contextlib.closing(handler):
+                stored = handler.restore(state, args=ocp.args.StandardRestore(_item(arrays)))
+        except Exception as error:  # Orbax and TensorStore raise many kinds on damaged files.
+            raise _RefusedError(f"unreadable ({_told(error)})") from error
+        arrays |= {unquote(name): array for name, array in stored.items()}
+        for name, array in arrays.items():
+            if [_spec(array), _crc(array)] != document["leaves"][_escaped(name)]:
+                raise _RefusedError(f"leaf {name} is corrupted")
+        return Restored(step, arrays, document["extra"])
 
     def _guarded(self, action: Callable[[], object]) -> None:
         """Runs an Orbax call; a failure drops the save in flight and starts a fresh manager."""
@@ -278,85 +300,100 @@ class Checkpointer:
             action()
         except Exception as error:
             step, self._pending = self._pending, None
-            if step is not None:
-                self._metrics.pop(step, None)
-            with contextlib.suppress(Exception):
-                self._manager.close()
-            self._manager = self._open_manager()
+            self._open_manager()
             raise CheckpointError(
-                f"checkpoint {step} could not be written to {self.directory}: "
-                f"{form.one_line(error)}"
+                f"checkpoint {step} could not be written to {self.directory}: {_told(error)}"
             ) from error
-
-    def _known_metrics(self) -> dict[int, float | None]:
-        """Metric of every step on disk whose `info` can be read."""
-        steps = self.steps()
-        for step in steps:
-            if step not in self._metrics:
-                try:
-                    self._metrics[step] = form.read_document(self.directory / str(step))["metric"]
-                except form.RefusedError:
-                    continue
-        return {step: self._metrics[step] for step in steps if step in self._metrics}
 
     def _set_refused_aside(self) -> None:
-        if not self._refused:
-            return
         aside = self.directory.with_name(self.directory.name + "_refused")
-        try:
+        with _one_line(f"cannot move refused checkpoints to {aside}"):
             aside.mkdir(exist_ok=True)
             for step in self._refused:
-                os.rename(self.directory / str(step), _unused(aside, str(step)))
-                self._metrics.pop(step, None)
-        except OSError as error:
-            raise CheckpointError(
-                f"cannot move refused checkpoints to {aside}: {error.strerror}"
-            ) from error
+                names = itertools.chain([f"{step}"], (f"{step}-{i}" for i in itertools.count(1)))
+                free = next(aside / name for name in names if not (aside / name).exists())
+                os.rename(self.directory / str(step), free)
         self._refused = ()
-        self._manager.close()
-        self._manager = self._open_manager()
+        self._open_manager()
 
 
-class _LastAndBest:
-    """Orbax preservation policy: the last `keep` checkpoints, the best, and whatever is not ours.
+class _AllBut:
+    """Orbax preservation policy: all but what the last save has superseded.
 
-    A directory whose metric is not known was not written by this program, or is damaged: it is
-    never deleted, and takes no place among the last.
+    Orbax's `LatestN` counts and deletes directories of other programs; its `BestN` keeps the last
+    of equals, and reads metrics from a file that these checkpoints do not have.
     """
 
-    def __init__(self, keep: int, metrics: Mapping[int, float | None]):
-        self._keep = keep
-        self._metrics = metrics
+    superseded: Set[int] = frozenset()
 
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Returns for each of `checkpoints` (which have a `step`) whether it stays."""
-        del context
-        ours = {c.step: self._metrics[c.step] for c in checkpoints if c.step in self._metrics}
-        kept = {*sorted(ours)[-self._keep :], _best(ours)}
-        return [c.step not in ours or c.step in kept for c in checkpoints]
+    def should_preserve(self, checkpoints: Sequence[Any], **context: Any) -> list[bool]:
+        return [checkpoint.step not in self.superseded for checkpoint in checkpoints]
 
 
-def _best(metrics: Mapping[int, float | None]) -> int | None:
+def _best(documents: Mapping[int, dict[str, Any]]) -> int | None:
     """Step of the highest metric, the earliest of equals."""
-    scored = [(metric, -step) for step, metric in metrics.items() if metric is not None]
+    scored = [(d["metric"], -step) for step, d in documents.items() if d["metric"] is not None]
     return -max(scored)[1] if scored else None
 
 
-def _unused(directory: Path, name: str) -> Path:
-    names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(1)))
-    return next(directory / n for n in names if not (directory / n).exists())
+def _item(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What Orbax holds of `arrays`: it takes none without elements."""
+    return {_escaped(name): array for name, array in arrays.items() if array.size}
 
 
-def _require_writable(directory: Path) -> None:
+def _read_document(checkpoint: Path) -> dict[str, Any]:
+    path = checkpoint / "info" / "metadata"
+    if not path.is_file():
+        raise _RefusedError("not a checkpoint of this program (no info/metadata)")
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
+        info = json.loads(path.read_bytes())
+        document, crc = info["document"], info["crc32"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _RefusedError(f"info/metadata is damaged ({_told(error)})") from error
+    if crc != _document_crc(document):
+        raise _RefusedError("info/metadata is damaged (checksum)")
+    if document["format"] != FORMAT:
+        raise _RefusedError(f"format {document['format']}, this program reads {FORMAT}")
+    return document
+
+
+def _process_alone() -> Any:
+    """Returns Orbax options under which this process waits for no other."""
+    own = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"jdecouple_{own}"
+    )
+
+
+def _spec(array: Any) -> str:  # such as "float32[3,4]"
+    return f"{array.dtype.name}[{','.join(map(str, array.shape))}]"
+
+
+def _crc(array: np.ndarray) -> int:
+    return zlib.crc32(array.reshape(-1).view(np.uint8).data)
+
+
+def _document_crc(document: Any) -> int:
+    return zlib.crc32(json.dumps(document, sort_keys=True).encode())
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)[:200]}"
+
+
+@contextlib.contextmanager
+def _one_line(what: str) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        raise CheckpointError(
-            f"cannot write checkpoints to {directory}: {error.strerror}"
-        ) from error
+        raise CheckpointError(f"{what}: {error.strerror}") from error
 
 
 def _is_not_orbax(record: Any) -> bool:
     return f"{os.sep}orbax{os.sep}" not in record.pathname or logging.level_debug()
+
+
+def _without_late_reads(unraisable: Any, hook: Any = sys.unraisablehook) -> None:
+    """Leaves out what TensorStore tells of other reads after one of them has failed."""
+    if "Event loop is closed" not in str(unraisable.exc_value):
+        hook(unraisable)

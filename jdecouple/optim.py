@@ -3,6 +3,7 @@
 A learning rate is a number or a schedule, a function of the count of steps taken (as in optax).
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
@@ -14,6 +15,29 @@ import optax
 
 Schedule: TypeAlias = Callable[[Any], Any]
 LearningRate: TypeAlias = float | Schedule
+
+
+def _require(fits: Callable[[Any], bool], what: str, **values: Any) -> None:
+    """Raises ValueError for the first of `values` that is no finite number, or does not fit."""
+    for name, value in values.items():
+        number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or not fits(value):
+            raise ValueError(f"{name} must be {what}, got {value!r}")
+
+
+_positive = functools.partial(_require, lambda x: x > 0, "a finite positive number")
+_non_negative = functools.partial(_require, lambda x: x >= 0, "a finite non-negative number")
+_fraction = functools.partial(_require, lambda x: 0 <= x < 1, "a number in [0, 1)")
+_count = functools.partial(
+    _require, lambda x: isinstance(x, Integral) and int(x) >= 1, "a positive integer"
+)
+
+
+def _rate(learning_rate: LearningRate) -> LearningRate:
+    """A schedule, or a number that is checked."""
+    if not callable(learning_rate):
+        _positive(learning_rate=learning_rate)
+    return learning_rate
 
 
 def lars(
@@ -30,6 +54,12 @@ def lars(
     fewer axes (biases, BatchNorm) get neither decay nor adaptation. Momentum accumulates these, and
     the learning rate multiplies last (in `optax.lars` it comes before the momentum).
 
+    >>> params = {"kernel": jnp.ones((2, 2))}
+    >>> optimizer = lars(0.2, weight_decay=0.0)
+    >>> updates, _ = optimizer.update(params, optimizer.init(params), params)
+    >>> updates["kernel"][0]  # 0.2 x 0.001
+    Array([-0.0002, -0.0002], dtype=float32)
+
     Args:
         learning_rate: Number or schedule.
         weight_decay: L2 coefficient.
@@ -39,15 +69,18 @@ def lars(
     Raises:
         ValueError: A number is out of range.
     """
-    _check_rate(learning_rate)
-    _check_numbers(weight_decay=weight_decay)
-    _check_numbers(positive=True, trust_coefficient=trust_coefficient)
-    _check_fractions(momentum=momentum)
+    _non_negative(weight_decay=weight_decay)
+    _positive(trust_coefficient=trust_coefficient)
+    _fraction(momentum=momentum)
+
+    def has_axes(params: Any) -> Any:
+        return jax.tree.map(lambda p: p.ndim > 1, params)
+
     return optax.chain(
-        optax.add_decayed_weights(weight_decay, mask=_is_matrix),
-        optax.masked(optax.scale_by_trust_ratio(trust_coefficient=trust_coefficient), _is_matrix),
+        optax.add_decayed_weights(weight_decay, mask=has_axes),
+        optax.masked(optax.scale_by_trust_ratio(trust_coefficient=trust_coefficient), has_axes),
         optax.trace(momentum),
-        optax.scale_by_learning_rate(learning_rate),
+        optax.scale_by_learning_rate(_rate(learning_rate)),
     )
 
 
@@ -74,12 +107,11 @@ def adam(
     Raises:
         ValueError: A number is out of range.
     """
-    _check_rate(learning_rate)
-    _check_numbers(weight_decay=weight_decay, eps=eps)
-    _check_fractions(b1=b1, b2=b2)
-    if weight_decay == 0:
-        return optax.adam(learning_rate, b1=b1, b2=b2, eps=eps)
-    return optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+    _non_negative(weight_decay=weight_decay, eps=eps)
+    _fraction(b1=b1, b2=b2)
+    if weight_decay == 0:  # not AdamW, whose state has another layout in checkpoints
+        return optax.adam(_rate(learning_rate), b1=b1, b2=b2, eps=eps)
+    return optax.adamw(_rate(learning_rate), b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
 
 
 def sgd(
@@ -100,33 +132,36 @@ def sgd(
     Raises:
         ValueError: A number is out of range, or `nesterov` without momentum.
     """
-    _check_rate(learning_rate)
-    _check_numbers(weight_decay=weight_decay)
-    _check_fractions(momentum=momentum)
+    _non_negative(weight_decay=weight_decay)
+    _fraction(momentum=momentum)
     if nesterov and momentum == 0:
         raise ValueError("nesterov needs a momentum above 0")
     return optax.chain(
         optax.add_decayed_weights(weight_decay),
         optax.trace(momentum, nesterov=nesterov) if momentum else optax.identity(),
-        optax.scale_by_learning_rate(learning_rate),
+        optax.scale_by_learning_rate(_rate(learning_rate)),
     )
 
 
 def constant(value: float) -> Schedule:
     """The same learning rate at every step."""
-    _check_numbers(positive=True, value=value)
+    _positive(value=value)
     return optax.constant_schedule(value)
 
 
 def cosine(base: float, end: float, steps: int) -> Schedule:
     """Half a cosine from `base` at step 0 to `end` at step `steps` and after.
 
+    >>> schedule = cosine(0.2, 0.0, 10)
+    >>> [round(float(schedule(step)), 3) for step in (0, 5, 10, 99)]
+    [0.2, 0.1, 0.0, 0.0]
+
     Raises:
         ValueError: `base` or `steps` is not positive, or `end` is negative.
     """
-    _check_numbers(positive=True, base=base)
-    _check_numbers(end=end)
-    _check_steps(steps=steps)
+    _positive(base=base)
+    _non_negative(end=end)
+    _count(steps=steps)
     return optax.cosine_decay_schedule(base, steps, alpha=end / base)
 
 
@@ -136,12 +171,11 @@ def step_decay(base: float, boundaries: Sequence[int], factor: float) -> Schedul
     Raises:
         ValueError: `base` or `factor` is not positive, or the boundaries do not increase.
     """
-    _check_numbers(positive=True, base=base, factor=factor)
-    boundaries = list(boundaries)
+    _positive(base=base, factor=factor)
     for boundary in boundaries:
-        _check_steps(boundary=boundary)
-    if boundaries != sorted(set(boundaries)):
-        raise ValueError(f"boundaries must increase, got {boundaries}")
+        _count(boundary=boundary)
+    if list(boundaries) != sorted(set(boundaries)):
+        raise ValueError(f"boundaries must increase, got {list(boundaries)}")
     return optax.piecewise_constant_schedule(base, dict.fromkeys(boundaries, factor))
 
 
@@ -154,8 +188,8 @@ def warmup(schedule: Schedule, steps: int, start: float = 0.01) -> Schedule:
     Raises:
         ValueError: `steps` is not a positive integer, or `start` is outside [0, 1).
     """
-    _check_steps(steps=steps)
-    _check_fractions(start=start)
+    _count(steps=steps)
+    _fraction(start=start)
 
     def warmed(count: Any) -> Any:
         return schedule(count) * jnp.minimum(start + (1 - start) * (count + 1) / steps, 1.0)
@@ -169,7 +203,7 @@ def every(schedule: Schedule, passes: int) -> Schedule:
     Raises:
         ValueError: `passes` is not a positive integer.
     """
-    _check_steps(passes=passes)
+    _count(passes=passes)
     return schedule if passes == 1 else lambda count: schedule(count * passes)
 
 
@@ -179,7 +213,7 @@ def per_epoch(schedule: Schedule, steps_per_epoch: int) -> Schedule:
     Raises:
         ValueError: `steps_per_epoch` is not a positive integer.
     """
-    _check_steps(steps_per_epoch=steps_per_epoch)
+    _count(steps_per_epoch=steps_per_epoch)
     return lambda count: schedule(count // steps_per_epoch * steps_per_epoch)
 
 
@@ -202,7 +236,9 @@ def names() -> tuple[str, ...]:
 
 def get(name: str) -> Callable[..., optax.GradientTransformation]:
     """Optimiser called `name`; ValueError names those known."""
-    return _look_up("optimizer", _OPTIMIZERS, name)
+    if name not in _OPTIMIZERS:
+        raise ValueError(f"unknown optimizer {name!r}: expected one of {', '.join(names())}")
+    return _OPTIMIZERS[name]
 
 
 def schedule_names() -> tuple[str, ...]:
@@ -212,59 +248,7 @@ def schedule_names() -> tuple[str, ...]:
 
 def get_schedule(name: str) -> Callable[..., Schedule]:
     """Learning-rate schedule called `name`; ValueError names those known."""
-    return _look_up("learning-rate schedule", _SCHEDULES, name)
-
-
-def _look_up(kind: str, table: dict[str, Any], name: str) -> Any:
-    if name not in table:
-        raise ValueError(f"unknown {kind} {name!r}: expected one of {', '.join(sorted(table))}")
-    return table[name]
-
-
-def _is_matrix(params: Any) -> Any:
-    return jax.tree.map(lambda p: p.ndim > 1, params)
-
-
-def _check_rate(learning_rate: object) -> None:
-    if not callable(learning_rate):
-        _check_numbers(positive=True, learning_rate=learning_rate)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _check_numbers(*, positive: bool = False, **values: Any) -> None:
-    for name, value in values.items():
-        if not _is_number(value) or value < 0 or (positive and value == 0):
-            kind = "positive" if positive else "non-negative"
-            raise ValueError(f"{name} must be a finite {kind} number, got {value!r}")
-
-
-def _check_fractions(**values: Any) -> None:
-    for name, value in values.items():
-        if not _is_number(value) or not 0 <= value < 1:
-            raise ValueError(f"{name} must be a number in [0, 1), got {value!r}")
-
-
-def _check_steps(**values: Any) -> None:
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-            raise ValueError(f"{name} must be a positive integer, got {value!r}")
-
-
-__all__ = [
-    "adam",
-    "constant",
-    "cosine",
-    "every",
-    "get",
-    "get_schedule",
-    "lars",
-    "names",
-    "per_epoch",
-    "schedule_names",
-    "sgd",
-    "step_decay",
-    "warmup",
-]
+    if name not in _SCHEDULES:
+        known = ", ".join(schedule_names())
+        raise ValueError(f"unknown learning-rate schedule {name!r}: expected one of {known}")
+    return _SCHEDULES[name]

@@ -1,5 +1,7 @@
 """Eight CPU devices, a persistent compilation cache and the fixtures that tests share."""
 
+import gc
+import importlib
 import os
 from importlib.metadata import version
 from pathlib import Path
@@ -14,8 +16,11 @@ FLAGS = [
 if version("jaxlib").startswith("0.10."):  # later ones abort on the unknown flag
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
+# Without costly optimisations compilation takes half of what is left; set it to 0 for those.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPOSITORY / ".cache" / "xla"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+gc.set_threshold(100_000, 20, 100)  # tracing makes many small objects: a sixth of the time was this
 
 import jax  # noqa: E402
 import nets  # noqa: E402
@@ -58,3 +63,15 @@ def tfds_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no prepared data sets under {folder} (set JDECOUPLE_TEST_ASSETS)")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _registries_as_they_were(monkeypatch):
+    """What a test registers, its end forgets."""
+    for module, table in (
+        ("methods.table", "_METHODS"),
+        ("models", "_BUILDERS"),
+        ("data.loaders", "_LOADERS"),
+    ):
+        name = f"jdecouple.{module}"
+        monkeypatch.setattr(f"{name}.{table}", dict(getattr(importlib.import_module(name), table)))

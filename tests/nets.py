@@ -31,14 +31,18 @@ def method(name: str, **arguments: Any) -> jd.methods.Method:
     return jd.methods.get(name, **{**ARGUMENTS.get(name, {}), **arguments})
 
 
-ALIKE = ("greedy_exit", "dgl", "predsim", "infopro")
-"""Methods whose heads ask of the engine what others do; test_methods.py has them all."""
+REPRESENTATIVES = ("bp", "early_exit", "deinforeg", "al", "fdg", "fr")
+"""One method of each route and kind of objective: a loss at the end, losses at every block, local
+losses, local losses whose answer descends, late errors of forward time, late errors of a replay.
+
+Properties of the engine are tested with these; test_methods.py has every method.
+"""
 
 
-def marked(names: Any) -> list[Any]:
-    """Names for a test's parameters: those of `ALIKE` are slow."""
+def marked(names: Any, fast: Any = REPRESENTATIVES) -> list[Any]:
+    """Values for a test's parameters: those that are not in `fast` are slow."""
     slow = pytest.mark.slow
-    return [pytest.param(name, marks=slow) if name in ALIKE else name for name in names]
+    return [name if name in fast else pytest.param(name, marks=slow) for name in names]
 
 
 METHODS = pytest.mark.parametrize("name", marked(jd.methods.names()))
@@ -134,6 +138,12 @@ def trained(trainer: jd.Trainer, data: list[dict], steps: int, state: Any = None
         state, found = trainer.step(state, data[step % len(data)])
         metrics.append(found)
     return state, [{name: float(value) for name, value in each.items()} for each in metrics]
+
+
+def rows(metrics: dict[str, Any]) -> list[dict[str, float]]:
+    """The metrics of every batch from those of `Trainer.steps`, arrays [T]."""
+    columns = {name: np.asarray(column).tolist() for name, column in metrics.items()}
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def to_arrays(trainer: jd.Trainer, state: Any) -> dict[str, np.ndarray]:

@@ -210,9 +210,9 @@ def by_hand(trainer, state, data):
     ("stages", "data", "options"),
     [
         (1, 1, {}),
-        (1, 1, {"fuse": False}),
-        (2, 1, {"max_in_flight": 1}),
-        (4, 1, {}),
+        pytest.param(1, 1, {"fuse": False}, marks=pytest.mark.slow),
+        pytest.param(2, 1, {"max_in_flight": 1}, marks=pytest.mark.slow),
+        pytest.param(4, 1, {}, marks=pytest.mark.slow),
         (2, 2, {"boundaries": (1,)}),
         (4, 1, {"engine": "auto"}),
     ],

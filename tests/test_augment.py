@@ -223,5 +223,5 @@ def test_bad_arguments(name, mean, std, match):
 
 @pytest.mark.parametrize("shape", [(4, 8, 8, 1), (8, 8, 3)])
 def test_bad_images(shape):
-    with pytest.raises(ValueError, match=r"x is \(.*\[n, H, W, 3\] is needed"):
+    with pytest.raises(ValueError, match=r"x is .* is needed"):
         augment.get("none", mean=MEAN, std=STD)({"x": np.zeros(shape, np.uint8)}, None, False)

@@ -131,7 +131,12 @@ def trainer(example, kind="lstm", method="bp", stages=1, **options):
 
 
 @pytest.mark.parametrize(
-    "arguments", [("lstm", "bp", 1), ("lstm", "deinforeg", 2), ("transformer", "deinforeg", 2)]
+    "arguments",
+    [
+        ("lstm", "bp", 1),
+        pytest.param(("lstm", "deinforeg", 2), marks=pytest.mark.slow),
+        ("transformer", "deinforeg", 2),
+    ],
 )
 def test_equal_to_training_on_padded_batches(x64, split, arguments):
     """Masks make it exact; what differs is the order of sums."""

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from absl import logging
-from saved_trees import assert_same, filled, small_tree
+from saved_states import assert_same, filled, small_state
 
-from jdecouple import _checkpoint_format as form
+from jdecouple import checkpoint
 from jdecouple.checkpoint import Checkpointer, CheckpointError
 
 
@@ -35,29 +35,32 @@ def flip(path: Path):
 
 
 @pytest.mark.parametrize("damage", [cut, Path.unlink, flip], ids=["cut", "missing", "flipped"])
-def test_any_damaged_file_is_refused_and_the_one_before_is_used(tmp_path, damage, warnings_logged):
-    tree = small_tree() | {"big": np.random.default_rng(0).normal(size=(64, 64))}
-    with Checkpointer(tmp_path / "a") as checkpointer:
-        checkpointer.save(1, tree, {"good": True})
-        checkpointer.save(2, tree, {"good": False})
-    files = needed_files(tmp_path / "a" / "2")
+def test_any_damaged_file_is_refused_unless_it_is_not_needed(tmp_path, damage, warnings_logged):
+    """A refused one gives way to the one before; no wrong value is ever restored."""
+    state = small_state() | {"big": np.random.default_rng(0).normal(size=(64, 64))}
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, state, {"good": True})
+        checkpointer.save(2, state, {"good": False})
+    files = needed_files(tmp_path / "2")
     assert len(files) >= 6
-    reader = Checkpointer(tmp_path / "a", read_only=True)
-    assert reader.restore(tree).step == 2
+    refused = set()
     for file in files:
-        if damage is flip and file.name == "_CHECKPOINT_METADATA":
-            continue  # Orbax's time stamps; nothing of it is read back.
-        whole = file.read_bytes()
+        sound = file.read_bytes()
         damage(file)
         warnings_logged.clear()
-        restored = Checkpointer(tmp_path / "a", read_only=True).restore(tree)
-        assert restored.extra == {"good": True}, file
-        assert_same(restored.tree, tree)
-        assert len(warnings_logged) == 1
-        assert warnings_logged[0].startswith("checkpoint 2 refused: ")
-        assert warnings_logged[0].endswith("; trying 1")
-        assert "\n" not in warnings_logged[0]
-        file.write_bytes(whole)
+        restored = Checkpointer(tmp_path, read_only=True).restore(state)
+        assert_same(restored.arrays, state)
+        assert restored.extra == {"good": restored.step == 1}, file
+        if restored.step == 1:
+            refused.add(file)
+            (warning,) = warnings_logged
+            assert warning.startswith("checkpoint 2 refused: ")
+            assert warning.endswith("; trying 1")
+            assert "\n" not in warning
+        file.write_bytes(sound)
+    largest = max(files, key=lambda file: file.stat().st_size)
+    needed = {tmp_path / "2" / "info" / "metadata", tmp_path / "2" / "state" / "manifest.ocdbt"}
+    assert refused >= needed | {largest}
 
 
 def test_altered_info_is_refused(tmp_path):
@@ -66,15 +69,15 @@ def test_altered_info_is_refused(tmp_path):
     info.write_text(text.replace('"extra": {"step": 1}', '"extra": {"step": 7}'))
     assert info.read_text() != text
     with pytest.raises(CheckpointError, match="info/metadata is damaged"):
-        Checkpointer(tmp_path, read_only=True).restore(small_tree())
+        Checkpointer(tmp_path, read_only=True).restore(small_state())
 
 
 def test_leaf_checksum_names_the_leaf(tmp_path, monkeypatch):
     """Corruption that the checksums of the files cannot see (it happened before the write)."""
-    genuine = form.stored
-    monkeypatch.setattr(form, "stored", lambda leaves: genuine(leaves) | {"x": np.zeros(3)})
     with Checkpointer(tmp_path) as checkpointer:
-        checkpointer.save(1, {"x": np.ones(3)}, {})
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "_item", lambda arrays: {"x": np.zeros(3)})
+            checkpointer.save(1, {"x": np.ones(3)}, {})
         with pytest.raises(CheckpointError, match="leaf x is corrupted"):
             checkpointer.restore({"x": np.ones(3)})
 
@@ -82,21 +85,20 @@ def test_leaf_checksum_names_the_leaf(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda t: t["stages"].pop("1"), "leaf stages/1/params/a.b is bfloat16[6], expected none"),
-        (lambda t: t.update(z=np.ones(1)), "leaf z is absent, expected float64[1]"),
-        (lambda t: t.update(step=np.int32(0)), "leaf step is uint32[], expected int32[]"),
         (
-            lambda t: t["stages"]["0"]["params"].update({"layers/0/kernel": np.ones((4, 3), "f4")}),
-            "leaf stages/0/params/layers/0/kernel is float32[3,4], expected float32[4,3]",
+            lambda s: s.pop("stage_1/params/a.b"),
+            "leaf stage_1/params/a.b is bfloat16[6], expected none",
         ),
+        (lambda s: s.update(z=np.ones(1)), "leaf z is absent, expected float64[1]"),
+        (lambda s: s.update(step=np.int32(0)), "leaf step is uint32[], expected int32[]"),
         (
-            lambda t: t["stages"]["0"].update(queue=np.ones(2)),
-            "leaf stages/0/queue is {}, expected float64[2]",
+            lambda s: s.update({"stage_0/params/layers/0/kernel": np.ones((4, 3), "f4")}),
+            "leaf stage_0/params/layers/0/kernel is float32[3,4], expected float32[4,3]",
         ),
     ],
 )
 def test_foreign_structure_names_the_first_leaf_that_differs(tmp_path, change, reason):
-    template = small_tree()
+    template = small_state()
     change(template)
     with (
         Checkpointer(filled(tmp_path, steps=(1,))) as checkpointer,
@@ -110,9 +112,9 @@ def test_foreign_structure_names_the_first_leaf_that_differs(tmp_path, change, r
 
 def test_foreign_checkpoint_gives_way_to_the_one_before(tmp_path, warnings_logged):
     with Checkpointer(tmp_path) as checkpointer:
-        checkpointer.save(1, small_tree(1), {})
+        checkpointer.save(1, small_state(1), {})
         checkpointer.save(2, {"other": np.ones(2)}, {})
-        assert checkpointer.restore(small_tree()).step == 1
+        assert checkpointer.restore(small_state()).step == 1
     assert warnings_logged == [
         "checkpoint 2 refused: leaf other is float64[2], expected none; trying 1"
     ]
@@ -138,19 +140,19 @@ def test_what_is_no_checkpoint_is_refused_set_aside_and_replaced(tmp_path, make,
     directory = filled(tmp_path / "checkpoints")
     make(directory / "500")
     with Checkpointer(directory) as checkpointer:
-        restored = checkpointer.restore(small_tree())
+        restored = checkpointer.restore(small_state())
         assert len(warnings_logged) == 1
         assert (directory / "500").exists()
         latest = restored.step
         assert latest == (200 if make is make_renamed else 300)
-        assert_same(restored.tree, small_tree(latest))
+        assert_same(restored.arrays, small_state(latest))
         assert checkpointer.latest_step == latest
-        checkpointer.save(500, small_tree(500), {"again": True})
-        assert_same(checkpointer.restore(small_tree()).tree, small_tree(500))
+        checkpointer.save(500, small_state(500), {"again": True})
+        assert_same(checkpointer.restore(small_state()).arrays, small_state(500))
         assert (tmp_path / "checkpoints_refused" / "500").exists()
         make_file(directory / "600")
     with Checkpointer(directory) as checkpointer:
-        assert checkpointer.restore(small_tree()).extra == {"again": True}
+        assert checkpointer.restore(small_state()).extra == {"again": True}
     assert len(warnings_logged) == 2
 
 
@@ -159,8 +161,8 @@ def test_a_second_refusal_of_the_same_step_keeps_the_first(tmp_path):
     for _ in range(3):
         cut(directory / "2" / "info" / "metadata")
         with Checkpointer(directory) as checkpointer:
-            assert checkpointer.restore(small_tree()).step == 1
-            checkpointer.save(2, small_tree(2), {})
+            assert checkpointer.restore(small_state()).step == 1
+            checkpointer.save(2, small_state(2), {})
     assert sorted(os.listdir(tmp_path / "c_refused")) == ["2", "2-1", "2-2"]
 
 
@@ -169,7 +171,7 @@ def test_damaged_older_checkpoints_are_never_deleted(tmp_path):
     cut(directory / "200" / "info" / "metadata")
     with Checkpointer(directory, keep=2) as checkpointer:
         for step in (400, 500, 600):
-            checkpointer.save(step, small_tree(step), {})
+            checkpointer.save(step, small_state(step), {})
         checkpointer.wait()
         assert checkpointer.steps() == [200, 500, 600]
 
@@ -181,17 +183,17 @@ def test_all_refused_is_an_error_and_touches_nothing(tmp_path):
             checkpointer.restore({"x": np.ones(1)})
         assert "refused 300, 200, 100; 300: leaf" in str(error.value)
         with pytest.raises(CheckpointError, match="step 250 is not after the latest"):
-            checkpointer.save(250, small_tree(), {})
+            checkpointer.save(250, small_state(), {})
         assert checkpointer.steps() == [100, 200, 300]
     assert os.listdir(tmp_path) == ["c"]
 
 
 def test_explicit_step(tmp_path, warnings_logged):
     with Checkpointer(filled(tmp_path)) as checkpointer:
-        assert_same(checkpointer.restore(small_tree(), step=200).tree, small_tree(200))
+        assert_same(checkpointer.restore(small_state(), step=200).arrays, small_state(200))
         with pytest.raises(CheckpointError, match=r"no checkpoint 250 in .*\[100, 200, 300\]"):
-            checkpointer.restore(small_tree(), step=250)
+            checkpointer.restore(small_state(), step=250)
         cut(tmp_path / "200" / "info" / "metadata")
         with pytest.raises(CheckpointError, match="200: info/metadata is damaged"):
-            checkpointer.restore(small_tree(), step=200)
+            checkpointer.restore(small_state(), step=200)
     assert warnings_logged == []

@@ -16,16 +16,12 @@ import runs
 import jdecouple as jd
 from jdecouple import data
 from jdecouple.train.config import ConfigError
-from jdecouple.train.loop import build
+from jdecouple.train.loop import build, train_and_evaluate
 
 TOLERANCE = 1e-12
 STEPS = 10
 LOCAL = [name for name in jd.methods.names() if nets.method(name).route.local]
-OTHERS = [
-    pytest.param(name, marks=pytest.mark.slow) if name in ("ddg", "fr") else name
-    for name in jd.methods.names()
-    if name not in LOCAL
-]
+OTHERS = [name for name in jd.methods.names() if name not in LOCAL]
 
 
 @functools.cache
@@ -57,13 +53,12 @@ def run(size: int | None, *arguments: Any, **options: Any) -> tuple[dict, list[d
         for group in groups(size or 1):
             if size is None:
                 state, metrics = engine.step(state, group[0])
-                found.append(metrics)
+                found.append({name: float(value) for name, value in metrics.items()})
             else:
                 state, metrics = engine.steps(state, group)
-                found += metrics
+                found += nets.rows(metrics)
         assert state.step == STEPS
-        values = [{name: float(value) for name, value in each.items()} for each in found]
-        return nets.to_arrays(engine, state), values
+        return nets.to_arrays(engine, state), found
 
 
 single = functools.cache(functools.partial(run, None))
@@ -86,7 +81,12 @@ def test_local_methods_are_those_of_single_steps(name, devices):
 
 @pytest.mark.parametrize(
     ("stages", "devices", "replicas", "options"),
-    [(4, 1, 1, {"fuse": False}), (4, 2, 1, {}), (4, 4, 1, {}), (2, 4, 2, {})],
+    [
+        pytest.param(4, 1, 1, {"fuse": False}, marks=pytest.mark.slow),
+        (4, 2, 1, {}),
+        pytest.param(4, 4, 1, {}, marks=pytest.mark.slow),
+        (2, 4, 2, {}),
+    ],
     ids=["apart on one device", "two of four a device", "four devices", "two replicas"],
 )
 def test_placement_changes_nothing(stages, devices, replicas, options):
@@ -94,7 +94,7 @@ def test_placement_changes_nothing(stages, devices, replicas, options):
     assert_close(run(3, *where, **options), single(*where, **options))
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", nets.marked(OTHERS, ("bp", "fdg")))
 def test_fused_stages_are_those_of_single_steps(name):
     """Queues of delayed methods go from batch to batch and from chunk to chunk."""
     assert_close(run(4, name, 2), single(name, 2))
@@ -104,10 +104,10 @@ def test_fused_stages_are_those_of_single_steps(name):
     ("name", "stages", "options"),
     [
         ("bp", 2, {"schedule": "gpipe", "microbatches": 2, "clip_norm": 0.5}),
-        ("bp", 1, {"fuse": False}),
-        ("fdg", 1, {"fuse": False}),
+        pytest.param("bp", 1, {"fuse": False}, marks=pytest.mark.slow),
+        pytest.param("fdg", 1, {"fuse": False}, marks=pytest.mark.slow),
         ("scpl", 2, {"fuse": False, "microbatches": 2}),
-        ("scpl", 2, {"remat": True}),
+        pytest.param("scpl", 2, {"remat": True}, marks=pytest.mark.slow),
     ],
     ids=["clipped gpipe", "one stage", "one stage of fdg", "microbatches", "rematerialised"],
 )
@@ -135,7 +135,7 @@ def test_chunks_and_steps_may_alternate(x64):
     assert nets.largest_error(nets.to_arrays(engine, state), wanted) < TOLERANCE
 
 
-@pytest.mark.parametrize("kind", ["placed", "device arrays", "mixed", "placed chunk"])
+@pytest.mark.parametrize("kind", ["placed", "device arrays", "mixed", "placed list"])
 def test_batches_may_lie_anywhere(kind, x64):
     engine = trainer("scpl", 2, 4, 2)
     batches = groups(3)[0]
@@ -144,7 +144,7 @@ def test_batches_may_lie_anywhere(kind, x64):
         "placed": lambda: [engine.put(batch) for batch in batches],
         "device arrays": lambda: there,
         "mixed": lambda: [engine.put(batches[0]), there[1], batches[2]],
-        "placed chunk": lambda: engine.put_chunk(batches),
+        "placed list": lambda: engine.put(batches),
     }[kind]()
     with nets.quick_compile():
         found, _ = engine.steps(engine.init(), given)
@@ -155,9 +155,9 @@ def test_batches_may_lie_anywhere(kind, x64):
 @pytest.mark.parametrize(
     ("name", "stages", "options", "calls"),
     [
-        ("scpl", 4, {"fuse": False}, 4),
+        pytest.param("scpl", 4, {"fuse": False}, 4, marks=pytest.mark.slow),
         ("scpl", 2, {"fuse": False, "microbatches": 2}, 2),
-        ("scpl", 4, {}, 1),
+        pytest.param("scpl", 4, {}, 1, marks=pytest.mark.slow),
         ("fdg", 2, {}, 1),
     ],
 )
@@ -165,13 +165,14 @@ def test_a_stage_is_called_once_for_all_batches(name, stages, options, calls, mo
     engine = trainer(name, stages, **options)
     ran = []
     counted = [
-        lambda *given, call=call: ran.append(call) or call(*given) for call in engine._chunks._calls
+        lambda *given, scan=scan: ran.append(scan) or scan(*given)
+        for scan in engine._engine._several._scans
     ]
-    monkeypatch.setitem(vars(engine._chunks), "_calls", counted)
+    monkeypatch.setitem(vars(engine._engine._several), "_scans", counted)
     with jax.enable_x64(True), nets.quick_compile():
         _, metrics = engine.steps(engine.init(), groups(5)[0])
     assert len(ran) == calls
-    assert len(metrics) == 5
+    assert len(metrics["loss"]) == 5
 
 
 def test_state_is_donated(x64):
@@ -184,23 +185,19 @@ def test_state_is_donated(x64):
     assert sum(leaf.is_deleted() for leaf in leaves) > 0.9 * len(leaves)
 
 
-@pytest.mark.parametrize(("devices", "count"), [(1, 3), (2, 3), (2, 1)])
-def test_metrics_come_stacked_too(devices, count, x64):
+@pytest.mark.parametrize(
+    ("devices", "count"), [pytest.param(1, 3, marks=pytest.mark.slow), (2, 3), (2, 1)]
+)
+def test_metrics_are_arrays(devices, count, x64):
     engine = trainer("scpl", 4, devices)
-    chunk = engine.put_chunk(groups(count)[0])
     with nets.quick_compile():
-        state, rows = engine.steps(engine.init(), chunk)
-        other, columns = engine.run_chunk(engine.init(), chunk)
-    assert len(rows) == count
-    assert list(rows[0]) == list(columns)
-    for name, column in columns.items():
-        assert np.shape(column) == ((count,) if count > 1 else ())
-        found = [row[name] for row in rows]
-        assert all(isinstance(each, jax.Array) and each.shape == () for each in found)
-        np.testing.assert_allclose(found, np.atleast_1d(column), rtol=1e-6)
-    assert (
-        nets.largest_error(nets.to_arrays(engine, other), nets.to_arrays(engine, state)) < TOLERANCE
-    )
+        _, metrics = engine.steps(engine.init(), engine.put(groups(count)[0]))
+        _, single = engine.step(engine.init(), groups(1)[0][0])
+    assert list(metrics) == list(single)
+    for name, column in metrics.items():
+        assert isinstance(column, jax.Array)
+        assert (column.shape, single[name].shape) == ((count,), ())
+        np.testing.assert_allclose(column[0], single[name], rtol=1e-6)
 
 
 # --- What is refused -------------------------------------------------------------------------
@@ -214,7 +211,7 @@ def test_stages_that_need_each_other_are_refused(name, devices, options, x64):
     engine = trainer(name, 2, devices, **options)
     words = ("a chunk of 2", "local method", "fused", f"{name} has 2 stages apart")
     nets.assert_clear(ValueError, words, lambda: engine.steps(engine.init(), groups(2)[0]))
-    nets.assert_clear(ValueError, words, lambda: engine.check_chunk(2))
+    nets.assert_clear(ValueError, words, lambda: engine.check_steps(2))
 
 
 def test_bad_batches_are_refused():
@@ -226,12 +223,17 @@ def test_bad_batches_are_refused():
     nets.assert_clear(ValueError, ("out of range",), lambda: engine.steps(state, [good, bad]))
     smaller = {key: value[:8] for key, value in good.items()}
     nets.assert_clear(ValueError, ("uint8[8,",), lambda: engine.steps(state, [good, smaller]))
+    one, two = engine.put(good), engine.put([good, good])
+    words = ("holds a list of 2", "a single batch")
+    nets.assert_clear(ValueError, words, lambda: engine.step(state, two))
+    nets.assert_clear(ValueError, words, lambda: engine.steps(state, [good, two]))
+    nets.assert_clear(TypeError, ("list of batches",), lambda: engine.steps(state, one))
 
 
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"chunk": 0}, ("config.chunk is 0", "from 1 to")),
+        ({"chunk": 0}, ("config.chunk is 0", "of at least 1")),
         ({"chunk": 2, "profile": 3}, ("config.profile", "config.chunk at 1")),
         ({"chunk": 2, "mesh__stages": 2}, ("a chunk of 2", "local method", "bp has 2 stages")),
     ],
@@ -260,9 +262,8 @@ def test_groups_end_where_something_happens(arguments, sizes):
 def test_chunks_write_the_lines_and_checkpoints_of_single_steps(tmp_path):
     """27 steps, evaluated every 9 and saved every 4; a line a step, in a chunk's middle too."""
     values = {"model__hidden": 8, "steps": 27}
-    one = runs.server().run(*runs.arguments(tmp_path / "one", **values))
-    four = runs.server().run(*runs.arguments(tmp_path / "four", chunk=4, **values))
-    assert (one.returncode, four.returncode) == (0, 0), one.stderr + four.stderr
+    train_and_evaluate(runs.cheap(**values), tmp_path / "one")
+    train_and_evaluate(runs.cheap(chunk=4, **values), tmp_path / "four")
     found, wanted = (runs.without_timing(runs.lines(tmp_path / each)) for each in ("four", "one"))
     assert len(found) == len(wanted) == 33
     for here, there in zip(found, wanted, strict=True):

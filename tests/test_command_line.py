@@ -3,18 +3,27 @@
 import numpy as np
 import pytest
 import runs
-from runs import arguments, fingerprint, finished
+from runs import arguments, fingerprint
+from runs import finished_here as finished
 from tfds_writer import png, write_image_set
 
 from jdecouple.train import cli as command_line
 
 VISION = "configs/vision.py"
 DELAYED = "configs/delayed.py"
-SIZES = (
-    *("batch_size", "steps", "epochs", "microbatches", "mesh__stages", "mesh__data", "num_stages"),
-    *("log_every", "eval_every", "checkpoint__every", "checkpoint__keep", "max_in_flight", "chunk"),
-    *("data__image_size", "data__synthetic_size"),
-)
+SIZES = {
+    **dict.fromkeys(
+        ("steps", "epochs", "log_every", "eval_every", "checkpoint__every", "checkpoint__keep"),
+        "{} is 0: a whole number from 1",
+    ),
+    **dict.fromkeys(
+        ("microbatches", "max_in_flight", "chunk"), "{} is 0: a whole number of at least 1"
+    ),
+    **dict.fromkeys(("batch_size", "data__image_size"), "{}=0 given; a whole number of at least 1"),
+    "data__synthetic_size": "{}=0 given; a whole number of at least 2",
+    **dict.fromkeys(("mesh__stages", "num_stages"), "mesh axis stages is 0: a whole"),
+    "mesh__data": "mesh axis data is 0: a whole number of at least 1 is needed",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -58,13 +67,13 @@ def workdir():
         ({"model__name": "bogus"}, "config.model.name is 'bogus': allowed are lstm, mlp, resnet"),
         ({"optimizer__name": "bogus"}, "config.optimizer.name is 'bogus': allowed are adam, lars"),
         ({"data__name": "bogus"}, "data set 'bogus' cannot be opened"),
-        ({"data__augment": "bogus"}, "config.data.augment is 'bogus': allowed are none, basic"),
-        ({"schedule": "bogus"}, "config.schedule is 'bogus': allowed are auto, local"),
+        ({"data__augment": "bogus"}, "augmentation 'bogus' given; one of none, basic, strong"),
+        ({"schedule": "bogus"}, "schedule 'bogus' does not fit method deinforeg: allowed are auto"),
         ({"schedule": "sequential"}, "schedule 'sequential' does not fit method deinforeg"),
-        ({"optimizer__schedule": "bogus"}, "config.optimizer.schedule is 'bogus': allowed are"),
+        ({"optimizer__schedule": "bogus"}, "unknown learning-rate schedule 'bogus': expected one"),
         ({"dtype": "float64"}, "config.dtype is 'float64': allowed are float32, bfloat16"),
         ({"bogus": 1}, "unknown key config.bogus: allowed are batch_size, boundaries"),
-        ({"model__bogus": 1}, "unknown key config.model.bogus: allowed are activation"),
+        ({"model__bogus": 1}, "config.model.bogus is set, but model 'mlp' takes only: hid"),
         ({"mesh__bogus__x": 1}, "unknown key config.mesh.bogus: allowed are data, propose"),
         ({"seed__x": 1}, "unknown key config.seed.x: config.seed is a value"),
         ({"method": "bp"}, "config.method is 'bp': a section with keys is needed"),
@@ -73,8 +82,8 @@ def workdir():
         ({"steps": "None"}, "config.steps is 'None': a value of type int is needed"),
         ({"optimizer__learning_rate": "fast"}, "config.optimizer.learning_rate is 'fast': a value"),
         ({"model__batch_norm": "maybe"}, "config.model.batch_norm is 'maybe': a value of type boo"),
-        *[({size: 0}, f"{size.replace('__', '.')} is 0: a whole number from 1") for size in SIZES],
-        ({"batch_size": -8}, "config.batch_size is -8: a whole number from 1"),
+        *[({key: 0}, said.format(key.replace("__", "."))) for key, said in SIZES.items()],
+        ({"batch_size": -8}, "config.batch_size=-8 given; a whole number of at least 1"),
         ({"steps": 10**400}, "config.steps is a huge number: a whole number from 1 to 2147483647"),
         ({"model__hidden": 0}, "hidden is 0: a whole number of at least 1"),
         ({"model__depth": -1}, "depth is -1: a whole number of at least 1"),
@@ -86,8 +95,8 @@ def workdir():
         ({"boundaries": "(1,0)"}, "config.boundaries is (1, 0): increasing whole numbers"),
         ({"boundaries": "('a',)"}, "config.boundaries is ('a',): increasing whole numbers"),
         ({"boundaries": "(0,5)"}, "boundaries (0, 5) do not cut 2 blocks into 2 stages"),
-        ({"mesh__data": 3}, "config.batch_size is 8: it must divide into microbatches x replicas"),
-        ({"microbatches": 5}, "= 5 x 1 equal parts"),
+        ({"mesh__data": 3}, "a batch of 8 does not divide into 1 microbatch(es) on 3 replica(s)"),
+        ({"microbatches": 5}, "a batch of 8 does not divide into 5 microbatch(es)"),
         ({"batch_size": 16, "mesh__data": 16}, "mesh axis data is 16, but only 8 device(s)"),
         ({"batch_size": 128}, "batch_size is 128: the train split has 72 examples"),
         ({"method__temperature": 0.1}, "config.method.temperature is set, but method 'deinforeg'"),
@@ -99,7 +108,7 @@ def workdir():
         ({"optimizer__learning_rate": 0}, "config.optimizer.learning_rate is 0.0: a finite number"),
         ({"optimizer__learning_rate": "nan"}, "config.optimizer.learning_rate is nan: a finite"),
         ({"data__label_noise": 1.5}, "config.data.label_noise is 1.5: a finite number of at least"),
-        ({"data__validation": -0.1}, "config.data.validation is -0.1: a finite number of at least"),
+        ({"data__validation": -0.1}, "config.data.validation=-0.1 given; a fraction in [0, 1"),
         ({"data__channels": 2}, "channels=2 given; 1 or 3 wanted"),
         ({"optimizer__warmup_epochs": -1}, "config.optimizer.warmup_epochs is -1.0: a finite numb"),
         ({"optimizer__warmup_epochs": "nan"}, "config.optimizer.warmup_epochs is nan: a finite"),

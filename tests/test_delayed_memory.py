@@ -79,7 +79,7 @@ def inbox(name: str, k: int) -> int:
     return received + (ERROR if k < STAGES - 1 else 0)
 
 
-@pytest.mark.parametrize("name", HELD)
+@pytest.mark.parametrize("name", nets.marked(HELD))
 def test_a_stage_holds_what_the_formula_says(name):
     """And nothing else on its device is alive but its weights, optimiser state and metrics."""
     gc.collect()
@@ -134,7 +134,7 @@ def test_new_residuals_take_the_place_of_the_old():
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first.stages[0]["params"]))
     waiting = state.stages[0]["queues"]
     core = {key: value for key, value in state.stages[0].items() if key != "queues"}
-    call = trained._executor._calls[0, (Kind.BACKWARD, Kind.STEP, Kind.FORWARD)]
+    call = trained._engine._executor._compiled[0, (Kind.BACKWARD, Kind.STEP, Kind.FORWARD)]
     message = trained.put(DATA[0]).parts[0]
     arguments = core, None, waiting["residuals"][0], message, waiting["errors"][0]
     lowered = call.lower(*arguments, np.zeros((3, 2), np.int32), None)

@@ -41,7 +41,12 @@ def trained(name: str = "early_exit", stages: int = 1, weights: Any = None, **op
 
 @pytest.mark.parametrize(
     ("rows", "schedule"),
-    [(4, "sequential"), (4, "gpipe"), (4, "1f1b"), (2, "interleaved_1f1b")],
+    [
+        pytest.param(4, "sequential", marks=pytest.mark.slow),
+        pytest.param(4, "gpipe", marks=pytest.mark.slow),
+        (4, "1f1b"),
+        (2, "interleaved_1f1b"),
+    ],
 )
 def test_every_schedule_trains_alike(rows, schedule):
     batches = nets.batches(dtype=np.float64)
@@ -62,7 +67,7 @@ def test_every_schedule_trains_alike(rows, schedule):
         assert found == pytest.approx(each, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["early_exit", "greedy_exit"])
+@pytest.mark.parametrize("name", nets.marked(["early_exit", "greedy_exit"]))
 def test_one_program_for_all_stages(name):
     trainer, arrays, _ = trained(name, 4, engine="spmd")
     assert trainer.engine == "spmd"
@@ -161,11 +166,11 @@ def test_weights_of_a_configuration():
     chosen.method.name = "early_exit"
     chosen.method.weights = (0.3, 1)
     complete = config.validate(chosen)
-    given = config.chosen(complete.method, methods.arguments("early_exit"), "method")
+    given = config.chosen(complete, "method")
     assert methods.get("early_exit", **given).objective.weights == (0.3, 1)
 
 
-@pytest.mark.parametrize("name", ["early_exit", "greedy_exit", "al"])
+@pytest.mark.parametrize("name", nets.marked(["early_exit", "greedy_exit", "al"], ("al",)))
 @pytest.mark.parametrize("kind", ["lstm", pytest.param("vit", marks=pytest.mark.slow)])
 def test_sequences(name, kind):
     """Heads read the summary of a sequence; over two stages as over one."""

@@ -300,6 +300,7 @@ def test_a_run_on_a_folder(tmp_path):
     assert found["name"] == f"folder:{root}"
 
 
+@pytest.mark.slow
 def test_images_that_are_not_square(tmp_path):
     """Nets with a mean over all pixels read them; others are refused."""
     root = divided(tmp_path / "wide", size=(8, 6), mode="RGB")

@@ -14,7 +14,11 @@ DATA = nets.batches(dtype=np.float64)
 
 @pytest.mark.parametrize(
     ("name", "schedule", "microbatches"),
-    [("bp", "1f1b", 4), ("deinforeg", "auto", 2), ("fdg", "auto", 1)],
+    [
+        ("bp", "1f1b", 4),
+        pytest.param("deinforeg", "auto", 2, marks=pytest.mark.slow),
+        ("fdg", "auto", 1),
+    ],
 )
 def test_measured_costs_are_those_of_every_call(monkeypatch, name, schedule, microbatches):
     """The median of the batches after the first, which compiles."""

@@ -74,7 +74,7 @@ def trained(name: str, stages: int = 1, data: int = 1, chunk: int = 1, **options
     metrics = []
     for start in range(0, STEPS, chunk):
         state, found = trainer.steps(state, batches[start : start + chunk])
-        metrics += [{key: float(value) for key, value in each.items()} for each in found]
+        metrics += nets.rows(found)
     return trainer, before, nets.weights(trainer, state), metrics
 
 
@@ -85,8 +85,15 @@ def assert_equal(found: tuple, wanted: tuple) -> None:
 
 
 @NAMES
-@pytest.mark.parametrize("stages", [2, 4])
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize(
+    ("stages", "remat"),
+    [
+        (2, False),
+        (4, True),
+        pytest.param(2, True, marks=pytest.mark.slow),
+        pytest.param(4, False, marks=pytest.mark.slow),
+    ],
+)
 def test_stages_apart_equal_one_stage(name, stages, remat):
     assert_equal(trained(name, stages, remat=remat), trained(name))
 

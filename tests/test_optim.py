@@ -184,7 +184,7 @@ def test_bad_arguments_get_one_clear_line(call, message):
 
 
 def test_tables():
-    assert optim.names() == ("adam", "lars", "sgd")
+    assert {"adam", "lars", "sgd"} <= set(optim.names())
     assert optim.get("lars") is optim.lars
     assert optim.schedule_names() == ("constant", "cosine", "step_decay")
     assert optim.get_schedule("cosine") is optim.cosine

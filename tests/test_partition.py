@@ -92,7 +92,7 @@ def wide_first() -> jd.Model:
     return jd.Model(blocks, nnx.Linear(8, nets.CLASSES, rngs=rngs))
 
 
-@pytest.mark.parametrize("name", jd.methods.names())
+@nets.METHODS
 def test_trainer_balances_by_the_work_of_the_blocks(name):
     (batch,) = nets.batches(1)
     options = {"num_stages": 2, "example": batch}
@@ -181,8 +181,8 @@ def test_a_model_without_splits_says_so():
 def test_make_mesh(stages, data, devices, wanted):
     mesh = jd.make_mesh(stages, data, devices=jax.devices()[:devices])
     assert mesh.shape == {"stage": stages, "data": data}
-    assert [len(row) for row in mesh.rows] == [data] * stages
-    assert [[device.id for device in row] for row in mesh.rows] == wanted
+    assert [len(row) for row in mesh.device_groups] == [data] * stages
+    assert [[device.id for device in row] for row in mesh.device_groups] == wanted
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_spread_is_in_order_and_even(rows, stages):
 def test_a_mesh_of_jax_is_accepted(axes):
     devices = np.array(jax.devices()[:6]).reshape(2, 3)
     mesh = Mesh(devices if axes[0] == "stage" else devices.T, axes)
-    assert as_stage_mesh(mesh).rows == tuple(map(tuple, devices))
+    assert as_stage_mesh(mesh).device_groups == tuple(map(tuple, devices))
 
 
 def test_a_mesh_of_stages_alone_is_accepted():

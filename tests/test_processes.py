@@ -1,14 +1,17 @@
 """Real processes on loopback: the same numbers as one process, to the last bit.
 
 Two processes, each pinned to a core where there are two, train several configurations in
-sequence; a third trains the same with its stages compiled apart on one device.
+sequence; a third trains the same with its stages compiled apart on one device. Some of the
+configurations are fast, and trained together; the slow ones are trained together as well.
 """
 
+import functools
 import json
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +20,7 @@ import numpy as np
 import pytest
 
 WORKER = Path(__file__).with_name("train_worker.py")
-TIMEOUT = 300  # seconds for all runs
+TIMEOUT = 1500  # seconds for all runs
 RUNS: dict[str, dict[str, Any]] = {
     "deinforeg": {"method": "deinforeg", "model": "two_blocks", "stages": 2, "steps": 8},
     "scpl": {"method": "scpl", "model": "two_blocks", "stages": 2, "steps": 8},
@@ -52,7 +55,10 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "replicas": {"method": "bp", "model": "two_blocks", "data": 2, "steps": 8},
 }
-STAGED = pytest.mark.parametrize("name", [name for name in RUNS if "stages" in RUNS[name]])
+FAST = ("deinforeg", "bp", "fdg")
+STAGED = pytest.mark.parametrize(
+    "name", nets.marked([name for name in RUNS if "stages" in RUNS[name]], FAST)
+)
 
 
 class Result(NamedTuple):
@@ -60,6 +66,18 @@ class Result(NamedTuple):
 
     arrays: dict[str, np.ndarray]
     report: dict[str, Any]
+
+
+class Results(NamedTuple):
+    """One run in two processes, and in one."""
+
+    first: Result
+    second: Result
+    alone: Result
+
+    @property
+    def pair(self) -> tuple[Result, Result]:
+        return self.first, self.second
 
 
 def free_ports(count: int) -> list[int]:
@@ -90,17 +108,27 @@ def start(spec: dict[str, Any], log: Path) -> subprocess.Popen:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory) -> dict[str, list[dict[str, Result]]]:
-    """Results of "pair" (two processes) and "alone" (one), by process and run."""
+def results(tmp_path_factory) -> Callable[[str], Results]:
+    """Gives the results of a run; the first call trains it, and those that are as fast or slow."""
+
+    @functools.cache
+    def group(fast: bool) -> dict[str, Results]:
+        return train([name for name in RUNS if (name in FAST) == fast], tmp_path_factory.mktemp)
+
+    return lambda name: group(name in FAST)[name]
+
+
+def train(names: list[str], new_folder: Callable[[str], Path]) -> dict[str, Results]:
+    """Trains these in two processes and in one, all three of them side by side."""
     cores = sorted(os.sched_getaffinity(0))
     port, *transfer = free_ports(3)
     started: list[tuple[str, int, Path, subprocess.Popen]] = []
     try:
         for group, count in (("pair", 2), ("alone", 1)):
             for process in range(count):
-                out = tmp_path_factory.mktemp(f"{group}{process}")
+                out = new_folder(f"{group}{process}")
                 spec = {
-                    "runs": RUNS,
+                    "runs": {name: RUNS[name] for name in names},
                     "num_processes": count,
                     "process_id": process,
                     "port": port,
@@ -116,10 +144,10 @@ def results(tmp_path_factory) -> dict[str, list[dict[str, Result]]]:
         for *_, child in started:
             child.kill()
             child.wait()
-    found: dict[str, list[dict[str, Result]]] = {"pair": [], "alone": []}
-    for group, process, out, _ in started:
-        found[group].append({name: load(out, f"{name}_{process}") for name in RUNS})
-    return found
+    return {
+        name: Results(*(load(out, f"{name}_{process}") for _, process, out, _ in started))
+        for name in names
+    }
 
 
 def load(out: Path, stem: str) -> Result:
@@ -130,74 +158,75 @@ def load(out: Path, stem: str) -> Result:
 @STAGED
 def test_arrays_are_those_of_one_process_to_the_bit(results, name):
     """Weights, statistics, the optimiser's state, and what waits in a delayed method."""
-    (alone,) = results["alone"]
-    first, second = (each[name].arrays for each in results["pair"])
+    first, second, alone = (result.arrays for result in results(name))
     assert first
     assert second
     assert not first.keys() & second.keys()
-    assert nets.same_bits(first | second, alone[name].arrays)
+    assert nets.same_bits(first | second, alone)
 
 
 @STAGED
 def test_metrics_are_those_of_one_process_to_the_bit(results, name):
     """`gather_metrics` gives every process the whole."""
-    (alone,) = results["alone"]
-    wanted = alone[name].report["metrics"]
+    first, second, wanted = (result.report["metrics"] for result in results(name))
     assert len(wanted) == RUNS[name]["steps"]
-    for each in results["pair"]:
-        np.testing.assert_equal(each[name].report["metrics"], wanted)  # where NaN is NaN
+    for metrics in (first, second):
+        np.testing.assert_equal(metrics, wanted)  # where NaN is NaN
 
 
 @pytest.mark.parametrize(
-    ("name", "empty"), [("fdg", {0}), ("fdg_four_stages", {0, 1, 2, 9, 10, 11})]
+    ("name", "empty"),
+    [
+        ("fdg", {0}),
+        pytest.param("fdg_four_stages", {0, 1, 2, 9, 10, 11}, marks=pytest.mark.slow),
+    ],
 )
 def test_no_loss_is_known_while_the_stages_fill(results, name, empty):
-    for each in results["pair"]:
-        losses = [metrics["loss"] for metrics in each[name].report["metrics"]]
+    for result in results(name).pair:
+        losses = [metrics["loss"] for metrics in result.report["metrics"]]
         assert {step for step, loss in enumerate(losses) if np.isnan(loss)} == empty
 
 
-@pytest.mark.parametrize("name", ["fdg", "fr", "fdg_four_stages"])
+@pytest.mark.parametrize("name", nets.marked(["fdg", "fr", "fdg_four_stages"], FAST))
 def test_every_stage_holds_what_waits(results, name):
     stages = range(RUNS[name]["stages"])
     half = len(stages) // 2
-    for each, mine in zip(results["pair"], (stages[:half], stages[half:]), strict=True):
-        arrays = each[name].arrays
+    for result, own in zip(results(name).pair, (stages[:half], stages[half:]), strict=True):
+        arrays = result.arrays
         waiting = {
             key.split("/")[0] for key in arrays if "/waiting/" in key and np.any(arrays[key])
         }
         # A batch passes the last stage of Features Replay at once.
-        keep = mine if name != "fr" else [k for k in mine if k != stages[-1]]
+        keep = own if name != "fr" else [k for k in own if k != stages[-1]]
         assert waiting == {f"stage_{k}" for k in keep}
 
 
 @STAGED
 def test_evaluation_is_that_of_one_process(results, name):
-    (alone,) = results["alone"]
-    for each in results["pair"]:
-        assert each[name].report["evaluation"] == alone[name].report["evaluation"]
+    first, second, alone = (result.report["evaluation"] for result in results(name))
+    assert first == second == alone
 
 
 @STAGED
 def test_a_process_holds_its_own_stages_only(results, name):
-    first, second = (each[name].report for each in results["pair"])
+    first, second = (result.report for result in results(name).pair)
     half = (len(first["blocks"]) - 1) // 2
     assert first["blocks"][: 2 * half] == [True] * half + [False] * half
     assert second["blocks"][: 2 * half] == [False] * half + [True] * half
     assert first["own"] != second["own"]
 
 
+@pytest.mark.slow
 def test_a_slow_receiver_holds_the_sender_back(results):
     """Of twelve batches two may be in flight; without a bound the sender would wait for none."""
-    sender = results["pair"][0]["slow_end"].report
+    sender = results("slow_end").first.report
     assert sender["seconds"] > 0.1
     assert sender["dispatch_seconds"] > 0.5 * sender["seconds"]
 
 
+@pytest.mark.slow
 def test_replicas_in_two_processes_train_like_one(results):
-    (alone,) = results["alone"]
-    wanted = alone["replicas"]
-    first, second = (each["replicas"] for each in results["pair"])
+    first, second, wanted = results("replicas")
     assert nets.same_bits(first.arrays, second.arrays)
     assert nets.largest_error(first.arrays, wanted.arrays) < 1e-4  # float32
     for found in (first.report, second.report):

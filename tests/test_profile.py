@@ -38,7 +38,7 @@ def traced(trainer: jd.Trainer, folder, steps: int) -> None:
     ("name", "options"),
     [
         ("bp", {"schedule": "1f1b", "microbatches": 2, "clip_norm": 1.0}),
-        ("deinforeg", {"microbatches": 2, "replicas": 2}),
+        pytest.param("deinforeg", {"microbatches": 2, "replicas": 2}, marks=pytest.mark.slow),
         ("fdg", {}),
     ],
 )
@@ -148,7 +148,7 @@ def test_run_draws_the_steps_after_the_first_ten(tmp_path, capsys, monkeypatch):
     }
 
 
-@pytest.mark.parametrize("steps", [10, 12])
+@pytest.mark.parametrize("steps", [10, pytest.param(12, marks=pytest.mark.slow)])
 def test_run_that_ends_before_its_profile(tmp_path, steps):
     result = train_and_evaluate(config(profile=3, steps=steps), tmp_path)
     assert result["finished"]

@@ -1,43 +1,155 @@
-"""The README keeps its word."""
+"""The README and the documents keep their word."""
 
+import ast
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 
 import jdecouple as jd
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+METHODS = (ROOT / "docs" / "methods.md").read_text()
+DOCUMENTS = sorted(ROOT.glob("docs/*.md"))
+PAGES = [*sorted(ROOT.glob("*.md")), *DOCUMENTS, ROOT / "bench" / "RESULTS.md"]
+MOST_WORDS = 900
+
+LISTED = re.findall(r"^\| `(\w+)` \| .* \| (.*) \|$", README.split("## Your own")[0], re.M)
+"""Name and source of every method in the README's table."""
+LATE = re.findall(r"^\| `(\w+)` \| [^|]* \| `(.*)` \| `(.*)` \| [^|]* \|$", METHODS, re.M)
+"""Name and staleness, of weights and of error, of every method in the table of staleness."""
 
 
-def test_library_snippet_runs_and_learns():
-    [snippet] = re.findall(r"```python\n(.*?)```", README, re.S)
-    names: dict = {}
-    exec(compile(snippet, "README.md", "exec"), names)
-    assert names["scores"]["accuracy"] > 0.8
-    assert len(names["blocks"]) == 3
+def snippets(page: Path, fence: str = "python") -> list[str]:
+    """The Python of a page; ```py begins what is only a part."""
+    return re.findall(rf"```{fence}\n(.*?)```", page.read_text(), re.S)
 
 
-def test_methods_table_lists_every_method():
-    assert tuple(re.findall(r"^\| `(\w+)` \|", README, re.M)) == jd.methods.names()
+def run(snippet: str, names: dict | None = None) -> dict:
+    names = {"__name__": __name__} if names is None else names  # dataclasses look for their module
+    exec(compile(snippet, "snippet", "exec"), names)
+    return names
 
 
-@pytest.mark.parametrize("name", jd.methods.names())
-def test_staleness_of_the_methods_table(name):
-    [cell] = re.findall(rf"^\| `{name}` \|[^|]*\|[^|]*\| ([^|]*) \|", README, re.M)
-    found = re.fullmatch(r"weights `(.+)`, error `(.+)`", cell)
-    assert found or cell == "0"
-    expressions = found.groups() if found else ("0", "0")
+def test_it_is_short():
+    assert len(README.split()) < MOST_WORDS
+
+
+@pytest.fixture(scope="module")
+def library() -> dict:
+    """What the library snippet leaves behind."""
+    return run(snippets(ROOT / "README.md")[0])
+
+
+def accuracy(library: dict, method: jd.methods.Method) -> float:
+    """Of a short training on the model and data of the library snippet."""
+    model, mesh, example = (library[name] for name in ("model", "mesh", "example"))
+    trainer = jd.Trainer(model, method, jd.optim.adam(2e-3), mesh=mesh, example=example)
+    state = trainer.init()
+    for _ in range(60):
+        state, _ = trainer.step(state, next(library["batches"]))
+    test = jd.data.evaluation_batches(library["digits"].test, 64)
+    scores = trainer.evaluate(state, test)
+    assert {"exit_0/accuracy", "exit_1/accuracy", "exit_2/accuracy"} < scores.keys()
+    return scores["accuracy"]
+
+
+def test_library_snippet_runs_and_learns(library):
+    assert library["scores"]["accuracy"] > 0.8
+    assert len(library["blocks"]) == 3
+
+
+def test_method_of_ones_own_trains(library):
+    run(snippets(ROOT / "README.md")[1])
+    assert accuracy(library, jd.methods.get("my_method", weight=2.0)) > 0.7
+
+
+def test_the_objective_of_contributing_trains(library):
+    [snippet] = snippets(ROOT / "CONTRIBUTING.md")
+    objective = run(snippet)["SquaredError"](weight=2.0)
+    assert isinstance(objective, jd.objectives.Objective)
+    method = jd.methods.Method("squared_error", objective, jd.routes.Local())
+    assert accuracy(library, method) > 0.7
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda path: path.name)
+def test_snippets_of_documents_run(page, monkeypatch, tmp_path):
+    """Of those that are only a part, the imports."""
+    monkeypatch.chdir(tmp_path)
+    for snippet in snippets(page):
+        run(snippet)
+    for snippet in snippets(page, "py"):
+        tree = ast.parse(snippet)
+        tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        run(ast.unparse(tree))
+
+
+# A method may have a row in the code before it has one here, but not the other way round.
+
+
+def test_methods_table_lists_methods_in_their_order():
+    names = [name for name, _ in LISTED]
+    assert names == [name for name in jd.methods.names() if name in names]
+    assert len(names) >= 13
+
+
+@pytest.mark.parametrize(("name", "source"), LISTED)
+def test_listed_method_has_its_source_and_its_section(name, source):
+    assert f"\n## {name} — " in METHODS
+    link = re.fullmatch(r"\[(.*)\]\(https://arxiv.org/abs/(.*)\)", source)
+    if link:
+        assert link[1] == link[2]
+        assert jd.methods.source(name) == f"arXiv:{link[1]}"
+    else:
+        assert not jd.methods.source(name).startswith("arXiv")
+
+
+def test_sections_of_methods_are_listed():
+    sections = re.findall(r"^## (\w+) — ", METHODS, re.M)
+    assert sections == [name for name, _ in LISTED]
+
+
+@pytest.mark.parametrize(("name", "weights", "error"), LATE)
+def test_staleness_of_a_late_method(name, weights, error):
     route = jd.methods.get(name).route
     for num_stages in range(1, 6):
         for k in range(num_stages):
-            names = {"K": num_stages, "k": k, "accumulate": route.accumulate, "max": max}
-            told = tuple(eval(expression, dict(names)) for expression in expressions)
-            assert told == route.staleness(k, num_stages), (num_stages, k)
+            names = {"K": num_stages, "k": k, "M": route.accumulate, "max": max}
+            stated = tuple(eval(text, dict(names)) for text in (weights, error))
+            assert stated == route.staleness(k, num_stages), (num_stages, k)
 
 
-def test_files_that_it_names_exist():
-    root = Path(__file__).resolve().parents[1]
-    named = re.findall(r"\]\((?!http)([^)#]+)\)|`((?:configs|tests|jdecouple)/[\w./]+\.py)", README)
-    for link, code in named:
-        assert (root / (link or code)).exists(), link or code
+def test_all_other_listed_methods_are_never_late():
+    late = {name for name, _, _ in LATE}
+    assert late
+    for name, _ in LISTED:
+        route = jd.methods.get(name).route
+        assert (name in late) == (route.staleness(0, 3) != (0, 0)), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_files_and_sections_that_it_names_exist(page):
+    text = page.read_text()
+    folder = page.parent
+    for link, section in re.findall(r"\]\((?!http)([^)#]*)(?:#([^)]+))?\)", text):
+        target = (folder / link) if link else page
+        assert target.exists(), link
+        if section:
+            titles = re.findall(r"^#+ (.*)$", target.read_text(), re.M)
+            anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+            assert section in anchors, f"{link}#{section}"
+    if page.parent.name == "bench":
+        return  # a figure's command may be of a script that was deleted since
+    code = r"(?<![\w/.])((?:configs|tests|jdecouple|docs|bench|\.ci|\.github)/[\w./]+\.\w+)"
+    for name in re.findall(code, text):
+        assert (ROOT / name).exists(), name
+
+
+def test_version_is_told_alike():
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        version = tomllib.load(file)["project"]["version"]
+    assert jd.__version__ == version
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## [{version}]" in (ROOT / "CHANGELOG.md").read_text()

@@ -37,8 +37,10 @@ def shapes(name, **arguments):
     ("name", "features", "splits"),
     [
         ("resnet18", (64, 128, 256, 512), {"fdg": {2: (2,)}}),  # 3 stages would cut a group
-        ("resnet34", (64, 128, 256, 512), {}),
-        ("resnet50", (256, 512, 1024, 2048), {"fdg": {2: (2,)}}),
+        pytest.param("resnet34", (64, 128, 256, 512), {}, marks=pytest.mark.slow),
+        pytest.param(
+            "resnet50", (256, 512, 1024, 2048), {"fdg": {2: (2,)}}, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_four_blocks_with_the_stem_in_the_first(name, features, splits):

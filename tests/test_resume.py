@@ -1,4 +1,7 @@
-"""Runs that are killed, stopped, damaged or prolonged end as if nothing had happened."""
+"""Runs that are killed, stopped, damaged or prolonged end as if nothing had happened.
+
+A delayed run that is killed again and again is fast, as are refusals; the others are slow.
+"""
 
 import os
 import shutil
@@ -71,6 +74,7 @@ def latest(folder: Path) -> int | None:
     return Checkpointer(folder / "checkpoints", read_only=True).latest_step
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(tmp_path):
     reference = finished()
     kill(tmp_path, started)
@@ -83,6 +87,7 @@ def test_killed_again_and_again(tmp_path):
     assert_same_run(tmp_path, reference)
 
 
+@pytest.mark.slow
 def test_backpropagation_killed_while_writing(tmp_path):
     reference = finished(**BP)
     kill(tmp_path, lambda folder: reached(9)(folder) and writing(folder), **BP)
@@ -90,11 +95,8 @@ def test_backpropagation_killed_while_writing(tmp_path):
     assert_same_run(tmp_path, reference)
 
 
-@pytest.mark.parametrize(
-    "method",
-    [{}, pytest.param(delayed("fr"), marks=pytest.mark.slow)],
-    ids=["deinforeg", "fr"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [{}, delayed("fr")], ids=["deinforeg", "fr"])
 def test_stages_on_devices_of_their_own_killed(tmp_path, method):
     values = {**method, "mesh__stages": 2, "epochs": 2}
     apart = tmp_path / "apart"
@@ -204,6 +206,7 @@ class TestDelayed:
         assert fingerprint(folder) == before
 
 
+@pytest.mark.slow
 def test_stopped_by_signals(tmp_path):
     for number, step in ((signal.SIGTERM, 5), (signal.SIGINT, 14)):
         run = server().start(*arguments(tmp_path))
@@ -237,6 +240,7 @@ def of_another_program(checkpoint: Path) -> None:
     (checkpoint / "weights.bin").write_bytes(b"\0" * 64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [truncate, of_another_net, of_another_program])
 def test_bad_newest_checkpoint(tmp_path, damage):
     folder = copy(finished(), tmp_path)
@@ -251,6 +255,7 @@ def test_bad_newest_checkpoint(tmp_path, damage):
     assert (folder / "checkpoints_refused" / str(TOTAL)).is_dir()
 
 
+@pytest.mark.slow
 def test_more_epochs(tmp_path):
     go_on(tmp_path, epochs=1)
     assert latest(tmp_path) == 9
@@ -258,6 +263,7 @@ def test_more_epochs(tmp_path):
     assert_same_run(tmp_path, finished())
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_only_told_of(tmp_path):
     folder = copy(finished(), tmp_path)
     before = fingerprint(folder / "checkpoints")

@@ -351,7 +351,7 @@ print(package.build("local", 2, 1))
 """
     folder = str(Path(jd.__file__).parent)
     done = subprocess.run(
-        [sys.executable, "-c", script, folder], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", script, folder], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == str(build("local", 2, 1)) + "\n"

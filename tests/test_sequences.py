@@ -67,7 +67,7 @@ def test_padding_does_matter_where_it_is_not_masked(kind, x64):
     np.testing.assert_allclose(short[0]["summary"], short[0]["h"].mean(1), **EXACT)
 
 
-@pytest.mark.parametrize("kind", TEXTS)
+@pytest.mark.parametrize("kind", nets.marked(TEXTS, ("transformer",)))
 def test_training_does_not_see_padding(kind, x64):
     """Three steps of both routes, and the evaluation after them."""
     for method in ("bp", "deinforeg"):

@@ -164,6 +164,7 @@ class TestTFDS:
         features.write_text(features.read_text().replace("class_label_feature.ClassLabel", "x.Y"))
         refused("tiny", "tiny", data_dir=tmp_path)
 
+    @pytest.mark.slow
     def test_real_sst2(self, tfds_dir):
         loaded = data.load("glue/sst2", data_dir=tfds_dir, max_length=15)
         assert (len(loaded.train), len(loaded.validation), len(loaded.test)) == (60614, 6735, 872)

@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 import jax.numpy as jnp
+import nets
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -54,7 +55,7 @@ class TestADelayedRun:
     def test_config(self, delayed_run):
         assert json.loads((delayed_run[0] / "config.json").read_text())["boundaries"] == [0, 1, 2]
 
-    @pytest.mark.parametrize("every", [2, 3, 5])
+    @pytest.mark.parametrize("every", nets.marked((2, 3, 5), (3,)))
     def test_means_are_of_the_steps_that_have_a_loss(self, delayed_run, tmp_path, every):
         train_and_evaluate(delayed(steps=9, checkpoint__every=4, log_every=every), tmp_path)
         each = {line["step"]: line.get("loss") for line in of_train(delayed_run[0])}
@@ -99,7 +100,7 @@ class TestADelayedRun:
         said = "stage_1/waiting/errors/0 is not finite after step 8; the last good checkpoint is 4"
         assert said in str(error.value)
 
-    @pytest.mark.parametrize("name", ["ddg", "fr", "adl"])
+    @pytest.mark.parametrize("name", nets.marked(("ddg", "fr", "adl"), ("adl",)))
     def test_the_other_methods(self, tmp_path, name):
         own = {"method__accumulate": 2} if name == "adl" else {}
         result = train_and_evaluate(delayed(name, epochs=1, **own), tmp_path)
@@ -151,7 +152,7 @@ def test_learning_rate_of_every_step(values, wanted):
         ({"optimizer__decay_epochs": (8 / 9,)}, [1, 1, 1, 1, 0.1, 0.1]),
     ],
 )
-@pytest.mark.parametrize("mean", [True, False])
+@pytest.mark.parametrize("mean", nets.marked((True, False), (True,)))
 def test_learning_rate_of_an_accumulating_method_is_that_of_its_passes(values, wanted, mean):
     """Update n has the rate of pass 2n: what it sums has the length of its two gradients."""
     own = {"method__accumulate": 2, "method__accumulate_mean": mean}

@@ -1,4 +1,4 @@
-"""One process of a multi-process training; tests/test_processes.py starts it with a JSON argument.
+"""One process of a multi-process training, which test_processes.py starts with a JSON argument.
 
 It trains one configuration after the other and leaves what it found in `out`.
 """
@@ -47,14 +47,18 @@ def train(run: dict) -> tuple[dict[str, np.ndarray], dict]:
         count = run.get("chunk", 1)
         if step % count == 0:
             batches = [data[(step + each) % len(data)] for each in range(count)]
-            state, metrics = trainer.steps(state, batches)
-            found += metrics
+            if count == 1:
+                state, metrics = trainer.step(state, batches[0])
+            else:
+                state, metrics = trainer.steps(state, batches)
+            found.append(metrics)
     dispatched = time.perf_counter() - start
     trainer.wait(state)
+    rows = found if count == 1 else [row for metrics in found for row in nets.rows(metrics)]
     result = {
         "dispatch_seconds": dispatched,
         "seconds": time.perf_counter() - start,
-        "metrics": [trainer.gather_metrics(metrics) for metrics in found],
+        "metrics": [trainer.gather_metrics(metrics) for metrics in rows],
         "own": sorted(found[-1]),
         "evaluation": trainer.evaluate(state, [*data, {k: v[:5] for k, v in data[0].items()}]),
         "blocks": [module is not None for module in trainer.modules(state)],

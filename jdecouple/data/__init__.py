@@ -3,9 +3,10 @@
 from jdecouple.data import augment
 from jdecouple.data.batches import evaluation_batches, steps_per_epoch, train_batches
 from jdecouple.data.groups import Groups, group_sizes
+from jdecouple.data.loaders import load, names, register
 from jdecouple.data.noise import symmetric_label_noise
 from jdecouple.data.prefetch import Prefetcher
-from jdecouple.data.sources import channel_statistics, load
+from jdecouple.data.sources import channel_statistics
 from jdecouple.data.splits import Dataset, ImageDataset, Source, Split, from_arrays
 from jdecouple.data.texts import TextDataset
 from jdecouple.data.vocabulary import Vocabulary, word_vectors
@@ -25,6 +26,8 @@ __all__ = [
     "from_arrays",
     "group_sizes",
     "load",
+    "names",
+    "register",
     "steps_per_epoch",
     "symmetric_label_noise",
     "train_batches",

@@ -1,18 +1,14 @@
-"""Data sets by name: `digits`, `synthetic`, files and folders, TensorFlow Datasets."""
+"""The loaders of the data sets that are built in; `loaders.load` calls them by name."""
 
 from __future__ import annotations
 
-import dataclasses
-import os
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from jdecouple.data import folders, tables, tfds_images, tfds_sets, tfds_texts
-from jdecouple.data.noise import symmetric_label_noise
+from jdecouple.data import folders, tables, tfds_images, tfds_texts
 from jdecouple.data.splits import (
-    CACHE_BYTES,
     ArraySource,
     Dataset,
     DecodedSource,
@@ -32,6 +28,7 @@ STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     "fashion_mnist": ((0.2860,), (0.3530,)),
 }
+Amount = float | int | None  # of training examples to hold out: a fraction, a count
 _STATISTICS_ROWS = 1000
 _STATISTICS_CHUNK = 64
 _LEAST_STD = 1e-6
@@ -40,113 +37,8 @@ _DIGITS_TEST = 0.2
 _SYNTHETIC_POOL_BYTES = 64 << 20
 
 
-def load(
-    name: str,
-    *,
-    data_dir: str | os.PathLike[str] | None = None,
-    validation: float | int | None = None,
-    label_noise: float = 0.0,
-    seed: int = 0,
-    download: bool = False,
-    image_size: int | None = None,
-    synthetic_size: int = 4096,
-    channels: int = 3,
-    num_classes: int = 10,
-    cache_bytes: int = CACHE_BYTES,
-    max_length: int | None = None,
-    vocabulary_size: int | None = None,
-    glove: str | os.PathLike[str] | None = None,
-) -> Dataset:
-    """Loads a data set with its fixed training, validation and test splits.
-
-    `digits` is scikit-learn's bundled set of 1,797 real 8x8 images; a fixed stratified fifth is
-    the test split. `synthetic` is random, for benchmarks. `folder:PATH` is a folder of images in
-    class folders, see `folders.sources`; `csv:PATH` and `parquet:PATH` are labelled texts, see
-    `tables.splits`. Any other name is a set of images or texts of TensorFlow Datasets that is
-    already prepared as `array_record`; reading it imports no TensorFlow. A TFDS set without a test
-    split, or with hidden test labels, is tested on its own validation split.
-
-    Texts become numbers of words, see `vocabulary.Vocabulary`, which is made of the training split
-    alone (without what is held out of it).
-
-    The splits depend on the data alone, never on `seed`; `seed` draws the label noise (training
-    labels only), the synthetic images and the vectors of words without one. Normalisation
-    statistics are known constants for the sets in `STATISTICS` (at their own size) and for
-    `synthetic`, else those of the first 1,000 training images.
-
-    Args:
-        name: `digits`, `synthetic`, `folder:PATH`, `csv:PATH`, `parquet:PATH` or a TFDS name.
-        data_dir: folder of the prepared TFDS sets; None is TFDS's own. PATH begins there.
-        validation: training examples to hold out: a fraction in [0, 1) or a count. None is the
-            set's own validation split where it has one besides a test split, else a tenth.
-        label_noise: share of the training labels drawn anew, in [0, 1].
-        seed: of all that is drawn; not negative.
-        download: prepare a TFDS set that is not prepared yet; without it nothing is downloaded.
-        image_size: resize images to this many pixels a side (shorter side, then centre crop);
-            the size of the synthetic images (32 if None).
-        synthetic_size: synthetic examples for training and validation together; the test split
-            has a quarter as many.
-        channels: channels of the synthetic images, 1 or 3.
-        num_classes: classes of the synthetic set.
-        cache_bytes: decoded TFDS images are kept in memory if those of a split need no more.
-        max_length: words that are kept of a text; 256 if None.
-        vocabulary_size: most words that are told apart, padding and the unknown word included;
-            30,000 if None.
-        glove: text file of word vectors, see `vocabulary.word_vectors`.
-
-    Returns:
-        The data set.
-
-    Raises:
-        ValueError: a bad argument, or a set that is unknown, not prepared, empty or without
-            labels.
-        FileNotFoundError: `data_dir` or the folder or file of a set does not exist.
-    """
-    if not isinstance(name, str) or not name:
-        raise ValueError(f"data set name {name!r} given; 'digits', 'synthetic' or a TFDS name")
-    _check_whole("seed", seed, 0)
-    if image_size is not None:
-        _check_whole("image_size", image_size, 1)
-    if max_length is not None:
-        _check_whole("max_length", max_length, 1)
-    if vocabulary_size is not None:
-        _check_whole("vocabulary_size", vocabulary_size, 3)
-    text_options = {"max_length": max_length, "vocabulary_size": vocabulary_size, "glove": glove}
-    if name == "digits":
-        dataset = _digits(validation, image_size)
-    elif name == "synthetic":
-        _check_whole("synthetic_size", synthetic_size, 2)
-        _check_whole("num_classes", num_classes, 2)
-        if channels not in (1, 3):
-            raise ValueError(f"channels={channels!r} given; 1 or 3 wanted")
-        side = 32 if image_size is None else image_size
-        shape = (side, side, channels)
-        dataset = _synthetic(validation, synthetic_size, shape, num_classes, seed)
-    elif name.startswith(folders.PREFIX):
-        opened = folders.sources(
-            name, data_dir=data_dir, image_size=image_size, cache_bytes=cache_bytes
-        )
-        dataset = _images(name, validation, opened, image_size is None)
-    elif tables.names_files(name):
-        dataset = _texts(name, validation, tables.splits(name, data_dir), seed, text_options)
-    else:
-        builder = tfds_sets.prepared(name, data_dir=data_dir, download=download)
-        if tfds_texts.holds_texts(builder):
-            found = tfds_texts.splits(name, builder)
-            dataset = _texts(name, validation, found, seed, text_options)
-        else:
-            opened = tfds_images.sources(
-                name, builder, image_size=image_size, cache_bytes=cache_bytes
-            )
-            dataset = _images(name, validation, opened, image_size is None)
-    of_others = {"image_size": image_size} if dataset.kind == "texts" else text_options
-    for option, value in of_others.items():
-        if value is not None:
-            raise ValueError(f"{option}={value!r} given; data set {name!r} holds {dataset.kind}")
-    return _with_label_noise(dataset, label_noise, seed)
-
-
-def _digits(validation: float | int | None, image_size: int | None) -> Dataset:
+def digits(*, validation: Amount, image_size: int | None) -> Dataset:
+    """scikit-learn's bundled images; a fixed stratified fifth is the test split."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -184,30 +76,67 @@ class _RandomSource:
         return self._images[indices % len(self._images)], self._labels[indices]
 
 
-def _synthetic(
-    validation: float | int | None,
-    size: int,
-    shape: tuple[int, int, int],
+def synthetic(
+    *,
+    validation: Amount,
+    synthetic_size: int,
+    image_size: int | None,
+    channels: int,
     num_classes: int,
     seed: int,
 ) -> Dataset:
-    source = _RandomSource(size, shape, num_classes, [seed, 0])
-    test = _RandomSource(max(1, size // 4), shape, num_classes, [seed, 1])
+    """Random images and labels."""
+    check_whole("synthetic_size", synthetic_size, 2)
+    check_whole("num_classes", num_classes, 2)
+    if channels not in (1, 3):
+        raise ValueError(f"channels={channels!r} given; 1 or 3 wanted")
+    side = 32 if image_size is None else image_size
+    shape = (side, side, channels)
+    source = _RandomSource(synthetic_size, shape, num_classes, [seed, 0])
+    test = _RandomSource(max(1, synthetic_size // 4), shape, num_classes, [seed, 1])
     amount = _DEFAULT_VALIDATION if validation is None else validation
-    kept, held = held_out(fixed_order(size), amount)
+    kept, held = held_out(fixed_order(synthetic_size), amount)
     return _dataset(
         "synthetic",
         train=Split("train", source, kept),
         validation=Split("validation", source, held),
         test=Split("test", test, np.arange(len(test))),
         num_classes=num_classes,
-        statistics=((0.5,) * shape[-1], (12**-0.5,) * shape[-1]),
+        statistics=((0.5,) * channels, (12**-0.5,) * channels),
     )
+
+
+def folder(
+    name: str,
+    *,
+    data_dir: Any,
+    validation: Amount,
+    image_size: int | None,
+    cache_bytes: int,
+) -> Dataset:
+    """Images in class folders."""
+    opened = folders.sources(
+        name, data_dir=data_dir, image_size=image_size, cache_bytes=cache_bytes
+    )
+    return _images(name, validation, opened, image_size is None)
+
+
+def prepared_images(
+    name: str,
+    builder: Any,
+    *,
+    validation: Amount,
+    image_size: int | None,
+    cache_bytes: int,
+) -> Dataset:
+    """A prepared TFDS set of images."""
+    opened = tfds_images.sources(name, builder, image_size=image_size, cache_bytes=cache_bytes)
+    return _images(name, validation, opened, image_size is None)
 
 
 def _images(
     name: str,
-    validation: float | int | None,
+    validation: Amount,
     opened: tuple[str, dict[str, DecodedSource], int, tuple[int, int, int]],
     known_size: bool,
 ) -> Dataset:
@@ -222,20 +151,51 @@ def _images(
     )
 
 
+def table(
+    name: str,
+    *,
+    data_dir: Any,
+    validation: Amount,
+    seed: int,
+    max_length: int | None,
+    vocabulary_size: int | None,
+    glove: Any,
+) -> Dataset:
+    """Labelled texts in CSV or Parquet files."""
+    options = {"max_length": max_length, "vocabulary_size": vocabulary_size, "glove": glove}
+    return _texts(name, tables.splits(name, data_dir), validation, seed, options)
+
+
+def prepared_texts(
+    name: str,
+    builder: Any,
+    *,
+    validation: Amount,
+    seed: int,
+    max_length: int | None,
+    vocabulary_size: int | None,
+    glove: Any,
+) -> Dataset:
+    """A prepared TFDS set of texts."""
+    options = {"max_length": max_length, "vocabulary_size": vocabulary_size, "glove": glove}
+    return _texts(name, tfds_texts.splits(name, builder), validation, seed, options)
+
+
 def _texts(
     name: str,
-    validation: float | int | None,
-    found: tuple[dict[str, Texts], int],
+    read: tuple[dict[str, Texts], int],
+    validation: Amount,
     seed: int,
     options: Mapping[str, Any],
 ) -> Dataset:
-    stored, num_classes = found
-    parts = _divide(name, {split: len(each.labels) for split, each in stored.items()}, validation)
+    stored, num_classes = read
+    sizes = {split: len(texts.labels) for split, texts in stored.items()}
+    parts = _divide(name, sizes, validation)
     return text_dataset(name, stored, parts, num_classes, seed=seed, **options)
 
 
 def _divide(
-    name: str, sizes: Mapping[str, int], validation: float | int | None
+    name: str, sizes: Mapping[str, int], validation: Amount
 ) -> dict[str, tuple[str, np.ndarray]]:
     """Says which rows make the training, validation and test splits.
 
@@ -308,15 +268,7 @@ def channel_statistics(
     )
 
 
-def _with_label_noise(dataset: Dataset, fraction: float, seed: int) -> Dataset:
-    overrides = symmetric_label_noise(len(dataset.train), dataset.num_classes, fraction, seed)
-    if not (overrides >= 0).any():
-        return dataset
-    return dataclasses.replace(
-        dataset, train=dataclasses.replace(dataset.train, overrides=overrides)
-    )
-
-
-def _check_whole(name: str, value: int, least: int) -> None:
+def check_whole(name: str, value: int, least: int) -> None:
+    """Raises ValueError unless the option `name` is a whole number of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name}={value!r} given; a whole number of at least {least} wanted")

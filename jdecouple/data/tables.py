@@ -74,11 +74,6 @@ def splits(name: str, data_dir: str | os.PathLike[str] | None) -> tuple[dict[str
     return _labelled(tables, name)
 
 
-def names_files(name: str) -> bool:
-    """Whether the name of a data set is one of files with texts."""
-    return name.partition(":")[0] in _READERS and ":" in name
-
-
 def _labelled(tables: dict[str, Table], name: str) -> tuple[dict[str, Texts], int]:
     """Numbers the labels by those of the training split; also returns how many there are."""
     labels, _, named = tables["train"]

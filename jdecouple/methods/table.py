@@ -43,7 +43,7 @@ class MethodSpec(NamedTuple):
     """What the table says of a method."""
 
     objective: type
-    route: type
+    route: type[Route]
     source: str
     fixed: Mapping[str, Any] = {}
     """Arguments of the route that make the method what it is."""
@@ -86,12 +86,63 @@ _METHODS: dict[str, MethodSpec] = {
 }
 
 
+_BUILT_IN = frozenset(_METHODS)
+
+
+def register(
+    name: str,
+    objective: type,
+    route: type[Route],
+    *,
+    source: str = "",
+    fixed: Mapping[str, Any] = {},
+    options: Mapping[str, Any] = {},
+) -> None:
+    """Adds a method to the table; `get`, configurations and the command line then know its name.
+
+    A name that was registered before is replaced, so that a notebook's cell may run twice.
+
+    >>> import jdecouple as jd
+    >>> jd.methods.register("gpipe", jd.objectives.CrossEntropy, jd.routes.Synchronous)
+    >>> jd.methods.get("gpipe").objective
+    CrossEntropy()
+
+    Args:
+        name: what the method is called.
+        objective: a dataclass that satisfies `jdecouple.objectives.Objective`; its fields are the
+            arguments of the method.
+        route: a class of `jdecouple.routes`, or one of your own.
+        source: where the method was published.
+        fixed: arguments of the route that make the method what it is.
+        options: arguments of the route that a caller may set, with the method's defaults.
+
+    Raises:
+        ValueError: the name is a built-in method's, or two arguments have one name.
+        TypeError: the objective is no dataclass, or the route is no `Route`.
+    """
+    if name in _BUILT_IN:
+        raise ValueError(f"method {name!r} is built in: register yours under another name")
+    if not (isinstance(objective, type) and dataclasses.is_dataclass(objective)):
+        raise TypeError(f"the objective of method {name!r} must be a dataclass, got {objective!r}")
+    if not (isinstance(route, type) and issubclass(route, Route)):
+        raise TypeError(f"the route of method {name!r} must be a Route class, got {route!r}")
+    fields = {field.name for field in dataclasses.fields(objective)}
+    if taken := sorted(fields & {"name", "init", *fixed, *options} | {*fixed} & {*options}):
+        raise ValueError(f"method {name!r} has two arguments called {taken[0]!r}")
+    _METHODS[name] = MethodSpec(objective, route, source, fixed, options)
+
+
 def names() -> tuple[str, ...]:
     """Names that `get` takes."""
     return tuple(_METHODS)
 
 
-def _spec(name: str) -> MethodSpec:
+def spec(name: str) -> MethodSpec:
+    """What the table says of a method.
+
+    Raises:
+        ValueError: unknown method.
+    """
     if name not in _METHODS:
         raise ValueError(f"unknown method {name!r}: allowed are {', '.join(_METHODS)}")
     return _METHODS[name]
@@ -99,22 +150,29 @@ def _spec(name: str) -> MethodSpec:
 
 def source(name: str) -> str:
     """Where a method was published."""
-    return _spec(name).source
+    return spec(name).source
 
 
 def arguments(name: str) -> dict[str, Any]:
     """Arguments of a method with their defaults: the objective's, the route's, `init`.
 
+    >>> arguments("fdg")
+    {'beta': 1.0, 'current_weights': False, 'init': 'flax'}
+
     Raises:
         ValueError: unknown method.
     """
-    spec = _spec(name)
-    fields = dataclasses.fields(spec.objective)
-    return {**{field.name: field.default for field in fields}, **spec.options, "init": Method.init}
+    method = spec(name)
+    fields = {field.name: field.default for field in dataclasses.fields(method.objective)}
+    return {**fields, **method.options, "init": Method.init}
 
 
 def get(name: str, *, init: str = "flax", **arguments: Any) -> Method:
     """Builds a method.
+
+    >>> method = get("adl", accumulate=2)
+    >>> method.route.accumulate, method.objective
+    (2, CrossEntropy())
 
     Args:
         name: one of `names()`.
@@ -125,14 +183,14 @@ def get(name: str, *, init: str = "flax", **arguments: Any) -> Method:
         ValueError: an unknown method, or an argument out of range.
         TypeError: an argument that the method does not have.
     """
-    spec = _spec(name)
-    own = [field.name for field in dataclasses.fields(spec.objective)]
+    method = spec(name)
+    own = [field.name for field in dataclasses.fields(method.objective)]
     for key in arguments:
-        if key not in (*own, *spec.options):
+        if key not in (*own, *method.options):
             raise TypeError(
                 f"method {name} takes no argument {key!r}: "
-                f"allowed are {', '.join([*own, *spec.options, 'init'])}"
+                f"allowed are {', '.join([*own, *method.options, 'init'])}"
             )
     objective = {key: arguments[key] for key in own if key in arguments}
-    route = {key: arguments.get(key, default) for key, default in spec.options.items()}
-    return Method(name, spec.objective(**objective), spec.route(**spec.fixed, **route), init)
+    route = {key: arguments.get(key, default) for key, default in method.options.items()}
+    return Method(name, method.objective(**objective), method.route(**method.fixed, **route), init)

@@ -15,6 +15,7 @@ by name, and these, which their docstrings leave out:
 Each raises ValueError where a size is not positive, a name unknown or an image too small.
 """
 
+import inspect
 from collections.abc import Callable
 
 from jdecouple.models import layers
@@ -56,6 +57,40 @@ _BUILDERS: dict[str, Callable[..., Model]] = {
 }
 
 
+_BUILT_IN = frozenset(_BUILDERS)
+
+
+def register(name: str, builder: Callable[..., Model]) -> None:
+    """Adds a builder; `get`, configurations and the command line then know its name.
+
+    A name that was registered before is replaced, so that a notebook's cell may run twice.
+
+    >>> from flax import nnx
+    >>> def one_layer(num_classes, *, image_size, channels, rngs):
+    ...     layers = [nnx.Linear(image_size**2 * channels, num_classes, rngs=rngs)]
+    ...     return Model([nnx.Sequential(lambda x: x.reshape(len(x), -1), *layers)])
+    >>> register("one_layer", one_layer)
+    >>> len(get("one_layer")(10, image_size=8, channels=1, rngs=nnx.Rngs(0)).blocks)
+    1
+
+    Args:
+        name: what the model is called.
+        builder: takes what the builders of this package take; its own arguments are options of
+            the model in a configuration.
+
+    Raises:
+        ValueError: the name is a built-in model's, or an argument is called "name".
+        TypeError: the builder cannot be called.
+    """
+    if name in _BUILT_IN:
+        raise ValueError(f"model {name!r} is built in: register yours under another name")
+    if not callable(builder):
+        raise TypeError(f"the builder of model {name!r} must be callable, got {builder!r}")
+    if "name" in inspect.signature(builder).parameters:
+        raise ValueError(f"model {name!r} has two arguments called 'name'")
+    _BUILDERS[name] = builder
+
+
 def names() -> tuple[str, ...]:
     """Names that `get` knows, sorted."""
     return tuple(sorted(_BUILDERS))
@@ -63,6 +98,10 @@ def names() -> tuple[str, ...]:
 
 def get(name: str) -> Callable[..., Model]:
     """Model builder called `name`.
+
+    >>> from flax import nnx
+    >>> len(get("mlp")(10, image_size=8, channels=1, depth=3, rngs=nnx.Rngs(0)).blocks)
+    3
 
     Raises:
         ValueError: No builder has that name.
@@ -79,6 +118,7 @@ __all__ = [
     "lstm",
     "mlp",
     "names",
+    "register",
     "resnet",
     "resnet18",
     "resnet20",

@@ -1,9 +1,7 @@
 """What the Trainer takes in: batches like its example, cut into microbatches."""
 
 import dataclasses
-import math
-from collections.abc import Mapping, Sequence
-from numbers import Integral, Real
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,6 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdecouple.methods.routes import Carry
+from jdecouple.pipeline.checks import check_count
+
+
+@dataclasses.dataclass(frozen=True)
+class PlacedBatch:
+    """One global batch or several on the devices; made by `Trainer.put`.
+
+    Attributes:
+        parts: one carry a microbatch, [batch, ...] or [T, batch, ...]; None on a process that does
+            not run the first stage. With engine "spmd" the microbatches are stacked in one carry.
+        count: T, or None for a batch that was given alone.
+    """
+
+    parts: tuple[Carry | None, ...]
+    count: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +39,9 @@ class BatchSpec:
     example: Carry
     microbatches: int
     replicas: int
+
+    def __post_init__(self) -> None:
+        check_count("microbatches", self.microbatches)
 
     def checked(self, batch: Mapping[str, Any], num_classes: int) -> list[Carry]:
         """The microbatches of a batch.
@@ -63,58 +79,8 @@ class BatchSpec:
         ]
 
 
-def check_type(label: str, value: Any, wanted: type) -> None:
-    """Raises TypeError unless a value is of a type."""
-    if not isinstance(value, wanted):
-        package = wanted.__module__.split(".")[0]
-        raise TypeError(
-            f"{label} is a {type(value).__name__}: a {package} {wanted.__name__} is needed"
-        )
-
-
-def check_counts(**values: Any) -> None:
-    """Raises ValueError for the first value that is neither None nor a whole number above 0."""
-    for label, value in values.items():
-        if value is not None and (not isinstance(value, Integral) or value < 1):
-            raise ValueError(f"{label} is {value!r}: a whole number of at least 1 is needed")
-
-
-def check_options(
-    *, seed: Any, dtype: Any, boundaries: Any, transform: Any, clip_norm: Any
-) -> None:
-    """Checks the types of the Trainer's other arguments.
-
-    Raises:
-        TypeError: a transform that cannot be called.
-        ValueError: any other that is not what the Trainer documents.
-    """
-    if not isinstance(seed, Integral):
-        raise ValueError(f"seed is {seed!r}: a whole number is needed")
-    if transform is not None and not callable(transform):
-        raise TypeError(f"transform is a {type(transform).__name__}: a function is needed")
-    if dtype is not None and not _is_floating(dtype):
-        raise ValueError(f"dtype is {dtype!r}: a floating-point dtype such as bfloat16 is needed")
-    if clip_norm is not None and not (
-        isinstance(clip_norm, Real)
-        and not isinstance(clip_norm, bool)
-        and 0 < float(clip_norm) < math.inf
-    ):
-        raise ValueError(f"clip_norm is {clip_norm!r}: a finite number above 0 is needed")
-    if not isinstance(boundaries, str | None) and not (
-        isinstance(boundaries, Sequence) and all(isinstance(each, Integral) for each in boundaries)
-    ):
-        raise ValueError(f"boundaries {boundaries!r} are no sequence of block indices")
-
-
-def _is_floating(dtype: Any) -> bool:
-    try:
-        return bool(jnp.issubdtype(jnp.dtype(dtype), jnp.floating))
-    except TypeError:
-        return False
-
-
 def check_batch(batch: Any, num_classes: int | None = None) -> None:
-    """Checks a batch on the host.
+    """Checks a batch; its numbers only where they are on the host.
 
     Args:
         batch: mapping with "x" [batch, ...] and "label" [batch] (integers).
@@ -125,8 +91,8 @@ def check_batch(batch: Any, num_classes: int | None = None) -> None:
         ValueError: missing keys, wrong shapes, labels out of range, non-finite numbers.
     """
     if not isinstance(batch, Mapping) or not {"x", "label"} <= batch.keys():
-        found = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
-        raise TypeError(f"a batch is a mapping with 'x' and 'label': given {found}")
+        given = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
+        raise TypeError(f"batch is {given}: a mapping with 'x' and 'label' is needed")
     labels = batch["label"]
     if not hasattr(labels, "dtype") or not jnp.issubdtype(labels.dtype, jnp.integer):
         given = getattr(labels, "dtype", type(labels).__name__)
@@ -139,6 +105,11 @@ def check_batch(batch: Any, num_classes: int | None = None) -> None:
             given = getattr(leaf, "shape", type(leaf).__name__)
             raise ValueError(f"{where} has shape {given}: {labels.shape[0]} labels were given")
         _check_finite(where, leaf)
+    check_labels(labels, num_classes)
+
+
+def check_labels(labels: Any, num_classes: int | None) -> None:
+    """Raises ValueError for a label on the host that is no class."""
     if isinstance(labels, np.ndarray) and num_classes is not None:
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= num_classes:
@@ -154,8 +125,8 @@ def _check_finite(where: str, leaf: Any) -> None:
     with np.errstate(over="ignore", invalid="ignore"):
         total = leaf.sum()
     if not np.isfinite(total) and not np.isfinite(leaf).all():
-        row = int(np.argwhere(~np.isfinite(leaf))[0][0])
-        raise ValueError(f"{where} is not finite at example {row}")
+        example = int(np.argwhere(~np.isfinite(leaf))[0][0])
+        raise ValueError(f"{where} is not finite at example {example}")
 
 
 def check_like(batch: Mapping[str, Any], example: Mapping[str, Any], *, any_size: bool) -> None:
@@ -170,23 +141,18 @@ def check_like(batch: Mapping[str, Any], example: Mapping[str, Any], *, any_size
         ValueError: it has others: they would compile anew, or fail on another process.
     """
 
-    def kinds(tree: Mapping[str, Any]) -> dict[str, str]:
+    def listing(tree: Mapping[str, Any]) -> str:
         leaves = jax.tree_util.tree_leaves_with_path(dict(tree))
-        return {
-            jax.tree_util.keystr(path, simple=True): _kind(leaf, any_size) for path, leaf in leaves
-        }
+        return ", ".join(
+            f"{jax.tree_util.keystr(path, simple=True)} {_type(leaf, any_size)}"
+            for path, leaf in leaves
+        )
 
-    given, wanted = kinds(batch), kinds(example)
+    given, wanted = listing(batch), listing(example)
     if given != wanted:
-        raise ValueError(f"the batch holds {_listing(given)}: the example held {_listing(wanted)}")
+        raise ValueError(f"the batch holds {given}: the example held {wanted}")
 
 
-def _kind(leaf: Any, any_size: bool) -> str:
-    sizes = list(map(str, leaf.shape))
-    if any_size:
-        sizes[0] = "batch"
+def _type(leaf: Any, any_size: bool) -> str:
+    sizes = ["batch" if any_size else str(leaf.shape[0]), *map(str, leaf.shape[1:])]
     return f"{jax.dtypes.canonicalize_dtype(leaf.dtype)}[{', '.join(sizes)}]"
-
-
-def _listing(kinds: Mapping[str, str]) -> str:
-    return ", ".join(f"{name} {kind}" for name, kind in sorted(kinds.items()))

@@ -1,7 +1,8 @@
-"""From a model and a method to the units of a run."""
+"""From a model and a method to the units and the stages of a run."""
 
 import itertools
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import jax
@@ -10,11 +11,13 @@ import numpy as np
 import optax
 from flax import nnx
 
+from jdecouple._errors import first_line
 from jdecouple.methods import Method
 from jdecouple.methods.objectives import BlockInfo
-from jdecouple.methods.routes import Carry, Route, Stage, Unit
+from jdecouple.methods.routes import Carry, Route, Stage, Synchronous, Unit
 from jdecouple.methods.routes.stage import Transform
 from jdecouple.models import Model
+from jdecouple.pipeline.checks import check_type
 from jdecouple.pipeline.partition import balance, check_boundaries, check_num_stages, program_cost
 
 
@@ -42,52 +45,19 @@ def abstract(tree: Any) -> Any:
     return jax.tree.map(shape, tree)
 
 
-def model_input(example: Carry, transform: Transform | None) -> Carry:
-    """Shapes of a batch after the transform."""
-    batch = abstract(dict(example))
+def model_input(batch: Carry, transform: Transform | None) -> Carry:
+    """Shapes of a batch after the transform, from those before.
+
+    Raises:
+        TypeError: a transform that cannot be called.
+    """
     if transform is None:
         return batch
+    if not callable(transform):
+        raise TypeError(f"transform is a {type(transform).__name__}: a function is needed")
     count = batch["label"].shape[0]
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count))
     return jax.eval_shape(lambda batch, keys: transform(batch, keys, True), batch, keys)
-
-
-def block_output(index: int, block: nnx.Module, x: Any, dtype: Any) -> Any:
-    """Shapes of a block's output for the shapes of its input.
-
-    Raises:
-        ValueError: the block fails on this input.
-    """
-    unit = Unit.build(index, block, None, dtype)
-    carry = {"x": x, "label": None}
-    try:
-        return jax.eval_shape(
-            lambda params, stats, x: unit.train(
-                params, stats, {**carry, "x": x}, jax.random.key(0)
-            )[0],
-            *abstract(unit.initial()),
-            x,
-        )
-    except (TypeError, ValueError) as error:
-        shape = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", x)
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"block {index} ({type(block).__name__}) fails on an input of {shape}: {reason}"
-        ) from error
-
-
-def infer_num_classes(model: Model, method: Method, outputs: Sequence[Any], dtype: Any) -> int:
-    """Width of the model's logits.
-
-    Raises:
-        ValueError: the model has no classifier and the method trains none.
-    """
-    logits = outputs[-1]
-    if model.classifier is not None:
-        logits = block_output(len(model.blocks), model.classifier, logits, dtype)
-    elif not method.objective.trains_classifier:
-        raise ValueError("num_classes is needed: the model has no classifier to read it from")
-    return logits.shape[-1]
 
 
 def build_units(
@@ -103,30 +73,30 @@ def build_units(
     The key of a head depends on the seed and the block alone, never on the partition.
 
     Raises:
-        ValueError: a block that fails on its input, a missing classifier, one of another number
-            of classes, or a block that a local method leaves without a loss.
+        ValueError: a seed that is no whole number, a dtype that is not floating, a block that fails
+            on its input, a missing classifier, one of another number of classes, or a block that a
+            local method leaves without a loss.
     """
     objective = method.objective
+    if not isinstance(seed, Integral):
+        raise ValueError(f"seed is {seed!r}: a whole number is needed")
+    if dtype is not None and not _is_floating(dtype):
+        raise ValueError(f"dtype is {dtype!r}: a floating-point dtype such as bfloat16 is needed")
     if objective.needs_classifier and model.classifier is None:
         raise ValueError(
             f"method {method.name} needs a classifier: give one as Model(blocks, classifier)"
         )
     outputs: list[Any] = []
     for index, block in enumerate(model.blocks):
-        x = outputs[-1] if outputs else carry["x"]
-        outputs.append(block_output(index, block, x, dtype))
-    if num_classes is None or (objective.trains_classifier and model.classifier is not None):
-        width = infer_num_classes(model, method, outputs, dtype)
-        if num_classes not in (None, width):
-            raise ValueError(f"num_classes is {num_classes}: the model's logits have width {width}")
-        num_classes = width
+        outputs.append(_block_output(index, block, outputs[-1] if outputs else carry["x"], dtype))
+    num_classes = _num_classes(model, method, num_classes, outputs[-1], dtype)
     # The last key of the 32-bit range: steps count up from 0 and never reach it.
     root = jax.random.fold_in(jax.random.key(seed), np.uint32(2**32 - 1))
     inputs = carry["x"]
     units = []
     carries: list[Carry] = []
     for index, (block, features) in enumerate(zip(model.blocks, outputs, strict=True)):
-        site = BlockInfo(
+        info = BlockInfo(
             index=index,
             num_blocks=len(model.blocks),
             features=features,
@@ -137,42 +107,95 @@ def build_units(
             is_embedding=getattr(block, "is_embedding", False),
             input=inputs,
         )
-        head = objective.head(site, nnx.Rngs(jax.random.fold_in(root, index)))
+        head = objective.head(info, nnx.Rngs(jax.random.fold_in(root, index)))
         if head is None and method.route.local:
             raise ValueError(f"method {method.name} gives block {index} no loss of its own")
-        units.append(Unit.build(index, block, head, dtype))
+        unit = Unit.build(index, block, head, dtype)
+        units.append(unit)
         carries.append(carry)
-        carry = {**carry, **units[-1].head_outputs(features, carry), "x": features}
+        carry = {**carry, **unit.head_outputs(features, carry), "x": features}
     return BuiltModel(tuple(units), tuple(carries), num_classes)
 
 
+def _num_classes(model: Model, method: Method, given: int | None, features: Any, dtype: Any) -> int:
+    """Width of the model's logits; the number that is given where the method trains none."""
+    trains_classifier = method.objective.trains_classifier
+    if given is not None and not (trains_classifier and model.classifier is not None):
+        return given
+    if model.classifier is not None:
+        features = _block_output(len(model.blocks), model.classifier, features, dtype)
+    elif not trains_classifier:
+        raise ValueError("num_classes is needed: the model has no classifier to read it from")
+    width = features.shape[-1]
+    if given not in (None, width):
+        raise ValueError(f"num_classes is {given}: the model's logits have width {width}")
+    return width
+
+
+def _block_output(index: int, block: nnx.Module, x: Any, dtype: Any) -> Any:
+    """Shapes of a block's output for the shapes of its input.
+
+    Raises:
+        ValueError: the block fails on this input.
+    """
+    unit = Unit.build(index, block, None, dtype)
+    try:
+        return jax.eval_shape(
+            lambda params, stats, x: unit.train(
+                params, stats, {"x": x, "label": None}, jax.random.key(0)
+            )[0],
+            *abstract(unit.initial()),
+            x,
+        )
+    except (TypeError, ValueError) as error:
+        shape = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", x)
+        raise ValueError(
+            f"block {index} ({type(block).__name__}) fails on an input of {shape}: "
+            f"{first_line(error)}"
+        ) from error
+
+
+def _is_floating(dtype: Any) -> bool:
+    try:
+        return bool(jnp.issubdtype(jnp.dtype(dtype), jnp.floating))
+    except TypeError:
+        return False
+
+
+def _param_dtype(block: nnx.Module) -> Any:
+    for leaf in jax.tree.leaves(nnx.state(block, nnx.Param)):
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            return leaf.dtype
+    return jnp.float32
+
+
 def split_blocks(
-    units: tuple[Unit, ...],
+    model: Model,
+    built: BuiltModel,
     route: Route,
-    carry: Carry,
     num_stages: int,
-    boundaries: Sequence[int] | None,
+    boundaries: Sequence[int] | str | None,
 ) -> tuple[int, ...]:
-    """Index of the first block of every stage: given, or balanced by cost.
+    """Index of the first block of every stage: given, of a published split, or balanced by cost.
 
     Raises:
         ValueError: more stages than blocks, or boundaries that do not fit.
     """
-    check_num_stages(num_stages, len(units))
+    num_blocks = len(built.units)
+    check_num_stages(num_stages, num_blocks)
+    if isinstance(boundaries, str):
+        boundaries = model.boundaries(boundaries, num_stages)
     if boundaries is not None:
-        return check_boundaries(boundaries, num_stages, len(units))
-    if num_stages == 1:
-        return (0,)
-    if num_stages == len(units):
+        return check_boundaries(boundaries, num_stages, num_blocks)
+    if num_stages in (1, num_blocks):
         return tuple(range(num_stages))
-    return balance(unit_costs(units, route, carry), num_stages)
+    return balance(unit_costs(built.units, built.carries, route), num_stages)
 
 
-def unit_costs(units: tuple[Unit, ...], route: Route, carry: Carry) -> list[float]:
+def unit_costs(units: Sequence[Unit], carries: Sequence[Carry], route: Route) -> list[float]:
     """Floating-point operations of one forward and backward of every unit."""
     costs = []
-    carry = dict(carry)
-    for unit in units:
+    for unit, carry in zip(units, carries, strict=True):
 
         def work(params, stats, carry, unit=unit):
             def loss(params, x):
@@ -188,38 +211,45 @@ def unit_costs(units: tuple[Unit, ...], route: Route, carry: Carry) -> list[floa
                 return jax.grad(loss, has_aux=True)(params, carry["x"])
             return jax.grad(loss, (0, 1), has_aux=True)(params, carry["x"])
 
-        arguments = (*abstract(unit.initial()), carry)
-        costs.append(program_cost(work, *arguments))
-        features, written = jax.eval_shape(work, *arguments)[1]
-        carry |= {**written, "x": features}
+        costs.append(program_cost(work, *abstract(unit.initial()), carry))
     return costs
 
 
 def build_stages(
     built: BuiltModel,
+    method: Method,
     boundaries: Sequence[int],
     received: Carry,
-    optimizers: Sequence[optax.GradientTransformation],
-    remat: Sequence[bool],
+    optimizer: optax.GradientTransformation,
+    remat: bool | Sequence[bool],
+    clip_norm: float | None,
     **common: Any,
 ) -> tuple[Stage, ...]:
     """Cuts the units into stages.
 
     Args:
         built: the units.
+        method: its route adapts the optimiser to every stage.
         boundaries: index of the first block of every stage.
         received: shapes of a microbatch, before the transform.
-        optimizers: of every stage.
-        remat: of every stage.
-        **common: `seed`, `num_microbatches`, `transform` and `clip_norm` of all.
+        optimizer: as the user gave it.
+        remat: of all stages, or of every stage.
+        clip_norm: bound on the norm of the gradient of all stages, or None.
+        **common: `seed`, `num_microbatches` and `transform` of all.
 
     Raises:
-        ValueError: `remat` of another number of stages.
+        TypeError: an optimizer that is none.
+        ValueError: `remat` of another number of stages, or a norm that the method cannot bound.
     """
-    if len(remat) != len(boundaries):
+    check_type("optimizer", optimizer, optax.GradientTransformation)
+    num_stages = len(boundaries)
+    remats = [remat] * num_stages if isinstance(remat, bool) else list(remat)
+    if len(remats) != num_stages:
         raise ValueError(
-            f"remat has {len(remat)} entries: one is needed for each of {len(boundaries)} stages"
+            f"remat has {len(remats)} entries: one is needed for each of {num_stages} stages"
         )
+    if clip_norm is not None:
+        _check_clip_norm(clip_norm, method)
     stages = []
     for k, (start, end) in enumerate(itertools.pairwise((*boundaries, len(built.units)))):
         carry = dict(built.carries[start]) if k else received
@@ -228,10 +258,11 @@ def build_stages(
         stages.append(
             Stage(
                 index=k,
-                num_stages=len(boundaries),
+                num_stages=num_stages,
                 units=built.units[start:end],
-                optimizer=optimizers[k],
-                remat=remat[k],
+                optimizer=method.route.optimizer(k, optimizer),
+                remat=remats[k],
+                clip_norm=clip_norm,
                 carry=carry,
                 **common,
             )
@@ -239,24 +270,12 @@ def build_stages(
     return tuple(stages)
 
 
-def metric_names(stages: Sequence[Stage], route: Route) -> tuple[str, ...]:
-    """Names of the metrics of all blocks, by abstract evaluation alone."""
-    names: list[str] = []
-    for stage in stages:
-        metrics = jax.eval_shape(
-            lambda state, carry, step_id, stage=stage: route.forward(stage, state, carry, step_id)[
-                1
-            ],
-            jax.eval_shape(stage.initial),
-            stage.carry,
-            jax.ShapeDtypeStruct((2,), jnp.int32),
+def _check_clip_norm(clip_norm: Any, method: Method) -> None:
+    number = isinstance(clip_norm, Real) and not isinstance(clip_norm, bool)
+    if not number or not 0 < clip_norm < float("inf"):
+        raise ValueError(f"clip_norm is {clip_norm!r}: a finite number above 0 is needed")
+    if not isinstance(method.route, Synchronous):
+        raise ValueError(
+            f"clip_norm needs a synchronous method: given {method.name}, whose stages do not wait "
+            "for one another"
         )
-        names += [name for name in metrics if name.startswith("block_")]
-    return tuple(names)
-
-
-def _param_dtype(block: nnx.Module) -> Any:
-    for leaf in jax.tree.leaves(nnx.state(block, nnx.Param)):
-        if jnp.issubdtype(leaf.dtype, jnp.floating):
-            return leaf.dtype
-    return jnp.float32

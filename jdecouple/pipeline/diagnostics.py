@@ -1,13 +1,43 @@
-"""Measurements of a training that change nothing in it."""
+"""What is read from measurements, and measurements that change nothing in a training."""
 
-from typing import Any
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from jdecouple.methods.routes import Carry, Delayed
+from jdecouple.methods import Method
+from jdecouple.methods.routes import Carry, Delayed, Stage
 from jdecouple.methods.routes.synchronous import linearize, pull_back
+from jdecouple.pipeline.mesh import StageDevices
 from jdecouple.pipeline.state import State
+from jdecouple.schedules import Call, Costs, Kind
+
+
+def call_costs(timed_calls: Iterable[tuple[Call, float]], stages: Sequence[Stage]) -> Costs:
+    """Costs for the simulator: the median seconds of every call, the bytes of the carries."""
+    seconds: defaultdict[tuple[int, tuple[Kind, ...]], list[float]] = defaultdict(list)
+    for call, time in timed_calls:
+        seconds[call.stage, call.kinds].append(time)
+    return Costs(
+        calls={key: statistics.median(times) for key, times in seconds.items()},
+        message_bytes=[_num_bytes(stage.carry) for stage in stages[1:]],
+        error_bytes=[_num_bytes(stage.carry["x"]) for stage in stages[1:]],
+    )
+
+
+def _num_bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+class Trained(Protocol):
+    """What is read of a `jdecouple.Trainer`."""
+
+    method: Method
+    stages: tuple[Stage, ...]
+    placements: tuple[StageDevices, ...]
 
 
 class SufficientDirection:
@@ -27,7 +57,7 @@ class SufficientDirection:
         ValueError: another route, or stages in other processes.
     """
 
-    def __init__(self, trainer: Any):
+    def __init__(self, trainer: Trained):
         route = trainer.method.route
         if not (isinstance(route, Delayed) and route.replay and route.forward_pass == "locked"):
             raise ValueError(
@@ -38,8 +68,8 @@ class SufficientDirection:
             raise ValueError("the sufficient direction needs all stages in one process")
         self._stages = trainer.stages
         self._route = route
-        self._place = trainer.placements[0].replicated
-        self._measured = jax.jit(self._measure)
+        self._sharding = trainer.placements[0].replicated
+        self._measure = jax.jit(self._directions)
 
     def __call__(self, state: State) -> dict[str, jax.Array]:
         """Measures one state.
@@ -53,18 +83,18 @@ class SufficientDirection:
         """
         if "queues" not in state.stages[0]:
             return {}
-        return self._measured(jax.device_put(state.stages, self._place), state.step)
+        return self._measure(jax.device_put(state.stages, self._sharding), state.step)
 
-    def _measure(self, states: tuple, step: jax.Array) -> dict[str, jax.Array]:
-        found = {}
+    def _directions(self, states: tuple, step: jax.Array) -> dict[str, jax.Array]:
+        directions = {}
         for k, stage in enumerate(self._stages[:-1]):
             batch = step - (len(self._stages) - 1 - k)
             step_id = jnp.stack([batch, jnp.zeros_like(batch)])
-            waiting = states[k]["queues"]
+            queues = states[k]["queues"]
             used, _ = self._route.backward(
-                stage, states[k], waiting["residuals"][0], waiting["errors"][0], step_id
+                stage, states[k], queues["residuals"][0], queues["errors"][0], step_id
             )
-            true = self._true(states, k, states[0]["queues"]["residuals"][k], step_id)
+            true = self._backpropagate(states, k, states[0]["queues"]["residuals"][k], step_id)
             product, length = _dot(true, used), _dot(true, true)
             exists = batch >= states[k]["since"]
             values = {
@@ -72,17 +102,17 @@ class SufficientDirection:
                 "cosine": product / jnp.sqrt(length * _dot(used, used)),
             }
             for name, value in values.items():
-                found[f"stage_{k}/{name}"] = jnp.where(exists, value, jnp.nan)
-        return found
+                directions[f"stage_{k}/{name}"] = jnp.where(exists, value, jnp.nan)
+        return directions
 
-    def _true(self, states: tuple, index: int, carry: Carry, step_id: jax.Array) -> Any:
+    def _backpropagate(self, states: tuple, index: int, carry: Carry, step_id: jax.Array) -> Any:
         """Gradient of one stage by backpropagation through all."""
-        passed = []
+        linearizations = []
         for stage, state in zip(self._stages, states, strict=True):
             _, _, linearized, carry = linearize(stage, state, carry, step_id)
-            passed.append(linearized)
+            linearizations.append(linearized)
         error = None
-        for linearized in reversed(passed[index:]):
+        for linearized in reversed(linearizations[index:]):
             gradients, error = pull_back(linearized, error)
         return gradients
 

@@ -1,6 +1,7 @@
 """Joins the processes of a run."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -60,8 +61,22 @@ def initialize(
     )
 
 
+def gather_metrics(metrics: Mapping[str, Any], names: Sequence[str]) -> dict[str, float]:
+    """Metrics of a step of all processes as floats; every process calls it.
+
+    Args:
+        metrics: those of this process's stages.
+        names: all names of all stages, in order.
+    """
+    values = {name: float(value) for name, value in metrics.items()}
+    blocks = gather(values, [name for name in names if name.startswith("block_")])
+    losses = [value for name, value in blocks.items() if name.endswith("/loss")]
+    exits = [value for name, value in blocks.items() if name.endswith("/accuracy")]
+    return {"loss": sum(losses), **({"accuracy": exits[-1]} if exits else {}), **blocks}
+
+
 def gather(values: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
-    """Union of the scalars of all processes; every process calls it and gets the whole.
+    """Union of the scalars of all processes; every process calls it and gets all.
 
     Args:
         values: scalars of this process by name.
@@ -74,8 +89,10 @@ def gather(values: Mapping[str, float], names: Sequence[str]) -> dict[str, float
     own = np.array([float(values.get(name, np.nan)) for name in names], np.float32)
     present = np.array([name in values for name in names])
     if jax.process_count() == 1:
-        rows, held = own[None], present[None]
+        all_values, held = own[None], present[None]
     else:
-        rows, held = multihost_utils.process_allgather((own, present))
-    owner = held.argmax(axis=0)
-    return {name: float(rows[owner[i], i]) for i, name in enumerate(names) if held[:, i].any()}
+        all_values, held = multihost_utils.process_allgather((own, present))
+    first = held.argmax(axis=0)
+    return {
+        name: float(all_values[first[i], i]) for i, name in enumerate(names) if held[:, i].any()
+    }

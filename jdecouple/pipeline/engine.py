@@ -1,49 +1,93 @@
 """The engine of a run: what its schedule is, where its stages lie, and what executes them."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
-
-import jax
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
 
 from jdecouple import schedules
-from jdecouple.methods.routes import Carry, Route, Stage
-from jdecouple.pipeline.mesh import StageDevices, assign_devices
+from jdecouple.methods import Method
+from jdecouple.methods.routes import Carry, Metrics, Stage
+from jdecouple.pipeline.batch import PlacedBatch
+from jdecouple.pipeline.checks import check_count
+from jdecouple.pipeline.mesh import StageDevices, StageMesh, assign_devices
+from jdecouple.pipeline.mpmd.engine import MpmdEngine
 from jdecouple.pipeline.mpmd.executor import Executor
-from jdecouple.pipeline.mpmd.multi_step import MultiStep
-from jdecouple.pipeline.spmd import executor as spmd
-from jdecouple.schedules import Schedule
+from jdecouple.pipeline.spmd.engine import SpmdEngine
+from jdecouple.pipeline.spmd.fitting import fitting, schedule_of
+from jdecouple.schedules import Call, Schedule
 
 ENGINES = ("mpmd", "spmd", "auto")
 
 
-class Engine(NamedTuple):
+class Engine(Protocol):
     """What runs the stages.
+
+    The states are a sequence with one entry a stage, None for the stages of other processes; what
+    `load` or `run` returned belongs to the engine that returned it.
 
     Attributes:
         name: "mpmd" or "spmd".
         schedule: the actions of one batch.
         placements: devices of each stage.
-        executor: runs one batch.
-        chunks: runs several.
+        calls: the calls of a batch in the order of dispatch.
         fuse: whether all stages are one call.
-        max_in_flight: batches, or chunks of them, that may be dispatched and unfinished.
+        max_in_flight: batches, or lists of them, that may be dispatched and unfinished.
+        multi_step: whether `run` takes several batches.
     """
 
     name: str
     schedule: Schedule
     placements: tuple[StageDevices, ...]
-    executor: Any
-    chunks: Any
+    calls: tuple[Call, ...]
     fuse: bool
     max_in_flight: int
+    multi_step: bool
+
+    def load(self, states: Iterable[Any]) -> Sequence[Any]:
+        """Puts the states of all stages, one after another, on their devices."""
+
+    def put(
+        self, batches: Sequence[Sequence[Carry] | PlacedBatch], count: int | None = None
+    ) -> PlacedBatch:
+        """Uploads batches.
+
+        Args:
+            batches: the microbatches of every batch, or what `put` returned for it alone.
+            count: the number of batches; None if there is one that is no list.
+        """
+
+    def run(
+        self, states: Any, batch: PlacedBatch, step: int, end: int | None = None
+    ) -> tuple[Sequence[Any], Metrics]:
+        """Trains on what `put` returned; returns at once, unless too much is in flight.
+
+        Args:
+            states: states of all stages; donated.
+            batch: one batch or several.
+            step: number of the first, from 0.
+            end: number of the first batch that does not exist; None if there is none.
+
+        Returns:
+            The new states; the metrics of this process's stages, scalars or arrays [T].
+        """
+
+    def measure(
+        self, states: Any, batch: PlacedBatch, step: int
+    ) -> tuple[Sequence[Any], list[tuple[Call, float]]]:
+        """Trains on one batch, waiting for every call; gives each with its seconds.
+
+        Raises:
+            ValueError: the stages have no calls of their own.
+        """
+
+    def wait(self, states: Any) -> None:
+        """Blocks until all that was dispatched has run."""
 
 
 def make_engine(
     name: str,
     stages: tuple[Stage, ...],
-    rows: Sequence[tuple[jax.Device, ...]],
-    route: Route,
-    *,
+    mesh: StageMesh,
+    method: Method,
     schedule: str,
     fuse: bool | None,
     max_in_flight: int | None,
@@ -54,42 +98,40 @@ def make_engine(
     Args:
         name: one of `ENGINES`.
         stages: all stages.
-        rows: devices of the mesh, a row for every stage that has its own.
-        route: how error reaches a block.
+        mesh: the devices.
+        method: its route says how error reaches a block.
         schedule: the name of one of the route's, or "auto" for the first.
         fuse: whether all stages are one call; None where they share their devices.
         max_in_flight: None for 2K.
         carries: shapes of the carry that every block receives.
 
     Raises:
-        ValueError: an engine or `fuse` that does not fit, with the reason.
+        ValueError: an argument that does not fit, with the reason.
     """
+    route, num_stages = method.route, len(stages)
+    if schedule != "auto" and schedule not in route.schedules:
+        raise ValueError(
+            f"schedule {schedule!r} does not fit method {method.name}: "
+            f"allowed are auto, {', '.join(route.schedules)}"
+        )
     if name not in ENGINES:
         raise ValueError(f"engine is {name!r}: allowed are {', '.join(ENGINES)}")
-    placements = tuple(map(StageDevices.on, assign_devices(rows, len(stages))))
-    layout = spmd.fitting(
-        name,
-        stages,
-        placements,
-        route,
-        schedule=schedule,
-        fuse=fuse,
-        carries=carries,
-    )
+    check_count("max_in_flight", max_in_flight)
+    limit = max_in_flight or 2 * num_stages
+    groups = mesh.device_groups
+    placements = tuple(map(StageDevices.on, assign_devices(groups, num_stages)))
+    layout = fitting(name, stages, placements, route, schedule=schedule, fuse=fuse, carries=carries)
     if layout is not None:
-        schedule = spmd.schedule_of(route)
+        schedule = schedule_of(route)
     elif schedule == "auto":
         schedule = route.schedules[0]
-    table = schedules.build(schedule, len(stages), stages[0].num_microbatches)
-    devices = assign_devices(rows, table.num_device_groups)
-    placements = tuple(StageDevices.on(devices[table.device_group(k)]) for k in range(len(stages)))
+    table = schedules.build(schedule, num_stages, stages[0].num_microbatches)
+    devices = assign_devices(groups, table.num_device_groups)
+    placements = tuple(StageDevices.on(devices[table.device_group(k)]) for k in range(num_stages))
     together = all(placement.devices == placements[0].devices for placement in placements)
     if fuse and not together:
         raise ValueError("fuse=True needs all stages on the same devices")
-    fuse = together if fuse is None else fuse
-    limit = max_in_flight or 2 * len(stages)
     if layout is not None:
-        program = spmd.SpmdExecutor(layout, route, table, limit)
-        return Engine("spmd", table, placements, program, spmd.SpmdChunks(program), fuse, limit)
-    executor = Executor(stages, placements, route, table, fuse, limit)
-    return Engine("mpmd", table, placements, executor, MultiStep(executor), fuse, limit)
+        return SpmdEngine(layout, route, table, together, limit)
+    fuse = together if fuse is None else fuse
+    return MpmdEngine(Executor(stages, placements, route, table, fuse), limit)

@@ -3,7 +3,7 @@
 import collections
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -12,42 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jdecouple.methods.routes import Carry, Stage, StageState
+from jdecouple.methods.routes import Carry, Stage, StageState, add
 from jdecouple.pipeline.batch import check_batch, check_like
 from jdecouple.pipeline.build import abstract
 from jdecouple.pipeline.distributed import gather
+from jdecouple.pipeline.engine import Engine
 from jdecouple.pipeline.mesh import StageDevices, compiler_options
 from jdecouple.pipeline.transfer import transfer
 
 Sums = dict[str, jax.Array]
-
-
-class EvalShapes(NamedTuple):
-    """What a batch of one size looks like on its way.
-
-    Attributes:
-        carries: shapes of the carry that every stage receives.
-        targets: shapes of what every stage receives from above; of the last one, from itself.
-        names: of all sums.
-    """
-
-    carries: list[Any]
-    targets: list[Any]
-    names: list[str]
-
-
-class EvalInFlight(NamedTuple):
-    """What became of a batch that has passed all stages.
-
-    Attributes:
-        target: what comes down from the last stage, or None.
-        first: "label" and "weight" on the first stage.
-        shapes: of what the stages receive.
-    """
-
-    target: Any
-    first: Any
-    shapes: Any
+"""Weighted number of hits and summed cross-entropy of every exit of a stage."""
 
 
 def evaluate_stage(
@@ -62,59 +36,20 @@ def evaluate_stage(
         sums: sums over earlier batches.
 
     Returns:
-        The carry for the next stage, from the last one what comes down, or None; the weighted
-        number of hits and the summed cross-entropy of every exit of the stage.
+        The carry for the next stage, and the sums.
     """
     carry = stage.prepare(carry, jnp.zeros(2, jnp.int32), False)
-    found: Sums = {}
+    own: Sums = {}
     for unit, params, stats in zip(stage.units, state["params"], state["stats"], strict=True):
         features, logits = unit.evaluate(params, stats, carry)
         carry = {**carry, "x": features}
         if logits is not None:
-            found |= _scores(unit.index, logits, carry)
-    handed: Any = carry
-    if stage.is_last:
-        handed = None
-        if unit.descends:
-            handed = _descend(stage, state, unit.turn(params, stats, features))
-    return handed, found if sums is None else jax.tree.map(jnp.add, sums, found)
+            own |= exit_sums(unit.index, logits, carry)
+    return carry, add(sums, own)
 
 
-def answer_stage(
-    stage: Stage, state: StageState, target: Any, carry: Carry, sums: Sums | None, last: int
-) -> tuple[Any, Sums | None]:
-    """Evaluation of one stage on the way down, as a pure function.
-
-    Args:
-        stage: the stage; the last one has been passed by `evaluate_stage`.
-        state: its "params" and "stats"; not changed.
-        target: what came down from the stage above.
-        carry: "label" and "weight" of the batch, for the first stage.
-        sums: of the first stage, over earlier batches.
-        last: index of the model's last block.
-
-    Returns:
-        What the stage below receives; from the first stage the sums, as those of an exit at the
-        last block.
-    """
-    if not stage.is_last:
-        target = _descend(stage, state, target)
-    if stage.index:
-        return target, None
-    found = _scores(last, target, carry)
-    return None, found if sums is None else jax.tree.map(jnp.add, sums, found)
-
-
-def _descend(stage: Stage, state: StageState, target: Any) -> Any:
-    units = list(zip(stage.units, state["params"], state["stats"], strict=True))
-    for unit, params, stats in reversed(units):
-        if unit.descends:
-            target = unit.descend(params, stats, target)
-    return target
-
-
-def _scores(index: int, logits: jax.Array, carry: Carry) -> Sums:
-    """Weighted hits and summed cross-entropy of an exit."""
+def exit_sums(index: int, logits: jax.Array, carry: Carry) -> Sums:
+    """Weighted hits and summed cross-entropy of the exit at block `index`."""
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     hits = jnp.argmax(logits, axis=-1) == carry["label"]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, carry["label"])
@@ -124,35 +59,37 @@ def _scores(index: int, logits: jax.Array, carry: Carry) -> Sums:
     }
 
 
-class Evaluator:
-    """Runs `evaluate_stage` over all stages and batches, then `answer_stage` where heads descend.
+class EvalShapes(NamedTuple):
+    """What a batch of one size looks like on its way.
 
-    Batches go up while earlier ones still come down.
+    Attributes:
+        carries: shapes of the carry that every stage receives.
+        targets: shapes of what every stage receives from above, if anything comes down.
+        names: of the sums of all stages.
     """
 
-    def __init__(
-        self,
-        stages: Sequence[Stage],
-        placements: Sequence[StageDevices],
-        example: Carry,
-        *,
-        fuse: bool,
-        max_in_flight: int,
-    ):
-        """Prepares the calls; an example gives the shapes of a batch."""
+    carries: list[Any]
+    targets: list[Any]
+    names: list[str]
+
+
+class Evaluator:
+    """Runs `evaluate_stage` over all stages and batches.
+
+    Args:
+        stages: all stages.
+        engine: says where they lie, whether they are one call, and how much may be in flight.
+        example: shapes of a batch.
+    """
+
+    def __init__(self, stages: tuple[Stage, ...], engine: Engine, example: Carry):
+        self._stages = stages
+        self._placements = engine.placements
         self._example = example
-        self._known: dict[int, EvalShapes] = {}
-        self._stages = tuple(stages)
-        self._placements = tuple(placements)
-        self._fuse = fuse
-        self._max_in_flight = max_in_flight
-        units = [unit for stage in self._stages for unit in stage.units]
-        self._last = units[-1].index
-        self._descends = units[-1].descends
-        # As many batches rise as there are calls there and back. Between processes they go one by
-        # one: JAX's sockets (0.10) may come to a stop where arrays cross in both directions.
-        self._whole = all(placement.fully_addressable for placement in placements)
-        self._rising = 2 * len(self._stages) if self._whole else 1
+        self._fuse = engine.fuse
+        self._max_in_flight = engine.max_in_flight
+        self._one_process = all(placement.fully_addressable for placement in engine.placements)
+        self._shapes: dict[int, EvalShapes] = {}  # by the size of a batch
 
     def __call__(
         self, states: Sequence[Any], data: Iterable[Mapping] | Mapping, num_classes: int
@@ -161,9 +98,8 @@ class Evaluator:
         states = tuple(
             state and {"params": state["params"], "stats": state["stats"]} for state in states
         )
-        sums: tuple = (None,) * (len(self._stages) + 1)  # the last of what came down
-        rising: collections.deque = collections.deque()
-        flying: collections.deque = collections.deque()
+        sums = self.begin()
+        in_flight: collections.deque = collections.deque()
         count = size = 0
         replicas = math.lcm(*(len(placement.devices) for placement in self._placements))
         for batch in [data] if isinstance(data, Mapping) else data:
@@ -172,73 +108,110 @@ class Evaluator:
             examples = len(batch["label"])
             count += examples
             size = max(size, -(-examples // replicas) * replicas)
-            sums, passed = self._ascend(states, _pad(batch, size), sums)
-            rising.append(passed)
-            if len(rising) == self._rising:
-                sums = self._answer(states, rising.popleft(), sums)
-            flying.append(sums)
-            if len(flying) > self._max_in_flight:
-                jax.block_until_ready(flying.popleft())
-        while rising:
-            sums = self._answer(states, rising.popleft(), sums)
+            sums = self.add(states, _pad(batch, size), sums)
+            in_flight.append(sums)
+            if len(in_flight) > self._max_in_flight:
+                jax.block_until_ready(in_flight.popleft())
         if not count:
             raise ValueError("the data to evaluate on holds no examples")
-        own = {name: float(total) for each in sums if each for name, total in each.items()}
-        if not self._whole:
-            own = gather(own, self._names)
+        return self._means(self.end(states, sums), count)
+
+    def _means(self, sums: tuple, count: int) -> dict[str, float]:
+        own = {
+            name: float(total)
+            for stage_sums in sums
+            if stage_sums
+            for name, total in stage_sums.items()
+        }
+        if not self._one_process:
+            own = gather(own, self.shapes(self._example).names)
         means = {name: total / count for name, total in own.items()}
         last = max(int(name.split("/")[0].removeprefix("exit_")) for name in means)
-        final = {each: means[f"exit_{last}/{each}"] for each in ("loss", "accuracy")}
+        final = {metric: means[f"exit_{last}/{metric}"] for metric in ("loss", "accuracy")}
         return {**final, **means}
 
-    def _ascend(self, states: tuple, batch: Carry, sums: tuple) -> tuple[tuple, EvalInFlight]:
-        """Takes a batch up through all stages; all the way, where they are fused."""
-        placements, totals = self._placements, list(sums)
-        carry = placements[0].place(batch) if placements[0].addressable else None
+    # --- What `DescendingEvaluator` extends -------------------------------------------------------
+
+    def begin(self) -> tuple:
+        """Sums over no batch: an entry for every stage."""
+        return (None,) * len(self._stages)
+
+    def add(self, states: tuple, batch: Carry, sums: tuple) -> tuple:
+        """Dispatches one batch; the sums with its own added."""
+        carry = self._put(batch)
         if self._fuse:
-            return self._fused(states, carry, sums), EvalInFlight(None, None, None)
-        shapes = self._shapes(batch)
-        first = carry and {name: carry[name] for name in ("label", "weight")}
-        for k, placement in enumerate(placements):
+            return self._fused(states, carry, sums)
+        return self._ascend(states, batch, carry, sums)[1]
+
+    def end(self, states: tuple, sums: tuple) -> tuple:
+        """The sums over all batches."""
+        del states
+        return sums
+
+    def ascend_stage(
+        self, stage: Stage, state: StageState, carry: Carry, sums: Sums | None
+    ) -> tuple[Any, Sums]:
+        """`evaluate_stage`; nothing goes on from the last stage."""
+        carry, sums = evaluate_stage(stage, state, carry, sums)
+        return None if stage.is_last else carry, sums
+
+    def all_stages(self, states: tuple, carry: Carry, sums: tuple) -> tuple:
+        """`add` where all stages are one call, as a pure function."""
+        return self._ascend_fused(states, carry, sums)[1]
+
+    def trace(self, carry: Any) -> EvalShapes:
+        """Shapes by abstract evaluation, from those of a batch with its weights."""
+        shapes = EvalShapes([], [], [])
+        for stage in self._stages:
+            shapes.carries.append(carry)
+            carry, sums = jax.eval_shape(
+                functools.partial(self.ascend_stage, stage, sums=None),
+                jax.eval_shape(stage.initial),
+                carry,
+            )
+            shapes.names.extend(sums)
+        shapes.targets.append(carry)
+        return shapes
+
+    # --- Up through all stages --------------------------------------------------------------------
+
+    def _put(self, batch: Carry) -> Carry | None:
+        placement = self._placements[0]
+        return placement.place(batch) if placement.addressable else None
+
+    def _ascend(
+        self, states: tuple, batch: Carry, carry: Carry | None, sums: tuple
+    ) -> tuple[Any, tuple]:
+        """Calls every stage; what the last one sends, and the sums."""
+        totals = list(sums)
+        for k, placement in enumerate(self._placements):
             if k:
-                carry = transfer(carry, shapes.carries[k], placements[k - 1], placement)
+                shapes = None if self._one_process else self.shapes(batch).carries[k]
+                carry = transfer(carry, shapes, self._placements[k - 1], placement)
             if placement.addressable:
                 carry, totals[k] = self._calls[k](states[k], carry, sums[k])
-        return tuple(totals), EvalInFlight(carry, first, shapes)
+        return carry, tuple(totals)
 
-    def _answer(self, states: tuple, passed: EvalInFlight, sums: tuple) -> tuple:
-        """Takes what became of a batch down through all stages, where heads descend."""
-        if self._fuse or not self._descends:
-            return sums
-        placements, target, total = self._placements, passed.target, None
-        for k in reversed(range(len(placements))):
-            placement = placements[k]
-            if k + 1 < len(placements):
-                target = transfer(target, passed.shapes.targets[k], placements[k + 1], placement)
-            if placement.addressable and (k == 0 or k + 1 < len(placements)):
-                labels = (passed.first, sums[-1]) if k == 0 else (None, None)
-                target, total = self._answers[k](states[k], target, *labels)
-            if not self._whole:
-                jax.block_until_ready((target, total))
-        return (*sums[:-1], total)
+    def _ascend_fused(self, states: tuple, carry: Carry, sums: tuple) -> tuple[Any, tuple]:
+        totals = []
+        own_sums = sums[: len(self._stages)]
+        for stage, state, own in zip(self._stages, states, own_sums, strict=True):
+            carry, total = self.ascend_stage(stage, state, carry, own)
+            totals.append(total)
+        return carry, tuple(totals)
 
     @cached_property
-    def _calls(self) -> list[Any]:
-        return self._compiled(evaluate_stage)
+    def _calls(self) -> list[Callable]:
+        return self._compile(self.ascend_stage)
 
-    @cached_property
-    def _answers(self) -> list[Any]:
-        return self._compiled(functools.partial(answer_stage, last=self._last))
+    def _compile(self, function: Callable) -> list[Callable]:
+        """Jits a function for every stage; what it sends is cut, and its sums are everywhere."""
 
-    def _compiled(self, function: Any) -> list[Any]:
-        """Jits a function for every stage; cuts what it hands on, and its sums are everywhere."""
-
-        def compiled(stage: Stage, placement: StageDevices) -> Any:
+        def compiled(stage: Stage, placement: StageDevices) -> Callable:
             def call(*arguments):
-                handed, sums = function(stage, *arguments)
-                constrain = jax.lax.with_sharding_constraint
-                handed = jax.tree.map(lambda x: constrain(x, placement.sharding(x)), handed)
-                return handed, constrain(sums, placement.replicated)
+                carry, sums = function(stage, *arguments)
+                sums = jax.lax.with_sharding_constraint(sums, placement.replicated)
+                return placement.constrain(carry), sums
 
             return jax.jit(call, compiler_options=compiler_options(placement))
 
@@ -248,55 +221,21 @@ class Evaluator:
         ]
 
     @cached_property
-    def _fused(self) -> Any:
-        def whole(states, carry, sums):
-            first, totals = carry, []
-            for stage, state, each in zip(self._stages, states, sums[:-1], strict=True):
-                carry, total = evaluate_stage(stage, state, carry, each)
-                totals.append(total)
-            answered = sums[-1]
-            if self._descends:
-                for stage, state in reversed(list(zip(self._stages, states, strict=True))):
-                    carry, answered = answer_stage(stage, state, carry, first, sums[-1], self._last)
-            return (*totals, answered)
-
+    def _fused(self) -> Callable:
         placement = self._placements[0]
-        options = compiler_options(placement)
-        return jax.jit(whole, out_shardings=placement.replicated, compiler_options=options)
+        return jax.jit(
+            self.all_stages,
+            out_shardings=placement.replicated,
+            compiler_options=compiler_options(placement),
+        )
 
-    @cached_property
-    def _names(self) -> list[str]:
-        label = self._example["label"]
-        weight = jax.ShapeDtypeStruct(label.shape, jnp.float32)
-        return self._trace({**self._example, "weight": weight}).names
-
-    def _shapes(self, batch: Carry) -> EvalShapes:
-        """What the stages receive; needed where it comes from afar."""
-        if self._whole:
-            nothing = [None] * len(self._placements)
-            return EvalShapes(nothing, nothing, [])
+    def shapes(self, batch: Carry) -> EvalShapes:
+        """What a batch of this one's size looks like on its way."""
         size = batch["label"].shape[0]
-        if size not in self._known:
-            self._known[size] = self._trace(abstract(batch))
-        return self._known[size]
-
-    def _trace(self, carry: Any) -> EvalShapes:
-        first, found = carry, EvalShapes([], [], [])
-        for stage in self._stages:
-            found.carries.append(carry)
-            carry, sums = jax.eval_shape(
-                functools.partial(evaluate_stage, stage, sums=None),
-                jax.eval_shape(stage.initial),
-                carry,
-            )
-            found.names.extend(sums)
-        if self._descends:
-            for stage in reversed(self._stages):
-                found.targets.insert(0, carry)
-                answer = functools.partial(answer_stage, stage, sums=None, last=self._last)
-                carry, sums = jax.eval_shape(answer, jax.eval_shape(stage.initial), carry, first)
-                found.names.extend(sums or ())
-        return found
+        if size not in self._shapes:
+            weight = jax.ShapeDtypeStruct((size,), jnp.float32)
+            self._shapes[size] = self.trace({**abstract(dict(batch)), "weight": weight})
+        return self._shapes[size]
 
 
 def _pad(batch: Mapping, size: int) -> Carry:

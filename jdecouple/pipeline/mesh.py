@@ -16,22 +16,25 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 @dataclasses.dataclass(frozen=True)
 class StageMesh:
-    """The `stage` x `data` mesh: one row of devices a stage.
+    """The `stage` x `data` mesh: a group of devices for every stage.
 
-    Unlike `jax.sharding.Mesh` it may name a device in several rows, because more stages
-    than devices is legal, and its rows may differ in length, because early blocks may need more
-    replicas than late ones.
+    Unlike `jax.sharding.Mesh` it may name a device in several groups, because more stages than
+    devices is legal, and its groups may differ in size, because early blocks may need more replicas
+    than late ones.
 
     Attributes:
-        rows: devices of every stage, its replicas.
+        device_groups: devices of every stage, one a replica.
     """
 
-    rows: tuple[tuple[jax.Device, ...], ...]
+    device_groups: tuple[tuple[jax.Device, ...], ...]
 
     @property
     def shape(self) -> dict[str, int]:
         """Number of stages, and the number of parts that a batch must divide into."""
-        return {"stage": len(self.rows), "data": math.lcm(*map(len, self.rows))}
+        return {
+            "stage": len(self.device_groups),
+            "data": math.lcm(*map(len, self.device_groups)),
+        }
 
 
 def make_mesh(
@@ -41,9 +44,9 @@ def make_mesh(
     replicas: Sequence[int] | None = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> StageMesh:
-    """Lays devices out as `stages` rows of `data` replicas.
+    """Lays devices out as `stages` groups of `data` replicas.
 
-    With fewer devices than stages x data, neighbouring stages share a row; the numbers that
+    With fewer devices than stages x data, neighbouring stages share a group; the numbers that
     training yields are the same.
 
     Args:
@@ -58,6 +61,10 @@ def make_mesh(
     Raises:
         ValueError: a size that is no whole number of at least 1, fewer than `data` devices, or
             fewer than the sum of `replicas`.
+
+    >>> mesh = make_mesh(stages=3, data=1, devices=jax.devices()[:1])
+    >>> mesh.shape, len(set(mesh.device_groups))
+    ({'stage': 3, 'data': 1}, 1)
     """
     available = list(jax.devices() if devices is None else devices)
     if replicas is not None:
@@ -72,13 +79,13 @@ def make_mesh(
             f"mesh axis data is {data}, but only {len(available)} device(s) are present"
         )
     count = min(stages, len(available) // data)
-    distinct = [tuple(available[row * data : (row + 1) * data]) for row in range(count)]
-    return StageMesh(assign_devices(distinct, stages))
+    groups = [tuple(available[k * data : (k + 1) * data]) for k in range(count)]
+    return StageMesh(assign_devices(groups, stages))
 
 
 def _uneven(replicas: tuple[int, ...], available: Sequence[jax.Device]) -> StageMesh:
-    whole = all(isinstance(each, Integral) and not isinstance(each, bool) for each in replicas)
-    if not replicas or not whole or min(replicas) < 1:
+    integral = all(isinstance(n, Integral) and not isinstance(n, bool) for n in replicas)
+    if not replicas or not integral or min(replicas) < 1:
         raise ValueError(
             f"replicas are {replicas}: a whole number of at least 1 is needed for every stage"
         )
@@ -91,9 +98,10 @@ def _uneven(replicas: tuple[int, ...], available: Sequence[jax.Device]) -> Stage
     return StageMesh(tuple(tuple(available[a:b]) for a, b in itertools.pairwise((0, *ends))))
 
 
-def assign_devices(rows: Sequence[tuple], num_stages: int) -> tuple[tuple, ...]:
-    """Gives `num_stages` stages their rows, in order, as evenly as possible."""
-    return tuple(rows[stage * len(rows) // num_stages] for stage in range(num_stages))
+def assign_devices(device_groups: Sequence[tuple], num_stages: int) -> tuple[tuple, ...]:
+    """Gives `num_stages` stages their device groups, in order, as evenly as possible."""
+    count = len(device_groups)
+    return tuple(device_groups[stage * count // num_stages] for stage in range(num_stages))
 
 
 def as_stage_mesh(mesh: Any) -> StageMesh:
@@ -112,7 +120,7 @@ def as_stage_mesh(mesh: Any) -> StageMesh:
     devices = mesh.devices
     if mesh.axis_names == ("data", "stage"):
         devices = devices.T
-    return StageMesh(tuple(tuple(row) for row in devices.reshape(devices.shape[0], -1)))
+    return StageMesh(tuple(tuple(group) for group in devices.reshape(devices.shape[0], -1)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,9 +145,9 @@ class StageDevices:
 
     @classmethod
     def on(cls, devices: tuple[jax.Device, ...]) -> "StageDevices":
-        """StageDevices on a row of the mesh."""
+        """StageDevices of a device group."""
         mesh = Mesh(np.array(devices), ("data",))
-        here = [each.process_index == jax.process_index() for each in devices]
+        here = [device.process_index == jax.process_index() for device in devices]
         return cls(
             devices,
             NamedSharding(mesh, PartitionSpec("data")),
@@ -168,10 +176,20 @@ class StageDevices:
         parts = self.batched.addressable_devices_indices_map((size,)).values()
         return np.unique(np.concatenate([np.arange(0), *(np.arange(size)[part] for part in parts)]))
 
-    def waiting(self, leaf: Any, size: int) -> NamedSharding:
-        """Sharding of a leaf of residuals that wait; `size` examples in a microbatch."""
+    def queue_sharding(self, leaf: Any, size: int) -> NamedSharding:
+        """Sharding of a leaf of a queue; `size` examples in a microbatch."""
         batched = leaf.ndim and leaf.shape[0] % size == 0
         return self.batched if batched else self.replicated
+
+    def constrain(self, carry: Any) -> Any:
+        """Tells the compiler how a carry lies; for traced arrays."""
+        constrain = jax.lax.with_sharding_constraint
+        return jax.tree.map(lambda leaf: constrain(leaf, self.sharding(leaf)), carry)
+
+    def constrain_queue(self, tree: Any, size: int) -> Any:
+        """As `constrain`, for what is queued."""
+        constrain = jax.lax.with_sharding_constraint
+        return jax.tree.map(lambda leaf: constrain(leaf, self.queue_sharding(leaf, size)), tree)
 
     def place(self, tree: Any, *, own: bool = False, sharding: Any = None) -> Any:
         """Uploads a tree of host or device arrays.

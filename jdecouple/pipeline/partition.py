@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 from typing import Any
 
 import jax
@@ -55,15 +56,28 @@ def check_num_stages(num_stages: int, num_blocks: int) -> None:
         )
 
 
-def check_boundaries(boundaries: Sequence[int], num_stages: int, num_blocks: int) -> tuple:
+def first_blocks(boundaries: Sequence[int]) -> tuple[int, ...]:
+    """Block indices at which stages begin; a missing leading 0 is added.
+
+    Raises:
+        ValueError: not a sequence of whole numbers.
+    """
+    if not isinstance(boundaries, Sequence) or not all(
+        isinstance(index, Integral) for index in boundaries
+    ):
+        raise ValueError(f"boundaries {boundaries!r} are no sequence of block indices")
+    return (*(() if boundaries and boundaries[0] == 0 else (0,)), *boundaries)
+
+
+def check_boundaries(
+    boundaries: Sequence[int], num_stages: int, num_blocks: int
+) -> tuple[int, ...]:
     """Validates block indices at which stages begin; a missing leading 0 is added.
 
     Raises:
         ValueError: not increasing, out of range, or another number than K.
     """
-    starts = tuple(boundaries)
-    if not starts or starts[0] != 0:
-        starts = (0, *starts)
+    starts = first_blocks(boundaries)
     ordered = all(a < b for a, b in itertools.pairwise(starts))
     if not ordered or starts[-1] >= num_blocks or len(starts) != num_stages:
         raise ValueError(
@@ -139,6 +153,10 @@ def autoplace(
     Raises:
         ValueError: costs that are no numbers above 0, devices that are too few or too many, or a
             batch that none of the ways divides.
+
+    >>> proposal = autoplace([4, 1, 1], num_stages=2, num_devices=3)
+    >>> proposal.boundaries, proposal.replicas, round(1 / proposal.time, 2)
+    ((0, 1), (2, 1), 3.0)
     """
     if not costs or not all(0 < cost < math.inf for cost in costs):
         raise ValueError(f"costs are {tuple(costs)}: a finite number above 0 for every block")
@@ -148,7 +166,7 @@ def autoplace(
             f"num_devices is {num_devices}: {num_stages} (a device a stage) to {_MOST_DEVICES} is "
             "allowed"
         )
-    found = []
+    proposals = []
     for replicas in _shares(num_stages, num_devices):
         if batch_size is not None and batch_size % (microbatches * math.lcm(*replicas)):
             continue
@@ -160,20 +178,19 @@ def autoplace(
             )
         ]
         table = schedules.build(schedule, len(replicas), microbatches)
-        each = Costs(
+        call_costs = Costs(
             forward=[cost / (1 + _BACKWARD) for cost in work],
             backward=[cost * _BACKWARD / (1 + _BACKWARD) for cost in work],
         )
-        played = schedules.simulate(table, each, batches=_BATCHES)
-        time = played.seconds_per_batch
+        time = schedules.simulate(table, call_costs, batches=_BATCHES).seconds_per_batch
         idle = tuple(max(0.0, 1 - microbatches * cost / time) for cost in work)
-        found.append(Proposal(starts, replicas, time / sum(costs), idle))
-    if not found:
+        proposals.append(Proposal(starts, replicas, time / sum(costs), idle))
+    if not proposals:
         raise ValueError(
             f"a batch of {batch_size} does not divide into {microbatches} microbatch(es) on any "
             f"replicas of {num_stages} stages"
         )
-    return min(found, key=lambda each: (round(each.time, 9), sum(each.replicas)))
+    return min(proposals, key=lambda option: (round(option.time, 9), sum(option.replicas)))
 
 
 def _shares(num_stages: int, num_devices: int) -> Iterator[tuple[int, ...]]:

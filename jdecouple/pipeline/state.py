@@ -1,7 +1,7 @@
 """What training changes, how its arrays are called, and where they lie."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jdecouple.methods.routes import Carry, Route, Stage
+from jdecouple.methods.routes import Route, Stage
 from jdecouple.pipeline.mesh import StageDevices
 from jdecouple.schedules import Schedule
 
@@ -26,36 +26,17 @@ _SAVED_AS = {
 class State:
     """Everything that training changes.
 
+    Training donates it: keep the state that is returned, not the one that was given.
+
     Attributes:
         step: batches dispatched so far.
-        stages: state of every stage ("params", "stats", "opt", and with a delayed method
-            "queues"); None for the stages of other
-            processes. `Trainer.step` donates it: keep the returned state, not the old one.
-            With engine "spmd" the arrays are stacked, and cut when a stage is asked for.
+        stages: state of every stage ("params", "stats", "opt", and with a delayed method "queues");
+            None for the stages of other processes. With engine "spmd" the arrays are stacked, and
+            cut when a stage is asked for.
     """
 
     step: int
-    stages: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class PlacedBatch:
-    """A global batch on the devices, one carry a microbatch; made by `Trainer.put`."""
-
-    parts: tuple[Carry | None, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class PlacedChunk:
-    """Consecutive global batches on the devices; made by `Trainer.put_chunk`.
-
-    Attributes:
-        parts: one carry a microbatch, [count, batch, ...]; of a single batch as `PlacedBatch`.
-        count: how many batches.
-    """
-
-    parts: tuple[Carry | None, ...]
-    count: int
+    stages: Sequence[Any]
 
 
 def leaf_names(stage: Stage, values: Any) -> list[str]:
@@ -73,6 +54,21 @@ def leaf_names(stage: Stage, values: Any) -> list[str]:
     return names
 
 
+def to_arrays(stages: Sequence[Stage], state: State) -> dict[str, Any]:
+    """The arrays of this process's stages by their names."""
+    return {
+        name: leaf
+        for stage, values in zip(stages, state.stages, strict=True)
+        if values is not None
+        for name, leaf in zip(leaf_names(stage, values), jax.tree.leaves(values), strict=True)
+    }
+
+
+def zeros(shapes: Any) -> Any:
+    """Host arrays of these shapes."""
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+
+
 def place(stage: Stage, placement: StageDevices, values: Any) -> Any:
     """Puts (parts of) the state of a stage on its devices, in memory of its own."""
     size = stage.carry["label"].shape[0]
@@ -80,8 +76,20 @@ def place(stage: Stage, placement: StageDevices, values: Any) -> Any:
     others = {key: values[key] for key in values if key != "queues"}
     return {
         **placement.place(others, own=True, sharding=lambda leaf: placement.replicated),
-        **placement.place(queues, own=True, sharding=lambda leaf: placement.waiting(leaf, size)),
+        **placement.place(
+            queues, own=True, sharding=lambda leaf: placement.queue_sharding(leaf, size)
+        ),
     }
+
+
+def place_states(
+    stages: Sequence[Stage], placements: Sequence[StageDevices], states: Iterable[Any]
+) -> tuple:
+    """Puts the states of all stages on their devices, one after another; None stays None."""
+    return tuple(
+        values and place(stage, placement, values)
+        for stage, placement, values in zip(stages, placements, states, strict=True)
+    )
 
 
 def modules(
@@ -96,14 +104,29 @@ def modules(
                 continue
             # Copies, because the next step donates the state's own buffers; bound to no device,
             # because a caller applies blocks of several stages to one input.
-            own = values["params"][number], values["stats"][number]
-            copy = jax.tree.map(lambda leaf: jnp.asarray(np.array(leaf)), own)
-            pairs.append(unit.modules(*copy))
+            arrays = values["params"][number], values["stats"][number]
+            copies = jax.tree.map(lambda leaf: jnp.asarray(np.array(leaf)), arrays)
+            pairs.append(unit.modules(*copies))
     return pairs
 
 
 Queues = dict[str, dict[tuple[int, int], Any]]
-"""What waits for an action: "carries", "residuals", "errors", each by (stage, microbatch)."""
+"""What is queued for an action: "carries", "residuals", "errors", each by (stage, microbatch)."""
+
+
+def forward_shapes(stage: Stage, route: Route) -> tuple[Any, Any, Any, Any]:
+    """Shapes of what `route.forward` returns: statistics, metrics, residuals, the next carry."""
+    return jax.eval_shape(
+        lambda state, carry, step_id: route.forward(stage, state, carry, step_id),
+        jax.eval_shape(stage.initial),
+        stage.carry,
+        jax.ShapeDtypeStruct((2,), jnp.int32),
+    )
+
+
+def metric_names(stage: Stage, route: Route) -> list[str]:
+    """Names of the metrics of a stage."""
+    return list(forward_shapes(stage, route)[1])
 
 
 def queue_shapes(schedule: Schedule, route: Route, stages: tuple[Stage, ...], index: int) -> Any:
@@ -115,26 +138,22 @@ def queue_shapes(schedule: Schedule, route: Route, stages: tuple[Stage, ...], in
     """
     if not schedule.overlapping:
         return {}
-    stage, held = stages[index], schedule.in_flight(index)
-    found: dict[str, Any] = {"carries": stage.carry, "residuals": None, "errors": None}
-    if held.residuals:
-        step_id = jax.ShapeDtypeStruct((2,), jnp.int32)
-        found["residuals"] = jax.eval_shape(
-            lambda state, carry, step_id: route.forward(stage, state, carry, step_id)[2],
-            jax.eval_shape(stage.initial),
-            stage.carry,
-            step_id,
-        )
-        found["errors"] = stages[index + 1].carry["x"]
+    stage, queued = stages[index], schedule.in_flight(index)
+    shapes: dict[str, Any] = {"carries": stage.carry, "residuals": None, "errors": None}
+    if queued.residuals:
+        shapes["residuals"] = forward_shapes(stage, route)[2]
+        shapes["errors"] = stages[index + 1].carry["x"]
     return {
         "since": jax.ShapeDtypeStruct((), jnp.int32),
-        "queues": {kind: (found[kind],) * len(batches) for kind, batches in held._asdict().items()},
+        "queues": {
+            kind: (shapes[kind],) * len(batches) for kind, batches in queued._asdict().items()
+        },
     }
 
 
 def take_queues(schedule: Schedule, states: tuple) -> tuple[tuple, Queues]:
-    """Takes what waits out of the states of the stages."""
-    carried: Queues = {"carries": {}, "residuals": {}, "errors": {}}
+    """Takes the queues out of the states of the stages."""
+    queues: Queues = {"carries": {}, "residuals": {}, "errors": {}}
     cores = list(states)
     for stage, state in enumerate(states):
         if state is None or "queues" not in state:
@@ -142,21 +161,21 @@ def take_queues(schedule: Schedule, states: tuple) -> tuple[tuple, Queues]:
         cores[stage] = {key: value for key, value in state.items() if key != "queues"}
         for kind, batches in schedule.in_flight(stage)._asdict().items():
             for microbatch, value in zip(batches, state["queues"][kind], strict=True):
-                carried[kind][stage, microbatch] = value
-    return tuple(cores), carried
+                queues[kind][stage, microbatch] = value
+    return tuple(cores), queues
 
 
-def put_queues(schedule: Schedule, cores: tuple, carried: Queues) -> tuple:
-    """Puts it back, an iteration older."""
+def put_queues(schedule: Schedule, cores: tuple, queues: Queues) -> tuple:
+    """Puts the queues back, an iteration older."""
     if not schedule.overlapping:
         return cores
     states = list(cores)
     for stage, core in enumerate(cores):
         if core is None:
             continue
-        waiting = {
-            kind: tuple(carried[kind][stage, microbatch + 1] for microbatch in batches)
+        own = {
+            kind: tuple(queues[kind][stage, microbatch + 1] for microbatch in batches)
             for kind, batches in schedule.in_flight(stage)._asdict().items()
         }
-        states[stage] = {**core, "queues": waiting}
+        states[stage] = {**core, "queues": own}
     return tuple(states)

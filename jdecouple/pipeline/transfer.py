@@ -1,4 +1,4 @@
-"""Hands a carry from the devices of one stage to those of another."""
+"""Sends a carry from the devices of one stage to those of another."""
 
 import math
 from collections.abc import Sequence
@@ -51,7 +51,10 @@ def _transfer_pieces(carry: Any, shapes: Any, source: StageDevices, target: Stag
     count, axis = math.lcm(len(source.devices), len(target.devices)), source.axis
     cut, joined = count // len(source.devices), count // len(target.devices)
     leaves, tree = jax.tree.flatten(shapes)
-    here = [_by_device(leaf) for leaf in jax.tree.leaves(carry)]
+    sent = [
+        {shard.device: shard.data for shard in leaf.addressable_shards}
+        for leaf in jax.tree.leaves(carry)
+    ]
     arrived: dict[jax.Device, list[list[jax.Array]]] = {}
     for number in range(count):
         start, end = source.devices[number // cut], target.devices[number // joined]
@@ -59,27 +62,23 @@ def _transfer_pieces(carry: Any, shapes: Any, source: StageDevices, target: Stag
         if start.process_index == end.process_index and not starts_here:
             continue
         if starts_here:
-            parts = [_part(shards[start], number % cut, cut, axis) for shards in here]
+            parts = [_part(shards[start], number % cut, cut, axis) for shards in sent]
         else:
-            lies = SingleDeviceSharding(start)
-            parts = [_absent(_part(leaf, 0, count, axis), lies) for leaf in leaves]
+            sharding = SingleDeviceSharding(start)
+            parts = [_absent(_part(leaf, 0, count, axis), sharding) for leaf in leaves]
         moved = jax.device_put(parts, SingleDeviceSharding(end))
         if end.process_index == jax.process_index():
             arrived.setdefault(end, []).append(moved)
     if not target.addressable:
         return None
-    columns = [
-        [_join(pieces, axis) for pieces in zip(*each, strict=True)] for each in arrived.values()
+    shards = [
+        [_join(pieces, axis) for pieces in zip(*moved, strict=True)] for moved in arrived.values()
     ]
-    whole = [
-        jax.make_array_from_single_device_arrays(leaf.shape, target.sharding(leaf), list(shards))
-        for leaf, shards in zip(leaves, zip(*columns, strict=True), strict=True)
+    arrays = [
+        jax.make_array_from_single_device_arrays(leaf.shape, target.sharding(leaf), list(own))
+        for leaf, own in zip(leaves, zip(*shards, strict=True), strict=True)
     ]
-    return jax.tree.unflatten(tree, whole)
-
-
-def _by_device(leaf: jax.Array) -> dict[jax.Device, jax.Array]:
-    return {shard.device: shard.data for shard in leaf.addressable_shards}
+    return jax.tree.unflatten(tree, arrays)
 
 
 def _part(leaf: Any, index: int, count: int, axis: int) -> Any:
@@ -94,8 +93,8 @@ def _part(leaf: Any, index: int, count: int, axis: int) -> Any:
 
 
 def _join(parts: Sequence[jax.Array], axis: int) -> jax.Array:
-    whole = len(parts) == 1 or parts[0].ndim <= axis
-    return parts[0] if whole else jnp.concatenate(parts, axis)
+    complete = len(parts) == 1 or parts[0].ndim <= axis
+    return parts[0] if complete else jnp.concatenate(parts, axis)
 
 
 def _absent(shape: Any, sharding: Sharding) -> jax.Array:
@@ -119,16 +118,16 @@ def pack(tree: Any) -> jax.Array:
     """Joins the arrays [batch, ...] of a tree, bit for bit."""
     leaves = jax.tree.leaves(tree)
     unit = _unit(leaves)
-    rows = [_bits(leaf, unit).reshape(leaf.shape[0], _words(leaf, unit)) for leaf in leaves]
-    return jnp.concatenate(rows, axis=1)
+    words = [_bits(leaf, unit).reshape(leaf.shape[0], _words(leaf, unit)) for leaf in leaves]
+    return jnp.concatenate(words, axis=1)
 
 
 def unpack(array: jax.Array, shapes: Any) -> Any:
     """The tree of these `jax.ShapeDtypeStruct`s that an array was packed from."""
     leaves, structure = jax.tree.flatten(shapes)
     ends = np.cumsum([_words(leaf, array.dtype) for leaf in leaves])
-    rows = jnp.split(array, ends[:-1], axis=1)
-    return jax.tree.unflatten(structure, map(_from_bits, rows, leaves))
+    words = jnp.split(array, ends[:-1], axis=1)
+    return jax.tree.unflatten(structure, map(_from_bits, words, leaves))
 
 
 def _unit(leaves: Sequence[Any]) -> np.dtype:
@@ -147,9 +146,9 @@ def _bits(leaf: jax.Array, unit: np.dtype) -> jax.Array:
     return jax.lax.bitcast_convert_type(leaf, unit)
 
 
-def _from_bits(row: jax.Array, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+def _from_bits(words: jax.Array, leaf: jax.ShapeDtypeStruct) -> jax.Array:
     if leaf.dtype == bool:
-        return row.reshape(leaf.shape).astype(bool)
-    ratio = np.dtype(leaf.dtype).itemsize // row.dtype.itemsize
-    parts = row.reshape(*leaf.shape, *([ratio] if ratio > 1 else []))
+        return words.reshape(leaf.shape).astype(bool)
+    ratio = np.dtype(leaf.dtype).itemsize // words.dtype.itemsize
+    parts = words.reshape(*leaf.shape, *([ratio] if ratio > 1 else []))
     return jax.lax.bitcast_convert_type(parts, leaf.dtype)

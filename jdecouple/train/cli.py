@@ -6,12 +6,18 @@ import re
 import runpy
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
+
+from jdecouple._errors import first_line
+from jdecouple.train import config as configuration
+from jdecouple.train import hosts, loop
+from jdecouple.train.config import ConfigError
+from jdecouple.train.options import OWNERS, options
 
 _USAGE = "usage: python train.py --config FILE[:ARGUMENT] --workdir FOLDER [--config.KEY=VALUE ...]"
 _HOSTS = """Several processes (docs/multi-host.md); SLURM and Open MPI need no flags:
@@ -19,6 +25,7 @@ _HOSTS = """Several processes (docs/multi-host.md); SLURM and Open MPI need no f
   --num_processes N         processes in the run
   --process_index I         number of this one, from 0
   --transport_address HOST  where the others reach this one; by default as process 0 sees it"""
+_KEY = r"--?(?:no)?config\.([^=]*)"
 _INTERRUPTED = "interrupted before anything new could be saved"
 
 
@@ -36,60 +43,42 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     _log_in_short()
     try:
-        from jdecouple.train.config import ConfigError
-
         argv = sys.argv if argv is None else argv
         try:
             config, workdir = parse(argv)
-            place = parse_process_spec(argv)
+            spec = parse_process_spec(argv)
+            if spec is not None:
+                _train_among(spec, config, workdir)
+            else:
+                loop.train_and_evaluate(config, workdir)
         except ConfigError as error:
             _fail(error, 2)
-        if place is None:
-            _train_alone(config, workdir)
-        else:
-            _train_among(place, config, workdir)
+        except loop.NonFiniteError as error:
+            _fail(error, 1)
     except KeyboardInterrupt:
         _fail(_INTERRUPTED, 130)
 
 
-def _train_alone(config: ConfigDict, workdir: str) -> None:
-    from jdecouple.train.config import ConfigError
-    from jdecouple.train.loop import NonFiniteError, train_and_evaluate
-
-    try:
-        train_and_evaluate(config, workdir)
-    except ConfigError as error:
-        _fail(error, 2)
-    except NonFiniteError as error:
-        _fail(error, 1)
-
-
-def _train_among(place: Any, config: ConfigDict, workdir: str) -> None:
-    """As `_train_alone`, as one of several processes."""
-    from jdecouple.train import hosts
-    from jdecouple.train.config import ConfigError, validate
-    from jdecouple.train.loop import NonFiniteError, train_and_evaluate
-
+def _train_among(spec: hosts.ProcessSpec, config: ConfigDict, workdir: str) -> None:
+    """Trains as one of several processes, and ends the others if this one fails."""
     _keep_stdout()
-    try:
-        validate(config)  # others need not wait for a process that cannot train
-        processes = hosts.join(place)
-    except ValueError as error:
-        _fail(error, 2)
+    with configuration.one_line():
+        configuration.validate(config)  # others need not wait for a process that cannot train
+        processes = hosts.join(spec)
     code, shown = 0, ""
     try:
-        train_and_evaluate(config, workdir, processes)
+        loop.train_and_evaluate(config, workdir, processes)
         processes.close()
     except ConfigError as error:
-        code, shown = 2, _first_line(error)
-    except NonFiniteError as error:
-        code, shown = 1, _first_line(error)
+        code, shown = 2, first_line(error)
+    except loop.NonFiniteError as error:
+        code, shown = 1, first_line(error)
     except KeyboardInterrupt:
         code, shown = 130, _INTERRUPTED
     except BaseException as error:
         processes.settle()
         traceback.print_exc()
-        code, shown = 1, f"{type(error).__name__}: {_first_line(error)}"
+        code, shown = 1, f"{type(error).__name__}: {first_line(error)}"
     if code:
         processes.fail(shown, code)
         print(f"error: {shown}", file=sys.stderr)
@@ -111,53 +100,86 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, str]:
         ConfigError: bad flags or a bad file, in one line.
         SystemExit: with code 0 after `--help`.
     """
-    from jdecouple.train import config as configuration
-
     given, program, rest = _own_flags(argv)
-    if given.help:
-        print(f"{_USAGE}\n\n{_HOSTS}\n\nKeys and their defaults:\n\n{configuration.default()}")
-        sys.exit(0)
     for argument in rest:
-        if match := re.match(r"--?(?:no)?config\.([^=]*)", argument):
-            configuration.value_type(match[1])
-        elif argument.startswith("-"):
-            raise configuration.ConfigError(f"unknown flag {argument}; {_USAGE}")
-    if not given.config or not given.workdir:
-        raise configuration.ConfigError(f"--config and --workdir are needed; {_USAGE}")
-    config = configuration.filled(_load(given.config))
+        if argument.startswith("-") and not re.match(_KEY, argument):
+            raise ConfigError(f"unknown flag {argument}; {_USAGE}")
+    if not given.help and not (given.config and given.workdir):
+        raise ConfigError(f"--config and --workdir are needed; {_USAGE}")
+    loaded = _load(given.config) if given.config else {}
+    config, rest = _typed(loaded, {key: given[f"config.{key}.name"].value for key in OWNERS}, rest)
+    if given.help:
+        print("\n\n".join([_USAGE, _HOSTS, f"Keys and their defaults:\n\n{config}", *_lists()]))
+        sys.exit(0)
     overrides = flags.FlagValues()
     config_flags.DEFINE_config_dict("config", config, flag_values=overrides, sys_argv=rest)
-    if extra := _parsed(overrides, [program, *rest])[1:]:
-        raise configuration.ConfigError(f"unknown argument {extra[0]!r}; {_USAGE}")
-    return overrides.config, given.workdir
+    if extra := _parsed(overrides, [program, *rest], config)[1:]:
+        raise ConfigError(f"unknown argument {extra[0]!r}; {_USAGE}")
+    return configuration.filled(overrides.config), given.workdir
 
 
-def parse_process_spec(argv: Sequence[str]) -> Any:
-    """The `hosts.ProcessSpec` of the process by its flags and variables; None if it is alone.
+def _typed(
+    loaded: Mapping[str, Any], names: Mapping[str, str | None], rest: list[str]
+) -> tuple[ConfigDict, list[str]]:
+    """A configuration with a typed key for all that the command line may set.
+
+    Args:
+        loaded: what the file returned.
+        names: of the method, model and optimizer, where the command line chooses others.
+        rest: the overrides. One that sets an option of the file to None takes it back, whoever's it
+            is.
+
+    Returns:
+        The configuration, and the overrides that are left.
+    """
+    config = {**loaded}
+    for section, name in names.items():
+        if not isinstance(config.setdefault(section, {}), Mapping | ConfigDict):
+            continue  # a bad value, which is refused below
+        config[section] = {**config[section]} | ({"name": name} if name else {})
+        for key in config[section].keys() - configuration.default()[section].keys():
+            unset = re.compile(rf"--?config\.{section}\.{key}=None")
+            if any(map(unset.fullmatch, rest)):
+                del config[section][key]
+                rest = [argument for argument in rest if not unset.fullmatch(argument)]
+    complete = configuration.filled(config, all_options=True)
+    for argument in rest:
+        if match := re.match(_KEY, argument):
+            configuration.value_type(complete, match[1])
+    return complete, rest
+
+
+def _lists() -> Iterator[str]:
+    """What the sections of owners may set, by the name of each."""
+    for section, registry in OWNERS.items():
+        yield f"Options of config.{section} by its name, and their defaults:\n\n" + "\n".join(
+            f"  {name}: {', '.join(f'{k}={v!r}' for k, (_, v) in options(section, name).items())}"
+            for name in registry.names()
+        )
+
+
+def parse_process_spec(argv: Sequence[str]) -> hosts.ProcessSpec | None:
+    """The process's place among several, by its flags and variables; None if it is alone.
 
     Raises:
         ConfigError: a part of a place without the rest, or a bad value, in one line.
     """
-    from jdecouple.train.config import ConfigError
-    from jdecouple.train.hosts import detect_cluster
-
     given, *_ = _own_flags(argv)
-    try:
-        return detect_cluster(
+    with configuration.one_line():
+        return hosts.detect_cluster(
             os.environ,
             coordinator=given.coordinator,
             count=given.num_processes,
             index=given.process_index,
             address=given.transport_address,
         )
-    except ValueError as error:
-        raise ConfigError(_first_line(error)) from error
 
 
 def _own_flags(argv: Sequence[str]) -> tuple[flags.FlagValues, str, list[str]]:
-    """Values of the flags that are no key of the configuration; the program; other arguments."""
+    """Values of flags that decide what the others mean; the program; the other arguments."""
     given = flags.FlagValues()
-    for name in ("config", "workdir", "coordinator", "transport_address"):
+    names = (f"config.{section}.name" for section in OWNERS)
+    for name in ("config", "workdir", "coordinator", "transport_address", *names):
         flags.DEFINE_string(name, None, "", flag_values=given)
     for name in ("num_processes", "process_index"):
         flags.DEFINE_integer(name, None, "", flag_values=given)
@@ -166,40 +188,37 @@ def _own_flags(argv: Sequence[str]) -> tuple[flags.FlagValues, str, list[str]]:
     return given, program, rest
 
 
-def _parsed(values: flags.FlagValues, argv: Sequence[str], known_only: bool = False) -> list[str]:
-    from jdecouple.train import config as configuration
-
+def _parsed(
+    values: flags.FlagValues,
+    argv: Sequence[str],
+    config: ConfigDict | None = None,
+    known_only: bool = False,
+) -> list[str]:
     values.set_gnu_getopt(True)  # flags may follow other arguments
     try:
         return values(list(argv), known_only=known_only)
-    except flags.IllegalFlagValueError as error:
-        match = re.match(r"flag --config\.([\w.]+)=(.*?): ", str(error), re.DOTALL)
-        if not match:
-            raise configuration.ConfigError(_first_line(error)) from error
-        kind = configuration.value_type(match[1])
-        wanted = "a section with keys" if kind is ConfigDict else f"a value of type {kind.__name__}"
-        raise configuration.ConfigError(
-            f"config.{match[1]} is {match[2]!r}: {wanted} is needed"
-        ) from error
     except (flags.Error, ValueError, TypeError) as error:
-        raise configuration.ConfigError(_first_line(error)) from error
+        match = re.match(r"flag --config\.([\w.]+)=(.*?): ", str(error), re.DOTALL)
+        if not match or config is None:
+            raise ConfigError(first_line(error)) from error
+        kind = configuration.value_type(config, match[1])
+        wanted = "a section with keys" if kind is ConfigDict else f"a value of type {kind.__name__}"
+        raise ConfigError(f"config.{match[1]} is {match[2]!r}: {wanted} is needed") from error
 
 
 def _load(config: str) -> Mapping[str, Any]:
     """Calls `get_config` of a file, with what follows the first colon if anything does."""
-    from jdecouple.train import config as configuration
-
     path, *argument = config.split(":", 1)
     if not Path(path).is_file():
-        raise configuration.ConfigError(f"--config {config}: there is no file {path!r}")
+        raise ConfigError(f"--config {config}: there is no file {path!r}")
     try:
-        found = runpy.run_path(path, run_name="config").get("get_config")
-        loaded = found(*argument) if callable(found) else None
+        get_config = runpy.run_path(path, run_name="config").get("get_config")
+        loaded = get_config(*argument) if callable(get_config) else None
     except Exception as error:  # whatever the file does
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise configuration.ConfigError(f"--config {config}: {kind}{_first_line(error)}") from error
+        raise ConfigError(f"--config {config}: {kind}{first_line(error)}") from error
     if not isinstance(loaded, Mapping | ConfigDict):
-        raise configuration.ConfigError(
+        raise ConfigError(
             f"--config {config}: a function get_config() that returns a ConfigDict is needed"
         )
     return loaded
@@ -222,10 +241,6 @@ def _keep_stdout() -> None:
     os.close(null)
 
 
-def _first_line(error: object) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
 def _fail(error: object, code: int) -> NoReturn:
-    print(f"error: {_first_line(error)}", file=sys.stderr)
+    print(f"error: {first_line(error)}", file=sys.stderr)
     sys.exit(code)

@@ -1,56 +1,19 @@
-"""The configuration of a run: its keys, their defaults, and one check of all values."""
+"""The configuration of a run: its keys, their defaults, and the checks that have no other owner."""
 
 import contextlib
-import inspect
-import itertools
+import functools
 import json
-import math
-import sys
+import operator
+import re
 from collections.abc import Iterator, Mapping
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from jdecouple import data, methods, models, optim, schedules
-from jdecouple.pipeline.engine import ENGINES
-
-DTYPES = {"float32": None, "bfloat16": jnp.bfloat16}
-# Keys of the optimizer section that make its learning rate; the others are its arguments.
-LEARNING_RATE = {
-    "learning_rate": 1e-3,
-    "schedule": "cosine",
-    "end_learning_rate": 0.0,  # of the cosine
-    "decay_epochs": (),  # of step_decay
-    "decay_factor": 0.1,
-    "per_epoch": False,  # move the rate once an epoch, as the papers' code does
-    "warmup_epochs": 0.0,  # over which the rate rises to its schedule
-    "warmup_start": 0.01,  # share of the rate that it rises from
-}
-_MOST = 2**31 - 1
-_SIZES = (
-    *("microbatches", "mesh.stages", "mesh.data", "num_stages", "max_in_flight", "chunk"),
-    *("batch_size", "epochs", "steps", "eval_every", "checkpoint.every", "checkpoint.keep"),
-    *("log_every", "profile", "data.image_size", "data.synthetic_size", "data.num_classes"),
-    *("data.max_length", "data.vocabulary_size"),
-)
-# Key, least value, whether that one is excluded, largest value.
-_NUMBERS = (
-    ("optimizer.learning_rate", 0, True, sys.float_info.max),
-    ("optimizer.end_learning_rate", 0, False, sys.float_info.max),
-    ("optimizer.decay_factor", 0, True, sys.float_info.max),
-    ("optimizer.warmup_epochs", 0, False, _MOST),
-    ("optimizer.warmup_start", 0, False, 1),
-    ("clip_norm", 0, True, sys.float_info.max),
-    ("data.label_noise", 0, False, 1),
-    ("data.validation", 0, False, 1),
-)
-# A run may be continued with other values of all keys but these: they define what it computes.
-_IDENTITY = ("method", "model", "data", "optimizer.name", "batch_size", "seed")
-# Arguments of builders that the run itself fills in.
-_FILLED = {"num_classes", "image_size", "channels", "input_size", "param_dtype", "rngs"}
-_FILLED |= {"vocabulary_size", "max_length", "embeddings", "learning_rate"}
+from jdecouple._errors import first_line
+from jdecouple.train.options import OWNERS, options
+from jdecouple.train.rules import RULES, clashes
 
 
 class ConfigError(ValueError):
@@ -58,31 +21,45 @@ class ConfigError(ValueError):
 
 
 @contextlib.contextmanager
-def one_line() -> Iterator[None]:
-    """Turns what is raised about given values, files or data into a ConfigError."""
+def one_line(section: Any = None, path: str = "config") -> Iterator[None]:
+    """Turns what is raised about given values, files or data into a ConfigError.
+
+    Args:
+        section: of a configuration; a message that begins with a key that it sets is about that.
+        path: where the section is.
+    """
     try:
         yield
     except ConfigError:
         raise
-    except (ValueError, TypeError, OSError) as error:
-        text = str(error).strip() or type(error).__name__
-        raise ConfigError(text.splitlines()[0]) from error
+    except (ValueError, TypeError, OSError, OverflowError) as error:
+        text = first_line(error)
+        key = re.split(r"\W", text, maxsplit=1)[0]
+        value = None if section is None else section.get(key)
+        known = value is not None and not _is_section(value)
+        raise ConfigError(f"{path}.{text}" if known else text) from error
 
 
 def default() -> ConfigDict:
     """The configuration that every file in configs/ starts from.
 
-    Keys of `method`, `model` and `optimizer` are the arguments of all methods, models and
-    optimisers; those left at None take the default of the one that `name` chooses.
+    The sections `method`, `model` and `optimizer` also take the options of the method, model or
+    optimizer that `name` chooses; those that are not set have the owner's default.
+
+    >>> config = default()
+    >>> config.method.name = "scpl"
+    >>> config.method.temperature = 0.2
+    >>> config.batch_size, config.optimizer.learning_rate
+    (128, 0.001)
 
     Returns:
-        A locked ConfigDict: an unknown key is an error.
+        A ConfigDict that is locked (an unknown key is an error), but for these three sections.
     """
     # Every key needs a placeholder of its own: a shared one would link their values.
-    return ConfigDict(
+    config = ConfigDict(
         {
-            "method": {"name": "deinforeg", **_union(methods.names(), methods.arguments)},
-            "model": {"name": "vgg8", **_union(models.names(), model_arguments)},
+            "method": {"name": "deinforeg"},
+            "model": {"name": "vgg8"},
             "data": {
                 "name": "digits",
                 "data_dir": placeholder(str),  # of prepared TFDS sets; None: TFDS's own folder
@@ -101,8 +78,14 @@ def default() -> ConfigDict:
             },
             "optimizer": {
                 "name": "adam",
-                **LEARNING_RATE,
-                **_union(optim.names(), optimizer_arguments),
+                "learning_rate": 1e-3,
+                "schedule": "cosine",
+                "end_learning_rate": 0.0,  # of the cosine
+                "decay_epochs": (),  # of step_decay
+                "decay_factor": 0.1,
+                "per_epoch": False,  # move the rate once an epoch, as the papers' code does
+                "warmup_epochs": 0.0,  # over which the rate rises to its schedule
+                "warmup_start": 0.01,  # share of the rate that it rises from
             },
             "engine": "mpmd",  # a call for every stage; "spmd": one for all; "auto": where it fits
             "schedule": "auto",
@@ -132,82 +115,58 @@ def default() -> ConfigDict:
             "seed": 0,
         }
     ).lock()
+    for section in OWNERS:
+        config[section].unlock()
+    return config
 
 
-def model_arguments(name: str) -> dict[str, Any]:
-    """Arguments of a model builder that a configuration may set, with their defaults."""
-    return _arguments(models.get(name))
+def chosen(config: ConfigDict, section: str) -> dict[str, Any]:
+    """The options that a complete configuration sets for its method, model or optimizer."""
+    keys = default()[section]
+    return {key: value for key, value in config[section].items() if key not in keys}
 
 
-def check_model_reads(name: str, inputs: Mapping[str, Any], what: str) -> None:
-    """Raises ConfigError unless a model takes what a data set tells of its inputs.
-
-    Args:
-        name: of the model.
-        inputs: the arguments that the data set gives to a builder.
-        what: what the data set is called and holds.
-    """
-
-    def reads(other: str) -> bool:
-        return set(inputs) <= set(inspect.signature(models.get(other)).parameters)
-
-    if not reads(name):
-        fitting = ", ".join(filter(reads, models.names())) or "no built-in model"
-        raise ConfigError(f"config.model.name is {name!r}: {what}, which {fitting} read")
-
-
-def optimizer_arguments(name: str) -> dict[str, Any]:
-    """Arguments of an optimiser that a configuration may set, with their defaults."""
-    return _arguments(optim.get(name))
-
-
-def chosen(section: Mapping[str, Any], allowed: Mapping[str, Any], what: str) -> dict[str, Any]:
-    """The arguments that a section sets for the method, model or optimiser it names.
+def value_type(config: ConfigDict, key: str, path: str = "config") -> type:
+    """Type of the value of a key such as "mesh.stages"; ConfigDict for a section.
 
     Raises:
-        ConfigError: an argument that belongs to another one.
+        ConfigError: there is no such key; what holds `config` is called `path`.
     """
-    given = {key: value for key, value in section.items() if key != "name" and value is not None}
-    for key in given:
-        if key not in allowed:
-            raise ConfigError(
-                f"config.{what}.{key} is set, but {what} {section['name']!r} takes only: "
-                f"{', '.join(allowed) or 'no arguments'}"
-            )
-    return given
+    first, dot, rest = key.partition(".")
+    if not isinstance(config, ConfigDict) or first not in config:
+        _unknown_key(config, path, first)
+    return value_type(config[first], rest, f"{path}.{first}") if dot else config.get_type(first)
 
 
-def value_type(key: str) -> type:
-    """Type of the value of a key such as "model.hidden"; ConfigDict for a section.
-
-    Raises:
-        ConfigError: there is no such key.
-    """
-    section: Any = default()
-    *path, last = key.split(".")
-    for depth, part in enumerate((*path, last)):
-        if not isinstance(section, ConfigDict) or part not in section:
-            _unknown_key(section, ".".join(("config", *path[:depth])), part)
-        wanted, section = section.get_type(part), section[part]
-    return wanted
-
-
-def filled(config: Mapping[str, Any]) -> ConfigDict:
+def filled(config: Mapping[str, Any], *, all_options: bool = False) -> ConfigDict:
     """The complete configuration: keys that are not given have their defaults.
 
     Args:
         config: a configuration made from `default()`, or a mapping like it.
+        all_options: whether options that are not given are there too, None with their type.
 
     Raises:
-        ConfigError: a key that does not exist, or a value of the wrong type.
+        ConfigError: a name or a key that does not exist, or a value of the wrong type.
     """
     complete = default()
+    for section, registry in OWNERS.items():
+        target, given = complete[section], config.get(section)
+        name = given.get("name", target.name) if _is_section(given) else target.name
+        if name not in registry.names():
+            allowed = ", ".join(registry.names())
+            raise ConfigError(f"config.{section}.name is {name!r}: allowed are {allowed}")
+        target.name = name
+        for key, (kind, _) in options(section, name).items():
+            target[key] = placeholder(kind)
     _fill(complete, config, "config")
+    for section in () if all_options else OWNERS:
+        for key in [key for key, value in complete[section].items() if value is None]:
+            del complete[section][key]
     return complete
 
 
 def validate(config: Mapping[str, Any]) -> ConfigDict:
-    """Checks every key and value that needs neither data nor devices.
+    """Checks keys and types, and the values that nothing refuses which is built from them.
 
     Args:
         config: a configuration made from `default()`, or a mapping like it.
@@ -219,218 +178,107 @@ def validate(config: Mapping[str, Any]) -> ConfigDict:
         ConfigError: naming the first bad key, what it holds and what is allowed.
     """
     complete = filled(config)
-    _one_of(complete.method.name, methods.names(), "method.name")
-    _one_of(complete.model.name, models.names(), "model.name")
-    _one_of(complete.optimizer.name, optim.names(), "optimizer.name")
-    _one_of(complete.optimizer.schedule, optim.schedule_names(), "optimizer.schedule")
-    _one_of(complete.data.augment, data.augment.names(), "data.augment")
-    _one_of(complete.schedule, ("auto", *schedules.names()), "schedule")
-    _one_of(complete.engine, ENGINES, "engine")
-    _one_of(complete.dtype, DTYPES, "dtype")
-    for section, arguments in (
-        ("method", methods.arguments),
-        ("model", model_arguments),
-        ("optimizer", optimizer_arguments),
-    ):
-        given = complete[section]
-        own = {key: given[key] for key in given if key not in LEARNING_RATE}
-        chosen(own, arguments(given.name), section)
-    for key in _SIZES:
-        _whole(complete, key, 1, _MOST)
-    _whole(complete, "seed", 0, 2**32 - 1)
-    for key, least, excluded, most in _NUMBERS:
-        _number(complete, key, least, excluded, most)
-    if complete.profile is not None and complete.engine == "spmd":
-        raise ConfigError(
-            "config.profile shows the calls of stages: config.engine 'spmd' has none, 'mpmd' has"
-        )
-    _numbers(complete, "boundaries", int)
-    _check_buckets(complete)
-    if complete.split is not None and complete.boundaries is not None:
-        raise ConfigError("config.split and config.boundaries are both set: give one of them")
-    _numbers(complete, "optimizer.decay_epochs", (int, float))
-    replicas = complete.mesh.replicas
-    if replicas is not None:
-        if not replicas or not all(type(each) is int and each >= 1 for each in replicas):
-            raise ConfigError(
-                f"config.mesh.replicas is {replicas}: a whole number of at least 1 is needed for "
-                "every stage"
-            )
-        if complete.mesh.stages not in (None, len(replicas)) or complete.mesh.data != 1:
-            raise ConfigError(
-                "config.mesh.replicas is set: leave config.mesh.stages and config.mesh.data alone"
-            )
-    if complete.mesh.propose and (
-        replicas is not None or complete.boundaries is not None or complete.split is not None
-    ):
-        raise ConfigError(
-            "config.mesh.propose chooses boundaries and replicas: leave config.boundaries, "
-            "config.split and config.mesh.replicas alone"
-        )
-    if complete.profile and complete.chunk > 1:
-        raise ConfigError("config.profile shows single batches: leave config.chunk at 1")
-    data_axis = complete.mesh.data if replicas is None else math.lcm(*replicas)
-    if complete.batch_size % (complete.microbatches * data_axis):
-        raise ConfigError(
-            f"config.batch_size is {complete.batch_size}: it must divide into microbatches x "
-            f"replicas = {complete.microbatches} x {data_axis} equal parts"
-        )
+    for keys, fits, allowed in RULES:
+        for key in keys.split():
+            value = functools.reduce(operator.getitem, key.split("."), complete)
+            if value is not None and not fits(value):
+                huge = isinstance(value, int) and abs(value) >= 2**64  # of any number of digits
+                shown = "a huge number" if huge else repr(value)
+                raise ConfigError(f"config.{key} is {shown}: {allowed}")
+    for message, clash in clashes(complete).items():
+        if clash:
+            raise ConfigError(f"config.{message}")
     return complete
 
 
 def identity(config: ConfigDict) -> dict[str, Any]:
-    """The values that make a run what it is, as JSON; what is left at None does not count."""
-    found = {}
-    for key in _IDENTITY:
-        value = _value(config, key)
-        found[key] = value.to_dict() if isinstance(value, ConfigDict) else value
-    # Where the data lies may change between two parts of a run.
-    found["data"] = {k: v for k, v in found["data"].items() if k not in ("data_dir", "download")}
+    """The values that make a run what it is, as JSON; what is left at None does not count.
+
+    A run may be continued with other values of all other keys.
+    """
+    values = {key: config[key] for key in ("batch_size", "seed")}
+    values["optimizer.name"] = config.optimizer.name
     for section in ("method", "model", "data"):
-        found[section] = {k: v for k, v in found[section].items() if v is not None}
-    return json.loads(json.dumps(found))
+        values[section] = {k: v for k, v in config[section].items() if v is not None}
+    for key in ("data_dir", "download"):  # where the data lies may change
+        values["data"].pop(key, None)
+    return json.loads(json.dumps(values))
 
 
 def check_identity(now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
     """Raises ConfigError unless a run of the identity `before` may go on as one of `now`."""
     for key in {**now, **before}:
-        value = now.get(key)
-        if before.get(key) != value:
-            label = f"config.{key}" if key in (*_IDENTITY, "boundaries", "dtype") else key
-            raise ConfigError(
-                f"the workdir holds a run with {label} = "
-                f"{_difference(before.get(key), value)}: choose another workdir, or the same value"
+        if (old := before.get(key)) == (new := now.get(key)):
+            continue
+        difference = f"{old}, now {new}"
+        if isinstance(old, dict) and isinstance(new, dict):
+            difference = ", ".join(
+                f"{name} {old.get(name)!r} (now {new.get(name)!r})"
+                for name in {**old, **new}
+                if old.get(name) != new.get(name)
             )
+        label = f"config.{key}" if key.split(".")[0] in default() else key
+        raise ConfigError(
+            f"the workdir holds a run with {label} = {difference}: choose another workdir, or the "
+            "same value"
+        )
 
 
-def _arguments(builder: Any) -> dict[str, Any]:
-    parameters = inspect.signature(builder).parameters.values()
-    return {each.name: each.default for each in parameters if each.name not in _FILLED}
-
-
-def _union(names: Any, arguments: Any) -> dict[str, Any]:
-    """A placeholder for every argument of any of the named."""
-    return {
-        key: placeholder(type(value)) for name in names for key, value in arguments(name).items()
-    }
+def _is_section(value: Any) -> TypeGuard[Mapping[str, Any]]:
+    return isinstance(value, Mapping | ConfigDict)
 
 
 def _fill(target: ConfigDict, given: Any, path: str) -> None:
-    for key in given:
+    for key, value in given.items():
+        here, owned = f"{path}.{key}", path.removeprefix("config.") in OWNERS
         if key not in target:
+            if owned and value is None:  # left at its default
+                continue
             _unknown_key(target, path, key)
-        here = f"{path}.{key}"
-        value, wanted = given[key], target.get_type(key)
-        if isinstance(target[key], ConfigDict):
-            if not isinstance(value, Mapping | ConfigDict):
+        if _is_section(target[key]):
+            if not _is_section(value):
                 raise ConfigError(f"{here} is {value!r}: a section with keys is needed")
             _fill(target[key], value, here)
             continue
-        optional = target[key] is None
+        kind, optional = target.get_type(key), target[key] is None
         if value == "None" and optional:  # as the command line gives it
             value = None
-        if isinstance(value, list) and wanted is tuple:
+        if isinstance(value, list) and kind is tuple:
             value = tuple(value)
-        if isinstance(value, int) and not isinstance(value, bool) and wanted is float:
+        if isinstance(value, int) and not isinstance(value, bool) and kind is float:
             value = float(value)
-        wrong = not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool)
-        if wrong and not (value is None and optional):
-            raise ConfigError(f"{here} is {value!r}: a value of type {wanted.__name__} is needed")
+        fits = isinstance(value, kind) and (kind in (bool, object) or not isinstance(value, bool))
+        if not fits and not (value is None and optional):
+            raise ConfigError(f"{here} is {value!r}: a value of type {kind.__name__} is needed")
         target[key] = value
 
 
 def _unknown_key(section: Any, path: str, key: str) -> NoReturn:
     if not isinstance(section, ConfigDict):
         raise ConfigError(f"unknown key {path}.{key}: {path} is a value, without keys")
-    allowed = ", ".join(sorted(section.keys()))
-    raise ConfigError(f"unknown key {path}.{key}: allowed are {allowed}")
-
-
-def _value(config: ConfigDict, key: str) -> Any:
-    for part in key.split("."):
-        config = config[part]
-    return config
-
-
-def _one_of(value: str, allowed: Any, key: str) -> None:
-    if value not in allowed:
-        raise ConfigError(f"config.{key} is {value!r}: allowed are {', '.join(allowed)}")
-
-
-def _whole(config: ConfigDict, key: str, least: int, most: int) -> None:
-    value = _value(config, key)
-    if value is not None and not least <= value <= most:
-        text = str(value) if abs(value) < 2**64 else "a huge number"  # of any number of digits
+    owner = path.removeprefix("config.")
+    if owner in OWNERS:
+        allowed = ", ".join(options(owner, section.name)) or "no options"
         raise ConfigError(
-            f"config.{key} is {text}: a whole number from {least} to {most} is needed"
+            f"{path}.{key} is set, but {owner} {section.name!r} takes only: {allowed}"
         )
+    raise ConfigError(f"unknown key {path}.{key}: allowed are {', '.join(sorted(section))}")
 
 
-def _number(config: ConfigDict, key: str, least: float, excluded: bool, most: float) -> None:
-    value = _value(config, key)
-    if value is None or (least <= value <= most and not (excluded and value == least)):
-        return
-    bounds = f"{'above' if excluded else 'of at least'} {least:g}"
-    bounds += f" and at most {most:g}" if most < _MOST else ""
-    raise ConfigError(f"config.{key} is {value}: a finite number {bounds} is needed")
+def named(arguments: str) -> ConfigDict:
+    """The default configuration with the names in "dataset,model,method"; a path may have commas.
 
-
-def _numbers(config: ConfigDict, key: str, kind: Any, least: int = 0) -> None:
-    values = _value(config, key) or ()
-    good = all(isinstance(each, kind) and not isinstance(each, bool) for each in values)
-    if not (good and all(a < b for a, b in itertools.pairwise((least - 1, *values)))):
-        what = "whole numbers" if kind is int else "numbers"
-        raise ConfigError(f"config.{key} is {values}: increasing {what} from {least} on are needed")
-
-
-def _check_buckets(config: ConfigDict) -> None:
-    _numbers(config, "data.buckets", int, least=1)
-    buckets, length = config.data.buckets, config.data.max_length
-    if not buckets:
-        return
-    if length not in (None, buckets[-1]):
-        raise ConfigError(
-            f"config.data.buckets is {buckets}: its last must be config.data.max_length, {length}"
-        )
-    for key, least in (("chunk", 1), ("profile", None)):
-        if config[key] != least:
-            raise ConfigError(
-                f"config.data.buckets is set: config.{key} is {config[key]}, which needs batches "
-                f"of one length: leave it at {least}"
-            )
-
-
-def _difference(before: Any, now: Any) -> str:
-    if not isinstance(before, dict) or not isinstance(now, dict):
-        return f"{before}, now {now}"
-    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    return ", ".join(f"{key} {before.get(key)!r} (now {now.get(key)!r})" for key in keys)
-
-
-def parts(arguments: str) -> list[str]:
-    """Data set, model and method of "dataset,model,method"; a path may have commas.
+    Initial weights are PyTorch's, as in the papers' code: local losses and LARS see their scale.
 
     Raises:
-        ValueError: There are less than three parts.
+        ValueError: There are less than three names, or no model or method has that name.
     """
-    found = [part.strip() for part in arguments.rsplit(",", 2)]
-    if len(found) != 3:
+    names = [name.strip() for name in arguments.rsplit(",", 2)]
+    if len(names) != 3:
         raise ValueError(f"'dataset,model,method' is needed after the file: given {arguments!r}")
-    return found
-
-
-def named(dataset: str, model: str, method: str) -> ConfigDict:
-    """The default configuration with these names, and PyTorch's initial weights.
-
-    The papers' code has those; local losses and LARS see their scale.
-
-    Raises:
-        ValueError: No model or no method has that name.
-    """
-    models.get(model)
-    methods.arguments(method)
     config = default()
-    config.data.name = dataset
-    config.model.name, config.method.name = model, method
-    config.model.init = config.method.init = "torch"
+    config.data.name, config.model.name, config.method.name = names
+    for section in ("model", "method"):
+        if "init" in options(section, config[section].name):
+            config[section].init = "torch"
     return config

@@ -1,12 +1,12 @@
-"""Metrics of a run: `metrics.jsonl`, the curves drawn from it, and progress on the console."""
+"""Metrics of a run: `metrics.jsonl`, and progress on the console."""
 
+import contextlib
 import json
 import math
 import os
-import re
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,48 +15,9 @@ import tqdm
 from jdecouple.train.files import replace
 
 FILE_NAME = "metrics.jsonl"
-CURVES_NAME = "curves.png"
 SPLITS = ("train", "validation", "test")
 
-_STYLES: dict[str, dict[str, Any]] = {
-    "train": {"linestyle": ":", "marker": "."},
-    "validation": {"linestyle": "--", "marker": "o"},
-    "test": {"linestyle": "-", "marker": "D"},
-}
-_LOG_SCALE_ABOVE = 100.0  # ratio of the largest to the smallest loss
-_MARKERS_UP_TO = 20  # points of a curve
-
 Line = dict[str, Any]
-Series = tuple[list[int], list[float]]
-
-
-class Means:
-    """Running means of the metrics of many steps.
-
-    Args:
-        state: what another one's `state` gave; None begins anew.
-    """
-
-    def __init__(self, state: Mapping[str, Any] | None = None):
-        self._count: int = state["count"] if state else 0
-        self._sums: dict[str, float] = dict(state["sums"]) if state else {}
-
-    @property
-    def state(self) -> dict[str, Any]:
-        """The counts and sums so far, as JSON."""
-        return {"count": self._count, "sums": dict(self._sums)}
-
-    def add(self, values: Mapping[str, Any]) -> None:
-        """Counts the scalars of one step; every step has the same names."""
-        self._count += 1
-        for name, value in values.items():
-            self._sums[name] = self._sums.get(name, 0.0) + float(value)
-
-    def take(self) -> dict[str, float]:
-        """Returns the means and begins anew."""
-        means = {name: total / self._count for name, total in self._sums.items()}
-        self._count, self._sums = 0, {}
-        return means
 
 
 class Clock(NamedTuple):
@@ -76,7 +37,47 @@ class Clock(NamedTuple):
         return Clock(time, waited)
 
 
-class MetricsWriter:
+class Interval:
+    """The steps since the last line of the training metrics.
+
+    Args:
+        step: the step that it begins after.
+        began: when it begins.
+        means: `means` of the interval that it goes on with; None of a new one.
+    """
+
+    def __init__(self, step: int, began: Clock, means: Mapping[str, Any] | None = None):
+        self._step, self._began = step, began
+        self._count: int = means["count"] if means else 0
+        self._sums: dict[str, float] = dict(means["sums"]) if means else {}
+
+    @property
+    def means(self) -> dict[str, Any]:
+        """How many steps were added, and the sums of their metrics, as JSON."""
+        return {"count": self._count, "sums": dict(self._sums)}
+
+    def add(self, values: Mapping[str, Any]) -> None:
+        """Counts the scalars of one step; every step has the same names."""
+        self._count += 1
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + float(value)
+
+    def leave_out(self, seconds: float) -> None:
+        """Takes the time of an evaluation out of the training speed."""
+        self._began = self._began._replace(time=self._began.time + seconds)
+
+    def end(self, step: int, now: Clock, batch_size: int) -> dict[str, float]:
+        """Returns means, examples_per_second and input_wait, a share of the time; begins anew."""
+        values = {name: total / self._count for name, total in self._sums.items()}
+        seconds = now.time - self._began.time
+        values["examples_per_second"] = (step - self._step) * batch_size / seconds
+        values["input_wait"] = (now.waited - self._began.waited) / seconds
+        self._step, self._began = step, now
+        self._count, self._sums = 0, {}
+        return values
+
+
+class MetricsWriter(contextlib.AbstractContextManager["MetricsWriter"]):
     """Appends one JSON object a line to ``metrics.jsonl`` and flushes it.
 
     Args:
@@ -121,9 +122,6 @@ class MetricsWriter:
         """Closes the file; may be called again."""
         self._file.close()
 
-    def __enter__(self) -> "MetricsWriter":
-        return self
-
     def __exit__(self, *exception: object) -> None:
         self.close()
 
@@ -132,41 +130,16 @@ def read_metrics(workdir: str | os.PathLike[str]) -> list[Line]:
     """Returns the lines of ``metrics.jsonl`` in order, without a half-written one; [] without file.
 
     Values that were not finite are None.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with MetricsWriter(folder, resume_step=None) as writer:
+    ...         writer.write(10, "test", {"loss": 0.5, "accuracy": 0.75})
+    ...     read_metrics(folder)
+    [{'step': 10, 'split': 'test', 'loss': 0.5, 'accuracy': 0.75}]
     """
     parsed = (_parse(raw) for raw in _read(Path(workdir) / FILE_NAME).splitlines())
     return [line for line in parsed if line is not None]
-
-
-def plot_curves(
-    workdir: str | os.PathLike[str], path: str | os.PathLike[str] | None = None, *, title: str = ""
-) -> Path:
-    """Draws loss per block (train) and accuracy per exit (every split) against the step.
-
-    Colours tell blocks apart, line styles splits. The loss axis is logarithmic where the losses
-    span more than two decades.
-
-    Args:
-        workdir: directory with ``metrics.jsonl``.
-        path: PNG to write, atomically; ``curves.png`` in `workdir` by default.
-        title: heading of the figure.
-
-    Returns:
-        The path written.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    target = Path(workdir) / CURVES_NAME if path is None else Path(path)
-    lines = read_metrics(workdir)
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    losses, accuracies = figure.subplots(1, 2)
-    _draw_losses(losses, lines)
-    _draw_accuracies(accuracies, lines)
-    if title:
-        figure.suptitle(title)
-    replace(target, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
-    return target
 
 
 class Progress:
@@ -244,88 +217,6 @@ class Progress:
 
 def _shown(name: str, value: Any) -> str:
     return f"{name} {value}" if isinstance(value, int | str) else f"{name} {float(value):.4g}"
-
-
-def _draw_losses(axes: Any, lines: Iterable[Line]) -> None:
-    train = [line for line in lines if line["split"] == "train"]
-    blocks = _indices(train, "block", "loss")
-    series = {f"block {i}": _series(train, f"block_{i}/loss") for i in blocks}
-    series = series or {"loss": _series(train, "loss")}
-    colours = _colours(len(series))
-    for (label, points), colour in zip(series.items(), colours, strict=True):
-        _draw(axes, points, label=label, color=colour, marker="o")
-    values = [y for _, ys in series.values() for y in ys if math.isfinite(y)]
-    if values and min(values) > 0 and max(values) > _LOG_SCALE_ABOVE * min(values):
-        axes.set_yscale("log")
-    _finish(axes, "training loss", [])
-
-
-def _draw_accuracies(axes: Any, lines: Iterable[Line]) -> None:
-    lines = list(lines)
-    exits = sorted({*_indices(lines, "exit", "accuracy"), *_indices(lines, "block", "accuracy")})
-    colours: dict[str, Any] = {
-        f"exit {i}": c for i, c in zip(exits, _colours(len(exits)), strict=True)
-    }
-    used: dict[str, None] = {}
-    for split in SPLITS:
-        part = [line for line in lines if line["split"] == split]
-        prefix = "block" if split == "train" else "exit"
-        series = {f"exit {i}": _series(part, f"{prefix}_{i}/accuracy") for i in exits}
-        final = _series(part, "accuracy")
-        if final not in series.values():
-            series["final"] = final
-        for label, points in series.items():
-            if points[0]:
-                new = label not in used
-                used[label] = used[split] = None
-                _draw(
-                    axes,
-                    points,
-                    label=label if new else None,
-                    color=colours.get(label, "black"),
-                    **_STYLES[split],
-                )
-    _finish(axes, "accuracy", [split for split in SPLITS if split in used])
-
-
-def _draw(axes: Any, points: Series, **style: Any) -> None:
-    if len(points[0]) > _MARKERS_UP_TO:
-        style["marker"] = None
-    axes.plot(*points, markersize=4, linewidth=1.4, **style)
-
-
-def _finish(axes: Any, label: str, splits: Iterable[str]) -> None:
-    """Labels the axes; the legend names the colours, then the line styles of `splits`."""
-    from matplotlib.lines import Line2D
-    from matplotlib.ticker import MaxNLocator
-
-    axes.set_xlabel("step")
-    axes.set_ylabel(label)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
-    axes.grid(alpha=0.3)
-    handles, _ = axes.get_legend_handles_labels()
-    plain = [Line2D([], [], color=h.get_color(), label=h.get_label()) for h in handles]
-    styles = [Line2D([], [], color="gray", markersize=4, label=s, **_STYLES[s]) for s in splits]
-    if entries := plain + styles:
-        axes.legend(handles=entries, fontsize="small", ncols=1 + len(entries) // 9)
-
-
-def _colours(count: int) -> list[Any]:
-    """Colours that run with depth, all dark enough on white."""
-    from matplotlib import colormaps
-
-    return [colormaps["viridis"](0.88 * i / max(1, count - 1)) for i in range(count)]
-
-
-def _indices(lines: Iterable[Line], prefix: str, metric: str) -> list[int]:
-    """Numbers i of the keys ``{prefix}_{i}/{metric}``."""
-    pattern = re.compile(rf"{prefix}_(\d+)/{metric}")
-    return sorted({int(m[1]) for line in lines for key in line if (m := pattern.fullmatch(key))})
-
-
-def _series(lines: Iterable[Line], key: str) -> Series:
-    found = [(line["step"], line[key]) for line in lines if key in line]
-    return [step for step, _ in found], [math.nan if y is None else y for _, y in found]
 
 
 def _read(path: Path) -> bytes:

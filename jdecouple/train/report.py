@@ -1,20 +1,35 @@
-"""What a run leaves behind for people: config.json and the closing table."""
+"""What a run leaves behind for people: config.json, the closing table and the curves."""
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from jdecouple.train.files import replace
+from jdecouple.train.metrics import SPLITS, Line, read_metrics
 from jdecouple.train.run import Run
 from jdecouple.trainer import Trainer
 
+CURVES_NAME = "curves.png"
+
 _PACKAGES = ("jdecouple", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+_STYLES: dict[str, dict[str, Any]] = {
+    "train": {"linestyle": ":", "marker": "."},
+    "validation": {"linestyle": "--", "marker": "o"},
+    "test": {"linestyle": "-", "marker": "D"},
+}
+_LOG_SCALE_ABOVE = 100.0  # ratio of the largest to the smallest loss
+_MARKERS_UP_TO = 20  # points of a curve
+
+Series = tuple[list[int], list[float]]
 
 
 def write_config(folder: Path, run: Run) -> None:
@@ -32,9 +47,8 @@ def write_config(folder: Path, run: Run) -> None:
         "device_kind": jax.devices()[0].device_kind,
         "versions": {"python": platform.python_version(), **_versions()},
     }
-    temporary = folder / ".config.json.tmp"
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, folder / "config.json")
+    text = json.dumps(content, indent=2) + "\n"
+    replace(folder / "config.json", lambda temporary: temporary.write_text(text))
 
 
 def parameters(trainer: Trainer) -> int:
@@ -57,12 +71,12 @@ def summary(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """
     tests = {line["step"]: line for line in lines if line["split"] == "test"}
     validations = [line for line in lines if line["split"] == "validation"]
-    found = {"test": tests[max(tests)]}
+    results = {"test": tests[max(tests)]}
     if validations:
         best = max(validations, key=lambda line: line["accuracy"])
-        found["test_at_best_validation"] = tests[best["step"]]
-    found["best_test"] = max(tests.values(), key=lambda line: max(exits(line).values()))
-    return found
+        results["test_at_best_validation"] = tests[best["step"]]
+    results["best_test"] = max(tests.values(), key=lambda line: max(exits(line).values()))
+    return results
 
 
 def show(result: Mapping[str, Any], folder: Path, best_step: int | None) -> None:
@@ -77,11 +91,11 @@ def show(result: Mapping[str, Any], folder: Path, best_step: int | None) -> None
         if key not in result:
             continue
         line = result[key]
-        found = exits(line)
-        value = max(found.values()) if key == "best_test" else line["accuracy"]
-        listed = ", ".join(f"{name} {each:.2%}" for name, each in found.items())
+        accuracies = exits(line)
+        value = max(accuracies.values()) if key == "best_test" else line["accuracy"]
+        listed = ", ".join(f"{name} {accuracy:.2%}" for name, accuracy in accuracies.items())
         print(f"  {label}: {value:.2%} at step {line['step']} ({listed})")
-    print(f"curves:      {folder / 'curves.png'}")
+    print(f"curves:      {folder / CURVES_NAME}")
     best = "" if best_step is None else f" (best by validation: step {best_step})"
     print(f"checkpoints: {folder / 'checkpoints'}{best}")
 
@@ -96,10 +110,124 @@ def exits(line: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for name in _PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            versions[name] = "not installed"
+    return versions
+
+
+def plot_curves(
+    workdir: str | os.PathLike[str], path: str | os.PathLike[str] | None = None, *, title: str = ""
+) -> Path:
+    """Draws loss per block (train) and accuracy per exit (every split) against the step.
+
+    Colours tell blocks apart, line styles splits. The loss axis is logarithmic where the losses
+    span more than two decades.
+
+    Args:
+        workdir: directory with ``metrics.jsonl``.
+        path: PNG to write, atomically; ``curves.png`` in `workdir` by default.
+        title: heading of the figure.
+
+    Returns:
+        The path written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    target = Path(workdir) / CURVES_NAME if path is None else Path(path)
+    lines = read_metrics(workdir)
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    losses, accuracies = figure.subplots(1, 2)
+    _draw_losses(losses, lines)
+    _draw_accuracies(accuracies, lines)
+    if title:
+        figure.suptitle(title)
+    replace(target, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+    return target
+
+
+def _draw_losses(axes: Any, lines: Iterable[Line]) -> None:
+    train = [line for line in lines if line["split"] == "train"]
+    blocks = _indices(train, "block", "loss")
+    series = {f"block {i}": _series(train, f"block_{i}/loss") for i in blocks}
+    series = series or {"loss": _series(train, "loss")}
+    colours = _colours(len(series))
+    for (label, points), colour in zip(series.items(), colours, strict=True):
+        _draw(axes, points, label=label, color=colour, marker="o")
+    values = [y for _, ys in series.values() for y in ys if math.isfinite(y)]
+    if values and min(values) > 0 and max(values) > _LOG_SCALE_ABOVE * min(values):
+        axes.set_yscale("log")
+    _finish(axes, "training loss", [])
+
+
+def _draw_accuracies(axes: Any, lines: Iterable[Line]) -> None:
+    lines = list(lines)
+    exits = sorted({*_indices(lines, "exit", "accuracy"), *_indices(lines, "block", "accuracy")})
+    colours: dict[str, Any] = {
+        f"exit {i}": c for i, c in zip(exits, _colours(len(exits)), strict=True)
+    }
+    used: dict[str, None] = {}
+    for split in SPLITS:
+        part = [line for line in lines if line["split"] == split]
+        prefix = "block" if split == "train" else "exit"
+        series = {f"exit {i}": _series(part, f"{prefix}_{i}/accuracy") for i in exits}
+        final = _series(part, "accuracy")
+        if final not in series.values():
+            series["final"] = final
+        for label, points in series.items():
+            if points[0]:
+                new = label not in used
+                used[label] = used[split] = None
+                _draw(
+                    axes,
+                    points,
+                    label=label if new else None,
+                    color=colours.get(label, "black"),
+                    **_STYLES[split],
+                )
+    _finish(axes, "accuracy", [split for split in SPLITS if split in used])
+
+
+def _draw(axes: Any, points: Series, **style: Any) -> None:
+    if len(points[0]) > _MARKERS_UP_TO:
+        style["marker"] = None
+    axes.plot(*points, markersize=4, linewidth=1.4, **style)
+
+
+def _finish(axes: Any, label: str, splits: Iterable[str]) -> None:
+    """Labels the axes; the legend names the colours, then the line styles of `splits`."""
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel("step")
+    axes.set_ylabel(label)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
+    axes.grid(alpha=0.3)
+    handles, _ = axes.get_legend_handles_labels()
+    plain = [Line2D([], [], color=h.get_color(), label=h.get_label()) for h in handles]
+    styles = [Line2D([], [], color="gray", markersize=4, label=s, **_STYLES[s]) for s in splits]
+    if entries := plain + styles:
+        axes.legend(handles=entries, fontsize="small", ncols=1 + len(entries) // 9)
+
+
+def _colours(count: int) -> list[Any]:
+    """Colours that run with depth, all dark enough on white."""
+    from matplotlib import colormaps
+
+    return [colormaps["viridis"](0.88 * i / max(1, count - 1)) for i in range(count)]
+
+
+def _indices(lines: Iterable[Line], prefix: str, metric: str) -> list[int]:
+    """Numbers i of the keys ``{prefix}_{i}/{metric}``."""
+    pattern = re.compile(rf"{prefix}_(\d+)/{metric}")
+    return sorted({int(m[1]) for line in lines for key in line if (m := pattern.fullmatch(key))})
+
+
+def _series(lines: Iterable[Line], key: str) -> Series:
+    points = [(line["step"], line[key]) for line in lines if key in line]
+    return [step for step, _ in points], [math.nan if y is None else y for _, y in points]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,6 +19,7 @@ from jdecouple.pipeline.state import State
 from jdecouple.train import config as configuration
 from jdecouple.train.config import ConfigError, chosen, one_line
 from jdecouple.train.hosts import SingleProcess
+from jdecouple.train.rules import DTYPES
 from jdecouple.trainer import Trainer
 
 
@@ -47,22 +49,29 @@ def build(config: ConfigDict | Mapping) -> Run:
         ConfigError: in one line, whatever is wrong with the values or the data.
     """
     config = configuration.validate(config)
-    with one_line():
-        dataset = data.load(config.data.name, **_data_arguments(config))
-        steps_per_epoch = data.steps_per_epoch(dataset.train, config.batch_size)
-        total_steps = config.steps or config.epochs * steps_per_epoch
+    with one_line(config.data, "config.data"):
+        dataset = _load(config)
+        transform = dataset.transform(config.data.augment)
+    with one_line(config.model, "config.model"):
         model = _model(config, dataset)
+    with one_line(config.method, "config.method"):
         method = methods.get(config.method.name, **_method_arguments(config, dataset))
+    with one_line(config):
+        steps_per_epoch = data.steps_per_epoch(dataset.train, config.batch_size)
+    total_steps = config.steps or config.epochs * steps_per_epoch
+    with one_line(config.optimizer, "config.optimizer"):
+        optimizer = _optimizer(config, total_steps, steps_per_epoch, method.route.accumulate)
+    with one_line(config):
         make_trainer = functools.partial(
             Trainer,
             model,
             method,
-            _optimizer(config, total_steps, steps_per_epoch, method.route.accumulate),
+            optimizer,
             microbatches=config.microbatches,
             num_classes=dataset.num_classes,
             seed=config.seed,
-            transform=dataset.transform(config.data.augment),
-            dtype=configuration.DTYPES[config.dtype],
+            transform=transform,
+            dtype=DTYPES[config.dtype],
             clip_norm=config.clip_norm,
             remat=config.remat,
             fuse=False if config.profile else None,  # a timeline shows stages
@@ -74,12 +83,12 @@ def build(config: ConfigDict | Mapping) -> Run:
         placement |= {"schedule": config.schedule, "engine": config.engine}
         make_trainer = functools.partial(make_trainer, **placement)
         trainer = make_trainer(example=example)
-        trainer_of = by_length(trainer, example, make_trainer)
-        trainer.check_chunk(config.chunk)
-        if config.data.buckets:
-            check_buckets(trainer)
-        check_processes(trainer, config)
+        trainer.check_steps(config.chunk)
         diagnose = SufficientDirection(trainer) if config.sufficient_direction else _nothing
+    if config.data.buckets:
+        check_buckets(trainer)
+    check_processes(trainer, config)
+    trainer_of = by_length(trainer, example, make_trainer)
     eval_every = config.eval_every or steps_per_epoch
     return Run(config, dataset, trainer, total_steps, eval_every, diagnose, trainer_of)
 
@@ -98,9 +107,9 @@ def _placement(
     given = {"num_stages": config.num_stages, "boundaries": boundaries}
     if section.replicas is not None:
         return {**given, "mesh": make_mesh(replicas=section.replicas)}
-    stages = section.stages or config.num_stages
+    stages = config.num_stages if section.stages is None else section.stages
     if stages is None:
-        stages = max(1, min(num_blocks, devices // section.data))
+        stages = max(1, min(num_blocks, devices // max(1, section.data)))
     if not section.propose:
         return {**given, "mesh": make_mesh(stages, section.data)}
     probe = make_trainer(num_stages=1, mesh=make_mesh(1))
@@ -118,67 +127,68 @@ def _placement(
     return {"boundaries": proposal.boundaries, "mesh": make_mesh(replicas=proposal.replicas)}
 
 
-def _data_arguments(config: ConfigDict) -> dict[str, Any]:
-    section = config.data
-    names = (
-        *("data_dir", "download", "validation", "label_noise"),
-        *("image_size", "vocabulary_size", "glove"),
-    )
-    sizes = ("synthetic_size", "channels", "num_classes") if section.name == "synthetic" else ()
-    given = {name: section[name] for name in (*names, *sizes)}
-    length = section.buckets[-1] if section.buckets else section.max_length
-    return {**given, "max_length": length, "seed": config.seed}
+def _load(config: ConfigDict) -> data.Dataset:
+    options = inspect.signature(data.load).parameters
+    section = {key: value for key, value in config.data.items() if key in options}
+    if config.data.buckets:
+        section["max_length"] = config.data.buckets[-1]
+    return data.load(**section, seed=config.seed)
 
 
 def _model(config: ConfigDict, dataset: data.Dataset) -> models.Model:
     name, inputs = config.model.name, dataset.model_arguments()
     what = f"data set {dataset.name!r} holds {dataset.kind}"
-    configuration.check_model_reads(name, inputs, what)
+    readers = [other for other in models.names() if _takes(models.get(other), inputs)]
+    if name not in readers:
+        fitting = ", ".join(readers) or "no model"
+        raise ConfigError(f"config.model.name is {name!r}: {what}, which {fitting} read")
     model = models.get(name)(
-        dataset.num_classes,
-        **inputs,
-        rngs=nnx.Rngs(config.seed),
-        **chosen(config.model, configuration.model_arguments(name), "model"),
+        dataset.num_classes, **inputs, rngs=nnx.Rngs(config.seed), **chosen(config, "model")
     )
-    if isinstance(dataset, data.ImageDataset):
-        height, width, _ = dataset.image_shape
-        layers = [layer for _, layer in nnx.iter_graph(model.classifier)]
-        if height != width and not any(
-            isinstance(layer, models.layers.GlobalAveragePool) for layer in layers
-        ):
-            raise ConfigError(
-                f"config.model.name is {name!r}, which reads square images, but {what} of "
-                f"{height} x {width} pixels; set config.data.image_size or take a ResNet"
-            )
+    height, width = getattr(dataset, "image_shape", (0, 0))[:2]
+    if height != width and not any(
+        isinstance(layer, models.layers.GlobalAveragePool)
+        for _, layer in nnx.iter_graph(model.classifier)
+    ):
+        raise ConfigError(
+            f"config.model.name is {name!r}, which reads square images, but {what} of "
+            f"{height} x {width} pixels; set config.data.image_size or take a ResNet"
+        )
     return model
+
+
+def _takes(builder: Callable[..., models.Model], inputs: Mapping[str, Any]) -> bool:
+    try:
+        inspect.signature(builder).bind_partial(**inputs)
+    except TypeError:
+        return False
+    return True
 
 
 def _method_arguments(config: ConfigDict, dataset: data.Dataset) -> dict[str, Any]:
     """What the configuration sets, and the images' statistics where the method asks for them."""
     allowed = methods.arguments(config.method.name)
     known = {key: value for key, value in dataset.method_arguments().items() if key in allowed}
-    return known | chosen(config.method, allowed, "method")
+    return known | chosen(config, "method")
 
 
 def _optimizer(config: ConfigDict, total_steps: int, steps_per_epoch: int, accumulate: int) -> Any:
     section = config.optimizer
-    rate = section.learning_rate
-    if section.schedule == "cosine":
-        schedule = optim.cosine(rate, section.end_learning_rate, total_steps)
-    elif section.schedule == "step_decay":
-        boundaries = [round(epoch * steps_per_epoch) for epoch in section.decay_epochs]
-        schedule = optim.step_decay(rate, boundaries, section.decay_factor)
-    else:
-        schedule = optim.constant(rate)
+    boundaries = [round(epoch * steps_per_epoch) for epoch in section.decay_epochs]
+    arguments = {
+        "constant": (),
+        "cosine": (section.end_learning_rate, total_steps),
+        "step_decay": (boundaries, section.decay_factor),
+    }
+    make_schedule = optim.get_schedule(section.schedule)
+    schedule = make_schedule(section.learning_rate, *arguments[section.schedule])
     if section.per_epoch:
         schedule = optim.per_epoch(schedule, steps_per_epoch)
     if section.warmup_epochs:
         steps = max(1, round(section.warmup_epochs * steps_per_epoch))
         schedule = optim.warmup(schedule, steps, section.warmup_start)
     schedule = optim.every(schedule, accumulate)
-    allowed = configuration.optimizer_arguments(section.name)
-    own = {key: section[key] for key in section if key not in configuration.LEARNING_RATE}
-    return optim.get(section.name)(schedule, **chosen(own, allowed, "optimizer"))
+    return optim.get(section.name)(schedule, **chosen(config, "optimizer"))
 
 
 def check_buckets(trainer: Trainer) -> None:
@@ -262,24 +272,3 @@ def check_alike(config: ConfigDict, processes: SingleProcess) -> None:
                 raise ConfigError(
                     f"process {index} has config.{key} = {other.value[key]}, process 0 {own[key]}"
                 )
-
-
-class Unwritten:
-    """Takes what the first process writes, metrics and checkpoints, on the others."""
-
-    latest_step = best_step = None
-
-    def __enter__(self) -> "Unwritten":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        pass
-
-    def write(self, *values: Any) -> None:
-        """Writes nothing."""
-
-    def save(self, *values: Any) -> None:
-        """Saves nothing."""
-
-    def wait(self) -> None:
-        """Has nothing to wait for."""

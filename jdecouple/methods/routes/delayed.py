@@ -71,14 +71,14 @@ class Delayed(Route):
             )
         if self.replay and self.current_weights:
             raise ValueError("current_weights has no meaning with replay, which always uses them")
-        if not _is(self.beta, Real) or not 0 < self.beta <= 1:
+        if not _is_number(self.beta, Real) or not 0 < self.beta <= 1:
             raise ValueError(f"beta is {self.beta!r}: a number above 0 and at most 1 is needed")
-        if not _is(self.accumulate, Integral) or self.accumulate < 1:
+        if not _is_number(self.accumulate, Integral) or self.accumulate < 1:
             raise ValueError(
                 f"accumulate is {self.accumulate!r}: a whole number of at least 1 is needed"
             )
         scale = self.first_stage_lr_scale
-        if not _is(scale, Real) or not 0 < scale < math.inf:
+        if not _is_number(scale, Real) or not 0 < scale < math.inf:
             raise ValueError(
                 f"first_stage_lr_scale is {scale!r}: a finite number above 0 is needed"
             )
@@ -91,15 +91,15 @@ class Delayed(Route):
     def forward(
         self, stage: Stage, state: StageState, carry: Carry, step_id: jax.Array
     ) -> tuple[Any, Metrics, Any, Carry]:
-        """Forward of the stage; the residuals may leave the compiled call and wait."""
-        stats, metrics, linearized, handed = linearize(stage, state, carry, step_id)
+        """Forward of the stage; the residuals may leave the compiled call for a queue."""
+        stats, metrics, linearized, sent = linearize(stage, state, carry, step_id)
         if stage.is_last:  # its backward follows in the same call
             residuals: Any = linearized
         elif self.replay:
             residuals = carry
         else:
             residuals = list(itertools.compress(jax.tree.leaves(linearized), self._kept(stage)))
-        return stats, metrics, residuals, handed
+        return stats, metrics, residuals, sent
 
     def backward(
         self, stage: Stage, state: StageState, residuals: Any, cotangent: Any, step_id: jax.Array
@@ -144,7 +144,7 @@ class Delayed(Route):
         return Staleness(weights / self.accumulate, above / self.accumulate)
 
     def _kept(self, stage: Stage) -> list[bool]:
-        """For every leaf of a linearisation, whether it has to wait for its backward.
+        """For every leaf of a linearisation, whether it is kept for its backward.
 
         Constants need not, and weights only where the backward is to use those of forward time.
         """
@@ -158,11 +158,11 @@ class Delayed(Route):
         """
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), _shapes(stage)[0])
         leaves, structure = jax.tree.flatten(_linearized(zeros, state, stage))
-        waiting = iter(kept)
+        residuals = iter(kept)
         return jax.tree.unflatten(
             structure,
             [
-                next(waiting) if keep else leaf
+                next(residuals) if keep else leaf
                 for leaf, keep in zip(leaves, self._kept(stage), strict=True)
             ],
         )
@@ -194,5 +194,5 @@ def _reached(stage: Stage, of_state: bool) -> list[bool]:
     return [id(variable) in reached for variable in jaxpr.outvars]
 
 
-def _is(value: Any, kind: type) -> bool:
+def _is_number(value: Any, kind: type) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)

@@ -32,7 +32,7 @@ class Local(Route):
     def forward(
         self, stage: Stage, state: StageState, carry: Carry, step_id: jax.Array
     ) -> tuple[Any, Metrics, Any, Carry]:
-        """Forward of every unit with its loss; the backward waits in the residuals."""
+        """Forward of every unit with its loss; the residuals hold its backward."""
         carry = stage.prepare(carry, step_id, True)
         stats, residuals = [], []
         metrics: Metrics = {}

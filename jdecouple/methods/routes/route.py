@@ -51,7 +51,7 @@ class Route(abc.ABC):
             step_id: [batch, microbatch].
 
         Returns:
-            Moved statistics, metrics, residuals for the backward, the carry on.
+            Moved statistics, metrics, residuals for the backward, the next carry.
         """
 
     @abc.abstractmethod

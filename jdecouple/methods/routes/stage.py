@@ -65,7 +65,7 @@ class Stage:
         return {
             "params": params,
             "stats": tuple(stats for _, stats in pairs),
-            "opt": tuple(self.optimizer.init(each) for each in params),
+            "opt": tuple(self.optimizer.init(unit_params) for unit_params in params),
         }
 
     def prepare(self, carry: Carry, step_id: jax.Array, train: bool) -> Carry:
@@ -150,9 +150,9 @@ def block_metrics(unit: Unit, output: HeadOutput, carry: Carry) -> Metrics:
 
 
 def next_carry(carry: Carry, features: Any, output: HeadOutput | None) -> Carry:
-    """What the block above receives: the carry, what the head wrote into it, the features."""
-    written = {} if output is None else jax.lax.stop_gradient(dict(output.carry))
-    return {**carry, **written, "x": features}
+    """What the block above receives: the carry, the head's outputs, the features."""
+    head_outputs = {} if output is None else jax.lax.stop_gradient(dict(output.carry))
+    return {**carry, **head_outputs, "x": features}
 
 
 def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:

@@ -48,7 +48,7 @@ def advance(
     """Forward of the units of a stage on a carry that is already prepared.
 
     Returns:
-        The carry on, with gradients through its "x" alone; the sum of the units' losses, moved
+        The next carry, with gradients through its "x" alone; the sum of the units' losses, moved
         statistics, metrics.
     """
     loss = jnp.zeros((), jnp.float32)
@@ -71,14 +71,14 @@ def linearize(
     """Forward of a stage, and its linearisation: what `pull_back` takes.
 
     Returns:
-        Moved statistics, metrics, (vector-Jacobian product, loss), the carry on.
+        Moved statistics, metrics, (vector-Jacobian product, loss), the next carry.
     """
     carry = stage.prepare(carry, step_id, True)
 
     def run(params, x):
         received = {**carry, "x": x}
-        handed, loss, stats, metrics = advance(stage, params, state["stats"], received, step_id)
-        return (None if stage.is_last else handed["x"], loss), (stats, metrics, handed)
+        sent, loss, stats, metrics = advance(stage, params, state["stats"], received, step_id)
+        return (None if stage.is_last else sent["x"], loss), (stats, metrics, sent)
 
     if stage.remat:
         run = jax.checkpoint(run)
@@ -86,9 +86,9 @@ def linearize(
         result = jax.vjp(run, state["params"], carry["x"], has_aux=True)
     else:  # the input of the model, which may be integers, gets no gradient
         result = jax.vjp(lambda params: run(params, carry["x"]), state["params"], has_aux=True)
-    (_, loss), pullback, (stats, metrics, handed) = result
-    metrics, handed = totals(handed, metrics)
-    return stats, metrics, (pullback, loss), handed
+    (_, loss), pullback, (stats, metrics, sent) = result
+    metrics, sent = totals(sent, metrics)
+    return stats, metrics, (pullback, loss), sent
 
 
 def pull_back(linearized: tuple[Callable, jax.Array], cotangent: Any) -> tuple[Any, Any]:

@@ -127,13 +127,13 @@ class Unit:
             return {} if head is None else dict(head(features, carry).carry)
 
         key = jax.eval_shape(lambda: jax.random.key(0))
-        found = jax.eval_shape(head, *jax.eval_shape(self.initial), features, carry, key)
-        if reserved := {"x", "loss"} & found.keys():
+        outputs = jax.eval_shape(head, *jax.eval_shape(self.initial), features, carry, key)
+        if reserved := {"x", "loss"} & outputs.keys():
             raise ValueError(
                 f"the head of block {self.index} writes {', '.join(sorted(reserved))} into the "
                 "carry: all names but x and loss are allowed"
             )
-        return found
+        return outputs
 
     def evaluate(self, params: Arrays, stats: Arrays, carry: Carry) -> tuple[Any, jax.Array | None]:
         """Evaluation forward: the block's output and its exit's logits, if it has one."""

@@ -1,5 +1,6 @@
 """The compiled calls of a stage: what it does in consecutive actions, as pure functions."""
 
+import functools
 from typing import Any
 
 import jax
@@ -54,8 +55,8 @@ def stage_step(
             out["state"] = {**out.get("state", {}), "stats": state["stats"]}
             out["residuals"] = residuals
         elif kind is Kind.BACKWARD:
-            found, out["cotangent"] = route.backward(stage, state, residuals, cotangent, step_id)
-            gradients = add(gradients, found)
+            gradient, out["cotangent"] = route.backward(stage, state, residuals, cotangent, step_id)
+            gradients = add(gradients, gradient)
             out.pop("residuals", None)
         else:
             updated = stage.update(state, gradients, squared_norm)
@@ -93,7 +94,9 @@ def steps_last(calls: tuple[Call, ...]) -> tuple[Call, ...]:
         kept = [pair for pair in pairs if pair[0] is not Kind.STEP]
         if kept:
             others.append(Call(stage, *zip(*kept, strict=True)))
-        steps += [Call(stage, (kind,), (each,)) for kind, each in pairs if kind is Kind.STEP]
+        steps += [
+            Call(stage, (kind,), (microbatch,)) for kind, microbatch in pairs if kind is Kind.STEP
+        ]
     return (*others, *steps)
 
 
@@ -110,27 +113,13 @@ def make_norm_fn(stage: Stage) -> Any:
 
 def make_stage_fn(stage: Stage, route: Route, kinds: tuple[Kind, ...]) -> Any:
     """`stage_step` of one stage and these actions; its name tells both in a profile."""
-
-    def call(state, accumulated, residuals, carry, cotangent, step_ids, squared_norm):
-        return stage_step(
-            stage,
-            route,
-            kinds,
-            state,
-            accumulated,
-            residuals,
-            carry,
-            cotangent,
-            step_ids,
-            squared_norm,
-        )
-
-    call.__name__ = f"stage{stage.index}_" + "".join(kind.value for kind in kinds)
-    return call
+    function: Any = functools.partial(stage_step, stage, route, kinds)
+    function.__name__ = f"stage{stage.index}_" + "".join(kind.value for kind in kinds)
+    return function
 
 
 def pack_io(function: Any, below: Carry | None, above: Carry | None) -> Any:
-    """The call of a stage that gets and leaves as one array what crosses processes.
+    """The call of a stage that takes and gives as one array what crosses processes.
 
     Args:
         function: the call.
@@ -157,7 +146,7 @@ def pack_io(function: Any, below: Carry | None, above: Carry | None) -> Any:
 
 
 def compile_stage_fn(
-    function: Any, placement: StageDevices, kinds: tuple[Kind, ...], waits: int | None
+    function: Any, placement: StageDevices, kinds: tuple[Kind, ...], queued: int | None
 ) -> Any:
     """Jits a call; donates what the call replaces.
 
@@ -165,9 +154,9 @@ def compile_stage_fn(
         function: the call.
         placement: where it runs.
         kinds: its actions.
-        waits: examples in a microbatch, where residuals outlive the iteration.
+        queued: examples in a microbatch, where residuals outlive the iteration.
     """
-    lay = jax.lax.with_sharding_constraint
+    constrain = jax.lax.with_sharding_constraint
     if not kinds:  # a norm
         return jax.jit(function, out_shardings=placement.replicated)
 
@@ -175,17 +164,13 @@ def compile_stage_fn(
         out = function(*arguments)
         for name in out:
             if name == "carry":
-                out[name] = jax.tree.map(
-                    lambda leaf: lay(leaf, placement.sharding(leaf)), out[name]
-                )
+                out[name] = placement.constrain(out[name])
             elif name == "cotangent":
-                out[name] = lay(out[name], placement.batched)
+                out[name] = constrain(out[name], placement.batched)
             elif name != "residuals":
-                out[name] = lay(out[name], placement.replicated)
-            elif waits is not None:
-                out[name] = jax.tree.map(
-                    lambda leaf: lay(leaf, placement.waiting(leaf, waits)), out[name]
-                )
+                out[name] = constrain(out[name], placement.replicated)
+            elif queued is not None:
+                out[name] = placement.constrain_queue(out[name], queued)
         return out
 
     constrained.__name__ = function.__name__

@@ -18,22 +18,22 @@ def block_classes(
 
     All blocks but the first and the last have to be the same: weights of the same shapes under the
     same names, and one program of forward and backward. A first or last block that differs from
-    them is of a kind of its own.
+    them is of a class of its own.
 
     Args:
         units: every block with its head.
         carries: shapes of the carry that every block receives.
 
     Returns:
-        The kind of every block, and which block differs from another that it has to be equal to,
+        The class of every block, and which block differs from another that it has to be equal to,
         and how: None where all is well.
     """
     if len(units) == 1:
         return (MIDDLE,), None
 
     def difference(index: int, reference: int) -> str | None:
-        found = _difference(units[index], units[reference], carries[index], carries[reference])
-        return found and f"block {index} differs from block {reference}: {found}"
+        reason = _difference(units[index], units[reference], carries[index], carries[reference])
+        return reason and f"block {index} differs from block {reference}: {reason}"
 
     last = len(units) - 1
     reference = min(1, last - 1)
@@ -50,22 +50,22 @@ def block_classes(
 
 def _difference(unit: Unit, other: Unit, carry: Carry, expected: Carry) -> str | None:
     """In what a unit differs from another, in words; None if they are the same."""
-    for kind, mine, wanted in zip(
+    for kind, arrays, wanted in zip(
         ("parameter", "statistic"), unit.initial(), other.initial(), strict=True
     ):
-        if found := _first_difference(kind, mine, wanted):
-            return found
+        if reason := _first_difference(kind, arrays, wanted):
+            return reason
     if _listed(carry["x"]) != _listed(expected["x"]):
         return f"its input is {_listed(carry['x'])} instead of {_listed(expected['x'])}"
-    if found := _first_difference("carry entry", carry, expected):
-        return found
+    if reason := _first_difference("carry entry", carry, expected):
+        return reason
     # Equal definitions make equal programs; others may do so too, because modules also hold what no
     # program sees, such as the functions that drew their weights.
     if unit.dtype == other.dtype and unit.same_definition(other):
         return None
-    passed, needed = (_listed(_output(each, carry)) for each in (unit, other))
-    if passed != needed:
-        return f"its output is {passed} instead of {needed}"
+    output, other_output = (_listed(_output(one, carry)) for one in (unit, other))
+    if output != other_output:
+        return f"its output is {output} instead of {other_output}"
     if unit.has_loss != other.has_loss:
         return f"it has {'a' if unit.has_loss else 'no'} head"
     if _program(unit, carry) != _program(other, carry):
@@ -73,14 +73,16 @@ def _difference(unit: Unit, other: Unit, carry: Carry, expected: Carry) -> str |
     return None
 
 
-def _first_difference(kind: str, mine: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
-    for name in sorted({*mine, *wanted}):
-        if name not in mine:
+def _first_difference(
+    kind: str, entries: Mapping[str, Any], wanted: Mapping[str, Any]
+) -> str | None:
+    for name in sorted({*entries, *wanted}):
+        if name not in entries:
             return f"it has no {kind} {name}"
         if name not in wanted:
             return f"it has a {kind} {name}"
-        if _listed(mine[name]) != _listed(wanted[name]):
-            return f"{kind} {name} is {_listed(mine[name])} instead of {_listed(wanted[name])}"
+        if _listed(entries[name]) != _listed(wanted[name]):
+            return f"{kind} {name} is {_listed(entries[name])} instead of {_listed(wanted[name])}"
     return None
 
 

@@ -1,4 +1,4 @@
-"""What a row of devices does with a carry, where every row runs the same program."""
+"""What a device group does with a carry, where every group runs the same program."""
 
 import dataclasses
 from typing import Any
@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jdecouple.methods.routes import Carry, Metrics, Route, Stage, StageState, Unit, add
 from jdecouple.methods.routes.stage import totals
 from jdecouple.methods.routes.synchronous import advance
+from jdecouple.pipeline.spmd.sharded_state import Arrays, Slot
 
-Arrays = dict[str, Any]
-"""State of a row: "params", "stats" and "opt", each a tuple with one entry a slot."""
+Slots = dict[Slot, Any]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -31,42 +31,42 @@ class Shifted(Stage):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DeviceGroup:
-    """Consecutive stages on one row of devices, and where their blocks' state is.
+    """Consecutive stages on the same devices, and where their blocks' state is.
 
     Attributes:
         stages: the stages.
-        param_slots: of every stage, the param_slots of its units in the arrays.
+        param_slots: of every stage, the slots of its units in the arrays.
         route: how error reaches the blocks.
         is_first: whether batches enter here.
         is_last: whether nothing goes on from here, whatever the shape of its features.
     """
 
     stages: tuple[Stage, ...]
-    param_slots: tuple[tuple[int, ...], ...]
+    param_slots: tuple[tuple[Slot, ...], ...]
     route: Route
     is_first: bool
     is_last: bool
 
     def shifted(self, shift: Any) -> "DeviceGroup":
-        """The same for a row whose blocks lie `shift` blocks further up."""
+        """The same for a device group whose blocks lie `shift` blocks further up."""
         stages = tuple(Shifted(**vars(stage), shift=shift) for stage in self.stages)
         return dataclasses.replace(self, stages=stages)
 
     def states(self, arrays: Arrays) -> list[StageState]:
         """The states of the stages."""
         return [
-            {part: tuple(arrays[part][slot] for slot in param_slots) for part in arrays}
-            for param_slots in self.param_slots
+            {part: tuple(arrays[part][slot] for slot in slots) for part in arrays}
+            for slots in self.param_slots
         ]
 
     def put(self, arrays: Arrays, states: list[StageState]) -> Arrays:
         """The arrays with the states of the stages put back."""
-        new = {part: list(arrays[part]) for part in arrays}
-        for param_slots, state in zip(self.param_slots, states, strict=True):
+        new = {part: dict(arrays[part]) for part in arrays}
+        for slots, state in zip(self.param_slots, states, strict=True):
             for part, values in state.items():
-                for slot, value in zip(param_slots, values, strict=True):
+                for slot, value in zip(slots, values, strict=True):
                     new[part][slot] = value
-        return {part: tuple(values) for part, values in new.items()}
+        return new
 
     def train(
         self, arrays: Arrays, carries: Carry, number: jax.Array
@@ -74,28 +74,28 @@ class DeviceGroup:
         """Trains on one batch by a local route: forward, backward and step of every stage.
 
         Args:
-            arrays: state of the row.
+            arrays: state of the device group.
             carries: what it received, microbatches stacked: [M, batch, ...].
             number: number of the batch.
 
         Returns:
-            The new state, the carries on, and the metrics.
+            The new state, the next carries, and the metrics.
         """
         states = self.states(arrays)
         count = carries["label"].shape[0]
 
         def part(stats: list, index: Any) -> tuple[list, Any]:
-            """One microbatch: moved statistics; gradients, metrics and the carry on."""
+            """One microbatch: moved statistics; gradients, metrics and the next carry."""
             carry = jax.tree.map(lambda leaf: leaf[index], carries)
             step_id = jnp.stack([number, jnp.asarray(index, number.dtype)])
             moved, gradients = [], []
             metrics: Metrics = {}
             for stage, state, old in zip(self.stages, states, stats, strict=True):
                 state = {**state, "stats": old}
-                new, found, residuals, carry = self.route.forward(stage, state, carry, step_id)
+                new, own, residuals, carry = self.route.forward(stage, state, carry, step_id)
                 gradients.append(self.route.backward(stage, state, residuals, None, step_id)[0])
                 moved.append(new)
-                metrics |= found
+                metrics |= own
             return moved, (gradients, metrics, carry)
 
         stats = [state["stats"] for state in states]
@@ -123,18 +123,18 @@ class DeviceGroup:
         return self.put(arrays, states), carries, self.stages[0].mean(metrics)
 
     def forward(
-        self, params: tuple, stats: tuple, carry: Carry, step_id: jax.Array
-    ) -> tuple[tuple, Carry, jax.Array, Metrics]:
-        """Forward of one microbatch, to be differentiated as a whole.
+        self, params: Slots, stats: Slots, carry: Carry, step_id: jax.Array
+    ) -> tuple[Slots, Carry, jax.Array, Metrics]:
+        """Forward of one microbatch, to be differentiated through all its stages.
 
         Args:
-            params: parameters of all param_slots.
-            stats: statistics of all param_slots.
-            carry: what the row received.
+            params: parameters of all slots.
+            stats: statistics of all slots.
+            carry: what the device group received.
             step_id: [batch, microbatch].
 
         Returns:
-            Moved statistics of all slots, the carry on, the row's own losses, and the metrics.
+            Moved statistics of all slots, the next carry, the group's own losses, and the metrics.
         """
         arrays = {"params": params, "stats": stats}
         loss = jnp.zeros((), jax.dtypes.canonicalize_dtype(jnp.float64))
@@ -142,30 +142,32 @@ class DeviceGroup:
         moved: list[StageState] = []
         for stage, state in zip(self.stages, self.states(arrays), strict=True):
             carry = stage.prepare(carry, step_id, True)
-            carry, own, new, found = advance(stage, state["params"], state["stats"], carry, step_id)
-            found, carry = totals(carry, found)
+            carry, own_loss, new, own = advance(
+                stage, state["params"], state["stats"], carry, step_id
+            )
+            own, carry = totals(carry, own)
             carry = {**jax.lax.stop_gradient(carry), "x": carry["x"]}
-            loss += own
-            metrics |= found
+            loss += own_loss
+            metrics |= own
             moved.append({"stats": new})
         carry = {"loss": jnp.zeros((), jnp.float32), **carry}
         stats = jax.lax.stop_gradient(self.put({"stats": stats}, moved)["stats"])
         return stats, carry, loss, jax.lax.stop_gradient(metrics)
 
-    def step(self, arrays: Arrays, gradients: tuple, squared_norm: jax.Array | None) -> Arrays:
-        """Optimiser steps of all stages with the gradients of all param_slots."""
+    def step(self, arrays: Arrays, gradients: Slots, squared_norm: jax.Array | None) -> Arrays:
+        """Optimiser steps of all stages with the gradients of all slots."""
         states = [
-            stage.update(state, tuple(gradients[slot] for slot in param_slots), squared_norm)
-            for stage, param_slots, state in zip(
+            stage.update(state, tuple(gradients[slot] for slot in slots), squared_norm)
+            for stage, slots, state in zip(
                 self.stages, self.param_slots, self.states(arrays), strict=True
             )
         ]
         return self.put(arrays, states)
 
-    def squared_norm(self, gradients: tuple) -> jax.Array:
-        """Squared norm of the mean gradient of the row's stages."""
+    def squared_norm(self, gradients: Slots) -> jax.Array:
+        """Squared norm of the mean gradient of the group's stages."""
         norms = [
-            stage.squared_norm(tuple(gradients[slot] for slot in param_slots))
-            for stage, param_slots in zip(self.stages, self.param_slots, strict=True)
+            stage.squared_norm(tuple(gradients[slot] for slot in slots))
+            for stage, slots in zip(self.stages, self.param_slots, strict=True)
         ]
         return sum(norms[1:], norms[0])

@@ -1,211 +1,105 @@
-"""The program of the SPMD engine: what every row of the mesh runs under `jax.shard_map`.
+"""The program of the SPMD engine: what every device group runs under `jax.shard_map`.
 
-`jax.lax.scan` goes over ticks. In each a row takes one carry, or is idle while the pipeline fills
-and drains, and `jax.lax.ppermute` hands the next carry on. The data axis is left to the compiler,
-which cuts the same functions over it as it does in the calls of single stages.
+`jax.lax.scan` goes over ticks. In each a device group takes one carry, or is idle while the
+pipeline fills and drains, and `jax.lax.ppermute` sends the next carry on. The data axis is left to
+the compiler, which cuts the same functions over it as it does in the calls of single stages.
 """
 
-import dataclasses
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jdecouple.methods.routes import Carry, Metrics, Route
 from jdecouple.pipeline.mesh import compiler_options
-from jdecouple.pipeline.spmd.device_group import Arrays, DeviceGroup
-from jdecouple.pipeline.spmd.sharded_state import PARTS, Layout
+from jdecouple.pipeline.spmd.device_group import DeviceGroup, Slots
+from jdecouple.pipeline.spmd.sharded_state import Arrays, Layout
+from jdecouple.pipeline.state import metric_names
 
 STAGE = PartitionSpec("stage")
-BATCHES = PartitionSpec("stage", None, "data")  # [rows x T, M, batch, ...]
+BATCHES = PartitionSpec("stage", None, "data")  # [device groups x T, M, batch, ...]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
 class Program:
-    """T batches through all rows; begins and ends with an empty pipeline.
+    """T batches through all device groups; begins and ends with an empty pipeline.
 
-    Rows whose blocks are of the same classes share one traced function, a pattern; a row chooses
-    its own by its index, so the ends cost nothing elsewhere.
+    Device groups whose blocks are of the same classes share one traced function, a pattern. A group
+    chooses its own by its index, so the ends cost nothing elsewhere.
 
-    Attributes:
-        layout: the stages, their rows, and where the state of each block lies.
+    Args:
+        layout: the stages, their device groups, and where the state of each block lies.
         route: local or synchronous.
     """
 
-    layout: Layout
-    route: Route
+    def __init__(self, layout: Layout, route: Route):
+        self._layout = layout
+        self._route = route
+        self._groups = len(layout.device_groups)
+        self._has_replicas = layout.mesh.shape["data"] > 1
+        self._clips = layout.stages[0].clip_norm is not None
+        self._patterns: list[DeviceGroup] = []
+        self._pattern_of: list[int] = []  # of every device group
+        self._shifts: list[int] = []  # blocks between the group and the first of its pattern
+        self._find_patterns()
 
     @cached_property
-    def call(self) -> Any:
-        """Compiled: (arrays, carries of batches, number of the first) -> (arrays, table).
+    def call(self) -> Callable:
+        """Compiled: (arrays, carries of batches, number of the first, whether it is the only one).
 
-        The arrays are donated. The table [rows x T, width] holds a line of metrics for every batch
-        in every row.
+        It donates the arrays, and returns the new ones and the metrics: scalars of the only batch,
+        or arrays [T].
         """
-        program = self._local if self.route.local else self._synchronous
+        train = self._local if self._route.local else self._synchronous
 
-        def spmd(arrays: Arrays, batches: tuple[Carry, ...], step: jax.Array) -> tuple:
+        def in_group(arrays: Arrays, batches: tuple[Carry, ...], step: jax.Array) -> tuple:
             batch = batches[0]
             if len(batches) > 1:
                 batch = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *batches)
-            return program(arrays, self._lay(batch, None, None, "data"), step)
+            return train(arrays, self._constrain(batch, None, None, "data"), step)
 
         sharded = jax.shard_map(
-            spmd,
-            mesh=self.layout.mesh,
+            in_group,
+            mesh=self._layout.mesh,
             in_specs=(STAGE, STAGE, PartitionSpec()),
             out_specs=STAGE,
             axis_names={"stage"} if self._has_replicas else {"stage", "data"},
             check_vma=False,
         )
+        replicated = NamedSharding(self._layout.mesh, PartitionSpec())
+
+        def spmd(
+            arrays: Arrays, batches: tuple[Carry, ...], step: jax.Array, single: bool
+        ) -> tuple[Arrays, Metrics]:
+            arrays, table = sharded(arrays, batches, step)
+            table = jax.lax.with_sharding_constraint(table, replicated)
+            table = table.reshape(self._groups, -1, self._width)
+            return arrays, {
+                name: table[group, 0, column] if single else table[group, :, column]
+                for name, (group, column) in self._columns.items()
+            }
+
         return jax.jit(
-            sharded,
+            spmd,
+            static_argnums=3,
             donate_argnums=0,
-            out_shardings=self.layout.sharding,
-            compiler_options=compiler_options(self.layout.placements[0]),
+            out_shardings=(self._layout.sharding, replicated),
+            compiler_options=compiler_options(self._layout.placements[0]),
         )
-
-    @cached_property
-    def columns(self) -> dict[str, tuple[int, int]]:
-        """Row and column of every metric; sums over the blocks are those of the last row."""
-        found = {}
-        for row, (pattern, shift) in enumerate(zip(self._which, self._shifts, strict=True)):
-            for column, name in enumerate(self._names[pattern]):
-                block, slash, term = name.partition("/")
-                if slash:
-                    block = f"block_{int(block.removeprefix('block_')) + shift}"
-                found[block + slash + term] = row, column
-            if self._clips:
-                found["gradient_norm"] = row, self._width - 1
-        return found
-
-    # --- The rows, and which of them are alike ----------------------------------------------------
-
-    @cached_property
-    def _grouped(self) -> tuple[tuple[DeviceGroup, ...], tuple[int, ...], tuple[int, ...]]:
-        layout = self.layout
-        known: dict[Any, tuple[int, int]] = {}
-        patterns: list[DeviceGroup] = []
-        which, shifts = [], []
-        last = len(layout.rows) - 1
-        for number, row in enumerate(layout.rows):
-            stages = tuple(layout.stages[k] for k in row)
-            start = stages[0].units[0].index
-            key = (
-                number == 0,  # batches enter here
-                number == last and not self.route.local,  # errors begin here
-                tuple(
-                    (stage.remat, *(layout.block_classes[unit.index] for unit in stage.units))
-                    for stage in stages
-                ),
-            )
-            if key not in known:
-                known[key] = len(patterns), start
-                patterns.append(
-                    DeviceGroup(
-                        stages, layout.of_row(number), self.route, number == 0, number == last
-                    )
-                )
-            which.append(known[key][0])
-            shifts.append(start - known[key][1])
-        return tuple(patterns), tuple(which), tuple(shifts)
-
-    @property
-    def _patterns(self) -> tuple[DeviceGroup, ...]:
-        """The rows that differ from one another."""
-        return self._grouped[0]
-
-    @property
-    def _which(self) -> tuple[int, ...]:
-        """Of every row, its pattern."""
-        return self._grouped[1]
-
-    @property
-    def _shifts(self) -> tuple[int, ...]:
-        """Of every row, how many blocks it lies above the one that gave its pattern."""
-        return self._grouped[2]
-
-    @cached_property
-    def _message(self) -> Carry:
-        """Shapes of a carry between rows; {} where there is one row."""
-        rows = self.layout.rows
-        if len(rows) == 1:
-            return {}
-        received = self.layout.stages[rows[1][0]].carry
-        return {**received, "loss": jax.ShapeDtypeStruct((), jnp.float32)}
-
-    @cached_property
-    def _names(self) -> tuple[tuple[str, ...], ...]:
-        """Names of the metrics of every pattern."""
-        found = []
-        for row in self._patterns:
-            states = [self.layout.shapes[stage.index] for stage in row.stages]
-            arrays = row.put({part: ((),) * len(self.layout.param_slots) for part in PARTS}, states)
-            metrics = jax.eval_shape(
-                lambda *arguments, row=row: row.forward(*arguments)[-1],
-                arrays["params"],
-                arrays["stats"],
-                row.stages[0].carry,
-                jax.ShapeDtypeStruct((2,), jnp.int32),
-            )
-            found.append(tuple(sorted(metrics)))
-        return tuple(found)
-
-    @property
-    def _clips(self) -> bool:
-        return self.layout.stages[0].clip_norm is not None
-
-    @property
-    def _width(self) -> int:
-        return max(map(len, self._names)) + self._clips
-
-    @property
-    def _has_replicas(self) -> bool:
-        return self.layout.mesh.shape["data"] > 1
-
-    # --- What the routes share --------------------------------------------------------------------
-
-    def _lay(self, tree: Any, *spec: str | None) -> Any:
-        """Constrains how the compiler cuts a tree over the data axis; scalars are not cut."""
-        if not self._has_replicas:
-            return tree
-
-        def lay(leaf: jax.Array) -> jax.Array:
-            axes = spec if leaf.ndim >= len(spec) else ()
-            return jax.lax.with_sharding_constraint(leaf, PartitionSpec(*axes))
-
-        return jax.tree.map(lay, tree)
-
-    def _send(self, carry: Carry) -> Carry:
-        """Hands a carry to the next row."""
-        rows = range(len(self.layout.rows) - 1)
-        return jax.lax.ppermute(carry, "stage", [(row, row + 1) for row in rows])
-
-    def _choose(self, row: jax.Array, function: Callable[[DeviceGroup], Callable]) -> tuple:
-        """A function for every pattern, and the index of this row's."""
-        shift = jnp.asarray(self._shifts, jnp.uint32)[row] if any(self._shifts) else 0
-        # A pattern of one row needs no shift that is known at run time alone.
-        branches = [
-            function(pattern.shifted(shift) if self._which.count(number) > 1 else pattern)
-            for number, pattern in enumerate(self._patterns)
-        ]
-        return branches, jnp.asarray(self._which, jnp.int32)[row]
-
-    def _line(self, metrics: Metrics) -> jax.Array:
-        """Metrics of a row as a line of the table."""
-        values = [metrics[name] for name in sorted(metrics)]
-        return jnp.zeros(self._width, jnp.float32).at[: len(values)].set(jnp.stack(values))
 
     # --- The routes -------------------------------------------------------------------------------
 
-    def _local(self, arrays: Arrays, batches: Carry, step: jax.Array) -> tuple:
-        """Every tick trains every row on a batch of its own."""
-        row, rows = jax.lax.axis_index("stage"), len(self.layout.rows)
+    def _local(self, arrays: Arrays, batches: Carry, step: jax.Array) -> tuple[Arrays, jax.Array]:
+        """Every tick trains every device group on a batch of its own.
+
+        Returns:
+            The new arrays, and a line of metrics for every batch: [T, width].
+        """
+        group = jax.lax.axis_index("stage")
         count, parts = batches["label"].shape[:2]
-        nothing = _zeros(self._message, parts)
+        nothing = self._empty_carry(parts)
 
         def train(pattern: DeviceGroup) -> Callable:
             def call(arrays: Arrays, received: Carry, number: jax.Array) -> tuple:
@@ -219,67 +113,66 @@ class Program:
         def idle(arrays: Arrays, received: Carry, number: jax.Array) -> tuple:
             return arrays, nothing, jnp.zeros(self._width, jnp.float32)
 
-        branches, own = self._choose(row, train)
+        branches, own = self._choose(group, train)
 
         def tick(loop: tuple, time: jax.Array) -> tuple[tuple, Any]:
             arrays, received = loop
-            number = time - row
+            number = time - group
             exists = (number >= 0) & (number < count)
             arrays, carry, line = jax.lax.switch(
                 jnp.where(exists, own, len(branches)), [*branches, idle], arrays, received, number
             )
-            carry = self._send(self._lay(carry, None, "data"))
-            return (self._lay(arrays), carry), line
+            carry = self._send(self._constrain(carry, None, "data"))
+            return (self._constrain(arrays), carry), line
 
-        times = jnp.arange(count + rows - 1, dtype=jnp.int32)
+        times = jnp.arange(count + self._groups - 1, dtype=jnp.int32)
         (arrays, _), lines = jax.lax.scan(tick, (arrays, nothing), times)
-        return arrays, jax.lax.dynamic_slice_in_dim(lines, row, count)
+        return arrays, jax.lax.dynamic_slice_in_dim(lines, group, count)
 
-    def _synchronous(self, arrays: Arrays, batches: Carry, step: jax.Array) -> tuple:
-        """Batch after batch: the microbatches go up, their errors down, then all rows step."""
-        row = jax.lax.axis_index("stage")
+    def _synchronous(
+        self, arrays: Arrays, batches: Carry, step: jax.Array
+    ) -> tuple[Arrays, jax.Array]:
+        """Batch after batch: the microbatches go up, their errors down, then all groups step.
 
-        def update(pattern: DeviceGroup) -> Callable:
-            return pattern.step
+        Returns:
+            As `_local`.
+        """
+        group = jax.lax.axis_index("stage")
+        steps, own = self._choose(group, lambda pattern: pattern.step)
+        norms, _ = self._choose(group, lambda pattern: pattern.squared_norm)
 
-        def norm(pattern: DeviceGroup) -> Callable:
-            return pattern.squared_norm
-
-        steps, own = self._choose(row, update)
-        norms, _ = self._choose(row, norm)
-
-        def batch(arrays: Arrays, each: tuple) -> tuple:
-            number, carries = each
+        def train(arrays: Arrays, numbered: tuple) -> tuple:
+            number, carries = numbered
             parts = carries["label"].shape[0]
-            gradients, (stats, line) = jax.grad(self._total, has_aux=True)(
-                arrays["params"], arrays["stats"], carries, number, row
+            gradients, (stats, line) = jax.grad(self._loss, has_aux=True)(
+                arrays["params"], arrays["stats"], carries, number, group
             )
-            gradients = self._lay(gradients)
+            gradients = self._constrain(gradients)
             line = line / parts
             squared = None
             if self._clips:
                 squared = jax.lax.psum(jax.lax.switch(own, norms, gradients), "stage")
                 line = line.at[-1].set(jnp.sqrt(squared).astype(line.dtype))
             arrays = jax.lax.switch(own, steps, {**arrays, "stats": stats}, gradients, squared)
-            return self._lay(arrays), line
+            return self._constrain(arrays), line
 
         count = batches["label"].shape[0]
         numbers = step + jnp.arange(count, dtype=jnp.int32)
-        return jax.lax.scan(batch, arrays, (numbers, batches))
+        return jax.lax.scan(train, arrays, (numbers, batches))
 
-    def _total(
-        self, params: tuple, stats: tuple, carries: Carry, number: jax.Array, row: jax.Array
+    def _loss(
+        self, params: Slots, stats: Slots, carries: Carry, number: jax.Array, group: jax.Array
     ) -> tuple[jax.Array, tuple]:
-        """Losses of a row over all microbatches; moved statistics and sums of metrics.
+        """Losses of a device group over all microbatches; moved statistics and sums of metrics.
 
-        Differentiated on every row at once: the transpose of `ppermute` hands errors down.
+        Differentiated on every device group at once: the transpose of `ppermute` sends errors down.
         """
-        rows, parts = len(self.layout.rows), carries["label"].shape[0]
-        nothing = _zeros(self._message)
+        parts = carries["label"].shape[0]
+        nothing = self._empty_carry()
         scalar = jax.dtypes.canonicalize_dtype(jnp.float64)
 
         def forward(pattern: DeviceGroup) -> Callable:
-            def call(params: tuple, stats: tuple, received: Carry, part: jax.Array) -> tuple:
+            def call(params: Slots, stats: Slots, received: Carry, part: jax.Array) -> tuple:
                 if pattern.is_first:
                     received = jax.tree.map(lambda leaf: leaf[part], carries)
                 stats, carry, loss, metrics = pattern.forward(
@@ -289,12 +182,12 @@ class Program:
 
             return call
 
-        def idle(params: tuple, stats: tuple, received: Carry, part: jax.Array) -> tuple:
+        def idle(params: Slots, stats: Slots, received: Carry, part: jax.Array) -> tuple:
             return stats, nothing, jnp.zeros((), scalar), jnp.zeros(self._width, jnp.float32)
 
-        branches, own = self._choose(row, forward)
+        branches, own = self._choose(group, forward)
 
-        def one(params: tuple, stats: tuple, received: Carry, part: jax.Array) -> tuple:
+        def one(params: Slots, stats: Slots, received: Carry, part: jax.Array) -> tuple:
             exists = (part >= 0) & (part < parts)
             index = jnp.where(exists, own, len(branches))
             return jax.lax.switch(index, [*branches, idle], params, stats, received, part)
@@ -302,20 +195,112 @@ class Program:
         # Without remat this keeps what would be kept anyhow; but the weights once, instead of a
         # copy for every tick.
         everything = jax.checkpoint_policies.everything_saveable
-        policy = None if self.layout.stages[0].remat else everything
+        policy = None if self._layout.stages[0].remat else everything
         one = jax.checkpoint(one, policy=policy, prevent_cse=False)
 
         def tick(loop: tuple, time: jax.Array) -> tuple:
             stats, received, total, sums = loop
-            stats, carry, loss, line = one(params, stats, received, time - row)
-            carry = self._send(self._lay(carry, "data"))
-            return (self._lay(stats), carry, total + loss, sums + line), None
+            stats, carry, loss, line = one(params, stats, received, time - group)
+            carry = self._send(self._constrain(carry, "data"))
+            return (self._constrain(stats), carry, total + loss, sums + line), None
 
+        times = jnp.arange(parts + self._groups - 1, dtype=jnp.int32)
         loop = stats, nothing, jnp.zeros((), scalar), jnp.zeros(self._width, jnp.float32)
-        times = jnp.arange(parts + rows - 1, dtype=jnp.int32)
         (stats, _, total, sums), _ = jax.lax.scan(tick, loop, times)
         return total, (stats, sums)
 
+    # --- What they share --------------------------------------------------------------------------
 
-def _zeros(shapes: Carry, *stacked: int) -> Carry:
-    return jax.tree.map(lambda leaf: jnp.zeros((*stacked, *leaf.shape), leaf.dtype), shapes)
+    def _choose(
+        self, group: jax.Array, function: Callable[[DeviceGroup], Callable]
+    ) -> tuple[list[Callable], jax.Array]:
+        """A function for every pattern, and the index of this device group's."""
+        shift = jnp.asarray(self._shifts, jnp.uint32)[group] if any(self._shifts) else 0
+        # A pattern of one group needs no shift that is known at run time alone.
+        branches = [
+            function(pattern.shifted(shift) if self._pattern_of.count(number) > 1 else pattern)
+            for number, pattern in enumerate(self._patterns)
+        ]
+        return branches, jnp.asarray(self._pattern_of, jnp.int32)[group]
+
+    def _send(self, carry: Carry) -> Carry:
+        """Sends a carry to the next device group."""
+        return jax.lax.ppermute(carry, "stage", [(k, k + 1) for k in range(self._groups - 1)])
+
+    def _constrain(self, tree: Any, *spec: str | None) -> Any:
+        """Tells the compiler how to cut a tree over the data axis; scalars are not cut."""
+        if not self._has_replicas:
+            return tree
+
+        def constrain(leaf: jax.Array) -> jax.Array:
+            axes = spec if leaf.ndim >= len(spec) else ()
+            return jax.lax.with_sharding_constraint(leaf, PartitionSpec(*axes))
+
+        return jax.tree.map(constrain, tree)
+
+    def _empty_carry(self, *stacked: int) -> Carry:
+        """Zeros in the shapes of a carry between device groups; {} where there is one group."""
+        if self._groups == 1:
+            return {}
+        received = self._layout.stages[self._layout.device_groups[1][0]].carry
+        shapes = {**received, "loss": jax.ShapeDtypeStruct((), jnp.float32)}
+        return jax.tree.map(lambda leaf: jnp.zeros((*stacked, *leaf.shape), leaf.dtype), shapes)
+
+    # --- Metrics ----------------------------------------------------------------------------------
+
+    def _line(self, metrics: Metrics) -> jax.Array:
+        """Metrics of a device group as a line of the table."""
+        values = [metrics[name] for name in sorted(metrics)]
+        return jnp.zeros(self._width, jnp.float32).at[: len(values)].set(jnp.stack(values))
+
+    @cached_property
+    def _columns(self) -> dict[str, tuple[int, int]]:
+        """Device group and column of every metric; sums over blocks are those of the last group."""
+        columns = {}
+        for group, (pattern, shift) in enumerate(zip(self._pattern_of, self._shifts, strict=True)):
+            for column, name in enumerate(self._names[pattern]):
+                block, slash, term = name.partition("/")
+                if slash:
+                    block = f"block_{int(block.removeprefix('block_')) + shift}"
+                columns[block + slash + term] = group, column
+            if self._clips:
+                columns["gradient_norm"] = group, self._width - 1
+        return columns
+
+    @cached_property
+    def _names(self) -> list[list[str]]:
+        """Names of the metrics of every pattern."""
+        return [
+            sorted({name for stage in pattern.stages for name in metric_names(stage, self._route)})
+            for pattern in self._patterns
+        ]
+
+    @property
+    def _width(self) -> int:
+        return max(map(len, self._names)) + self._clips
+
+    # --- Which device groups are alike ------------------------------------------------------------
+
+    def _find_patterns(self) -> None:
+        layout, last = self._layout, self._groups - 1
+        known: dict[tuple, tuple[int, int]] = {}
+        for group, members in enumerate(layout.device_groups):
+            stages = tuple(layout.stages[k] for k in members)
+            start = stages[0].units[0].index
+            key = (
+                group == 0,  # batches enter here
+                group == last and not self._route.local,  # errors begin here
+                tuple(
+                    (stage.remat, *(layout.block_classes[unit.index] for unit in stage.units))
+                    for stage in stages
+                ),
+            )
+            if key not in known:
+                known[key] = len(self._patterns), start
+                slots = tuple(layout.owner[k][1] for k in members)
+                self._patterns.append(
+                    DeviceGroup(stages, slots, self._route, group == 0, group == last)
+                )
+            pattern, first = known[key]
+            self._pattern_of.append(pattern)
+            self._shifts.append(start - first)

@@ -1,4 +1,4 @@
-"""States of stages stacked over the rows of a mesh, and their views stage by stage."""
+"""States of stages stacked over the device groups of a mesh, and their views stage by stage."""
 
 import collections
 import dataclasses
@@ -15,19 +15,25 @@ from jdecouple.pipeline.mesh import StageDevices
 
 PARTS = ("params", "stats", "opt")
 
+Slot = tuple[int, int]
+"""(block class, number): room for one block of the class in every device group."""
+
+Arrays = dict[str, dict[Slot, Any]]
+"""State of all stages, or of a device group: "params", "stats" and "opt" of every slot."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Layout:
-    """Where the state of every block lies in arrays that are cut over the rows of a mesh.
+    """Where the state of every block lies in arrays that are cut over the device groups of a mesh.
 
-    A slot holds one block of a kind in every row. An array of a slot is the concatenation of the
-    rows' arrays, so what lies on a device is the array of its own block, without a copy. Rows with
-    fewer blocks of the kind hold zeros in the param_slots that are left.
+    A slot holds one block of a class in every device group. An array of a slot is the concatenation
+    of the groups' arrays, so what lies on a device is the array of its own block, without a copy.
+    Groups with fewer blocks of the class hold zeros in the slots that are left.
 
     Attributes:
         stages: all stages.
         placements: devices of each stage.
-        block_classes: the kind of every block; blocks of a kind have equal states.
+        block_classes: the class of every block; blocks of a class have equal states.
     """
 
     stages: tuple[Stage, ...]
@@ -35,19 +41,18 @@ class Layout:
     block_classes: tuple[int, ...]
 
     @cached_property
-    def rows(self) -> tuple[tuple[int, ...], ...]:
-        """Stages of every row, in order."""
-        found: dict[tuple, list[int]] = {}
+    def device_groups(self) -> tuple[tuple[int, ...], ...]:
+        """Stages of every device group, in order."""
+        groups: dict[tuple, list[int]] = {}
         for k, placement in enumerate(self.placements):
-            found.setdefault(placement.devices, []).append(k)
-        return tuple(map(tuple, found.values()))
+            groups.setdefault(placement.devices, []).append(k)
+        return tuple(map(tuple, groups.values()))
 
     @cached_property
     def mesh(self) -> Mesh:
-        """The rows as a mesh with the axes `stage` and `data`."""
-        return Mesh(
-            np.array([self.placements[row[0]].devices for row in self.rows]), ("stage", "data")
-        )
+        """The device groups as a mesh with the axes `stage` and `data`."""
+        devices = [self.placements[stages[0]].devices for stages in self.device_groups]
+        return Mesh(np.array(devices), ("stage", "data"))
 
     @cached_property
     def sharding(self) -> NamedSharding:
@@ -55,85 +60,67 @@ class Layout:
         return NamedSharding(self.mesh, PartitionSpec("stage"))
 
     @cached_property
-    def param_slots(self) -> tuple[tuple[int, int], ...]:
-        """All param_slots: (kind, number)."""
-        return tuple(sorted({slot for row in self._param_slots for slot in row}))
+    def shapes(self) -> tuple[StageState, ...]:
+        """Shapes of the state of every stage."""
+        return tuple(jax.eval_shape(stage.initial) for stage in self.stages)
 
     @cached_property
-    def _param_slots(self) -> tuple[tuple[tuple[int, int], ...], ...]:
-        """Slots of the blocks of every row, in order."""
-        found = []
-        for row in self.rows:
-            taken: collections.Counter = collections.Counter()
-            param_slots = []
-            for kind in (
-                self.block_classes[unit.index] for k in row for unit in self.stages[k].units
-            ):
-                param_slots.append((kind, taken[kind]))
-                taken[kind] += 1
-            found.append(tuple(param_slots))
-        return tuple(found)
-
-    def of_row(self, row: int) -> tuple[tuple[int, ...], ...]:
-        """Indices of the param_slots of the blocks of every stage of a row."""
-        param_slots = iter(self._param_slots[row])
-        return tuple(
-            tuple(self.param_slots.index(next(param_slots)) for _ in self.stages[k].units)
-            for k in self.rows[row]
-        )
-
-    @cached_property
-    def owner(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
-        """DeviceGroup of every stage, and the indices of its blocks' param_slots."""
-        return tuple(
-            (number, param_slots)
-            for number in range(len(self.rows))
-            for param_slots in self.of_row(number)
-        )
+    def owner(self) -> tuple[tuple[int, tuple[Slot, ...]], ...]:
+        """Device group of every stage, and the slots of its blocks."""
+        owners = []
+        for group, members in enumerate(self.device_groups):
+            used: collections.Counter[int] = collections.Counter()
+            for k in members:
+                slots = []
+                for unit in self.stages[k].units:
+                    block_class = self.block_classes[unit.index]
+                    slots.append((block_class, used[block_class]))
+                    used[block_class] += 1
+                owners.append((group, tuple(slots)))
+        return tuple(owners)
 
     def stack(self, states: Sequence[StageState]) -> "ShardedState":
         """Stacks placed states of all stages, whose memory it takes over."""
-        held = {
-            (row, slot): {part: state[part][number] for part in PARTS}
-            for (row, param_slots), state in zip(self.owner, states, strict=True)
-            for number, slot in enumerate(param_slots)
-        }
-        stacked = []
-        for slot in range(len(self.param_slots)):
-            present = {row: held[row, slot] for row in range(len(self.rows)) if (row, slot) in held}
-            leaves = {row: jax.tree.leaves(tree) for row, tree in present.items()}
-            arrays = [
-                self._join({row: each[number] for row, each in leaves.items()})
-                for number in range(len(next(iter(leaves.values()))))
-            ]
-            structure = jax.tree.structure(next(iter(present.values())))
-            stacked.append(jax.tree.unflatten(structure, arrays))
-        return ShardedState(self, {part: tuple(each[part] for each in stacked) for part in PARTS})
+        arrays: Arrays = {}
+        for part in PARTS:
+            blocks: dict[Slot, dict[int, Any]] = collections.defaultdict(dict)  # by device group
+            for (group, slots), state in zip(self.owner, states, strict=True):
+                for slot, block in zip(slots, state[part], strict=True):
+                    blocks[slot][group] = block
+            arrays[part] = {slot: self._stack_slot(by_group) for slot, by_group in blocks.items()}
+        return ShardedState(self, arrays)
 
-    def _join(self, leaves: dict[int, jax.Array]) -> jax.Array:
-        some = next(iter(leaves.values()))
-        shape = some.shape or (1,)
-        pieces = []
-        for number, row in enumerate(self.mesh.devices):
-            if number in leaves:
-                here = {shard.device: shard.data for shard in leaves[number].addressable_shards}
-                pieces += [here[device].reshape(shape) for device in row]
-            else:
-                nothing = np.zeros(shape, some.dtype)
-                pieces += [jax.device_put(nothing, device, may_alias=False) for device in row]
-        return jax.make_array_from_single_device_arrays(
-            (len(self.rows) * shape[0], *shape[1:]), self.sharding, pieces
+    def _stack_slot(self, blocks: dict[int, Any]) -> Any:
+        groups = list(blocks)
+        return jax.tree.map(
+            lambda *leaves: self._concatenate(dict(zip(groups, leaves, strict=True))),
+            *blocks.values(),
         )
 
-    def view(self, arrays: Any, stage: int) -> StageState:
-        """The state of one stage, in the memory of the stacked one."""
-        row, param_slots = self.owner[stage]
-        placement = self.placements[stage]
-        shapes = self.shapes[stage]
+    def _concatenate(self, arrays: dict[int, jax.Array]) -> jax.Array:
+        """Joins the arrays of the device groups that have one; the others get zeros."""
+        example = next(iter(arrays.values()))
+        shape = example.shape or (1,)
+        pieces = []
+        for group, devices in enumerate(self.mesh.devices):
+            if group in arrays:
+                shards = {shard.device: shard.data for shard in arrays[group].addressable_shards}
+                pieces += [shards[device].reshape(shape) for device in devices]
+            else:
+                zeros = np.zeros(shape, example.dtype)
+                pieces += [jax.device_put(zeros, device, may_alias=False) for device in devices]
+        return jax.make_array_from_single_device_arrays(
+            (len(self.device_groups) * shape[0], *shape[1:]), self.sharding, pieces
+        )
 
-        def cut(array: jax.Array, shape: Any) -> jax.Array:
-            here = {shard.device: shard.data for shard in array.addressable_shards}
-            pieces = [here[device].reshape(shape.shape) for device in self.mesh.devices[row]]
+    def view(self, arrays: Arrays, stage: int) -> StageState:
+        """The state of one stage, in the memory of the stacked one."""
+        group, slots = self.owner[stage]
+        placement, shapes = self.placements[stage], self.shapes[stage]
+
+        def cut(array: jax.Array, shape: jax.ShapeDtypeStruct) -> jax.Array:
+            shards = {shard.device: shard.data for shard in array.addressable_shards}
+            pieces = [shards[device].reshape(shape.shape) for device in self.mesh.devices[group]]
             return jax.make_array_from_single_device_arrays(
                 shape.shape, placement.replicated, pieces
             )
@@ -141,15 +128,10 @@ class Layout:
         return {
             part: tuple(
                 jax.tree.map(cut, arrays[part][slot], shape)
-                for slot, shape in zip(param_slots, shapes[part], strict=True)
+                for slot, shape in zip(slots, shapes[part], strict=True)
             )
             for part in PARTS
         }
-
-    @cached_property
-    def shapes(self) -> tuple[StageState, ...]:
-        """Shapes of the state of every stage."""
-        return tuple(jax.eval_shape(stage.initial) for stage in self.stages)
 
 
 @jax.tree_util.register_pytree_node_class
@@ -158,10 +140,10 @@ class ShardedState(Sequence):
 
     Attributes:
         layout: where each block's state lies.
-        arrays: "params", "stats" and "opt": each a tuple with one entry a slot.
+        arrays: the stacked arrays.
     """
 
-    def __init__(self, layout: Layout, arrays: dict[str, tuple]):
+    def __init__(self, layout: Layout, arrays: Arrays):
         self.layout = layout
         self.arrays = arrays
 
@@ -178,7 +160,7 @@ class ShardedState(Sequence):
         return len(self.layout.stages)
 
     def __getitem__(self, stage: Any) -> Any:
-        """State of a stage, without a copy: the next step donates it like the whole."""
+        """State of a stage, without a copy: the next step donates it with all others."""
         if isinstance(stage, slice):
             return [self[k] for k in range(len(self))[stage]]
         return self.layout.view(self.arrays, range(len(self))[stage])

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
-SECONDS = 60  # after which what does not happen is a failure
+SECONDS = 600  # after which what does not happen is a failure
 # Answers every packet of the other end; then, how long some take, and a longer message.
 ECHO = """
 import socket
@@ -38,7 +38,7 @@ for size in (1, 1, 1, 100_000):
 """
 HOLDER = """
 import signal, time
-from link import SlowLink
+from relay import SlowLink
 signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
 link = SlowLink()
 print(*link.namespaces, flush=True)
@@ -51,7 +51,7 @@ def link() -> Any:
     """The module."""
     sys.path.insert(0, str(BENCH))
     try:
-        yield importlib.import_module("link")
+        yield importlib.import_module("relay")
     finally:
         sys.path.remove(str(BENCH))
 
@@ -99,7 +99,7 @@ def test_a_link_delays_and_goes_away(link):
         assert slow.used()["processor"] > 0
     assert gone(slow.namespaces)
     assert min(at_once) < 0.05
-    assert all(each >= 0.1 for each in late)
+    assert all(seconds >= 0.1 for seconds in late)
     assert min(late) < 0.2
     assert narrow[-1] >= 0.1  # 100 kB at 1 MB/s
     assert min(narrow) < 0.05
@@ -163,8 +163,8 @@ def ends(link, monkeypatch):
     assert not thread.is_alive()
     os.close(read)
     for pair in pairs:
-        for each in pair:
-            each.close()
+        for end in pair:
+            end.close()
 
 
 def test_packets_arrive_late_whole_and_in_order(ends):
@@ -215,35 +215,34 @@ def test_bandwidth_spaces_packets_out(ends):
     reason="pins processes to two cores",
 )
 def test_benchmark(tmp_path):
-    output, picture = tmp_path / "runs" / "slow.json", tmp_path / "docs" / "slow.png"
+    output = tmp_path / "runs" / "slow.json"
     others = set(Path("/run/netns").glob("jdecouple*"))
     environment = {**os.environ, "PYTHONPATH": str(BENCH.parent)}
     environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     environment.pop("XLA_FLAGS", None)
     done = subprocess.run(
         [
-            *(sys.executable, BENCH / "slow_links.py"),
+            *(sys.executable, BENCH / "links.py"),
             *("--hidden=16", "--depth=2", "--batch=8", "--head=8"),
             *("--seconds=0.05", "--repeats=2", "--delays", "30", "0"),
             *("--rows", "scpl,K=2", "bp:1f1b,K=2,M=2"),
-            *(f"--output={output}", f"--picture={picture}"),
+            f"--output={output}",
         ],
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1800,
     )
     assert done.returncode == 0, done.stderr
     assert output.with_suffix(".md").read_text() in done.stdout
-    assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    found = json.loads(output.read_text())
-    listed = [(each["row"], each["delay_ms"]) for each in found["results"]]
+    results = json.loads(output.read_text())["results"]
+    listed = [(result["row"], result["delay_ms"]) for result in results]
     assert listed == [(row, delay) for row in ("scpl,K=2", "bp:1f1b,K=2,M=2") for delay in (0, 30)]
-    for each in found["results"]:
-        spread = each["ms"]
+    for result in results:
+        spread = result["ms"]
         assert 0 < spread["low"] <= spread["median"] <= spread["high"]
-        assert each["relay"] > 0
-    near, far = found["results"][2:]
+        assert result["relay"] > 0
+    near, far = results[2:]
     assert near["kept"]["median"] == 1
     assert far["extra_ms"] > 55  # there and back, in every batch
     assert far["simulated_extra_ms"] == pytest.approx(60, rel=0.05)
@@ -255,15 +254,15 @@ def test_benchmark(tmp_path):
     [
         (["--rows", "bp"], "row 'bp': two stages on two devices are needed"),
         (["--rows", "fdg,K=3"], "row 'fdg,K=3': two stages"),
-        (["--depth=3"], "--depth, --batch must be multiples"),
-        (["--delays", "-1"], "--delays are [-1.0]"),
-        (["--in-flight=0"], "--in-flight is 0: at least 1"),
-        (["--bandwidth=0"], "--bandwidth and --seconds must be above 0"),
+        (["--depth=3"], "row 'deinforeg,K=2': --depth 3 is no multiple of K"),
+        (["--delays", "-1"], "--delays: -1 is no number of at least 0"),
+        (["--in-flight=0"], "--in-flight: 0 is no number of at least 1"),
+        (["--bandwidth=0"], "--bandwidth: 0 is no number of at least 1"),
     ],
 )
 def test_options_that_do_not_fit(link, monkeypatch, capsys, arguments, message):
-    monkeypatch.setattr(sys, "argv", ["slow_links.py", *arguments])
+    monkeypatch.setattr(sys, "argv", ["links.py", *arguments])
     with pytest.raises(SystemExit) as stop:
-        importlib.import_module("slow_links").parse()
+        importlib.import_module("links").parse()
     assert stop.value.code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]

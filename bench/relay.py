@@ -10,11 +10,11 @@ stays behind even if the benchmark is killed.
 
 Packets of 64 KiB keep it cheap: 25 MB/s are 400 packets a second. TCP may have as many bytes in
 flight as the delay asks for, from the start: the buffers of both namespaces are raised
-(`SETTINGS`), and so are the first windows of the route. What TCP takes to find a link's width out
-is not measured here; on a real link of long delay this is the administrator's task, too.
+(`SETTINGS`), and so are the first windows of the route.
 """
 
 import collections
+import contextlib
 import fcntl
 import json
 import math
@@ -26,7 +26,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +51,8 @@ class LinkError(RuntimeError):
     """The machine cannot make a link; the message is one line."""
 
 
-class SlowLink:
-    """A link whose delay and bandwidth may change while it is in use.
-
-    Attributes:
-        namespaces: names of both network namespaces.
+class SlowLink(contextlib.AbstractContextManager):
+    """A link whose delay and bandwidth may change while it is in use, between its `namespaces`.
 
     Raises:
         LinkError: this machine lacks root, iproute2 or TUN devices, or a step fails.
@@ -75,7 +72,7 @@ class SlowLink:
         try:
             self._reply()
         except BaseException:
-            self.close()
+            self.__exit__()
             raise
 
     def prefix(self, end: int) -> list[str]:
@@ -84,14 +81,14 @@ class SlowLink:
 
     def set(self, delay: float, bandwidth: float = math.inf) -> None:
         """Changes both directions: seconds that a packet takes, and bytes a second."""
-        self._ask({"delay": delay, "bandwidth": bandwidth})
+        self._ask(delay=delay, bandwidth=bandwidth)
 
     def used(self) -> dict[str, float]:
         """What the relay has taken so far: "processor" seconds, "packets" and "bytes"."""
-        return self._ask({})
+        return self._ask()
 
-    def close(self) -> None:
-        """Ends the relay, and with it the namespaces; may be called more than once."""
+    def __exit__(self, *problem: object) -> None:
+        """Ends the relay, and with it the namespaces."""
         self._relay.stdin.close()
         try:
             self._relay.wait(STOP_SECONDS)
@@ -101,13 +98,7 @@ class SlowLink:
             _delete(self.namespaces)
         self._relay.stdout.close()
 
-    def __enter__(self) -> "SlowLink":
-        return self
-
-    def __exit__(self, *problem: object) -> None:
-        self.close()
-
-    def _ask(self, command: dict[str, float]) -> dict[str, float]:
+    def _ask(self, **command: float) -> dict[str, float]:
         print(json.dumps(command), file=self._relay.stdin, flush=True)
         return self._reply()
 
@@ -127,9 +118,6 @@ def missing() -> str | None:
     return None if os.access(DEVICE, os.R_OK | os.W_OK) else DEVICE
 
 
-# --- The relay's process -------------------------------------------------------------------------
-
-
 class Direction:
     """Packets on their way from one device to the other."""
 
@@ -147,24 +135,18 @@ class Direction:
 
     def take(self, now: float) -> None:
         """Takes what the source has."""
-        for packet in _packets(self.source):
-            self._free = max(now, self._free) + len(packet) / self.bandwidth
-            self._held.append((self._free + self.delay, packet))
-            self.packets += 1
-            self.bytes += len(packet)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                packet = os.read(self.source, PACKET_BYTES)
+                self._free = max(now, self._free) + len(packet) / self.bandwidth
+                self._held.append((self._free + self.delay, packet))
+                self.packets += 1
+                self.bytes += len(packet)
 
     def give(self, now: float) -> None:
         """Gives the target what is due; packets keep their order."""
         while self._held and self._held[0][0] <= now:
             os.write(self.target, self._held.popleft()[1])
-
-
-def _packets(source: int) -> Iterator[bytes]:
-    while True:
-        try:
-            yield os.read(source, PACKET_BYTES)
-        except BlockingIOError:
-            return
 
 
 def relay(devices: Sequence[int], commands: int) -> None:
@@ -174,32 +156,26 @@ def relay(devices: Sequence[int], commands: int) -> None:
     pending = b""
     while True:
         now = time.monotonic()
-        due = min(each.due for each in directions)
+        due = min(direction.due for direction in directions)
         wait = None if due == math.inf else max(0.0, due - now)
         ready, _, _ = select.select([*devices, commands], [], [], wait)
         now = time.monotonic()
-        for each in directions:
-            if each.source in ready:
-                each.take(now)
-            each.give(now)
+        for direction in directions:
+            if direction.source in ready:
+                direction.take(now)
+            direction.give(now)
         if commands in ready:
             read = os.read(commands, 4096)
             if not read:
                 return
             *lines, pending = (pending + read).split(b"\n")
             for line in lines:
-                _reply(_obey(directions, json.loads(line)))
-
-
-def _obey(directions: Sequence[Direction], command: dict[str, float]) -> dict[str, float]:
-    for each in directions:
-        each.delay = command.get("delay", each.delay)
-        each.bandwidth = command.get("bandwidth", each.bandwidth)
-    return {
-        "processor": time.process_time(),
-        "packets": sum(each.packets for each in directions),
-        "bytes": sum(each.bytes for each in directions),
-    }
+                command = json.loads(line)
+                for direction in directions:
+                    direction.delay = command.get("delay", direction.delay)
+                    direction.bandwidth = command.get("bandwidth", direction.bandwidth)
+                used = {x: sum(getattr(y, x) for y in directions) for x in ("packets", "bytes")}
+                _reply({"processor": time.process_time(), **used})
 
 
 def _reply(reply: dict[str, Any]) -> None:
@@ -219,17 +195,12 @@ def _device(namespace: str, address: str) -> int:
     window = str(BUFFER_BYTES // PACKET_BYTES)
     route = ("10.0.0.0/30", "dev", name, "src", address)
     _ip("-n", namespace, "route", "change", *route, "initcwnd", window, "initrwnd", window)
-    return file
-
-
-def _settings(namespace: str) -> None:
-    """Sets what is there of `SETTINGS`: kernels differ."""
-    script = "; ".join(
+    script = "; ".join(  # sets what there is: kernels differ
         f"echo '{value}' > /proc/sys/{key.replace('.', '/')}" for key, value in SETTINGS.items()
     )
-    subprocess.run(
-        ["ip", "netns", "exec", namespace, "sh", "-c", script], stderr=subprocess.DEVNULL
-    )
+    inside = ["ip", "netns", "exec", namespace, "sh", "-c", script]
+    subprocess.run(inside, stderr=subprocess.DEVNULL)
+    return file
 
 
 def _ip(*arguments: str) -> None:
@@ -243,8 +214,8 @@ def _delete(namespaces: Sequence[str]) -> None:
     for name in namespaces:
         if not Path("/run/netns", name).exists():
             continue
-        found = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True)
-        for process in found.stdout.split():
+        left = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True)
+        for process in left.stdout.split():
             os.kill(int(process), signal.SIGKILL)
         subprocess.run(["ip", "netns", "delete", name])
 
@@ -256,7 +227,6 @@ def main(namespaces: Sequence[str]) -> None:
         for name, address in zip(namespaces, ADDRESSES, strict=True):
             _ip("netns", "add", name)
             devices.append(_device(name, address))
-            _settings(name)
         _reply({})
         relay(devices, sys.stdin.fileno())
     except (LinkError, OSError) as error:

@@ -1,0 +1,197 @@
+"""Data sets by name: the table of their loaders, and `load`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import os
+from collections.abc import Callable
+from typing import Any
+
+from jdecouple.data import sources, tfds_sets, tfds_texts
+from jdecouple.data.noise import symmetric_label_noise
+from jdecouple.data.sources import check_whole
+from jdecouple.data.splits import CACHE_BYTES, Dataset
+
+# A name that ends in a colon has a PATH after it; its loader takes the name.
+_LOADERS: dict[str, Callable[..., Dataset]] = {
+    "digits": sources.digits,
+    "synthetic": sources.synthetic,
+    "folder:": sources.folder,
+    "csv:": sources.table,
+    "parquet:": sources.table,
+}
+_BUILT_IN = frozenset(_LOADERS)
+
+
+def names() -> tuple[str, ...]:
+    """Names that `load` knows besides TFDS's; after those with a colon a PATH follows."""
+    return tuple(_LOADERS)
+
+
+def register(name: str, loader: Callable[..., Dataset]) -> None:
+    """Adds a data set; `load`, configurations and the command line then know its name.
+
+    A name that was registered before is replaced, so that a notebook's cell may run twice.
+
+    >>> import numpy as np
+    >>> import jdecouple as jd
+    >>> def noise(seed):
+    ...     pixels = np.random.default_rng(seed).uniform(size=(12, 4, 4, 1))
+    ...     split = jd.data.from_arrays(pixels, np.arange(12) % 2, num_classes=2)
+    ...     mean, std = jd.data.channel_statistics(split)
+    ...     return jd.data.ImageDataset("noise", split, split, split, 2, (4, 4, 1), mean, std)
+    >>> jd.data.register("noise", noise)
+    >>> jd.data.load("noise").num_classes
+    2
+
+    Args:
+        name: what the data set is called.
+        loader: returns the data set. It is called with the options of `load` that its signature
+            names; `load` refuses `validation`, `image_size` and options for texts that it does not
+            name, and draws the label noise itself.
+
+    Raises:
+        ValueError: the name is a built-in set's or holds a colon, or the loader needs an argument
+            that is no option of `load`.
+        TypeError: the loader cannot be called.
+    """
+    if name in _BUILT_IN:
+        raise ValueError(f"data set {name!r} is built in: register yours under another name")
+    if not name or ":" in name:
+        raise ValueError(f"data set name {name!r} given; one without a colon wanted")
+    if not callable(loader):
+        raise TypeError(f"the loader of data set {name!r} must be callable, got {loader!r}")
+    options = inspect.signature(load).parameters.keys() - {"name", "label_noise"}
+    for parameter in inspect.signature(loader).parameters.values():
+        if parameter.default is parameter.empty and parameter.name not in options:
+            raise ValueError(
+                f"the loader of data set {name!r} needs {parameter.name!r}: allowed are "
+                f"{', '.join(sorted(options))}"
+            )
+    _LOADERS[name] = loader
+
+
+def load(
+    name: str,
+    *,
+    data_dir: str | os.PathLike[str] | None = None,
+    validation: float | int | None = None,
+    label_noise: float = 0.0,
+    seed: int = 0,
+    download: bool = False,
+    image_size: int | None = None,
+    synthetic_size: int = 4096,
+    channels: int = 3,
+    num_classes: int = 10,
+    cache_bytes: int = CACHE_BYTES,
+    max_length: int | None = None,
+    vocabulary_size: int | None = None,
+    glove: str | os.PathLike[str] | None = None,
+) -> Dataset:
+    """Loads a data set with its fixed training, validation and test splits.
+
+    >>> digits = load("digits", validation=100)
+    >>> len(digits.train), len(digits.validation), len(digits.test), digits.image_shape
+    (1338, 100, 359, (8, 8, 1))
+
+    `digits` is scikit-learn's bundled set of 1,797 real 8x8 images; a fixed stratified fifth is
+    the test split. `synthetic` is random, for benchmarks. `folder:PATH` is a folder of images in
+    class folders, see `folders.sources`; `csv:PATH` and `parquet:PATH` are labelled texts, see
+    `tables.splits`. `register` adds names. Any other name is a set of images or texts of TensorFlow
+    Datasets that is already prepared as `array_record`; reading it imports no TensorFlow. A TFDS
+    set without a test split, or with hidden test labels, is tested on its own validation split.
+
+    Texts become numbers of words, see `vocabulary.Vocabulary`, which is made of the training split
+    alone (without what is held out of it).
+
+    The splits depend on the data alone, never on `seed`; `seed` draws the label noise (training
+    labels only), the synthetic images and the vectors of words without one. Normalisation
+    statistics are known constants for the sets in `STATISTICS` (at their own size) and for
+    `synthetic`, else those of the first 1,000 training images.
+
+    Args:
+        name: one of `names()` (with PATH after a colon), or a TFDS name.
+        data_dir: folder of the prepared TFDS sets; None is TFDS's own. PATH begins there.
+        validation: training examples to hold out: a fraction in [0, 1) or a count. None is the
+            set's own validation split where it has one besides a test split, else a tenth.
+        label_noise: share of the training labels drawn anew, in [0, 1].
+        seed: of all that is drawn; not negative.
+        download: prepare a TFDS set that is not prepared yet; without it nothing is downloaded.
+        image_size: resize images to this many pixels a side (shorter side, then centre crop);
+            the size of the synthetic images (32 if None).
+        synthetic_size: synthetic examples for training and validation together; the test split
+            has a quarter as many. Other built-in sets ignore this and the next two.
+        channels: channels of the synthetic images, 1 or 3.
+        num_classes: classes of the synthetic set.
+        cache_bytes: decoded TFDS images are kept in memory if those of a split need no more.
+        max_length: words that are kept of a text; 256 if None.
+        vocabulary_size: most words that are told apart, padding and the unknown word included;
+            30,000 if None.
+        glove: text file of word vectors, see `vocabulary.word_vectors`.
+
+    Returns:
+        The data set.
+
+    Raises:
+        ValueError: a bad argument, or a set that is unknown, not prepared, empty or without
+            labels.
+        FileNotFoundError: `data_dir` or the folder or file of a set does not exist.
+    """
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"data set name {name!r} given; 'digits', 'synthetic' or a TFDS name")
+    check_whole("seed", seed, 0)
+    for option, value, least in (
+        ("image_size", image_size, 1),
+        ("max_length", max_length, 1),
+        ("vocabulary_size", vocabulary_size, 3),
+    ):
+        if value is not None:
+            check_whole(option, value, least)
+    options = {
+        "data_dir": data_dir,
+        "validation": validation,
+        "seed": seed,
+        "download": download,
+        "image_size": image_size,
+        "synthetic_size": synthetic_size,
+        "channels": channels,
+        "num_classes": num_classes,
+        "cache_bytes": cache_bytes,
+        "max_length": max_length,
+        "vocabulary_size": vocabulary_size,
+        "glove": glove,
+    }
+    loader = _loader(name, data_dir, download)
+    taken = inspect.signature(loader).parameters
+    dataset = loader(**{key: value for key, value in options.items() if key in taken})
+    if not isinstance(dataset, Dataset):
+        raise TypeError(f"the loader of data set {name!r} must return a Dataset, got {dataset!r}")
+    for key in ("validation", "image_size", "max_length", "vocabulary_size", "glove"):
+        if options[key] is not None and key not in taken:
+            raise ValueError(
+                f"{key}={options[key]!r} given; data set {name!r} holds {dataset.kind} and takes "
+                f"only: {', '.join(key for key in options if key in taken) or 'no options'}"
+            )
+    splits = {
+        role: dataclasses.replace(getattr(dataset, role), name=role)
+        for role in ("train", "validation", "test")
+    }
+    noise = symmetric_label_noise(len(dataset.train), dataset.num_classes, label_noise, seed)
+    if (noise >= 0).any():
+        splits["train"] = dataclasses.replace(splits["train"], overrides=noise)
+    return dataclasses.replace(dataset, name=name, **splits)
+
+
+def _loader(name: str, data_dir: Any, download: bool) -> Callable[..., Dataset]:
+    """The loader of a data set, which its options alone are missing from."""
+    scheme, colon, _ = name.partition(":")
+    if loader := _LOADERS.get(scheme + colon):
+        return functools.partial(loader, name) if colon else loader
+    builder = tfds_sets.prepared(name, data_dir=data_dir, download=download)
+    return functools.partial(
+        sources.prepared_texts if tfds_texts.holds_texts(builder) else sources.prepared_images,
+        name,
+        builder,
+    )

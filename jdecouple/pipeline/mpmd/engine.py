@@ -1,0 +1,125 @@
+"""The MPMD engine: compiled calls of every stage, dispatched without waiting."""
+
+import collections
+import itertools
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jdecouple.methods.routes import Carry, Metrics, StageState
+from jdecouple.pipeline.batch import PlacedBatch
+from jdecouple.pipeline.mpmd.executor import Executor
+from jdecouple.pipeline.mpmd.multi_step import MultiStep
+from jdecouple.pipeline.state import place_states
+from jdecouple.pipeline.transfer import transfer
+from jdecouple.schedules import Call
+
+States = Sequence[StageState | None]
+
+
+class MpmdEngine:
+    """Runs one batch by an `Executor` and several by a `MultiStep`; see `Engine`.
+
+    Args:
+        executor: what runs one batch.
+        max_in_flight: calls of `run` that may be dispatched and unfinished.
+    """
+
+    name = "mpmd"
+
+    def __init__(self, executor: Executor, max_in_flight: int):
+        self.schedule = executor.schedule
+        self.placements = executor.placements
+        self.calls = executor.calls
+        self.fuse = executor.fuse
+        self.max_in_flight = max_in_flight
+        self.multi_step = executor.fuse or executor.route.local or len(executor.stages) == 1
+        self._executor = executor
+        self._in_flight: collections.deque[list[jax.Array]] = collections.deque()
+
+    def load(self, states: Iterable[StageState | None]) -> States:
+        """Puts the states of this process's stages on their devices."""
+        return place_states(self._executor.stages, self.placements, states)
+
+    def put(
+        self, batches: Sequence[Sequence[Carry] | PlacedBatch], count: int | None = None
+    ) -> PlacedBatch:
+        """Uploads batches to the first stage; several are stacked on the host, if they are there.
+
+        A list of one batch is not stacked: it runs as a single batch does.
+        """
+        given = [batch.parts if isinstance(batch, PlacedBatch) else batch for batch in batches]
+        if not self.placements[0].addressable:
+            return PlacedBatch((None,) * len(given[0]), count)
+        stack = self._place if len(given) == 1 else self._several.stack
+        return PlacedBatch(tuple(stack(parts) for parts in zip(*given, strict=True)), count)
+
+    def run(
+        self, states: States, batch: PlacedBatch, step: int, end: int | None = None
+    ) -> tuple[States, Metrics]:
+        """Dispatches one batch or several, and returns at once unless too many are in flight."""
+        while len(self._in_flight) >= self.max_in_flight:
+            jax.block_until_ready(self._in_flight.popleft())
+        count = batch.count or 1
+        if count > 1:
+            states, stage_metrics = self._several.run(states, batch.parts, step, count)
+        else:
+            states, stage_metrics = self._executor.run(states, batch.parts, step, end)
+        losses = [metrics["loss"] for metrics in stage_metrics if metrics]
+        self._in_flight.append(losses + self._credits(stage_metrics, count))
+        merged: Metrics = {}
+        for metrics in filter(None, stage_metrics):
+            merged |= _stacked(metrics) if batch.count == 1 else metrics
+        return states, merged
+
+    def measure(
+        self, states: States, batch: PlacedBatch, step: int
+    ) -> tuple[States, list[tuple[Call, float]]]:
+        """As `run` of one batch, but waits for every call before the next, and times it.
+
+        Raises:
+            ValueError: the stages are fused into one call.
+        """
+        return self._executor.measure(states, batch.parts, step)
+
+    def wait(self, states: Any) -> None:
+        """Blocks until all that was dispatched has run."""
+        jax.block_until_ready((states, list(self._in_flight)))
+        self._in_flight.clear()
+
+    @cached_property
+    def _several(self) -> MultiStep:
+        return MultiStep(self._executor)
+
+    def _place(self, parts: Sequence[Carry]) -> Carry:
+        (part,) = parts
+        return self.placements[0].place(part)
+
+    def _credits(self, stage_metrics: Sequence[Metrics | None], count: int) -> list[jax.Array]:
+        """Losses that the processes above return once they have trained on a batch.
+
+        A local stage gets nothing back from the stages above it. Without these it would run ahead
+        of a slower process without bound.
+        """
+        if not self._executor.route.local:
+            return []
+        placements = self.placements
+        if count > 1:
+            placements = tuple(placement.stacked for placement in placements)
+        shape = jax.ShapeDtypeStruct((count,) if count > 1 else (), np.float32)
+        received = []
+        for k, (below, above) in enumerate(itertools.pairwise(placements)):
+            if not (below.fully_addressable and above.fully_addressable):
+                metrics = stage_metrics[k + 1]
+                received.append(transfer(metrics and metrics["loss"], shape, above, below))
+        return [loss for loss in received if loss is not None]
+
+
+@jax.jit
+def _stacked(metrics: Metrics) -> Metrics:
+    """Metrics of one batch as arrays [1]."""
+    return {name: jnp.expand_dims(value, 0) for name, value in metrics.items()}

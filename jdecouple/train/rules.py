@@ -1,0 +1,79 @@
+"""Rules of a configuration's values: those that nothing refuses which is built from them."""
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+DTYPES = {"float32": None, "bfloat16": jnp.bfloat16}
+
+
+def _rises(values: tuple, kind: Any, least: int) -> bool:
+    numbers = all(isinstance(value, kind) and not isinstance(value, bool) for value in values)
+    return numbers and all(a < b for a, b in itertools.pairwise((least - 1, *values)))
+
+
+# Keys whose values nothing else refuses, a test, and what is allowed. None passes.
+RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("dtype", lambda value: value in DTYPES, f"allowed are {', '.join(DTYPES)}"),
+    ("seed", lambda n: 0 <= n < 2**32, f"a whole number from 0 to {2**32 - 1} is needed"),
+    (
+        "epochs steps eval_every log_every profile checkpoint.every checkpoint.keep",
+        lambda n: 0 < n < 2**31,
+        f"a whole number from 1 to {2**31 - 1} is needed",
+    ),
+    (
+        "optimizer.learning_rate optimizer.decay_factor",
+        lambda x: 0 < x < math.inf,
+        "a finite number above 0 is needed",
+    ),
+    (
+        "optimizer.end_learning_rate optimizer.warmup_epochs",
+        lambda x: 0 <= x < math.inf,
+        "a finite number of at least 0 is needed",
+    ),
+    (
+        # The noise is refused by the data, too, but only when a sweep over it has come there.
+        "optimizer.warmup_start data.label_noise",
+        lambda x: 0 <= x <= 1,
+        "a finite number of at least 0 and at most 1 is needed",
+    ),
+    (
+        "optimizer.decay_epochs",
+        lambda x: _rises(x, (int, float), 0),
+        "increasing numbers from 0 on are needed",
+    ),
+    ("boundaries", lambda n: _rises(n, int, 0), "increasing whole numbers from 0 on are needed"),
+    ("data.buckets", lambda n: _rises(n, int, 1), "increasing whole numbers from 1 on are needed"),
+)
+
+
+def clashes(config: ConfigDict) -> dict[str, bool]:
+    """Whether keys of a complete configuration exclude each other, by what is then said."""
+    mesh, profile = config.mesh, config.profile
+    buckets, length = config.data.buckets, config.data.max_length
+    cuts = {key: config[key] is not None for key in ("boundaries", "split")}
+    uneven = mesh.replicas is not None
+    sized = uneven and (mesh.stages not in (None, len(mesh.replicas)) or mesh.data != 1)
+    excluded = {
+        "split and config.boundaries are both set: give one of them": all(cuts.values()),
+        "mesh.replicas is set: leave config.mesh.stages and config.mesh.data alone": sized,
+        "mesh.propose chooses boundaries and replicas: leave config.boundaries, config.split and "
+        "config.mesh.replicas alone": mesh.propose and (uneven or any(cuts.values())),
+        "profile shows the calls of stages: config.engine 'spmd' has none, 'mpmd' has": (
+            profile and config.engine == "spmd"
+        ),
+        "profile shows single batches: leave config.chunk at 1": profile and config.chunk > 1,
+        f"data.buckets is {buckets}: its last must be config.data.max_length, {length}": (
+            buckets and length not in (None, buckets[-1])
+        ),
+    }
+    for key, least in (("chunk", 1), ("profile", None)):
+        excluded[
+            f"data.buckets is set: config.{key} is {config[key]}, which needs batches of one "
+            f"length: leave it at {least}"
+        ] = buckets and config[key] != least
+    return excluded
