@@ -93,11 +93,11 @@ class TestDataset:
         "option", [{"max_length": 0}, {"max_length": 2.5}, {"vocabulary_size": 2}]
     )
     def test_bad_sizes(self, tmp_path, option):
-        refused(f"{next(iter(option))}=", csv_set(tmp_path), **option)
+        refused(f"{next(iter(option))} is", csv_set(tmp_path), **option)
 
     def test_options_of_the_other_kind(self, tmp_path):
-        refused("max_length=9 given; data set 'digits' holds images", "digits", max_length=9)
-        refused("image_size=9 given; .* holds texts", csv_set(tmp_path), image_size=9)
+        refused("max_length is 9: data set 'digits' holds images", "digits", max_length=9)
+        refused("image_size is 9: .* holds texts", csv_set(tmp_path), image_size=9)
 
     def test_texts_are_not_augmented(self, tmp_path):
         loaded = data.load(csv_set(tmp_path))
