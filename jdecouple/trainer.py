@@ -9,7 +9,6 @@ import jax
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh
 
 from jdecouple.methods import Method
 from jdecouple.methods.routes import Metrics
@@ -70,7 +69,7 @@ class Trainer:
         *,
         num_stages: int | None = None,
         boundaries: Sequence[int] | str | None = None,
-        mesh: StageMesh | Mesh | None = None,
+        mesh: StageMesh | jax.sharding.Mesh | None = None,
         microbatches: int = 1,
         schedule: str = "auto",
         example: Batch,
@@ -91,26 +90,25 @@ class Trainer:
             method: what `jdecouple.methods.get` returns.
             optimizer: an optax transformation; every block gets a state of its own.
             num_stages: K; by default the number of boundaries, else the mesh's.
-            boundaries: indices of the blocks at which stages begin, or the name of one of the
-                model's published splits; by default a split that balances the operations.
-            mesh: `jdecouple.make_mesh(...)`, or a `jax.sharding.Mesh` with the axes `stage` and
-                `data`; by default the first `num_stages` devices.
+            boundaries: blocks at which stages begin, or the name of one of the model's published
+                splits; by default a split that balances the operations.
+            mesh: what `jdecouple.make_mesh` returns, or a `jax.sharding.Mesh` with the axes `stage`
+                and `data`; by default the first `num_stages` devices.
             microbatches: M, parts that a batch is cut into. Losses and BatchNorm statistics are
                 those of a part, gradients the mean over the parts.
             schedule: name of a schedule, or "auto" for the route's own.
             example: a global batch {"x": [batch, ...], "label": [batch]} of the shapes to come.
             num_classes: by default the width of the model's logits.
             seed: root of the keys of heads, dropout and augmentation.
-            transform: `(carry, keys, train) -> carry`, run inside the first stage's compiled call;
-                see `jdecouple.data.augment`.
+            transform: `(carry, keys, train) -> carry` in the first stage's call, for augmentation.
             dtype: compute dtype of blocks and heads, such as `jnp.bfloat16`; parameters,
                 statistics and losses keep theirs. None leaves everything as it is.
             clip_norm: bound on the norm of the gradient of all blocks (synchronous methods; for
                 others, `optax.clip_by_global_norm` in the optimizer clips each block).
-            remat: whether a stage keeps its input alone and repeats the forward in the backward;
-                for all stages, or for each.
+            remat: keep the input of a stage alone, and repeat its forward in the backward; or a
+                bool for every stage.
             fuse: compile all stages into one call; by default where they share their devices.
-            max_in_flight: calls of `step` or `steps` that may be unfinished; by default 2K.
+            max_in_flight: batches, or lists of them, that may be unfinished; by default 2K.
             engine: "mpmd" compiles calls for every stage; "spmd" one program for all, which needs
                 equal blocks between the first and the last, and a local method or `gpipe`; "auto"
                 takes "spmd" where it fits and there are devices for two stages.
@@ -128,10 +126,9 @@ class Trainer:
         stage_mesh = as_stage_mesh(make_mesh(num_stages or 1) if mesh is None else mesh)
         num_stages = num_stages or stage_mesh.shape["stage"]
         check_batch(example, num_classes)
-        self._spec = BatchSpec(
-            build.abstract(dict(example)), microbatches, stage_mesh.shape["data"]
-        )
-        received = self._spec.split(self._spec.example)[0]
+        shapes = build.abstract(dict(example))
+        self._spec = BatchSpec(shapes, microbatches, stage_mesh.shape["data"])
+        received = self._spec.split(shapes)[0]
         carry = build.model_input(received, transform)
         built = self._built = build.build_units(model, method, carry, num_classes, seed, dtype)
         if num_classes is None:
@@ -150,23 +147,17 @@ class Trainer:
         self.placements, self.calls = self._engine.placements, self._engine.calls
         self.latency = self.schedule.latency
         evaluator = DescendingEvaluator if built.units[-1].descends else Evaluator
-        self._evaluate = evaluator(self.stages, self._engine, self._spec.example)
+        self._evaluate = evaluator(self.stages, self._engine, shapes)
 
     def init(self) -> State:
         """Initial state: the weights of the model's blocks and of the heads, step 0.
 
         The queues of a delayed method are there from the start, full of zeros that nothing uses.
         """
-        return self._load(
-            0, lambda k: {**self.stages[k].initial(), **states.zeros(self._queues(k))}
-        )
+        return self._load(0, lambda k: self.stages[k].initial() | states.zeros(self._queues(k)))
 
     def abstract(self, *, addressable: bool = False) -> State:
-        """Shapes and dtypes of the state, without allocating it.
-
-        Args:
-            addressable: leave out the stages of other processes, as `init` does.
-        """
+        """Shapes and dtypes of the state; of the addressable stages alone, or of all."""
         shapes = (
             self._shapes(k) if placement.addressable or not addressable else None
             for k, placement in enumerate(self.placements)
@@ -208,21 +199,16 @@ class Trainer:
         blocks = [block for block, _ in pairs]
         if self.model.classifier is None:
             return blocks
-        trained = self.method.objective.trains_classifier
-        head = pairs[-1][1]
-        return [*blocks, getattr(head, "classifier", None) if trained else self.model.classifier]
+        if self.method.objective.trains_classifier:
+            return [*blocks, getattr(pairs[-1][1], "classifier", None)]
+        return [*blocks, self.model.classifier]
 
     def heads(self, state: State) -> list[nnx.Module | None]:
         """Trained heads, one per block; None where a block has none."""
         return [head for _, head in states.modules(self.stages, state)]
 
     def local_indices(self, size: int, parts: int = 1) -> np.ndarray:
-        """Positions, rising, of the examples that the devices of this process take in.
-
-        Args:
-            size: examples in a global batch.
-            parts: microbatches that it is cut into.
-        """
+        """Which examples of a batch of `size` in `parts` microbatches this process takes in."""
         own = self.placements[0].local_indices(size // parts)
         return np.concatenate([part * (size // parts) + own for part in range(parts)])
 
@@ -305,14 +291,11 @@ class Trainer:
         return State(state.step + placed.count, stages), metrics
 
     def finish(self, state: State) -> State:
-        """Applies what a delayed method still has queued; other methods have nothing.
+        """Applies what a delayed method still has queued; the state stays at the same step.
 
         The stages go on without new batches until every batch has trained every stage. A step
         after it fills the queues again from empty. Gradients that `accumulate` has not yet
         completed to a step stay in the optimiser's state.
-
-        Returns:
-            The state with empty queues, at the same step.
         """
         if not self.schedule.overlapping:
             return state
@@ -365,24 +348,18 @@ class Trainer:
             ValueError: the stages are fused (`fuse=False` keeps them apart), or some are in other
                 processes.
         """
-        if not all(placement.fully_addressable for placement in self.placements):
-            raise ValueError("measuring needs all stages in one process")
         stages, seconds = self._engine.measure(state.stages, self._single(batch), state.step)
         return State(state.step + 1, stages), seconds
 
     def measured_costs(
         self, state: State, batches: Iterable[Batch | PlacedBatch], repeats: int = 10
     ) -> tuple[State, Costs]:
-        """Trains on some batches by `measure`, and takes the median time of every call.
-
-        Args:
-            state: current state.
-            batches: batches as for `step`; begun again when they end.
-            repeats: batches that count. One more is trained on: the first compiles.
+        """Trains by `measure` on one batch that compiles, and on `repeats` that count.
 
         Returns:
-            The new state, and costs with the seconds of every call of the schedule and the bytes of
-            its carries. The link is free: `dataclasses.replace` gives it a bandwidth and a latency.
+            The new state, and costs with the median seconds of every call of the schedule and the
+            bytes of its carries. The link is free: `dataclasses.replace` gives it a bandwidth and a
+            latency. `batches` are begun again when they end.
 
         Raises:
             ValueError: fewer than 1 repeat, no batches, or a trainer that `measure` refuses.
@@ -405,10 +382,7 @@ class Trainer:
 
     def _load(self, step: int, values: Callable[[int], Any]) -> State:
         """Places the values of this process's stages, one after another."""
-        own = (
-            values(k) if placement.addressable else None
-            for k, placement in enumerate(self.placements)
-        )
+        own = (values(k) if p.addressable else None for k, p in enumerate(self.placements))
         return State(step, self._engine.load(own))
 
     @cached_property
@@ -420,4 +394,4 @@ class Trainer:
         return states.queue_shapes(self.schedule, self.method.route, self.stages, k)
 
     def _shapes(self, k: int) -> Any:
-        return {**jax.eval_shape(self.stages[k].initial), **self._queues(k)}
+        return jax.eval_shape(self.stages[k].initial) | self._queues(k)

@@ -222,12 +222,12 @@ def test_current_weights_multiply_kept_activations():
     model = jd.Model([first, layers.linear(6, nets.CLASSES, **options)])
     method = jd.methods.get("fdg", current_weights=True)
     run = jd.Trainer(model, method, jd.optim.sgd(0.1), num_stages=2, example=DATA[0])
-    stage, route, tick = run.stages[0], method.route, jnp.zeros(2, jnp.int32)
+    stage, route, step_id = run.stages[0], method.route, jnp.zeros(2, jnp.int32)
     state = stage.initial()
-    message = {key: jnp.asarray(value) for key, value in DATA[0].items()}
-    kept = jax.jit(lambda s, m: route.forward(stage, s, m, tick)[2])(state, message)
+    carry = {key: jnp.asarray(value) for key, value in DATA[0].items()}
+    kept = jax.jit(lambda s, m: route.forward(stage, s, m, step_id)[2])(state, carry)
     error = jnp.asarray(np.random.default_rng(0).normal(size=(16, 6)))
-    backward = jax.jit(lambda s, kept: route.backward(stage, s, kept, error, tick)[0][0])
+    backward = jax.jit(lambda s, kept: route.backward(stage, s, kept, error, step_id)[0][0])
     before = backward(state, kept)
     scale = "block/layers/1/scale"
     params = {**state["params"][0], scale: 1.6 * state["params"][0][scale]}

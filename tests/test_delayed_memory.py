@@ -26,7 +26,7 @@ DATA = [
     }
 ]
 MESSAGE = BATCH * WIDTH * 4 + BATCH * 4
-"""Bytes of one message: activations and labels, as large as the input of the net."""
+"""Bytes of one carry: activations and labels, as large as the input of the net."""
 ERROR = BATCH * WIDTH * 4
 HELD = {
     "fdg": lambda k: 2 * (STAGES - 1 - k),
@@ -132,11 +132,11 @@ def test_new_residuals_take_the_place_of_the_old():
     state, _ = trained.step(first, DATA[0])
     trained.wait(state)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first.stages[0]["params"]))
-    waiting = state.stages[0]["queues"]
+    queues = state.stages[0]["queues"]
     core = {key: value for key, value in state.stages[0].items() if key != "queues"}
     call = trained._engine._executor._compiled[0, (Kind.BACKWARD, Kind.STEP, Kind.FORWARD)]
-    message = trained.put(DATA[0]).parts[0]
-    arguments = core, None, waiting["residuals"][0], message, waiting["errors"][0]
+    carry = trained.put(DATA[0]).parts[0]
+    arguments = core, None, queues["residuals"][0], carry, queues["errors"][0]
     lowered = call.lower(*arguments, np.zeros((3, 2), np.int32), None)
     reused = lowered.compile().memory_analysis().alias_size_in_bytes
-    assert reused >= size((core, waiting["residuals"][0])) - 64  # but for scalars
+    assert reused >= size((core, queues["residuals"][0])) - 64  # but for scalars

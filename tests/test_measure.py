@@ -43,9 +43,9 @@ def test_measured_costs_are_those_of_every_call(monkeypatch, name, schedule, mic
     assert int(state.step) == 4
     calls = {(call.stage, call.kinds) for call in trainer.schedule.calls()}
     assert costs.calls == {(stage, kinds): 2.0 + stage for stage, kinds in calls}
-    message = trainer.stages[1].carry
-    assert costs.error_bytes == [message["x"].size * 8]
-    assert costs.message_bytes[0] >= costs.error_bytes[0] + message["label"].size * 4
+    carry = trainer.stages[1].carry
+    assert costs.error_bytes == [carry["x"].size * 8]
+    assert costs.message_bytes[0] >= costs.error_bytes[0] + carry["label"].size * 4
     assert simulate(trainer.schedule, costs, batches=3).makespan > 0
 
 

@@ -1,4 +1,4 @@
-"""What a head writes into the message reaches the blocks above, however they are run."""
+"""What a head writes into the carry reaches the blocks above, however they are run."""
 
 import dataclasses
 import functools
@@ -30,10 +30,10 @@ class Trail(nnx.Module):
         self.mark = nnx.Linear(WIDTH, WIDTH, **options)
         self.readout = nnx.Linear(site.size, site.num_classes, **options)
 
-    def __call__(self, features: Any, message: Any) -> HeadOutput:
-        below = message.get("trail", jnp.ones((features.shape[0], WIDTH)))
+    def __call__(self, features: Any, carry: Any) -> HeadOutput:
+        below = carry.get("trail", jnp.ones((features.shape[0], WIDTH)))
         logits = self.readout(features)
-        entropy = jd.objectives.cross_entropy(logits, message["label"])
+        entropy = jd.objectives.cross_entropy(logits, carry["label"])
         loss = entropy + jnp.mean((self.project(features) - below) ** 2)
         # Nothing but blocks above reads what `mark` yields: it must never learn.
         return HeadOutput(loss, {}, logits, {"trail": jnp.tanh(self.mark(below)) + 0.1})
@@ -132,8 +132,8 @@ class Late(Trail):
         super().__init__(site, rngs)
         self.late = site.index == 2
 
-    def __call__(self, features: Any, message: Any) -> HeadOutput:
-        output = super().__call__(features, message)
+    def __call__(self, features: Any, carry: Any) -> HeadOutput:
+        output = super().__call__(features, carry)
         return output._replace(carry={"late": features} if self.late else {})
 
 
@@ -150,7 +150,7 @@ def with_heads(head: Any, **options: Any) -> jd.Trainer:
     )
 
 
-def test_one_program_needs_equal_messages():
+def test_one_program_needs_equal_carries():
     assert with_heads(Late, engine="auto").engine == "mpmd"
     words = ("equal blocks", "block 2", "block 1")
     nets.assert_clear(ValueError, words, lambda: with_heads(Late, engine="spmd"))
@@ -159,8 +159,8 @@ def test_one_program_needs_equal_messages():
 class Deaf(Trail):
     """Reads no trail."""
 
-    def __call__(self, features: Any, message: Any) -> HeadOutput:
-        heard = {name: value for name, value in message.items() if name != "trail"}
+    def __call__(self, features: Any, carry: Any) -> HeadOutput:
+        heard = {name: value for name, value in carry.items() if name != "trail"}
         return super().__call__(features, heard)
 
 
@@ -177,8 +177,8 @@ def test_the_trail_has_an_effect():
 class Wrong(Trail):
     """Writes what is not its own."""
 
-    def __call__(self, features: Any, message: Any) -> HeadOutput:
-        return super().__call__(features, message)._replace(carry={"x": features})
+    def __call__(self, features: Any, carry: Any) -> HeadOutput:
+        return super().__call__(features, carry)._replace(carry={"x": features})
 
 
 def test_a_head_cannot_replace_the_output():

@@ -1,4 +1,4 @@
-"""A message that crosses between processes as one array arrives bit for bit."""
+"""A carry that crosses between processes as one array arrives bit for bit."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import pytest
 from jdecouple.pipeline.transfer import pack, packed, unpack
 
 BATCH = 8
-MESSAGES = {
+CARRIES = {
     "activations": {"x": ("float32", (4, 3)), "label": ("int32", ())},
     "half precision": {"x": ("bfloat16", (2, 5)), "label": ("int32", ()), "mask": ("bool", (3,))},
     "double precision": {"x": ("float64", (3,)), "label": ("int32", ()), "y": ("uint8", (5, 1))},
@@ -17,7 +17,7 @@ MESSAGES = {
 }
 
 
-def message(kinds: dict) -> dict:
+def carry(kinds: dict) -> dict:
     """Random bits, not-a-numbers among them."""
     rng = np.random.default_rng(0)
 
@@ -32,9 +32,9 @@ def message(kinds: dict) -> dict:
     return jax.tree.map(fill, kinds, is_leaf=lambda each: isinstance(each, tuple))
 
 
-@pytest.mark.parametrize("name", MESSAGES)
+@pytest.mark.parametrize("name", CARRIES)
 def test_bits_arrive(name, x64):
-    sent = message(MESSAGES[name])
+    sent = carry(CARRIES[name])
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), sent)
     array = jax.jit(pack)(sent)
     assert (array.shape, array.dtype) == (packed(shapes).shape, packed(shapes).dtype)

@@ -87,12 +87,12 @@ def test_training_is_that_of_one_device(name, net, stages, data, group, microbat
 @pytest.mark.parametrize(
     ("name", "boundaries"), [pytest.param("scpl", (3, 4), marks=pytest.mark.slow), ("bp", (1, 5))]
 )
-def test_rows_need_not_hold_equally_many_blocks(name, boundaries):
+def test_device_groups_need_not_hold_equally_many_blocks(name, boundaries):
     check(name, "deep", 3, 1, 5, boundaries=boundaries)
 
 
 @pytest.mark.slow
-def test_more_stages_than_rows():
+def test_more_stages_than_device_groups():
     check("scpl", "deep", 2, 1, 5, mesh=jd.make_mesh(2), num_stages=7)
 
 
@@ -161,10 +161,10 @@ def test_what_is_read_from_a_state_is_that_of_the_blocks():
             np.testing.assert_allclose(mine, other, atol=TOLERANCE)
 
 
-def test_a_row_holds_its_own_block_and_room_for_the_ends():
+def test_a_device_group_holds_its_own_block_and_room_for_the_ends():
     trainer = build("bp", "ends", 4, boundaries=(0, 2, 3, 4))
     arrays = trainer.init().stages.arrays["params"]
-    # Two blocks of the first and the last row, which the ends come on top of.
+    # Two blocks of the first and the last group, which the ends come on top of.
     shapes = Counter(leaf.shape for leaf in jax.tree.leaves(arrays) if leaf.ndim == 2)
     assert shapes == {(4 * 8, 8): 1, (4 * 2, 8): 1, (4 * 8, nets.CLASSES): 1}
     for leaf in jax.tree.leaves(arrays):

@@ -188,7 +188,7 @@ class Loop:
             numbers += steps
             rows += [{name: columns[name][i] for name in columns} for i in range(len(steps))]
         self._pending = []
-        rows = hosts.merged_rows(self.processes, rows)
+        rows = hosts.merge_metrics(self.processes, rows)
         return list(zip(numbers, rows, strict=self.processes.first))
 
     def _count(self, step: int, row: Mapping[str, Any]) -> None:
@@ -297,7 +297,7 @@ def restore(
         return run.trainer.init(), None
     step, extra = position
     names = list(run.trainer.to_arrays(run.trainer.abstract(addressable=True)))
-    arrays = hosts.hand_out(processes, names, restored.arrays if restored else {})
+    arrays = hosts.scatter(processes, names, restored.arrays if restored else {})
     return run.trainer.from_arrays(step, arrays), extra
 
 

@@ -52,7 +52,7 @@ class Profile:
         self._tracing = False
 
     def before(self, step: int, state: State) -> None:
-        """To be called before each step (from 1 on) with the state that it begins with."""
+        """Begins the trace if `step`, which counts from 1 and begins with `state`, is the first."""
         if self._last and step == self._first:
             self._trainer.wait(state)
             options = jax.profiler.ProfileOptions()
@@ -61,23 +61,19 @@ class Profile:
             self._tracing = True
 
     def after(self, step: int, state: State) -> str | None:
-        """To be called after each step.
-
-        Returns:
-            What to tell the user, after the last traced step.
-        """
+        """Ends the trace if `step` was the last; returns what to tell the user then."""
         if not self._tracing or step < self._last:
             return None
         self._trainer.wait(state)
         self.close()
         count = step - self._first + 1
         try:
-            found = spans(self._workdir / FOLDER_NAME, self._trainer, count, self._first - 1)
+            measured = spans(self._workdir / FOLDER_NAME, self._trainer, count, self._first - 1)
         except ValueError as error:  # no reason to end a training
             return f"no timeline: {error}"
         title = f"{self._title}, steps {self._first} to {step}".lstrip(", ")
         path = self._workdir / PICTURE_NAME
-        figure = draw(found, title=title)
+        figure = draw(measured, title=title)
         replace(path, lambda temporary: figure.savefig(temporary, format="png"))
         return f"timeline of steps {self._first} to {step}: {path}"
 
@@ -112,7 +108,7 @@ def spans(
     turns = collections.defaultdict(list)
     for call in trainer.calls:
         turns[call.stage, call.kinds].append(call.microbatches)
-    found = []
+    result = []
     for (stage, kinds), microbatches in turns.items():
         times = ran.get((stage, kinds), [])
         name = f"stage {stage}: {''.join(kind.value for kind in kinds)}"
@@ -123,11 +119,11 @@ def spans(
             )
         for number, (start, end) in enumerate(times):
             batch, turn = divmod(number, len(microbatches))
-            row, parts = trainer.schedule.device_group(stage), microbatches[turn]
-            found.append(Span(stage, row, kinds, parts, first_batch + batch, start, end))
-    found.sort(key=lambda span: (span.start, span.stage))
-    zero = found[0].start
-    return [span._replace(start=span.start - zero, end=span.end - zero) for span in found]
+            group, parts = trainer.schedule.device_group(stage), microbatches[turn]
+            result.append(Span(stage, group, kinds, parts, first_batch + batch, start, end))
+    result.sort(key=lambda span: (span.start, span.stage))
+    zero = result[0].start
+    return [span._replace(start=span.start - zero, end=span.end - zero) for span in result]
 
 
 def _events(folder: Path) -> list[dict[str, Any]]:
@@ -166,12 +162,12 @@ def _pieces(events: list[dict[str, Any]]) -> Iterator[tuple[str, Any, float, flo
         if event.get("ph") != "X":
             continue
         if modules:
-            name, place = event["name"], (event["pid"], event["tid"])
-            if lines.get(place) != _MODULES:
+            name, line = event["name"], (event["pid"], event["tid"])
+            if lines.get(line) != _MODULES:
                 continue
             # Every device has the runs of a call in the same order.
-            turns[name, place] += 1
-            run = turns[name, place]
+            turns[name, line] += 1
+            run = turns[name, line]
         else:
             args = event.get("args", {})
             name, run = args.get("hlo_module", ""), args.get("run_id")

@@ -263,7 +263,7 @@ def check_alike(config: ConfigDict, processes: SingleProcess) -> None:
     if processes.count != jax.process_count():
         raise ConfigError(
             f"jax.distributed runs {jax.process_count()} processes: give train_and_evaluate what "
-            "jdecouple.hosts.join returned"
+            "jdecouple.train.hosts.join returned"
         )
     own = json.loads(config.to_json())
     for index, other in enumerate(processes.collect(own)):

@@ -79,11 +79,7 @@ class MpmdEngine:
     def measure(
         self, states: States, batch: PlacedBatch, step: int
     ) -> tuple[States, list[tuple[Call, float]]]:
-        """As `run` of one batch, but waits for every call before the next, and times it.
-
-        Raises:
-            ValueError: the stages are fused into one call.
-        """
+        """As `run` of one batch, but waits for every call before the next, and times it."""
         return self._executor.measure(states, batch.parts, step)
 
     def wait(self, states: Any) -> None:

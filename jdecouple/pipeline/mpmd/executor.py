@@ -73,8 +73,10 @@ class Executor:
         """As `run`, but waits for every call before the next; gives each with its seconds.
 
         Raises:
-            ValueError: the stages are fused into one call.
+            ValueError: the stages are fused into one call, or some are in other processes.
         """
+        if not all(placement.fully_addressable for placement in self.placements):
+            raise ValueError("measuring needs all stages in one process")
         if self.fuse:
             raise ValueError("the stages are fused into one call: measuring needs fuse=False")
         seconds: list[tuple[Call, float]] = []

@@ -23,22 +23,13 @@ def fitting(
     fuse: bool | None,
     carries: Sequence[Carry],
 ) -> Layout | None:
-    """The layout of a training that the engine can run, and is to run.
+    """The layout of a training that the engine can run, and is to run; else None.
 
-    Args:
-        engine: one of `ENGINES`.
-        stages: all stages.
-        placements: devices of each stage.
-        route: how error reaches the blocks.
-        schedule: name of the schedule, or "auto".
-        fuse: the Trainer's option.
-        carries: shapes of the carry that every block receives.
-
-    Returns:
-        None where the stages are to be compiled one by one.
+    `engine`, `schedule` and `fuse` are the Trainer's arguments; `carries` are shapes of what every
+    block receives.
 
     Raises:
-        ValueError: an unknown engine, or "spmd" where it does not fit, with the reason.
+        ValueError: "spmd" where it does not fit, with the reason.
     """
     if engine == "mpmd" or (
         engine == "auto" and len({placement.devices for placement in placements}) == 1

@@ -1,6 +1,6 @@
 """Several processes as one run: who they are, how they meet, and how they end together."""
 
-from jdecouple.train.hosts.exchange import gather, hand_out, merged_rows
+from jdecouple.train.hosts.exchange import gather, merge_metrics, scatter
 from jdecouple.train.hosts.group import SINGLE_PROCESS, MultiProcess, SingleProcess
 from jdecouple.train.hosts.join import join
 from jdecouple.train.hosts.process_spec import ProcessSpec, detect_cluster
@@ -12,7 +12,7 @@ __all__ = [
     "SingleProcess",
     "detect_cluster",
     "gather",
-    "hand_out",
     "join",
-    "merged_rows",
+    "merge_metrics",
+    "scatter",
 ]

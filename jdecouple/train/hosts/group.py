@@ -85,7 +85,7 @@ SINGLE_PROCESS = SingleProcess()
 class MultiProcess(SingleProcess):
     """One of several processes.
 
-    Made by `jdecouple.hosts.join`; ended by `close`, or by `fail`.
+    Made by `join`; ended by `close`, or by `fail`.
 
     Args:
         index: number of this process.
@@ -99,7 +99,7 @@ class MultiProcess(SingleProcess):
         self._links = dict(links)
         self._names = names
         self._data: dict[int, queue.SimpleQueue[Message]] = {
-            each: queue.SimpleQueue() for each in links
+            other: queue.SimpleQueue() for other in links
         }
         self._changed = threading.Condition()
         self._left: set[int] = set()  # processes that have nothing more to do
@@ -109,8 +109,8 @@ class MultiProcess(SingleProcess):
         self._stop_at: int | None = None
         self._ending = threading.Lock()
         self._action: Callable[[], object] = lambda: None
-        for each in links:
-            threading.Thread(target=self._listen, args=(each,), daemon=True).start()
+        for other in links:
+            threading.Thread(target=self._listen, args=(other,), daemon=True).start()
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
     def collect(self, value: Any, arrays: Sequence[np.ndarray] = ()) -> list[Message]:
@@ -119,15 +119,15 @@ class MultiProcess(SingleProcess):
         if not self.first:
             self._send(0, own)
             return []
-        return [own, *(self._data[each].get() for each in range(1, self.count))]
+        return [own, *(self._data[other].get() for other in range(1, self.count))]
 
     def distribute(self, messages: Sequence[Message] | None) -> Message:
         """See `SingleProcess.distribute`."""
         if not self.first:
             return self._data[0].get()
         assert messages is not None
-        for each in range(1, self.count):
-            self._send(each, messages[each])
+        for other in range(1, self.count):
+            self._send(other, messages[other])
         return messages[0]
 
     def stops(self, step: int, requested: bool) -> bool:
@@ -167,9 +167,9 @@ class MultiProcess(SingleProcess):
 
         It does not return if it does.
         """
-        heard = {each: link.heard for each, link in self._links.items()}
+        heard = [(link, link.heard) for link in self._links.values()]
         time.sleep(_GRACE)
-        if any(link.heard == heard[each] for each, link in self._links.items()):
+        if any(link.heard == before for link, before in heard):
             time.sleep(SILENCE)
 
     def close(self) -> None:
@@ -240,8 +240,8 @@ class MultiProcess(SingleProcess):
                 return
             self._querying = True
             begun = self._begun
-        for each in self._links:
-            self._send(each, Message("how far"))
+        for other in self._links:
+            self._send(other, Message("how far"))
         self._know(0, begun)
 
     def _know(self, index: int, begun: int) -> None:
@@ -251,8 +251,8 @@ class MultiProcess(SingleProcess):
                 return
             stop_at = self._stop_at = max(self._limits.values())
             self._changed.notify_all()
-        for each in self._links:
-            self._send(each, Message("until", stop_at))
+        for other in self._links:
+            self._send(other, Message("until", stop_at))
 
     def _watch(self) -> None:
         """Gives signs of life, and misses those of others."""

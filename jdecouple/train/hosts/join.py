@@ -22,7 +22,7 @@ _GREETING = 10.0  # seconds for the first message of whoever connects
 _BACKSTOP = 3600  # seconds after which JAX misses a process that `MultiProcess` has not missed
 
 
-def join(place: ProcessSpec, *, patience: float = PATIENCE) -> MultiProcess:
+def join(spec: ProcessSpec, *, patience: float = PATIENCE) -> MultiProcess:
     """Waits for all processes of a run, and starts `jax.distributed` with them.
 
     Call it before anything touches a device. Process 0 waits at the coordinator's port; all else
@@ -30,7 +30,7 @@ def join(place: ProcessSpec, *, patience: float = PATIENCE) -> MultiProcess:
     uses ports that are free.
 
     Args:
-        place: of this process.
+        spec: the run and this process's part in it.
         patience: seconds to wait for the others.
 
     Raises:
@@ -40,39 +40,39 @@ def join(place: ProcessSpec, *, patience: float = PATIENCE) -> MultiProcess:
     hello = {
         "program": "jdecouple",
         "jax": jax.__version__,
-        "num_processes": place.count,
-        "index": place.index,
+        "num_processes": spec.count,
+        "index": spec.index,
         "name": socket.gethostname(),
     }
     end = time.monotonic() + patience
-    if place.index == 0:
-        links, hellos = _await_others(place, hello, end)
-        welcome = _welcome(links, [hello, *(hellos[each] for each in sorted(hellos))])
+    if spec.index == 0:
+        links, hellos = _await_others(spec, hello, end)
+        welcome = _welcome(links, [hello, *(hellos[index] for index in sorted(hellos))])
         coordinator = f"127.0.0.1:{welcome['port']}"
     else:
-        link, welcome = _find_first(place, hello, end)
+        link, welcome = _find_first(spec, hello, end)
         links = {0: link}
-        coordinator = relay(place.host, welcome["port"], patience)
+        coordinator = relay(spec.host, welcome["port"], patience)
     os.environ.setdefault("no_grpc_proxy", "127.0.0.1")
     jax.config.update("jax_check_proxy_envs", False)
-    hosts = MultiProcess(place.index, links, welcome["names"])
+    process = MultiProcess(spec.index, links, welcome["names"])
     distributed.initialize(
         coordinator,
-        place.count,
-        place.index,
-        address=place.address or welcome["address"],
+        spec.count,
+        spec.index,
+        address=spec.address or welcome["address"],
         transfer_port=_held_port(),
-        all_devices=not place.launched,
+        all_devices=not spec.launched,
         heartbeat_timeout=_BACKSTOP,
     )
-    return hosts
+    return process
 
 
 def _welcome(links: dict[int, Link], hellos: list[dict[str, Any]]) -> dict[str, Any]:
     """What process 0 tells all that have come, each under which address the others reach it."""
-    near = [link.own_address for link in links.values()]
-    here = next((each for each in near if not _is_loopback(each)), near[0])
-    shared = {"port": _free_port(), "names": [each["name"] for each in hellos]}
+    addresses = [link.own_address for link in links.values()]
+    here = next((address for address in addresses if not _is_loopback(address)), addresses[0])
+    shared = {"port": _free_port(), "names": [hello["name"] for hello in hellos]}
     for link in links.values():
         seen = link.other_address
         own = {"address": here if _is_loopback(seen) else seen}
@@ -85,21 +85,21 @@ def _is_loopback(address: str) -> bool:
 
 
 def _await_others(
-    place: ProcessSpec, own: dict[str, Any], end: float
+    spec: ProcessSpec, own: dict[str, Any], end: float
 ) -> tuple[dict[int, Link], dict[int, dict[str, Any]]]:
     """On process 0: a link to every other, and what they say of themselves."""
     links: dict[int, Link] = {}
     hellos: dict[int, dict[str, Any]] = {}
-    with _listen(place) as server:
-        while len(links) < place.count - 1:
+    with _listen(spec) as server:
+        while len(links) < spec.count - 1:
             server.settimeout(max(0.001, end - time.monotonic()))
             try:
                 connection, _ = server.accept()
             except TimeoutError:
-                missing = sorted({*range(1, place.count)} - links.keys())
+                missing = sorted({*range(1, spec.count)} - links.keys())
                 reason = (
-                    f"process {', '.join(map(str, missing))} of {place.count} did not come to "
-                    f"{place.coordinator}"
+                    f"process {', '.join(map(str, missing))} of {spec.count} did not come to "
+                    f"{spec.coordinator}"
                 )
                 _refuse(links.values(), reason)
             connection.settimeout(_GREETING)
@@ -134,27 +134,25 @@ def _mismatch(own: dict[str, Any], hello: dict[str, Any], links: dict[int, Link]
     return None
 
 
-def _listen(place: ProcessSpec) -> socket.socket:
+def _listen(spec: ProcessSpec) -> socket.socket:
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
     try:
-        if socket.has_dualstack_ipv6():
-            return socket.create_server(
-                ("", place.port), family=socket.AF_INET6, dualstack_ipv6=True
-            )
-        return socket.create_server(("", place.port))
+        return socket.create_server(("", spec.port), family=family, dualstack_ipv6=dual)
     except OSError as error:
         raise ValueError(
-            f"process 0 cannot wait at port {place.port} of this machine: {error.strerror}"
+            f"process 0 cannot wait at port {spec.port} of this machine: {error.strerror}"
         ) from error
 
 
 def _find_first(
-    place: ProcessSpec, hello: dict[str, Any], end: float
+    spec: ProcessSpec, hello: dict[str, Any], end: float
 ) -> tuple[Link, dict[str, Any]]:
     """On the other processes: a link to process 0, and what it says."""
     problem: object = "it did not answer"
     while time.monotonic() < end:
         try:
-            connection = socket.create_connection((place.host, place.port), timeout=_GREETING)
+            connection = socket.create_connection((spec.host, spec.port), timeout=_GREETING)
             connection.settimeout(max(0.001, end - time.monotonic()))
             link = Link(connection)
             link.send(Message("hello", hello))
@@ -167,7 +165,7 @@ def _find_first(
             raise ValueError(answer.value)
         connection.settimeout(None)
         return link, answer.value
-    raise ValueError(f"process 0 was not found at {place.coordinator}: {problem}")
+    raise ValueError(f"process 0 was not found at {spec.coordinator}: {problem}")
 
 
 def _held_port() -> int:

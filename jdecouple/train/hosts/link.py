@@ -55,7 +55,7 @@ class Link:
         return self._socket.getpeername()[0].removeprefix("::ffff:")
 
     def send(self, message: Message, seconds: float = -1) -> None:
-        """Sends a message whole.
+        """Sends a message in one piece.
 
         Args:
             message: the message.
@@ -71,12 +71,12 @@ class Link:
                 self._sending.release()
 
     def _send(self, message: Message) -> None:
-        arrays = [np.ascontiguousarray(each).reshape(each.shape) for each in message.arrays]
-        specs = [[each.dtype.name, each.shape] for each in arrays]
+        arrays = [np.asarray(array, order="C") for array in message.arrays]
+        specs = [[array.dtype.name, array.shape] for array in arrays]
         header = json.dumps([message.kind, message.value, specs]).encode()
         self._socket.sendall(_LENGTH.pack(len(header)) + header)
-        for each in arrays:
-            self._socket.sendall(_bytes(each))
+        for array in arrays:
+            self._socket.sendall(_bytes(array))
 
     def receive(self) -> Message:
         """The next message.
@@ -92,8 +92,8 @@ class Link:
             arrays = [np.empty(shape, jnp.dtype(dtype)) for dtype, shape in specs]
         except (ValueError, TypeError) as error:
             raise OSError("no message of this program") from error
-        for each in arrays:
-            self._read(_bytes(each))
+        for array in arrays:
+            self._read(_bytes(array))
         return Message(kind, value, arrays)
 
     def close(self) -> None:

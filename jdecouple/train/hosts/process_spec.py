@@ -13,7 +13,7 @@ _FLAGS = {"coordinator": "--coordinator", "count": "--num_processes", "index": "
 
 @dataclasses.dataclass(frozen=True)
 class ProcessSpec:
-    """A process's place in a run of several.
+    """Which process of which run one is.
 
     Attributes:
         coordinator: "host:port" at which process 0 waits for the others.
@@ -67,11 +67,14 @@ def detect_cluster(
     index: int | None = None,
     address: str | None = None,
 ) -> ProcessSpec | None:
-    """The place of this process; None where it is a run of its own.
+    """Finds out which process of which run this one is; None where it is a run of its own.
 
     What a flag leaves open the variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
     JAX_PROCESS_ID say (or COORDINATOR_ADDRESS, NUM_PROCESSES and PROCESS_ID), then those of SLURM
     (in a job step) or Open MPI. `count=1` is a run of its own, whatever the environment says.
+
+    >>> detect_cluster({"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "2"}, index=1)
+    ProcessSpec(coordinator='h:1', count=2, index=1, address=None, launched=False)
 
     Args:
         environ: the process's environment.
@@ -81,7 +84,7 @@ def detect_cluster(
         address: likewise.
 
     Raises:
-        ValueError: in one line: a part of a place without the rest, or a bad value.
+        ValueError: in one line: some of the three without the rest, or a bad value.
     """
     if count == 1 and coordinator is None and not index:
         return None
@@ -106,21 +109,17 @@ def _variables(environ: Mapping[str, str]) -> dict[str, Any]:
     """What the variables say that are named after JAX; nothing without the coordinator's."""
     for prefix in _PREFIXES:
         if environ.get(prefix + _NAMES["coordinator"]):
-            names = {key: (prefix + name, name) for key, name in _NAMES.items()}
-            found = {
-                key: next((each for each in pair if environ.get(each)), None)
-                for key, pair in names.items()
-            }
-            return {
-                key: environ[name] if key == "coordinator" else _number(environ, name)
-                for key, name in found.items()
-                if name
-            }
+            values: dict[str, Any] = {}
+            for key, name in _NAMES.items():
+                if variable := next(filter(environ.get, (prefix + name, name)), None):
+                    number = key != "coordinator"
+                    values[key] = _number(environ, variable) if number else environ[variable]
+            return values
     return {}
 
 
 def _slurm(environ: Mapping[str, str]) -> dict[str, Any]:
-    """The place in a SLURM job step; process 0 is on its first node."""
+    """What a SLURM job step says; process 0 is on its first node."""
     if not {"SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID"} <= environ.keys():
         return {}
     tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS"
@@ -136,10 +135,10 @@ def _slurm(environ: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _open_mpi(environ: Mapping[str, str]) -> dict[str, Any]:
-    """The place under mpirun; before version 5 it also tells its machine, where process 0 is."""
+    """What mpirun says; before version 5 also its machine, where process 0 is."""
     if not {"OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"} <= environ.keys():
         return {}
-    found: dict[str, Any] = {
+    values: dict[str, Any] = {
         "count": _number(environ, "OMPI_COMM_WORLD_SIZE"),
         "index": _number(environ, "OMPI_COMM_WORLD_RANK"),
     }
@@ -148,8 +147,8 @@ def _open_mpi(environ: Mapping[str, str]) -> dict[str, Any]:
     )
     if uri:
         host = f"[{uri[2]}]" if uri[2] else uri[3]
-        found["coordinator"] = f"{host}:{_port(environ, int(uri[1]) // 2**12)}"
-    return found
+        values["coordinator"] = f"{host}:{_port(environ, int(uri[1]) // 2**12)}"
+    return values
 
 
 def _port(environ: Mapping[str, str], job: int) -> int:

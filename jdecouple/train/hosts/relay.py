@@ -43,8 +43,8 @@ def _serve(near: socket.socket, host: str, port: int, seconds: float) -> None:
                 return
             time.sleep(0.1)
     far.settimeout(None)
-    for each in (near, far):
-        each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    for connection in (near, far):
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     threading.Thread(target=_return, args=(far, near), daemon=True).start()
     with contextlib.suppress(OSError):
         while chunk := near.recv(_CHUNK):

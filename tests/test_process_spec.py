@@ -1,4 +1,4 @@
-"""Which process of which run one is, and how the processes of a run meet; no training."""
+"""Which process of which run this is, and how the processes of a run meet; no training."""
 
 import socket
 import threading
@@ -33,7 +33,7 @@ VARIABLES = {
 FLAGS = {"coordinator": "10.0.0.1:1234", "count": 2, "index": 0}
 
 
-class TestFindPlace:
+class TestDetectCluster:
     @pytest.mark.parametrize(
         ("environ", "flags", "wanted"),
         [
@@ -85,7 +85,7 @@ class TestFindPlace:
             ({}, {"address": "h"}, "--transport_address is given, but this is a run of one"),
         ],
     )
-    def test_half_a_place(self, environ, flags, said):
+    def test_half_a_spec(self, environ, flags, said):
         with pytest.raises(ValueError, match=r"^[^\n]*$") as error:
             detect_cluster(environ, **flags)
         assert said in str(error.value)
@@ -226,7 +226,7 @@ class TestExchange:
             own = {name: jnp.asarray(array) for name, array in arrays[member.index].items()}
             whole = exchange.gather(member, own)
             assert whole.keys() == ({"x", "y", "empty"} if member.first else set())
-            return exchange.hand_out(member, wanted[member.index], whole)
+            return exchange.scatter(member, wanted[member.index], whole)
 
         given = together([lambda member=member: pass_on(member) for member in three])
         assert [sorted(each) for each in given] == [sorted(each) for each in wanted]
@@ -243,7 +243,7 @@ class TestExchange:
             own = {"loss": 9.0, f"block_{member.index}/loss": losses[member.index]}
             if member.index == 1:
                 own["block_1/accuracy"] = own["accuracy"] = np.float32(0.5)
-            return exchange.merged_rows(member, [own])
+            return exchange.merge_metrics(member, [own])
 
         (row,), *others = together([lambda member=member: merge(member) for member in three])
         assert others == [[], []]
