@@ -125,9 +125,6 @@ class AssociatedLearning(Objective):
             one dense layer (text).
         activation: Behind every dense layer: "sigmoid" (images), "tanh" (text) or "linear" (none).
         head_pool: The bridge reads feature maps averaged over this many bins a side; 0: whole.
-
-    Raises:
-        ValueError: An argument is not among those allowed.
     """
 
     features: int = 500

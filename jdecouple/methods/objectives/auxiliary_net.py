@@ -74,9 +74,6 @@ class AuxiliaryNet(Objective):
             flatten, dense.
         hidden: Width of the hidden dense layers; 0: that of their input, as in the paper.
         head_pool: Average maps over this many bins a side before the net; 0: do not.
-
-    Raises:
-        ValueError: An argument is not among those allowed.
     """
 
     aux: str = "mlp_sr"

@@ -166,9 +166,6 @@ class InformationPropagation(Objective):
         image_mean: Means by channel that the input was normalised with, on the scale 0..1; empty if
             they are not known, see `unit_range`. `train.py` gives those of the data set.
         image_std: The same for the standard deviations.
-
-    Raises:
-        ValueError: An argument is not among those allowed.
     """
 
     reconstruction: tuple[float, float] = (1.0, 0.0)

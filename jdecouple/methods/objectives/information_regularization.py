@@ -155,9 +155,6 @@ class InformationRegularization(Objective):
         normalize: Whether z is L2-normalised by row before the terms.
         head_pool: Average maps over this many bins a side before projector and classifier; 0: do
             not, as in the paper.
-
-    Raises:
-        ValueError: An argument is not among those allowed.
     """
 
     projector: str | tuple[int, ...] = "2048-2048-2048"
