@@ -34,7 +34,7 @@ class NonFiniteError(RuntimeError):
 def train_and_evaluate(
     config: ConfigDict | Mapping,
     workdir: str | os.PathLike[str],
-    processes: hosts.SingleProcess = hosts.SINGLE_PROCESS,
+    processes: hosts.MultiProcess | None = None,
 ) -> dict[str, Any]:
     """Trains as a configuration says; continues what the workdir already holds.
 
@@ -55,8 +55,8 @@ def train_and_evaluate(
         ConfigError: bad values or input, in one line; checkpoints are left untouched.
         NonFiniteError: the training diverged; the last good checkpoint is kept.
     """
-    run = build(config)
-    folder = Path(workdir)
+    run, folder = build(config), Path(workdir)
+    processes = processes or hosts.SingleProcess()
     checkpoints = writer = None  # on the first process alone
     with contextlib.ExitStack() as stack:
         with one_line():
@@ -96,7 +96,7 @@ class Loop:
     writer: MetricsWriter | None
     interrupt: "Interrupt"
     profile: Profile
-    processes: hosts.SingleProcess
+    processes: hosts.MultiProcess
 
     def train(self, state: State, start: dict[str, Any] | None) -> State:
         """Trains to the last step, or until asked to stop.
@@ -178,7 +178,7 @@ class Loop:
         last = step == self.run.total_steps
         return not rest or (last and (2 * rest >= every or step < every))
 
-    def _collect(self) -> list[tuple[int, dict[str, Any]]]:
+    def _collect(self) -> list[tuple[int, Mapping[str, Any]]]:
         """Waits for the steps since the last call; gives the first process each one's metrics."""
         numbers: list[int] = []
         rows: list[dict[str, Any]] = []
@@ -188,8 +188,8 @@ class Loop:
             numbers += steps
             rows += [{name: columns[name][i] for name in columns} for i in range(len(steps))]
         self._pending = []
-        rows = hosts.merge_metrics(self.processes, rows)
-        return list(zip(numbers, rows, strict=self.processes.first))
+        merged = hosts.merge_metrics(self.processes, rows)
+        return list(zip(numbers, merged, strict=self.processes.first))
 
     def _count(self, step: int, row: Mapping[str, Any]) -> None:
         """Adds the metrics of a step to the means; stops at a loss that is not finite."""
@@ -277,7 +277,7 @@ def _open(folder: Path, run: Run) -> Checkpointer:
 
 
 def restore(
-    run: Run, checkpoints: Checkpointer | None, processes: hosts.SingleProcess
+    run: Run, checkpoints: Checkpointer | None, processes: hosts.MultiProcess
 ) -> tuple[State, dict[str, Any] | None]:
     """The state to begin with, and what the checkpoint says of it.
 

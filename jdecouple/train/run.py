@@ -18,7 +18,7 @@ from jdecouple.pipeline.diagnostics import SufficientDirection
 from jdecouple.pipeline.state import State
 from jdecouple.train import config as configuration
 from jdecouple.train.config import ConfigError, chosen, one_line
-from jdecouple.train.hosts import SingleProcess
+from jdecouple.train.hosts import MultiProcess
 from jdecouple.train.rules import DTYPES
 from jdecouple.trainer import Trainer
 
@@ -258,7 +258,7 @@ def check_processes(trainer: Trainer, config: ConfigDict) -> None:
         )
 
 
-def check_alike(config: ConfigDict, processes: SingleProcess) -> None:
+def check_alike(config: ConfigDict, processes: MultiProcess) -> None:
     """Raises ConfigError on the first process if another one was started for another run."""
     if processes.count != jax.process_count():
         raise ConfigError(

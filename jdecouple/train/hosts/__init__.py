@@ -1,12 +1,11 @@
 """Several processes as one run: who they are, how they meet, and how they end together."""
 
 from jdecouple.train.hosts.exchange import gather, merge_metrics, scatter
-from jdecouple.train.hosts.group import SINGLE_PROCESS, MultiProcess, SingleProcess
+from jdecouple.train.hosts.group import MultiProcess, SingleProcess
 from jdecouple.train.hosts.join import join
 from jdecouple.train.hosts.process_spec import ProcessSpec, detect_cluster
 
 __all__ = [
-    "SINGLE_PROCESS",
     "MultiProcess",
     "ProcessSpec",
     "SingleProcess",

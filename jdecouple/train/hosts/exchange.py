@@ -7,28 +7,25 @@ from typing import Any
 import jax
 import numpy as np
 
-from jdecouple.train.hosts.group import SingleProcess
+from jdecouple.train.hosts.group import MultiProcess
 from jdecouple.train.hosts.link import Message
 
 _BLOCK = re.compile(r"block_(\d+)/(loss|accuracy)")
 
 
 def merge_metrics(
-    processes: SingleProcess, rows: Sequence[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
-    """Metrics of steps, of all blocks.
+    processes: MultiProcess, rows: Sequence[Mapping[str, Any]]
+) -> list[Mapping[str, Any]]:
+    """Metrics of steps, of all blocks, on the first process; an empty list on the others.
 
     Args:
         processes: all call it.
         rows: metrics of each step, of the blocks of this process, on the host.
-
-    Returns:
-        On the first process the metrics of each step; nothing on the others.
     """
     if processes.count == 1:
-        return [dict(row) for row in rows]
+        return list(rows)
     own = [{name: float(value) for name, value in row.items()} for row in rows]
-    by_process = [message.value for message in processes.collect(own)]
+    by_process = (message.value for message in processes.collect(own))
     return [_merged(parts) for parts in zip(*by_process, strict=True)]
 
 
@@ -42,7 +39,7 @@ def _merged(parts: Sequence[dict[str, float]]) -> dict[str, Any]:
     return row
 
 
-def gather(processes: SingleProcess, arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def gather(processes: MultiProcess, arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Arrays of all processes on the host of the first; nothing on the others.
 
     Args:
@@ -73,7 +70,7 @@ def gather(processes: SingleProcess, arrays: Mapping[str, Any]) -> dict[str, np.
 
 
 def scatter(
-    processes: SingleProcess, wanted: Sequence[str], arrays: Mapping[str, np.ndarray]
+    processes: MultiProcess, wanted: Sequence[str], arrays: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
     """Gives every process the arrays that it wants, of those that the first has.
 
@@ -84,11 +81,8 @@ def scatter(
     """
     if processes.count == 1:
         return dict(arrays)
-    messages = None
-    if requests := processes.collect(list(wanted)):
-        messages = [
-            Message("data", names, [arrays[name] for name in names])
-            for names in (request.value for request in requests)
-        ]
-    own = processes.distribute(messages)
+    requests = processes.collect(list(wanted))
+    own = processes.distribute(
+        [Message("data", names, [arrays[name] for name in names]) for _, names, _ in requests]
+    )
     return dict(zip(own.value, own.arrays, strict=True))

@@ -26,78 +26,24 @@ _FAREWELL = 30.0  # seconds for what is to be finished before an end
 _GRACE = 3.0  # seconds in which the end of another process explains an error in this one
 
 
-class SingleProcess:
-    """A run of one process; the others have the same methods.
-
-    Attributes:
-        index: number of this process.
-        count: processes in the run.
-    """
-
-    index = 0
-    count = 1
-
-    @property
-    def first(self) -> bool:
-        """Whether this process reads and writes the workdir, and talks to the user."""
-        return self.index == 0
-
-    def collect(self, value: Any, arrays: Sequence[np.ndarray] = ()) -> list[Message]:
-        """Brings JSON and arrays of all processes to the first; all call it.
-
-        Returns:
-            A message a process, in order, on the first; nothing on the others, which do not wait.
-        """
-        return [Message("data", value, arrays)]
-
-    def distribute(self, messages: Sequence[Message] | None) -> Message:
-        """Takes a message for every process from the first, and gives each its own.
-
-        Args:
-            messages: on the first process, one for each; None on the others.
-        """
-        assert messages is not None
-        return messages[0]
-
-    def broadcast(self, value: Any) -> Any:
-        """JSON of the first process, on all of them."""
-        return self.distribute([Message("data", value)] * self.count if self.first else None).value
-
-    def stops(self, step: int, requested: bool) -> bool:
-        """Whether all processes are to stop after this step; to be asked after every step.
-
-        Args:
-            step: number of the step that this process has dispatched.
-            requested: whether this process wants to stop. One is enough, and all stop after the
-                same step, the furthest that any has begun.
-        """
-        del step
-        return requested
-
-    def on_loss(self, action: Callable[[], object]) -> None:
-        """What to finish, in this process, before it ends because another one has gone."""
-        del action
-
-
-SINGLE_PROCESS = SingleProcess()
-
-
-class MultiProcess(SingleProcess):
-    """One of several processes.
+class MultiProcess:
+    """One process of a run; every process calls the same methods.
 
     Made by `join`; ended by `close`, or by `fail`.
 
     Args:
         index: number of this process.
         links: links to the others by index: all, on process 0, and else only that to 0.
-        names: names of their machines, by index.
+        names: names of the machines of all processes, by index.
+
+    Attributes:
+        count: processes in the run.
+        first: whether this process reads and writes the workdir, and talks to the user.
     """
 
     def __init__(self, index: int, links: Mapping[int, Link], names: Sequence[str]):
-        self.index = index
-        self.count = len(names)
-        self._links = dict(links)
-        self._names = names
+        self.index, self.count, self.first = index, len(names), index == 0
+        self._links, self._names = dict(links), names
         self._data: dict[int, queue.SimpleQueue[Message]] = {
             other: queue.SimpleQueue() for other in links
         }
@@ -111,31 +57,43 @@ class MultiProcess(SingleProcess):
         self._action: Callable[[], object] = lambda: None
         for other in links:
             threading.Thread(target=self._listen, args=(other,), daemon=True).start()
-        threading.Thread(target=self._watch, name="watch", daemon=True).start()
+        if links:
+            threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
     def collect(self, value: Any, arrays: Sequence[np.ndarray] = ()) -> list[Message]:
-        """See `SingleProcess.collect`."""
+        """Brings JSON and arrays of all processes to the first, one message a process, in order.
+
+        The others get an empty list and do not wait.
+        """
         own = Message("data", value, arrays)
         if not self.first:
             self._send(0, own)
             return []
         return [own, *(self._data[other].get() for other in range(1, self.count))]
 
-    def distribute(self, messages: Sequence[Message] | None) -> Message:
-        """See `SingleProcess.distribute`."""
+    def distribute(self, messages: Sequence[Message]) -> Message:
+        """Gives each process its own of `messages`, which only the first's call must hold."""
         if not self.first:
             return self._data[0].get()
-        assert messages is not None
         for other in range(1, self.count):
             self._send(other, messages[other])
         return messages[0]
 
+    def broadcast(self, value: Any) -> Any:
+        """JSON of the first process, on all of them."""
+        return self.distribute([Message("data", value)] * self.count).value
+
     def stops(self, step: int, requested: bool) -> bool:
-        """See `SingleProcess.stops`.
+        """Whether all processes are to stop after this step; to be asked after every step.
 
         Whoever wants to stop asks process 0, which asks all how far they have begun; from then on
         nobody begins another step until all know the furthest. They answer from a thread of their
         own, so that one that waits for a message is no hindrance.
+
+        Args:
+            step: number of the step that this process has dispatched.
+            requested: whether this process wants to stop. One is enough, and all stop after the
+                same step, the furthest that any has begun.
         """
         if requested and not self._asked:
             self._asked = True
@@ -153,7 +111,7 @@ class MultiProcess(SingleProcess):
             return False
 
     def on_loss(self, action: Callable[[], object]) -> None:
-        """See `SingleProcess.on_loss`."""
+        """What to finish, in this process, before it ends because another one has gone."""
         self._action = action
 
     def fail(self, error: object, code: int) -> None:
@@ -163,10 +121,7 @@ class MultiProcess(SingleProcess):
         self._tell_all(Message("end", [line, code]), _GRACE)
 
     def settle(self) -> None:
-        """After an error that the loss of another process may explain: waits for that to show.
-
-        It does not return if it does.
-        """
+        """Waits for the loss of another process to show, and does not return if it does."""
         heard = [(link, link.heard) for link in self._links.values()]
         time.sleep(_GRACE)
         if any(link.heard == before for link, before in heard):
@@ -206,33 +161,28 @@ class MultiProcess(SingleProcess):
                 if index not in self._left:
                     self._lose(index)
                 return
-            if message.kind == "data":
-                self._data[index].put(message)
-            elif message.kind == "end":
-                line, code = message.value
-                self._end(line, code, told_by=index)
-            elif message.kind == "leave":
-                with self._changed:
-                    self._left.add(index)
-                    self._changed.notify_all()
-            elif message.kind != "alive":
-                self._agree(index, message)
-
-    def _agree(self, index: int, message: Message) -> None:
-        """One step of the agreement to stop."""
-        if message.kind == "stop":
-            self._ask_all()
-        elif message.kind == "how far":
-            with self._changed:
-                self._querying = True
-                begun = self._begun
-            self._send(index, Message("so far", begun))
-        elif message.kind == "so far":
-            self._know(index, message.value)
-        elif message.kind == "until":
-            with self._changed:
-                self._stop_at = message.value
-                self._changed.notify_all()
+            match message.kind:
+                case "data":
+                    self._data[index].put(message)
+                case "end":
+                    line, code = message.value
+                    self._end(line, code, told_by=index)
+                case "leave":
+                    with self._changed:
+                        self._left.add(index)
+                        self._changed.notify_all()
+                case "stop":
+                    self._ask_all()
+                case "how far":
+                    with self._changed:
+                        self._querying, begun = True, self._begun
+                    self._send(index, Message("so far", begun))
+                case "so far":
+                    self._know(index, message.value)
+                case "until":
+                    with self._changed:
+                        self._stop_at = message.value
+                        self._changed.notify_all()
 
     def _ask_all(self) -> None:
         with self._changed:
@@ -291,3 +241,10 @@ class MultiProcess(SingleProcess):
     def _finish(self) -> None:
         with contextlib.suppress(Exception):  # the one line has been said
             self._action()
+
+
+class SingleProcess(MultiProcess):
+    """A run of one process, which has nobody to wait for."""
+
+    def __init__(self) -> None:
+        super().__init__(0, {}, [""])

@@ -46,13 +46,12 @@ def join(spec: ProcessSpec, *, patience: float = PATIENCE) -> MultiProcess:
     }
     end = time.monotonic() + patience
     if spec.index == 0:
-        links, hellos = _await_others(spec, hello, end)
-        welcome = _welcome(links, [hello, *(hellos[index] for index in sorted(hellos))])
+        links, names = _await_others(spec, hello, end)
+        welcome = _welcome(links, names)
         coordinator = f"127.0.0.1:{welcome['port']}"
     else:
         link, welcome = _find_first(spec, hello, end)
-        links = {0: link}
-        coordinator = relay(spec.host, welcome["port"], patience)
+        links, coordinator = {0: link}, relay(spec.host, welcome["port"], patience)
     os.environ.setdefault("no_grpc_proxy", "127.0.0.1")
     jax.config.update("jax_check_proxy_envs", False)
     process = MultiProcess(spec.index, links, welcome["names"])
@@ -68,16 +67,16 @@ def join(spec: ProcessSpec, *, patience: float = PATIENCE) -> MultiProcess:
     return process
 
 
-def _welcome(links: dict[int, Link], hellos: list[dict[str, Any]]) -> dict[str, Any]:
+def _welcome(links: dict[int, Link], names: list[str]) -> dict[str, Any]:
     """What process 0 tells all that have come, each under which address the others reach it."""
-    addresses = [link.own_address for link in links.values()]
-    here = next((address for address in addresses if not _is_loopback(address)), addresses[0])
-    shared = {"port": _free_port(), "names": [hello["name"] for hello in hellos]}
+    own = [link.addresses[0] for link in links.values()]
+    here = next((address for address in own if not _is_loopback(address)), own[0])
+    shared = {"port": _free_port(), "names": names}
     for link in links.values():
-        seen = link.other_address
-        own = {"address": here if _is_loopback(seen) else seen}
-        link.send(Message("welcome", {**shared, **own}))
-    return {**shared, "address": here}
+        _, seen = link.addresses
+        address = here if _is_loopback(seen) else seen
+        link.send(Message("welcome", shared | {"address": address}))
+    return shared | {"address": here}
 
 
 def _is_loopback(address: str) -> bool:
@@ -86,10 +85,10 @@ def _is_loopback(address: str) -> bool:
 
 def _await_others(
     spec: ProcessSpec, own: dict[str, Any], end: float
-) -> tuple[dict[int, Link], dict[int, dict[str, Any]]]:
-    """On process 0: a link to every other, and what they say of themselves."""
+) -> tuple[dict[int, Link], list[str]]:
+    """On process 0: a link to every other, and the names of the machines of all."""
     links: dict[int, Link] = {}
-    hellos: dict[int, dict[str, Any]] = {}
+    names = {0: own["name"]}
     with _listen(spec) as server:
         while len(links) < spec.count - 1:
             server.settimeout(max(0.001, end - time.monotonic()))
@@ -97,24 +96,21 @@ def _await_others(
                 connection, _ = server.accept()
             except TimeoutError:
                 missing = sorted({*range(1, spec.count)} - links.keys())
-                reason = (
-                    f"process {', '.join(map(str, missing))} of {spec.count} did not come to "
-                    f"{spec.coordinator}"
-                )
-                _refuse(links.values(), reason)
+                who = f"process {', '.join(map(str, missing))} of {spec.count}"
+                _refuse(links.values(), f"{who} did not come to {spec.coordinator}")
             connection.settimeout(_GREETING)
             link = Link(connection)
             try:
                 hello = link.receive().value
                 index = int(hello["index"])
             except (OSError, LookupError, TypeError, ValueError):
-                link.close()  # not one of ours
+                connection.close()  # not one of ours
                 continue
             if mismatch := _mismatch(own, hello, links):
                 _refuse([*links.values(), link], mismatch)
             connection.settimeout(None)
-            links[index], hellos[index] = link, hello
-    return links, hellos
+            links[index], names[index] = link, hello.get("name")
+    return links, [names[index] for index in range(spec.count)]
 
 
 def _refuse(links: Iterable[Link], reason: str) -> NoReturn:

@@ -15,13 +15,7 @@ _LONGEST = 2**30  # bytes of JSON; more is no message of this program
 
 
 class Message(NamedTuple):
-    """What crosses a link.
-
-    Attributes:
-        kind: says who is to take it.
-        value: anything that JSON holds.
-        arrays: NumPy arrays.
-    """
+    """What crosses a link: its kind says who is to take it, `value` is anything in JSON."""
 
     kind: str
     value: Any = None
@@ -29,13 +23,9 @@ class Message(NamedTuple):
 
 
 class Link:
-    """A connection; any thread may send, one receives.
+    """A connected stream socket; any thread may send, one receives.
 
-    Args:
-        connection: a connected stream socket.
-
-    Attributes:
-        heard: grows with everything that arrives, in the middle of a message too.
+    `heard` grows with everything that arrives, in the middle of a message too.
     """
 
     def __init__(self, connection: socket.socket):
@@ -45,14 +35,10 @@ class Link:
         self.heard = 0
 
     @property
-    def own_address(self) -> str:
-        """Address of this end, without the port."""
-        return self._socket.getsockname()[0].removeprefix("::ffff:")
-
-    @property
-    def other_address(self) -> str:
-        """Address of the other end, without the port."""
-        return self._socket.getpeername()[0].removeprefix("::ffff:")
+    def addresses(self) -> tuple[str, str]:
+        """Addresses of this end and of the other, without their ports."""
+        near, far = self._socket.getsockname()[0], self._socket.getpeername()[0]
+        return near.removeprefix("::ffff:"), far.removeprefix("::ffff:")
 
     def send(self, message: Message, seconds: float = -1) -> None:
         """Sends a message in one piece.
@@ -64,19 +50,16 @@ class Link:
         Raises:
             OSError: the connection has ended.
         """
-        if self._sending.acquire(timeout=seconds):
-            try:
-                self._send(message)
-            finally:
-                self._sending.release()
-
-    def _send(self, message: Message) -> None:
         arrays = [np.asarray(array, order="C") for array in message.arrays]
         specs = [[array.dtype.name, array.shape] for array in arrays]
         header = json.dumps([message.kind, message.value, specs]).encode()
-        self._socket.sendall(_LENGTH.pack(len(header)) + header)
-        for array in arrays:
-            self._socket.sendall(_bytes(array))
+        if self._sending.acquire(timeout=seconds):
+            try:
+                self._socket.sendall(_LENGTH.pack(len(header)) + header)
+                for array in arrays:
+                    self._socket.sendall(_bytes(array))
+            finally:
+                self._sending.release()
 
     def receive(self) -> Message:
         """The next message.
@@ -95,10 +78,6 @@ class Link:
         for array in arrays:
             self._read(_bytes(array))
         return Message(kind, value, arrays)
-
-    def close(self) -> None:
-        """Ends the connection."""
-        self._socket.close()
 
     def _read(self, buffer: Any) -> Any:
         view = memoryview(buffer)

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 _JOB_PORTS = 2**12  # the highest ports; the number of a job chooses one, as in JAX
-_PREFIXES = ("JAX_", "")
 _NAMES = {"coordinator": "COORDINATOR_ADDRESS", "count": "NUM_PROCESSES", "index": "PROCESS_ID"}
 _FLAGS = {"coordinator": "--coordinator", "count": "--num_processes", "index": "--process_index"}
 
@@ -76,12 +75,7 @@ def detect_cluster(
     >>> detect_cluster({"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "2"}, index=1)
     ProcessSpec(coordinator='h:1', count=2, index=1, address=None, launched=False)
 
-    Args:
-        environ: the process's environment.
-        coordinator: as in `ProcessSpec`, given by a flag.
-        count: likewise.
-        index: likewise.
-        address: likewise.
+    The flags have the names of the attributes of `ProcessSpec`, `environ` is the environment.
 
     Raises:
         ValueError: in one line: some of the three without the rest, or a bad value.
@@ -107,15 +101,14 @@ def detect_cluster(
 
 def _variables(environ: Mapping[str, str]) -> dict[str, Any]:
     """What the variables say that are named after JAX; nothing without the coordinator's."""
-    for prefix in _PREFIXES:
-        if environ.get(prefix + _NAMES["coordinator"]):
-            values: dict[str, Any] = {}
-            for key, name in _NAMES.items():
-                if variable := next(filter(environ.get, (prefix + name, name)), None):
-                    number = key != "coordinator"
-                    values[key] = _number(environ, variable) if number else environ[variable]
-            return values
-    return {}
+    prefix = next((p for p in ("JAX_", "") if environ.get(f"{p}COORDINATOR_ADDRESS")), None)
+    if prefix is None:
+        return {}
+    return {
+        key: environ[variable] if key == "coordinator" else _number(environ, variable)
+        for key, name in _NAMES.items()
+        if (variable := next(filter(environ.get, (prefix + name, name)), ""))
+    }
 
 
 def _slurm(environ: Mapping[str, str]) -> dict[str, Any]:
