@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -26,7 +26,7 @@ _HOSTS = """Several processes (docs/multi-host.md); SLURM and Open MPI need no f
   --process_index I         number of this one, from 0
   --transport_address HOST  where the others reach this one; by default as process 0 sees it"""
 _KEY = r"--?(?:no)?config\.([^=]*)"
-_INTERRUPTED = "interrupted before anything new could be saved"
+_EXPECTED = (ConfigError, loop.NonFiniteError, KeyboardInterrupt)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -44,19 +44,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     _log_in_short()
     try:
         argv = sys.argv if argv is None else argv
-        try:
-            config, workdir = parse(argv)
-            spec = parse_process_spec(argv)
-            if spec is not None:
-                _train_among(spec, config, workdir)
-            else:
-                loop.train_and_evaluate(config, workdir)
-        except ConfigError as error:
-            _fail(error, 2)
-        except loop.NonFiniteError as error:
-            _fail(error, 1)
-    except KeyboardInterrupt:
-        _fail(_INTERRUPTED, 130)
+        config, workdir = parse(argv)
+        if spec := parse_process_spec(argv):
+            _train_among(spec, config, workdir)
+        else:
+            loop.train_and_evaluate(config, workdir)
+    except _EXPECTED as error:
+        line, code = _ending(error)
+        print(f"error: {line}", file=sys.stderr)
+        sys.exit(code)
 
 
 def _train_among(spec: hosts.ProcessSpec, config: ConfigDict, workdir: str) -> None:
@@ -65,36 +61,35 @@ def _train_among(spec: hosts.ProcessSpec, config: ConfigDict, workdir: str) -> N
     with configuration.one_line():
         configuration.validate(config)  # others need not wait for a process that cannot train
         processes = hosts.join(spec)
-    code, shown = 0, ""
     try:
         loop.train_and_evaluate(config, workdir, processes)
         processes.close()
-    except ConfigError as error:
-        code, shown = 2, first_line(error)
-    except loop.NonFiniteError as error:
-        code, shown = 1, first_line(error)
-    except KeyboardInterrupt:
-        code, shown = 130, _INTERRUPTED
     except BaseException as error:
-        processes.settle()
-        traceback.print_exc()
-        code, shown = 1, f"{type(error).__name__}: {first_line(error)}"
-    if code:
-        processes.fail(shown, code)
-        print(f"error: {shown}", file=sys.stderr)
+        if not isinstance(error, _EXPECTED):
+            processes.settle()
+            traceback.print_exc()
+        line, code = _ending(error)
+        processes.fail(line, code)
+        print(f"error: {line}", file=sys.stderr)
         sys.stdout.flush()
         os._exit(code)  # JAX would wait for processes that end as well
 
 
+def _ending(error: BaseException) -> tuple[str, int]:
+    """What a run that ends by `error` says in one line, and its exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted before anything new could be saved", 130
+    if isinstance(error, _EXPECTED):
+        return first_line(error), 2 if isinstance(error, ConfigError) else 1
+    return f"{type(error).__name__}: {first_line(error)}", 1
+
+
 def parse(argv: Sequence[str]) -> tuple[ConfigDict, str]:
-    """Reads the command line.
+    """The complete configuration, its values not yet checked, and the workdir.
 
     Args:
         argv: the program, `--config`, `--workdir`, any `--config.KEY=VALUE`, and what
             `parse_process_spec` reads.
-
-    Returns:
-        The complete configuration, its values not yet checked, and the workdir.
 
     Raises:
         ConfigError: bad flags or a bad file, in one line.
@@ -121,16 +116,10 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, str]:
 def _typed(
     loaded: Mapping[str, Any], names: Mapping[str, str | None], rest: list[str]
 ) -> tuple[ConfigDict, list[str]]:
-    """A configuration with a typed key for all that the command line may set.
+    """What the file returned, with a typed key for all that may be set; the overrides left.
 
-    Args:
-        loaded: what the file returned.
-        names: of the method, model and optimizer, where the command line chooses others.
-        rest: the overrides. One that sets an option of the file to None takes it back, whoever's it
-            is.
-
-    Returns:
-        The configuration, and the overrides that are left.
+    The command line may choose other `names` of the method, model and optimizer. An override that
+    sets an option of the file to None takes it back, whoever's it is.
     """
     config = {**loaded}
     for section, name in names.items():
@@ -239,8 +228,3 @@ def _keep_stdout() -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.close(null)
-
-
-def _fail(error: object, code: int) -> NoReturn:
-    print(f"error: {first_line(error)}", file=sys.stderr)
-    sys.exit(code)
