@@ -125,7 +125,7 @@ class Loop:
             ends.append(config.log_every)
         groups = data.Groups(batches, data.group_sizes(first, run.total_steps, config.chunk, *ends))
         self._saved = first if start else -1
-        self._interval = Interval(first, Clock.now(0.0), start["means"] if start else None)
+        self._interval = Interval(first, Clock(time.perf_counter(), 0.0), start and start["means"])
         self._pending: list[tuple[range, dict[str, jax.Array]]] = []  # metrics on devices
         with (
             data.Prefetcher(groups, self._put) as prefetcher,
@@ -133,7 +133,7 @@ class Loop:
             contextlib.closing(self.profile) as profile,
         ):
             while state.step < run.total_steps:
-                since, began = state.step, Clock.now(prefetcher.wait_seconds)
+                since, began = state.step, Clock(time.perf_counter(), prefetcher.wait_seconds)
                 with one_line():
                     trainer, placed = next(prefetcher)
                 profile.before(since + 1, state)
@@ -151,7 +151,7 @@ class Loop:
                 shown: dict[str, Any] = {}
                 if save or any(map(self._ends_interval, steps)):
                     rows = self._collect()
-                    now = Clock.now(prefetcher.wait_seconds)
+                    now = Clock(time.perf_counter(), prefetcher.wait_seconds)
                     for number, row in rows:
                         self._count(number, row)
                         if self._ends_interval(number):  # the steps of a chunk share its time

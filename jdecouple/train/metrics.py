@@ -26,11 +26,6 @@ class Clock(NamedTuple):
     time: float
     waited: float
 
-    @classmethod
-    def now(cls, waited: float) -> "Clock":
-        """The present."""
-        return cls(time.perf_counter(), waited)
-
     def towards(self, other: "Clock", share: float) -> "Clock":
         """A clock between this one (share 0) and another (share 1)."""
         time, waited = (a + share * (b - a) for a, b in zip(self, other, strict=True))
@@ -38,12 +33,9 @@ class Clock(NamedTuple):
 
 
 class Interval:
-    """The steps since the last line of the training metrics.
+    """The steps since the last line of the training metrics, from when `step` was done.
 
-    Args:
-        step: the step that it begins after.
-        began: when it begins.
-        means: `means` of the interval that it goes on with; None of a new one.
+    It goes on with `means`, those of an interval of an earlier process, where there are any.
     """
 
     def __init__(self, step: int, began: Clock, means: Mapping[str, Any] | None = None):
@@ -100,10 +92,7 @@ class MetricsWriter(contextlib.AbstractContextManager["MetricsWriter"]):
     def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
         """Appends ``{"step": step, "split": split, **values}``.
 
-        Args:
-            step: optimiser steps done.
-            split: train, validation or test.
-            values: name -> number or scalar array; one that is not finite becomes null.
+        Values are numbers or scalar arrays; one that is not finite becomes null.
 
         Raises:
             ValueError: the split is unknown, or a value is named `step` or `split`.
@@ -157,9 +146,7 @@ class Progress:
     def __init__(
         self, total_steps: int, initial: int, examples_per_step: int, enabled: bool = True
     ):
-        self._total = total_steps
-        self._examples = examples_per_step
-        self._enabled = enabled
+        self._total, self._examples, self._enabled = total_steps, examples_per_step, enabled
         self._first: tuple[int, float] | None = None
         self._shown: list[str] = []
         self._bar: Any = None
@@ -173,20 +160,15 @@ class Progress:
             )
 
     def update(self, step: int, values: Mapping[str, Any]) -> None:
-        """Shows that `step` steps are done.
+        """Shows that `step` steps are done, and `values` in their order.
 
-        Args:
-            step: optimiser steps done.
-            values: numbers to show in this order, such as epoch, loss and accuracy; they are read
-                here, so pass device arrays at intervals only. Empty: the last ones stay.
+        The values are read here, so pass device arrays at intervals only. Without any, the last
+        ones stay.
         """
-        now = time.perf_counter()
-        if self._first is None:
-            self._first = (step, now)
         if not self._enabled:
             return
         self._shown = [_shown(name, x) for name, x in values.items()] or self._shown
-        parts = [*self._speed(step, now), *self._shown]
+        parts = [*self._speed(step), *self._shown]
         if self._bar is not None:
             self._bar.set_postfix_str(", ".join(parts), refresh=False)
             self._bar.update(step - self._bar.n)
@@ -206,9 +188,10 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def _speed(self, step: int, now: float) -> list[str]:
-        assert self._first is not None
-        done, seconds = step - self._first[0], now - self._first[1]
+    def _speed(self, step: int) -> list[str]:
+        now = time.perf_counter()
+        first, began = self._first = self._first or (step, now)
+        done, seconds = step - first, now - began
         if done <= 0 or seconds <= 0:
             return []
         left = tqdm.tqdm.format_interval((self._total - step) * seconds / done)

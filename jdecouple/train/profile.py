@@ -5,7 +5,6 @@ import gzip
 import json
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,7 @@ from jdecouple.schedules import Kind, Span, draw
 from jdecouple.train.files import replace
 from jdecouple.trainer import State, Trainer
 
-FOLDER_NAME = "profile"
-PICTURE_NAME = "timeline.png"
-WARM_UP_STEPS = 10
-
+_WARM_UP_STEPS = 10
 _NAME = re.compile(r"jit_stage(\d+)_([FBS]+)(?:\(.*\))?")
 _MODULES = "XLA Modules"  # the line of a GPU's trace that has an event a call
 
@@ -33,21 +29,14 @@ class Profile:
         trainer: its stages must be apart (`fuse=False`).
         workdir: gets `profile/`, which TensorBoard and XProf read, and `timeline.png`.
         steps: how many steps to trace; None traces none.
-        start: step that the run goes on from; the steps up to `start + WARM_UP_STEPS` are not
-            traced, because the first of them compile.
+        start: step that the run goes on from; the first ten steps after it are not traced, because
+            they compile.
         title: heading of the picture.
     """
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        workdir: str | os.PathLike[str],
-        steps: int | None,
-        start: int = 0,
-        title: str = "",
-    ):
-        self._trainer, self._workdir, self._title = trainer, Path(workdir), title
-        self._first = start + WARM_UP_STEPS + 1
+    def __init__(self, trainer: Trainer, workdir: Path, steps: int | None, start: int, title: str):
+        self._trainer, self._workdir, self._title = trainer, workdir, title
+        self._first = start + _WARM_UP_STEPS + 1
         self._last = self._first + steps - 1 if steps else 0
         self._tracing = False
 
@@ -57,7 +46,7 @@ class Profile:
             self._trainer.wait(state)
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0
-            jax.profiler.start_trace(self._workdir / FOLDER_NAME, profiler_options=options)
+            jax.profiler.start_trace(self._workdir / "profile", profiler_options=options)
             self._tracing = True
 
     def after(self, step: int, state: State) -> str | None:
@@ -68,11 +57,11 @@ class Profile:
         self.close()
         count = step - self._first + 1
         try:
-            measured = spans(self._workdir / FOLDER_NAME, self._trainer, count, self._first - 1)
+            measured = spans(self._workdir / "profile", self._trainer, count, self._first - 1)
         except ValueError as error:  # no reason to end a training
             return f"no timeline: {error}"
         title = f"{self._title}, steps {self._first} to {step}".lstrip(", ")
-        path = self._workdir / PICTURE_NAME
+        path = self._workdir / "timeline.png"
         figure = draw(measured, title=title)
         replace(path, lambda temporary: figure.savefig(temporary, format="png"))
         return f"timeline of steps {self._first} to {step}: {path}"
@@ -137,34 +126,19 @@ def _events(folder: Path) -> list[dict[str, Any]]:
 
 def _calls(events: list[dict[str, Any]]) -> dict[Key, list[Times]]:
     """When each call ran, in order of time, by stage and kinds; in seconds."""
-    runs: dict[tuple[str, Any], list[Times]] = collections.defaultdict(list)
-    for name, run, start, end in _pieces(events):
-        runs[name, run].append((start, end))
-    calls: dict[Key, list[Times]] = collections.defaultdict(list)
-    for (name, _), pieces in runs.items():
-        match = _NAME.fullmatch(name)
-        assert match
-        key = int(match[1]), tuple(map(Kind, match[2]))
-        calls[key].append((min(a for a, _ in pieces) / 1e6, max(b for _, b in pieces) / 1e6))
-    return {key: sorted(times) for key, times in calls.items()}
-
-
-def _pieces(events: list[dict[str, Any]]) -> Iterator[tuple[str, Any, float, float]]:
-    """Name of a call, what tells its runs apart, start and end: of runs, or of parts of them."""
     lines = {
         (event["pid"], event["tid"]): event["args"]["name"]
         for event in events
         if event.get("ph") == "M" and event.get("name") == "thread_name"
     }
     modules = _MODULES in lines.values()
+    complete = [event for event in events if event.get("ph") == "X"]
     turns: collections.Counter = collections.Counter()
-    for event in sorted(events, key=lambda event: event.get("ts", 0)):
-        if event.get("ph") != "X":
-            continue
+    runs: dict[tuple[str, Any], Times] = {}  # of a call by what tells its runs apart
+    for event in sorted(complete, key=lambda event: event["ts"]):
         if modules:
-            name, line = event["name"], (event["pid"], event["tid"])
-            if lines.get(line) != _MODULES:
-                continue
+            line = event["pid"], event["tid"]
+            name = event["name"] if lines.get(line) == _MODULES else ""
             # Every device has the runs of a call in the same order.
             turns[name, line] += 1
             run = turns[name, line]
@@ -172,4 +146,11 @@ def _pieces(events: list[dict[str, Any]]) -> Iterator[tuple[str, Any, float, flo
             args = event.get("args", {})
             name, run = args.get("hlo_module", ""), args.get("run_id")
         if _NAME.fullmatch(name):
-            yield name, run, event["ts"], event["ts"] + event.get("dur", 0)
+            end = event["ts"] + event.get("dur", 0)
+            start, before = runs.get((name, run), (event["ts"], end))
+            runs[name, run] = start, max(before, end)
+    calls: dict[Key, list[Times]] = collections.defaultdict(list)
+    for (name, _), (start, end) in runs.items():
+        stage, kinds = _NAME.fullmatch(name).groups()  # type: ignore[union-attr]
+        calls[int(stage), tuple(map(Kind, kinds))].append((start / 1e6, end / 1e6))
+    return {key: sorted(times) for key, times in calls.items()}

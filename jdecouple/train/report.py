@@ -41,9 +41,7 @@ def write_config(folder: Path, run: Run) -> None:
         "engine": trainer.engine,
         "boundaries": list(trainer.boundaries),
         "parameters": parameters(trainer),
-        "devices": [
-            [str(device) for device in placement.devices] for placement in trainer.placements
-        ],
+        "devices": [list(map(str, placement.devices)) for placement in trainer.placements],
         "device_kind": jax.devices()[0].device_kind,
         "versions": {"python": platform.python_version(), **_versions()},
     }
@@ -81,17 +79,16 @@ def summary(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def show(result: Mapping[str, Any], folder: Path, best_step: int | None) -> None:
     """Prints the closing table."""
-    rows = {
+    labels = {
         "test": "last step",
         "test_at_best_validation": "best validation",
         "best_test": "best exit at its best test step (as the papers report; not a result)",
     }
     print("\ntest accuracy")
-    for key, label in rows.items():
+    for key, label in labels.items():
         if key not in result:
             continue
-        line = result[key]
-        accuracies = exits(line)
+        line, accuracies = result[key], exits(result[key])
         value = max(accuracies.values()) if key == "best_test" else line["accuracy"]
         listed = ", ".join(f"{name} {accuracy:.2%}" for name, accuracy in accuracies.items())
         print(f"  {label}: {value:.2%} at step {line['step']} ({listed})")
@@ -129,19 +126,14 @@ def plot_curves(
 
     Args:
         workdir: directory with ``metrics.jsonl``.
-        path: PNG to write, atomically; ``curves.png`` in `workdir` by default.
+        path: PNG to write, atomically, and to return; ``curves.png`` in `workdir` by default.
         title: heading of the figure.
-
-    Returns:
-        The path written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     target = Path(workdir) / CURVES_NAME if path is None else Path(path)
     lines = read_metrics(workdir)
     figure = Figure(figsize=(11, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
     losses, accuracies = figure.subplots(1, 2)
     _draw_losses(losses, lines)
     _draw_accuracies(accuracies, lines)
@@ -151,7 +143,7 @@ def plot_curves(
     return target
 
 
-def _draw_losses(axes: Any, lines: Iterable[Line]) -> None:
+def _draw_losses(axes: Any, lines: Sequence[Line]) -> None:
     train = [line for line in lines if line["split"] == "train"]
     blocks = _indices(train, "block", "loss")
     series = {f"block {i}": _series(train, f"block_{i}/loss") for i in blocks}
@@ -165,13 +157,10 @@ def _draw_losses(axes: Any, lines: Iterable[Line]) -> None:
     _finish(axes, "training loss", [])
 
 
-def _draw_accuracies(axes: Any, lines: Iterable[Line]) -> None:
-    lines = list(lines)
-    exits = sorted({*_indices(lines, "exit", "accuracy"), *_indices(lines, "block", "accuracy")})
-    colours: dict[str, Any] = {
-        f"exit {i}": c for i, c in zip(exits, _colours(len(exits)), strict=True)
-    }
-    used: dict[str, None] = {}
+def _draw_accuracies(axes: Any, lines: Sequence[Line]) -> None:
+    exits = _indices(lines, "(?:exit|block)", "accuracy")
+    colours = {f"exit {i}": c for i, c in zip(exits, _colours(len(exits)), strict=True)}
+    drawn = []
     for split in SPLITS:
         part = [line for line in lines if line["split"] == split]
         prefix = "block" if split == "train" else "exit"
@@ -181,16 +170,10 @@ def _draw_accuracies(axes: Any, lines: Iterable[Line]) -> None:
             series["final"] = final
         for label, points in series.items():
             if points[0]:
-                new = label not in used
-                used[label] = used[split] = None
-                _draw(
-                    axes,
-                    points,
-                    label=label if new else None,
-                    color=colours.get(label, "black"),
-                    **_STYLES[split],
-                )
-    _finish(axes, "accuracy", [split for split in SPLITS if split in used])
+                colour = colours.get(label, "black")
+                _draw(axes, points, label=label, color=colour, **_STYLES[split])
+                drawn.append(split)
+    _finish(axes, "accuracy", dict.fromkeys(drawn))
 
 
 def _draw(axes: Any, points: Series, **style: Any) -> None:
@@ -208,8 +191,8 @@ def _finish(axes: Any, label: str, splits: Iterable[str]) -> None:
     axes.set_ylabel(label)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
     axes.grid(alpha=0.3)
-    handles, _ = axes.get_legend_handles_labels()
-    plain = [Line2D([], [], color=h.get_color(), label=h.get_label()) for h in handles]
+    colours = {line.get_label(): line.get_color() for line in axes.lines}
+    plain = [Line2D([], [], color=colour, label=label) for label, colour in colours.items()]
     styles = [Line2D([], [], color="gray", markersize=4, label=s, **_STYLES[s]) for s in splits]
     if entries := plain + styles:
         axes.legend(handles=entries, fontsize="small", ncols=1 + len(entries) // 9)
