@@ -24,9 +24,7 @@ class ConfigError(ValueError):
 def one_line(section: Any = None, path: str = "config") -> Iterator[None]:
     """Turns what is raised about given values, files or data into a ConfigError.
 
-    Args:
-        section: of a configuration; a message that begins with a key that it sets is about that.
-        path: where the section is.
+    A message that begins with a key that `section`, which is at `path`, sets is about that.
     """
     try:
         yield
@@ -43,17 +41,14 @@ def one_line(section: Any = None, path: str = "config") -> Iterator[None]:
 def default() -> ConfigDict:
     """The configuration that every file in configs/ starts from.
 
-    The sections `method`, `model` and `optimizer` also take the options of the method, model or
-    optimizer that `name` chooses; those that are not set have the owner's default.
+    It is locked (an unknown key is an error), but for the sections `method`, `model` and
+    `optimizer`: these also take the options of what `name` chooses, or have its defaults.
 
     >>> config = default()
     >>> config.method.name = "scpl"
     >>> config.method.temperature = 0.2
     >>> config.batch_size, config.optimizer.learning_rate
     (128, 0.001)
-
-    Returns:
-        A ConfigDict that is locked (an unknown key is an error), but for these three sections.
     """
     # Every key needs a placeholder of its own: a shared one would link their values.
     config = ConfigDict(
@@ -141,9 +136,7 @@ def value_type(config: ConfigDict, key: str, path: str = "config") -> type:
 def filled(config: Mapping[str, Any], *, all_options: bool = False) -> ConfigDict:
     """The complete configuration: keys that are not given have their defaults.
 
-    Args:
-        config: a configuration made from `default()`, or a mapping like it.
-        all_options: whether options that are not given are there too, None with their type.
+    With `all_options`, options that are not given are there too, None with their type.
 
     Raises:
         ConfigError: a name or a key that does not exist, or a value of the wrong type.
@@ -166,13 +159,10 @@ def filled(config: Mapping[str, Any], *, all_options: bool = False) -> ConfigDic
 
 
 def validate(config: Mapping[str, Any]) -> ConfigDict:
-    """Checks keys and types, and the values that nothing refuses which is built from them.
+    """The complete configuration, checked: keys, types, and what nothing else would refuse.
 
     Args:
         config: a configuration made from `default()`, or a mapping like it.
-
-    Returns:
-        The complete configuration; keys that were not given have their defaults.
 
     Raises:
         ConfigError: naming the first bad key, what it holds and what is allowed.
@@ -185,9 +175,8 @@ def validate(config: Mapping[str, Any]) -> ConfigDict:
                 huge = isinstance(value, int) and abs(value) >= 2**64  # of any number of digits
                 shown = "a huge number" if huge else repr(value)
                 raise ConfigError(f"config.{key} is {shown}: {allowed}")
-    for message, clash in clashes(complete).items():
-        if clash:
-            raise ConfigError(f"config.{message}")
+    for message in clashes(complete):
+        raise ConfigError(f"config.{message}")
     return complete
 
 
@@ -212,11 +201,9 @@ def check_identity(now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
             continue
         difference = f"{old}, now {new}"
         if isinstance(old, dict) and isinstance(new, dict):
-            difference = ", ".join(
-                f"{name} {old.get(name)!r} (now {new.get(name)!r})"
-                for name in {**old, **new}
-                if old.get(name) != new.get(name)
-            )
+            pairs = {name: (old.get(name), new.get(name)) for name in old | new}
+            differing = (f"{k} {a!r} (now {b!r})" for k, (a, b) in pairs.items() if a != b)
+            difference = ", ".join(differing)
         label = f"config.{key}" if key.split(".")[0] in default() else key
         raise ConfigError(
             f"the workdir holds a run with {label} = {difference}: choose another workdir, or the "
@@ -243,10 +230,8 @@ def _fill(target: ConfigDict, given: Any, path: str) -> None:
         kind, optional = target.get_type(key), target[key] is None
         if value == "None" and optional:  # as the command line gives it
             value = None
-        if isinstance(value, list) and kind is tuple:
-            value = tuple(value)
-        if isinstance(value, int) and not isinstance(value, bool) and kind is float:
-            value = float(value)
+        if (type(value), kind) in ((list, tuple), (int, float)):
+            value = kind(value)
         fits = isinstance(value, kind) and (kind in (bool, object) or not isinstance(value, bool))
         if not fits and not (value is None and optional):
             raise ConfigError(f"{here} is {value!r}: a value of type {kind.__name__} is needed")

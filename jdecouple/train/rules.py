@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -51,29 +51,28 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 )
 
 
-def clashes(config: ConfigDict) -> dict[str, bool]:
-    """Whether keys of a complete configuration exclude each other, by what is then said."""
+def clashes(config: ConfigDict) -> Iterator[str]:
+    """What there is to say of keys of a complete configuration that exclude each other."""
     mesh, profile = config.mesh, config.profile
     buckets, length = config.data.buckets, config.data.max_length
-    cuts = {key: config[key] is not None for key in ("boundaries", "split")}
+    cuts = sum(config[key] is not None for key in ("boundaries", "split"))
     uneven = mesh.replicas is not None
-    sized = uneven and (mesh.stages not in (None, len(mesh.replicas)) or mesh.data != 1)
-    excluded = {
-        "split and config.boundaries are both set: give one of them": all(cuts.values()),
-        "mesh.replicas is set: leave config.mesh.stages and config.mesh.data alone": sized,
-        "mesh.propose chooses boundaries and replicas: leave config.boundaries, config.split and "
-        "config.mesh.replicas alone": mesh.propose and (uneven or any(cuts.values())),
-        "profile shows the calls of stages: config.engine 'spmd' has none, 'mpmd' has": (
-            profile and config.engine == "spmd"
-        ),
-        "profile shows single batches: leave config.chunk at 1": profile and config.chunk > 1,
-        f"data.buckets is {buckets}: its last must be config.data.max_length, {length}": (
-            buckets and length not in (None, buckets[-1])
-        ),
-    }
+    if cuts == 2:
+        yield "split and config.boundaries are both set: give one of them"
+    if uneven and (mesh.stages not in (None, len(mesh.replicas)) or mesh.data != 1):
+        yield "mesh.replicas is set: leave config.mesh.stages and config.mesh.data alone"
+    if mesh.propose and (uneven or cuts):
+        keys = "config.boundaries, config.split and config.mesh.replicas"
+        yield f"mesh.propose chooses boundaries and replicas: leave {keys} alone"
+    if profile and config.engine == "spmd":
+        yield "profile shows the calls of stages: config.engine 'spmd' has none, 'mpmd' has"
+    if profile and config.chunk > 1:
+        yield "profile shows single batches: leave config.chunk at 1"
+    if not buckets:
+        return
+    if length not in (None, buckets[-1]):
+        yield f"data.buckets is {buckets}: its last must be config.data.max_length, {length}"
     for key, least in (("chunk", 1), ("profile", None)):
-        excluded[
-            f"data.buckets is set: config.{key} is {config[key]}, which needs batches of one "
-            f"length: leave it at {least}"
-        ] = buckets and config[key] != least
-    return excluded
+        if config[key] != least:
+            reason = f"config.{key} is {config[key]}, which needs batches of one length"
+            yield f"data.buckets is set: {reason}: leave it at {least}"
