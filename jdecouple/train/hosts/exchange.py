@@ -18,9 +18,7 @@ def merge_metrics(
 ) -> list[Mapping[str, Any]]:
     """Metrics of steps, of all blocks, on the first process; an empty list on the others.
 
-    Args:
-        processes: all call it.
-        rows: metrics of each step, of the blocks of this process, on the host.
+    All call it, with those of their own blocks, on the host.
     """
     if processes.count == 1:
         return list(rows)
@@ -42,9 +40,7 @@ def _merged(parts: Sequence[dict[str, float]]) -> dict[str, Any]:
 def gather(processes: MultiProcess, arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Arrays of all processes on the host of the first; nothing on the others.
 
-    Args:
-        processes: all call it.
-        arrays: arrays on devices, of which this process may hold parts, by name.
+    All call it, with arrays by name of which they may hold parts.
     """
     if processes.count == 1:
         return {name: np.asarray(value) for name, value in arrays.items()}
@@ -72,13 +68,7 @@ def gather(processes: MultiProcess, arrays: Mapping[str, Any]) -> dict[str, np.n
 def scatter(
     processes: MultiProcess, wanted: Sequence[str], arrays: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Gives every process the arrays that it wants, of those that the first has.
-
-    Args:
-        processes: all call it.
-        wanted: names that this process wants.
-        arrays: all arrays, on the first process.
-    """
+    """Gives every process the arrays that it wants, by name, of those that the first has."""
     if processes.count == 1:
         return dict(arrays)
     requests = processes.collect(list(wanted))

@@ -29,12 +29,8 @@ _GRACE = 3.0  # seconds in which the end of another process explains an error in
 class MultiProcess:
     """One process of a run; every process calls the same methods.
 
-    Made by `join`; ended by `close`, or by `fail`.
-
-    Args:
-        index: number of this process.
-        links: links to the others by index: all, on process 0, and else only that to 0.
-        names: names of the machines of all processes, by index.
+    Made by `join` with links to the others by index (to all on process 0, and else only to 0) and
+    the names of all machines; ended by `close`, or by `fail`.
 
     Attributes:
         count: processes in the run.
@@ -86,14 +82,10 @@ class MultiProcess:
     def stops(self, step: int, requested: bool) -> bool:
         """Whether all processes are to stop after this step; to be asked after every step.
 
-        Whoever wants to stop asks process 0, which asks all how far they have begun; from then on
-        nobody begins another step until all know the furthest. They answer from a thread of their
-        own, so that one that waits for a message is no hindrance.
-
-        Args:
-            step: number of the step that this process has dispatched.
-            requested: whether this process wants to stop. One is enough, and all stop after the
-                same step, the furthest that any has begun.
+        One that has `requested` it is enough, and all stop after the furthest step that any has
+        begun. Whoever wants to stop asks process 0, which asks all how far they have begun; from
+        then on nobody begins another step until all know the furthest. They answer from a thread
+        of their own, so that one that waits for a message is no hindrance.
         """
         if requested and not self._asked:
             self._asked = True
@@ -208,14 +200,11 @@ class MultiProcess:
         """Gives signs of life, and misses those of others."""
         silent = dict.fromkeys(self._links, 0.0)
         heard = dict.fromkeys(self._links, 0)
-        before = time.monotonic()
         while True:
             time.sleep(_PERIOD)
-            # A machine that has slept has not been waiting.
-            passed = min(time.monotonic() - before, 2 * _PERIOD)
-            before = time.monotonic()
             for index, link in self._links.items():
-                silent[index] = silent[index] + passed if link.heard == heard[index] else 0.0
+                # No clock is read: a machine that has slept has not been waiting.
+                silent[index] = silent[index] + _PERIOD if link.heard == heard[index] else 0.0
                 heard[index] = link.heard
                 if silent[index] > SILENCE and index not in self._left:
                     self._lose(index)

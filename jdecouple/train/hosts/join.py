@@ -37,13 +37,8 @@ def join(spec: ProcessSpec, *, patience: float = PATIENCE) -> MultiProcess:
         ValueError: in one line: a port that is taken, an address that is none, processes that do
             not come, that come twice, or that were started for another run.
     """
-    hello = {
-        "program": "jdecouple",
-        "jax": jax.__version__,
-        "num_processes": spec.count,
-        "index": spec.index,
-        "name": socket.gethostname(),
-    }
+    hello: dict[str, Any] = {"program": "jdecouple", "jax": jax.__version__}
+    hello |= {"num_processes": spec.count, "index": spec.index, "name": socket.gethostname()}
     end = time.monotonic() + patience
     if spec.index == 0:
         links, names = _await_others(spec, hello, end)

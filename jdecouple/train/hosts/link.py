@@ -41,11 +41,7 @@ class Link:
         return near.removeprefix("::ffff:"), far.removeprefix("::ffff:")
 
     def send(self, message: Message, seconds: float = -1) -> None:
-        """Sends a message in one piece.
-
-        Args:
-            message: the message.
-            seconds: to wait for messages of other threads before it is dropped; -1 drops none.
+        """Sends in one piece; drops what waits so many seconds for other threads, -1 for ever.
 
         Raises:
             OSError: the connection has ended.

@@ -2,7 +2,7 @@
 
 JAX's client aborts the process, with a page of C++ messages, in the very moment in which its
 connection to the coordination service breaks. Through a relay it does not see that, and the
-watch of `jdecouple.hosts.group` ends the process in its own way.
+watch of `jdecouple.train.hosts.group` ends the process in its own way.
 """
 
 import contextlib
@@ -14,12 +14,9 @@ _CHUNK = 1 << 16
 
 
 def relay(host: str, port: int, seconds: float) -> str:
-    """Starts to pass on what comes to a port of this machine; returns that "address:port".
+    """Starts to pass on to `host` what comes to a port of this machine; returns "address:port".
 
-    Args:
-        host: machine to pass it on to.
-        port: its port.
-        seconds: for how long to try to reach that.
+    For so many seconds it tries to reach the `port` of `host`.
     """
     server = socket.create_server(("127.0.0.1", 0))
 
@@ -45,16 +42,14 @@ def _serve(near: socket.socket, host: str, port: int, seconds: float) -> None:
     far.settimeout(None)
     for connection in (near, far):
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    threading.Thread(target=_return, args=(far, near), daemon=True).start()
-    with contextlib.suppress(OSError):
-        while chunk := near.recv(_CHUNK):
-            with contextlib.suppress(OSError):  # what a lost coordinator would have got
-                far.sendall(chunk)
+    threading.Thread(target=_pass_on, args=(far, near), daemon=True).start()
+    _pass_on(near, far)
     far.close()
 
 
-def _return(far: socket.socket, near: socket.socket) -> None:
-    """Passes answers back; JAX's end stays open when the other one closes."""
+def _pass_on(source: socket.socket, target: socket.socket) -> None:
+    """Reads to the end, also what a lost target no longer takes; JAX's end then stays open."""
     with contextlib.suppress(OSError):
-        while chunk := far.recv(_CHUNK):
-            near.sendall(chunk)
+        while chunk := source.recv(_CHUNK):
+            with contextlib.suppress(OSError):
+                target.sendall(chunk)
