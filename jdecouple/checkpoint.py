@@ -66,8 +66,8 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
 
     Args:
         directory: where the checkpoints live; created if missing.
-        keep: how many of the last checkpoints to keep. The best one is kept besides, and a
-            directory that holds no checkpoint of this program is never deleted.
+        keep: how many of the last checkpoints to keep. The best one is kept besides; what holds no
+            checkpoint of this program is never deleted.
         read_only: only restore: nothing is created, cleaned, moved or deleted.
 
     Raises:
@@ -81,9 +81,8 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
         if not isinstance(keep, int) or keep < 1:
             raise ValueError(f"keep must be a positive integer, got {keep!r}")
         self.directory = Path(directory).absolute()
-        self._keep = keep
-        self._policy = _AllBut()
-        self._refused: tuple[int, ...] = ()
+        self._keep, self._policy = keep, _AllBut()
+        self._refused: set[int] = set()
         self._pending: int | None = None
         self._manager: Any = None
         # Orbax reports each save at INFO; what fails reaches the caller as a CheckpointError.
@@ -99,7 +98,7 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
         """The steps on disk in rising order, without unfinished and refused ones."""
         names = os.listdir(self.directory) if self.directory.exists() else []
         steps = {int(name) for name in names if name.isdecimal() and str(int(name)) == name}
-        return sorted(steps.difference(self._refused))
+        return sorted(steps - self._refused)
 
     @property
     def latest_step(self) -> int | None:
@@ -118,10 +117,9 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
     def save(
         self, step: int, arrays: Mapping[str, Any], extra: Any, metric: float | None = None
     ) -> None:
-        """Copies `arrays` to host memory and writes them in the background.
+        """Copies `arrays` to host memory and writes them in the background, after the last save.
 
-        The caller may donate or overwrite them as soon as this returns. It waits for a save that
-        is still in flight.
+        The caller may donate or overwrite them as soon as this returns.
 
         Args:
             step: an integer greater than every step already saved.
@@ -150,7 +148,7 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
         if self._refused:
             self._set_refused_aside()
         latest = self.latest_step
-        if step < 0 or (latest is not None and step <= latest):
+        if step <= (-1 if latest is None else latest):
             raise CheckpointError(
                 f"step {step} is not after the latest checkpoint, {latest}, in {self.directory}"
             )
@@ -190,7 +188,7 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
         *,
         accept: Accept = lambda extra: None,
     ) -> Restored | None:
-        """Reads the latest usable checkpoint, or the one of `step`.
+        """Reads the latest usable checkpoint, or the one of `step`; None if there are none.
 
         A checkpoint that is truncated, corrupted, foreign or none at all is refused with one
         warning and the one before it is tried. If one can be used, those refused are moved to
@@ -200,9 +198,6 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
             template: name to anything with the expected array's `shape` and `dtype`.
             step: use this checkpoint or fail.
             accept: given the `extra` of a checkpoint, says why it is to be refused, or None.
-
-        Returns:
-            The checkpoint, bit for bit, or None if there are no checkpoints.
 
         Raises:
             CheckpointError: `step` is absent or unusable, or every checkpoint was refused.
@@ -215,24 +210,23 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
                     f"no checkpoint {step} in {self.directory}; there are {steps or 'none'}"
                 )
             steps = [step]
-        refused: list[tuple[int, str]] = []
+        refused: dict[int, str] = {}
         for candidate in reversed(steps):
             if refused:
-                logging.warning("checkpoint %d refused: %s; trying %d", *refused[-1], candidate)
+                last = next(reversed(refused.items()))
+                logging.warning("checkpoint %d refused: %s; trying %d", *last, candidate)
             try:
                 restored = self._load(candidate, template, accept)
             except _RefusedError as error:
-                refused.append((candidate, str(error)))
+                refused[candidate] = str(error)
             else:
-                self._refused += tuple(number for number, _ in refused)
+                self._refused |= refused.keys()
                 return restored
         if not steps:
             return None
-        tried = ", ".join(map(str, reversed(steps)))
-        raise CheckpointError(
-            f"no usable checkpoint in {self.directory}: refused {tried}; "
-            f"{steps[-1]}: {refused[0][1]}"
-        )
+        tried, first = ", ".join(map(str, refused)), steps[-1]
+        reason = f"refused {tried}; {first}: {refused[first]}"
+        raise CheckpointError(f"no usable checkpoint in {self.directory}: {reason}")
 
     def _documents(self) -> dict[int, dict[str, Any]]:
         """Step -> the document of every checkpoint on disk that has a sound one."""
@@ -309,19 +303,19 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
         aside = self.directory.with_name(self.directory.name + "_refused")
         with _one_line(f"cannot move refused checkpoints to {aside}"):
             aside.mkdir(exist_ok=True)
-            for step in self._refused:
+            for step in sorted(self._refused):
                 names = itertools.chain([f"{step}"], (f"{step}-{i}" for i in itertools.count(1)))
                 free = next(aside / name for name in names if not (aside / name).exists())
                 os.rename(self.directory / str(step), free)
-        self._refused = ()
+        self._refused.clear()
         self._open_manager()
 
 
 class _AllBut:
     """Orbax preservation policy: all but what the last save has superseded.
 
-    Orbax's `LatestN` counts and deletes directories of other programs; its `BestN` keeps the last
-    of equals, and reads metrics from a file that these checkpoints do not have.
+    Orbax's `LatestN` counts and deletes directories of other programs; its `BestN` reads metrics
+    from a file that these checkpoints do not have.
     """
 
     superseded: Set[int] = frozenset()
