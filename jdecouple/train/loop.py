@@ -21,7 +21,7 @@ from jdecouple.pipeline.batch import PlacedBatch
 from jdecouple.train import config as configuration
 from jdecouple.train import hosts, report
 from jdecouple.train.config import ConfigError, one_line
-from jdecouple.train.metrics import Clock, Interval, MetricsWriter, Progress, read_metrics
+from jdecouple.train.metrics import Interval, MetricsWriter, Progress, clock, read_metrics
 from jdecouple.train.profile import Profile
 from jdecouple.train.run import Run, build, check_alike
 from jdecouple.trainer import State, Trainer
@@ -57,6 +57,7 @@ def train_and_evaluate(
     """
     run, folder = build(config), Path(workdir)
     processes = processes or hosts.SingleProcess()
+    title = f"{run.config.method.name} on {run.config.data.name}"  # of the pictures
     checkpoints = writer = None  # on the first process alone
     with contextlib.ExitStack() as stack:
         with one_line():
@@ -71,11 +72,11 @@ def train_and_evaluate(
                 report.write_config(folder, run)
                 resume_step = state.step if start else None
                 writer = stack.enter_context(MetricsWriter(folder, resume_step=resume_step))
-        profile = Profile(run.trainer, folder, run.config.profile, state.step, run.title)
+        profile = Profile(run.trainer, folder, run.config.profile, state.step, title)
         loop = Loop(run, checkpoints, writer, interrupt, profile, processes)
         state = loop.train(state, start)
         if processes.first:
-            report.plot_curves(folder, title=run.title)
+            report.plot_curves(folder, title=title)
     result = {"step": state.step, "finished": state.step >= run.total_steps}
     if checkpoints is None:
         return result
@@ -99,14 +100,9 @@ class Loop:
     processes: hosts.MultiProcess
 
     def train(self, state: State, start: dict[str, Any] | None) -> State:
-        """Trains to the last step, or until asked to stop.
+        """Trains from `state` to the last step, or until asked to stop.
 
-        Args:
-            state: where to begin.
-            start: what the checkpoint of `state` says beside its arrays; None for a new run.
-
-        Raises:
-            NonFiniteError: the loss or a parameter is no number; nothing of it is saved.
+        `start` is what the checkpoint of `state` says beside its arrays; None for a new run.
         """
         run, config, first = self.run, self.run.config, state.step
         batches = data.train_batches(
@@ -125,7 +121,7 @@ class Loop:
             ends.append(config.log_every)
         groups = data.Groups(batches, data.group_sizes(first, run.total_steps, config.chunk, *ends))
         self._saved = first if start else -1
-        self._interval = Interval(first, Clock(time.perf_counter(), 0.0), start and start["means"])
+        self._interval = Interval(first, clock(0.0), start and start["means"])
         self._pending: list[tuple[range, dict[str, jax.Array]]] = []  # metrics on devices
         with (
             data.Prefetcher(groups, self._put) as prefetcher,
@@ -133,7 +129,7 @@ class Loop:
             contextlib.closing(self.profile) as profile,
         ):
             while state.step < run.total_steps:
-                since, began = state.step, Clock(time.perf_counter(), prefetcher.wait_seconds)
+                since, began = state.step, clock(prefetcher.wait_seconds)
                 with one_line():
                     trainer, placed = next(prefetcher)
                 profile.before(since + 1, state)
@@ -151,12 +147,12 @@ class Loop:
                 shown: dict[str, Any] = {}
                 if save or any(map(self._ends_interval, steps)):
                     rows = self._collect()
-                    now = Clock(time.perf_counter(), prefetcher.wait_seconds)
+                    now = clock(prefetcher.wait_seconds)
                     for number, row in rows:
                         self._count(number, row)
                         if self._ends_interval(number):  # the steps of a chunk share its time
                             share = (number - since) / len(steps)
-                            shown = self._log(number, state, began.towards(now, share))
+                            shown = self._log(number, state, began + share * (now - began))
                 progress.update(step, shown)
                 accuracy = self._evaluate(state, progress) if evaluate else None
                 if save:
@@ -180,12 +176,11 @@ class Loop:
 
     def _collect(self) -> list[tuple[int, Mapping[str, Any]]]:
         """Waits for the steps since the last call; gives the first process each one's metrics."""
-        numbers: list[int] = []
-        rows: list[dict[str, Any]] = []
+        numbers = [step for steps, _ in self._pending for step in steps]
         on_host = jax.device_get([metrics for _, metrics in self._pending])
+        rows: list[dict[str, Any]] = []
         for (steps, _), metrics in zip(self._pending, on_host, strict=True):
             columns = {name: np.atleast_1d(values).tolist() for name, values in metrics.items()}
-            numbers += steps
             rows += [{name: columns[name][i] for name in columns} for i in range(len(steps))]
         self._pending = []
         merged = hosts.merge_metrics(self.processes, rows)
@@ -204,11 +199,11 @@ class Loop:
             )
         self._interval.add(row)
 
-    def _log(self, step: int, state: State, now: Clock) -> dict[str, Any]:
+    def _log(self, step: int, state: State, now: np.ndarray) -> dict[str, Any]:
         """Writes the line of the interval that ends here; returns what the console shows."""
         size = self.run.config.batch_size
         values = self._interval.end(step, now, size)
-        diagnosed = jax.device_get(self.run.diagnose(state))
+        diagnosed = jax.device_get(self.run.diagnose(state) if self.run.diagnose else {})
         values |= {name: float(value) for name, value in diagnosed.items() if np.isfinite(value)}
         self._write(step, "train", values)
         shown: dict[str, Any] = {"epoch": f"{step * size / len(self.run.dataset.train):.2f}"}
@@ -221,22 +216,16 @@ class Loop:
 
     def _evaluate(self, state: State, progress: Progress) -> float | None:
         """Evaluates validation and test; returns the validation accuracy, if there is one."""
-        accuracy = None
-        began = time.perf_counter()
-        for split in (self.run.dataset.validation, self.run.dataset.test):
-            if not len(split):
-                continue
+        accuracy, began = None, time.perf_counter()
+        size, trainer = self.run.config.batch_size, self.run.trainer
+        for split in filter(len, (self.run.dataset.validation, self.run.dataset.test)):
             with one_line():
-                size = self.run.config.batch_size
-                batches = data.evaluation_batches(
-                    split, size, share=self.run.trainer.local_indices(size)
-                )
-                values = self.run.trainer.evaluate(state, batches)
+                batches = data.evaluation_batches(split, size, share=trainer.local_indices(size))
+                values = trainer.evaluate(state, batches)
             self._write(state.step, split.name, values)
             if split.name == "validation":
                 accuracy = values["accuracy"]
-            exits = [v for k, v in values.items() if k.startswith("exit_") and "accuracy" in k]
-            listed = " ".join(f"{value:.2%}" for value in exits)
+            listed = " ".join(f"{value:.2%}" for value in report.exits(values).values())
             progress.print(f"step {state.step} {split.name:10} accuracy per exit: {listed}")
         self._interval.leave_out(time.perf_counter() - began)
         return accuracy
@@ -253,11 +242,8 @@ class Loop:
                 raise NonFiniteError(
                     f"{name} is not finite after step {state.step}; {self._last_good()}"
                 )
-        extra = {
-            "iterator": iterator,
-            "means": self._interval.means,
-            "identity": identity(self.run),
-        }
+        means, own = self._interval.means, identity(self.run)
+        extra = {"iterator": iterator, "means": means, "identity": own}
         with one_line():
             self.checkpoints.save(state.step, arrays, extra, accuracy)
 
@@ -281,12 +267,8 @@ def restore(
 ) -> tuple[State, dict[str, Any] | None]:
     """The state to begin with, and what the checkpoint says of it.
 
-    The first process reads the checkpoint, and sends every other one the arrays of its stages.
-
-    Args:
-        run: what the configuration stands for.
-        checkpoints: where they are, on the first process.
-        processes: the processes; all call it.
+    The first process, alone with `checkpoints`, sends every other one the arrays of its stages.
+    All call it.
 
     Raises:
         ConfigError: they are another run's, or the run is further than it should go.
@@ -325,11 +307,8 @@ def identity(run: Run) -> dict[str, Any]:
     """
     values = configuration.identity(run.config)
     if run.trainer.schedule.overlapping:
-        values |= {
-            "boundaries": list(run.trainer.boundaries),
-            "dtype": run.config.dtype,
-            "JAX version": jax.__version__,
-        }
+        values |= {"boundaries": list(run.trainer.boundaries), "dtype": run.config.dtype}
+        values["JAX version"] = jax.__version__
     return values
 
 
@@ -338,9 +317,6 @@ class Interrupt:
 
     A second one interrupts at once. Outside the main thread, where Python allows no handlers,
     nothing is changed.
-
-    Attributes:
-        requested: whether the run should save and stop.
     """
 
     def __init__(self) -> None:

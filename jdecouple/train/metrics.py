@@ -8,8 +8,9 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 import tqdm
 
 from jdecouple.train.files import replace
@@ -20,52 +21,41 @@ SPLITS = ("train", "validation", "test")
 Line = dict[str, Any]
 
 
-class Clock(NamedTuple):
-    """A time, and the seconds waited for input until then."""
-
-    time: float
-    waited: float
-
-    def towards(self, other: "Clock", share: float) -> "Clock":
-        """A clock between this one (share 0) and another (share 1)."""
-        time, waited = (a + share * (b - a) for a, b in zip(self, other, strict=True))
-        return Clock(time, waited)
+def clock(waited: float) -> np.ndarray:
+    """[2], in seconds: the time, and how long has been waited for input until then."""
+    return np.array([time.perf_counter(), waited])
 
 
 class Interval:
     """The steps since the last line of the training metrics, from when `step` was done.
 
-    It goes on with `means`, those of an interval of an earlier process, where there are any.
+    Its `means`, how many steps were added and the sums of their metrics, are JSON; it goes on with
+    those of an earlier process, where there are any.
     """
 
-    def __init__(self, step: int, began: Clock, means: Mapping[str, Any] | None = None):
+    def __init__(self, step: int, began: np.ndarray, means: dict[str, Any] | None = None):
         self._step, self._began = step, began
-        self._count: int = means["count"] if means else 0
-        self._sums: dict[str, float] = dict(means["sums"]) if means else {}
-
-    @property
-    def means(self) -> dict[str, Any]:
-        """How many steps were added, and the sums of their metrics, as JSON."""
-        return {"count": self._count, "sums": dict(self._sums)}
+        self.means = means or {"count": 0, "sums": {}}
 
     def add(self, values: Mapping[str, Any]) -> None:
         """Counts the scalars of one step; every step has the same names."""
-        self._count += 1
+        self.means["count"] += 1
+        sums = self.means["sums"]
         for name, value in values.items():
-            self._sums[name] = self._sums.get(name, 0.0) + float(value)
+            sums[name] = sums.get(name, 0.0) + float(value)
 
     def leave_out(self, seconds: float) -> None:
         """Takes the time of an evaluation out of the training speed."""
-        self._began = self._began._replace(time=self._began.time + seconds)
+        self._began = self._began + np.array([seconds, 0])
 
-    def end(self, step: int, now: Clock, batch_size: int) -> dict[str, float]:
+    def end(self, step: int, now: np.ndarray, batch_size: int) -> dict[str, float]:
         """Returns means, examples_per_second and input_wait, a share of the time; begins anew."""
-        values = {name: total / self._count for name, total in self._sums.items()}
-        seconds = now.time - self._began.time
+        values = {name: x / self.means["count"] for name, x in self.means["sums"].items()}
+        seconds, waited = (now - self._began).tolist()
         values["examples_per_second"] = (step - self._step) * batch_size / seconds
-        values["input_wait"] = (now.waited - self._began.waited) / seconds
+        values["input_wait"] = waited / seconds
         self._step, self._began = step, now
-        self._count, self._sums = 0, {}
+        self.means = {"count": 0, "sums": {}}
         return values
 
 
@@ -127,20 +117,14 @@ def read_metrics(workdir: str | os.PathLike[str]) -> list[Line]:
     ...     read_metrics(folder)
     [{'step': 10, 'split': 'test', 'loss': 0.5, 'accuracy': 0.75}]
     """
-    parsed = (_parse(raw) for raw in _read(Path(workdir) / FILE_NAME).splitlines())
-    return [line for line in parsed if line is not None]
+    return list(filter(None, map(_parse, _read(Path(workdir) / FILE_NAME).splitlines())))
 
 
 class Progress:
     """Progress on stderr: a bar on a terminal, else one plain line for each `update` with values.
 
     Throughput and time left count from the first `update`, so that compilation is left out.
-
-    Args:
-        total_steps: steps at the end of the run.
-        initial: steps done before this process started.
-        examples_per_step: global batch size, for examples/s.
-        enabled: False on all processes but the first: nothing is printed.
+    Nothing is printed unless `enabled`, as on the first process; it begins at step `initial`.
     """
 
     def __init__(
@@ -217,5 +201,5 @@ def _parse(raw: bytes) -> Line | None:
 
 def _until(data: bytes, step: int) -> bytes:
     """Lines of steps up to `step`, byte for byte."""
-    parsed = ((raw, _parse(raw)) for raw in data.splitlines())
-    return b"".join(raw + b"\n" for raw, line in parsed if line and line["step"] <= step)
+    kept = (raw for raw in data.splitlines() if (line := _parse(raw)) and line["step"] <= step)
+    return b"".join(raw + b"\n" for raw in kept)

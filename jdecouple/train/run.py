@@ -15,7 +15,6 @@ from ml_collections import ConfigDict
 from jdecouple import data, methods, models, optim
 from jdecouple.pipeline import autoplace, make_mesh
 from jdecouple.pipeline.diagnostics import SufficientDirection
-from jdecouple.pipeline.state import State
 from jdecouple.train import config as configuration
 from jdecouple.train.config import ConfigError, chosen, one_line
 from jdecouple.train.hosts import MultiProcess
@@ -32,14 +31,9 @@ class Run:
     trainer: Trainer
     total_steps: int
     eval_every: int
-    diagnose: Callable[[State], dict[str, jax.Array]]
+    diagnose: SufficientDirection | None
     trainer_of: Callable[[Mapping[str, Any]], Trainer]
     """The trainer of a batch: `trainer`, or one like it for texts of another length."""
-
-    @property
-    def title(self) -> str:
-        """Heading of the run's pictures."""
-        return f"{self.config.method.name} on {self.config.data.name}"
 
 
 def build(config: ConfigDict | Mapping) -> Run:
@@ -84,18 +78,13 @@ def build(config: ConfigDict | Mapping) -> Run:
         make_trainer = functools.partial(make_trainer, **placement)
         trainer = make_trainer(example=example)
         trainer.check_steps(config.chunk)
-        diagnose = SufficientDirection(trainer) if config.sufficient_direction else _nothing
+        diagnose = SufficientDirection(trainer) if config.sufficient_direction else None
     if config.data.buckets:
         check_buckets(trainer)
     check_processes(trainer, config)
     trainer_of = by_length(trainer, example, make_trainer)
     eval_every = config.eval_every or steps_per_epoch
     return Run(config, dataset, trainer, total_steps, eval_every, diagnose, trainer_of)
-
-
-def _nothing(state: State) -> dict[str, jax.Array]:
-    del state
-    return {}
 
 
 def _placement(
@@ -138,9 +127,8 @@ def _load(config: ConfigDict) -> data.Dataset:
 def _model(config: ConfigDict, dataset: data.Dataset) -> models.Model:
     name, inputs = config.model.name, dataset.model_arguments()
     what = f"data set {dataset.name!r} holds {dataset.kind}"
-    readers = [other for other in models.names() if _takes(models.get(other), inputs)]
-    if name not in readers:
-        fitting = ", ".join(readers) or "no model"
+    if not _takes(name, inputs):
+        fitting = ", ".join(x for x in models.names() if _takes(x, inputs)) or "no model"
         raise ConfigError(f"config.model.name is {name!r}: {what}, which {fitting} read")
     model = models.get(name)(
         dataset.num_classes, **inputs, rngs=nnx.Rngs(config.seed), **chosen(config, "model")
@@ -157,9 +145,9 @@ def _model(config: ConfigDict, dataset: data.Dataset) -> models.Model:
     return model
 
 
-def _takes(builder: Callable[..., models.Model], inputs: Mapping[str, Any]) -> bool:
+def _takes(model: str, inputs: Mapping[str, Any]) -> bool:
     try:
-        inspect.signature(builder).bind_partial(**inputs)
+        inspect.signature(models.get(model)).bind_partial(**inputs)
     except TypeError:
         return False
     return True
@@ -193,31 +181,27 @@ def _optimizer(config: ConfigDict, total_steps: int, steps_per_epoch: int, accum
 
 def check_buckets(trainer: Trainer) -> None:
     """Raises ConfigError for a run that needs all its batches to have one shape."""
-    reason = ""
     if trainer.schedule.overlapping:
         reason = f"batches of one length must wait in the queues of method {trainer.method.name}"
     elif jax.process_count() > 1:
         reason = "several processes need batches of one length"
-    if reason:
-        raise ConfigError(f"config.data.buckets is set, but {reason}: leave it at None")
+    else:
+        return
+    raise ConfigError(f"config.data.buckets is set, but {reason}: leave it at None")
 
 
 def by_length(
     trainer: Trainer, example: Mapping[str, Any], make: Callable[..., Trainer]
 ) -> Callable[[Mapping[str, Any]], Trainer]:
-    """Finds the trainer of a batch by the length of its texts.
+    """Finds the trainer of a batch {"x": [batch, length], ...} by the length of its texts.
 
     Weights and the optimiser's state have the same shapes for any length, so that the state of one
-    trainer is one of the others.
+    trainer is one of the others; the returned function raises ValueError where they have not.
 
     Args:
-        trainer: that of the example.
-        example: a batch of the longest texts.
+        trainer: that of `example`, a batch of the longest texts.
+        example: that batch.
         make: makes a trainer like it for `example=...`, at the first batch of its length.
-
-    Returns:
-        A function from a batch {"x": [batch, length], ...} to its trainer. It raises ValueError if
-        the weights of another length have another shape.
     """
     trainers = {example["x"].shape[1]: trainer}
 
@@ -238,8 +222,8 @@ def by_length(
 
 
 def _shapes(trainer: Trainer) -> dict[str, Any]:
-    state: State = trainer.abstract()
-    return {name: (leaf.shape, leaf.dtype) for name, leaf in trainer.to_arrays(state).items()}
+    leaves = trainer.to_arrays(trainer.abstract())
+    return {name: (leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
 
 
 def check_processes(trainer: Trainer, config: ConfigDict) -> None:
@@ -266,9 +250,8 @@ def check_alike(config: ConfigDict, processes: MultiProcess) -> None:
             "jdecouple.train.hosts.join returned"
         )
     own = json.loads(config.to_json())
-    for index, other in enumerate(processes.collect(own)):
+    for index, (_, other, _) in enumerate(processes.collect(own)):
         for key in own:
-            if other.value[key] != own[key]:
-                raise ConfigError(
-                    f"process {index} has config.{key} = {other.value[key]}, process 0 {own[key]}"
-                )
+            if other[key] != own[key]:
+                difference = f"{other[key]}, process 0 {own[key]}"
+                raise ConfigError(f"process {index} has config.{key} = {difference}")
