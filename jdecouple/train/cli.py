@@ -85,11 +85,7 @@ def _ending(error: BaseException) -> tuple[str, int]:
 
 
 def parse(argv: Sequence[str]) -> tuple[ConfigDict, str]:
-    """The complete configuration, its values not yet checked, and the workdir.
-
-    Args:
-        argv: the program, `--config`, `--workdir`, any `--config.KEY=VALUE`, and what
-            `parse_process_spec` reads.
+    """The complete configuration of a command line, its values not yet checked, and the workdir.
 
     Raises:
         ConfigError: bad flags or a bad file, in one line.
@@ -173,19 +169,17 @@ def _own_flags(argv: Sequence[str]) -> tuple[flags.FlagValues, str, list[str]]:
     for name in ("num_processes", "process_index"):
         flags.DEFINE_integer(name, None, "", flag_values=given)
     flags.DEFINE_bool("help", False, "", flag_values=given)
-    program, *rest = _parsed(given, argv, known_only=True)
+    program, *rest = _parsed(given, argv)
     return given, program, rest
 
 
 def _parsed(
-    values: flags.FlagValues,
-    argv: Sequence[str],
-    config: ConfigDict | None = None,
-    known_only: bool = False,
+    values: flags.FlagValues, argv: Sequence[str], config: ConfigDict | None = None
 ) -> list[str]:
+    """Sets the flags, where there is no `config` only those that it knows; the other arguments."""
     values.set_gnu_getopt(True)  # flags may follow other arguments
     try:
-        return values(list(argv), known_only=known_only)
+        return values(list(argv), known_only=config is None)
     except (flags.Error, ValueError, TypeError) as error:
         match = re.match(r"flag --config\.([\w.]+)=(.*?): ", str(error), re.DOTALL)
         if not match or config is None:

@@ -25,13 +25,9 @@ Times = tuple[float, float]
 class Profile:
     """Traces some steps of a run, and draws what the stages did in them.
 
-    Args:
-        trainer: its stages must be apart (`fuse=False`).
-        workdir: gets `profile/`, which TensorBoard and XProf read, and `timeline.png`.
-        steps: how many steps to trace; None traces none.
-        start: step that the run goes on from; the first ten steps after it are not traced, because
-            they compile.
-        title: heading of the picture.
+    The workdir gets `profile/`, which TensorBoard and XProf read, and `timeline.png`. The first ten
+    steps after `start`, where the run goes on, are not traced, because they compile; nor is any
+    where `steps` is None. The stages of the trainer must be apart (`fuse=False`).
     """
 
     def __init__(self, trainer: Trainer, workdir: Path, steps: int | None, start: int, title: str):
@@ -106,10 +102,10 @@ def spans(
                 f"the trace in {os.fspath(folder)!r} has {len(times)} calls of {name}, "
                 f"{batches} step(s) make {batches * len(microbatches)}"
             )
-        for number, (start, end) in enumerate(times):
+        group = trainer.schedule.device_group(stage)
+        for number, when in enumerate(times):
             batch, turn = divmod(number, len(microbatches))
-            group, parts = trainer.schedule.device_group(stage), microbatches[turn]
-            result.append(Span(stage, group, kinds, parts, first_batch + batch, start, end))
+            result.append(Span(stage, group, kinds, microbatches[turn], first_batch + batch, *when))
     result.sort(key=lambda span: (span.start, span.stage))
     zero = result[0].start
     return [span._replace(start=span.start - zero, end=span.end - zero) for span in result]

@@ -43,7 +43,7 @@ def write_config(folder: Path, run: Run) -> None:
         "parameters": parameters(trainer),
         "devices": [list(map(str, placement.devices)) for placement in trainer.placements],
         "device_kind": jax.devices()[0].device_kind,
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": {"python": platform.python_version()} | {p: _version(p) for p in _PACKAGES},
     }
     text = json.dumps(content, indent=2) + "\n"
     replace(folder / "config.json", lambda temporary: temporary.write_text(text))
@@ -56,10 +56,7 @@ def parameters(trainer: Trainer) -> int:
 
 
 def summary(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Test results of a finished run, chosen three ways.
-
-    Args:
-        lines: all lines of `metrics.jsonl`.
+    """Test results of a finished run, of all lines of `metrics.jsonl`, chosen three ways.
 
     Returns:
         "test" at the last step; "test_at_best_validation" at the step with the highest
@@ -106,14 +103,11 @@ def exits(line: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def _versions() -> dict[str, str]:
-    versions = {}
-    for name in _PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return versions
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def plot_curves(
@@ -122,12 +116,7 @@ def plot_curves(
     """Draws loss per block (train) and accuracy per exit (every split) against the step.
 
     Colours tell blocks apart, line styles splits. The loss axis is logarithmic where the losses
-    span more than two decades.
-
-    Args:
-        workdir: directory with ``metrics.jsonl``.
-        path: PNG to write, atomically, and to return; ``curves.png`` in `workdir` by default.
-        title: heading of the figure.
+    span more than two decades. The PNG, by default ``curves.png``, appears atomically; returns it.
     """
     from matplotlib.figure import Figure
 
@@ -148,9 +137,8 @@ def _draw_losses(axes: Any, lines: Sequence[Line]) -> None:
     blocks = _indices(train, "block", "loss")
     series = {f"block {i}": _series(train, f"block_{i}/loss") for i in blocks}
     series = series or {"loss": _series(train, "loss")}
-    colours = _colours(len(series))
-    for (label, points), colour in zip(series.items(), colours, strict=True):
-        _draw(axes, points, label=label, color=colour, marker="o")
+    for label, colour in zip(series, _colours(len(series)), strict=True):
+        _draw(axes, series[label], label=label, color=colour, marker="o")
     values = [y for _, ys in series.values() for y in ys if math.isfinite(y)]
     if values and min(values) > 0 and max(values) > _LOG_SCALE_ABOVE * min(values):
         axes.set_yscale("log")
