@@ -20,6 +20,7 @@ PATIENCE = 300.0  # seconds in which all processes must have come
 _HELD: list[socket.socket] = []
 _GREETING = 10.0  # seconds for the first message of whoever connects
 _BACKSTOP = 3600  # seconds after which JAX misses a process that `MultiProcess` has not missed
+_Json = dict[str, Any]
 
 
 def join(spec: ProcessSpec, *, patience: float = PATIENCE) -> MultiProcess:
@@ -37,7 +38,7 @@ def join(spec: ProcessSpec, *, patience: float = PATIENCE) -> MultiProcess:
         ValueError: in one line: a port that is taken, an address that is none, processes that do
             not come, that come twice, or that were started for another run.
     """
-    hello: dict[str, Any] = {"program": "jdecouple", "jax": jax.__version__}
+    hello: _Json = {"program": "jdecouple", "jax": jax.__version__}
     hello |= {"num_processes": spec.count, "index": spec.index, "name": socket.gethostname()}
     end = time.monotonic() + patience
     if spec.index == 0:
@@ -62,7 +63,7 @@ def join(spec: ProcessSpec, *, patience: float = PATIENCE) -> MultiProcess:
     return process
 
 
-def _welcome(links: dict[int, Link], names: list[str]) -> dict[str, Any]:
+def _welcome(links: dict[int, Link], names: list[str]) -> _Json:
     """What process 0 tells all that have come, each under which address the others reach it."""
     own = [link.addresses[0] for link in links.values()]
     here = next((address for address in own if not _is_loopback(address)), own[0])
@@ -78,9 +79,7 @@ def _is_loopback(address: str) -> bool:
     return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
-def _await_others(
-    spec: ProcessSpec, own: dict[str, Any], end: float
-) -> tuple[dict[int, Link], list[str]]:
+def _await_others(spec: ProcessSpec, own: _Json, end: float) -> tuple[dict[int, Link], list[str]]:
     """On process 0: a link to every other, and the names of the machines of all."""
     links: dict[int, Link] = {}
     names = {0: own["name"]}
@@ -115,7 +114,7 @@ def _refuse(links: Iterable[Link], reason: str) -> NoReturn:
     raise ValueError(reason)
 
 
-def _mismatch(own: dict[str, Any], hello: dict[str, Any], links: dict[int, Link]) -> str | None:
+def _mismatch(own: _Json, hello: _Json, links: dict[int, Link]) -> str | None:
     who = f"process {hello['index']} ({hello.get('name')})"
     for key in ("program", "jax", "num_processes"):
         if hello.get(key) != own[key]:
@@ -136,9 +135,7 @@ def _listen(spec: ProcessSpec) -> socket.socket:
         ) from error
 
 
-def _find_first(
-    spec: ProcessSpec, hello: dict[str, Any], end: float
-) -> tuple[Link, dict[str, Any]]:
+def _find_first(spec: ProcessSpec, hello: _Json, end: float) -> tuple[Link, _Json]:
     """On the other processes: a link to process 0, and what it says."""
     problem: object = "it did not answer"
     while time.monotonic() < end:

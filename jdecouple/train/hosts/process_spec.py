@@ -129,12 +129,10 @@ def _slurm(environ: Mapping[str, str]) -> dict[str, Any]:
 
 def _open_mpi(environ: Mapping[str, str]) -> dict[str, Any]:
     """What mpirun says; before version 5 also its machine, where process 0 is."""
-    if not {"OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"} <= environ.keys():
+    count, index = "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"
+    if not {count, index} <= environ.keys():
         return {}
-    values: dict[str, Any] = {
-        "count": _number(environ, "OMPI_COMM_WORLD_SIZE"),
-        "index": _number(environ, "OMPI_COMM_WORLD_RANK"),
-    }
+    values: dict[str, Any] = {"count": _number(environ, count), "index": _number(environ, index)}
     uri = re.match(
         r"(\d+)\..*?;tcp6?://(?:\[([^,\]]+)|([^,:]+))", environ.get("OMPI_MCA_orte_hnp_uri", "")
     )
