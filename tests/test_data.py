@@ -182,7 +182,7 @@ class TestArrays:
 
 @pytest.mark.parametrize("seed", [-1, 0.5, None])
 def test_bad_seed(seed):
-    with pytest.raises(ValueError, match="seed=") as error:
+    with pytest.raises(ValueError, match="seed is") as error:
         data.load("digits", seed=seed)
     assert_one_line(error)
 

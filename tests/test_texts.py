@@ -93,11 +93,11 @@ class TestDataset:
         "option", [{"max_length": 0}, {"max_length": 2.5}, {"vocabulary_size": 2}]
     )
     def test_bad_sizes(self, tmp_path, option):
-        refused(f"{next(iter(option))}=", csv_set(tmp_path), **option)
+        refused(f"{next(iter(option))} is", csv_set(tmp_path), **option)
 
     def test_options_of_the_other_kind(self, tmp_path):
-        refused("max_length=9 given; data set 'digits' holds images", "digits", max_length=9)
-        refused("image_size=9 given; .* holds texts", csv_set(tmp_path), image_size=9)
+        refused("max_length is 9: data set 'digits' holds images", "digits", max_length=9)
+        refused("image_size is 9: .* holds texts", csv_set(tmp_path), image_size=9)
 
     def test_texts_are_not_augmented(self, tmp_path):
         loaded = data.load(csv_set(tmp_path))
@@ -258,7 +258,7 @@ class TestCSV:
         refused("there is no file or folder", f"csv:{tmp_path}/none", FileNotFoundError)
         refused("there is no 'train.csv'", f"csv:{tmp_path}")
         write_csv(tmp_path / "train.csv", examples(8))
-        refused(r"has the splits \['train'\]", f"csv:{tmp_path}")
+        refused(r"are \['train'\]: 'train' and 'test'", f"csv:{tmp_path}")
 
 
 class TestParquet:
@@ -300,7 +300,7 @@ class TestParquet:
             "row 1 lacks its label or a text", write(train={"label": [1, None], "text": ["a"] * 2})
         )
         refused(
-            "row 0 has label 0.0; a whole", write(train={"label": [0.0, 1.0], "text": ["a"] * 2})
+            "row 0 has label 0.0: a whole", write(train={"label": [0.0, 1.0], "text": ["a"] * 2})
         )
         refused("has the columns", write(train={"label": [0, 1], "text": [["a"], ["b"]]}))
         (tmp_path / "train.parquet").write_bytes(b"nothing")

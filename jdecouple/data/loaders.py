@@ -9,9 +9,9 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from jdecouple._errors import require_int
 from jdecouple.data import sources, tfds_sets, tfds_texts
 from jdecouple.data.noise import symmetric_label_noise
-from jdecouple.data.sources import check_whole
 from jdecouple.data.splits import CACHE_BYTES, Dataset
 
 # A name that ends in a colon has a PATH after it; its loader takes the name.
@@ -23,6 +23,7 @@ _LOADERS: dict[str, Callable[..., Dataset]] = {
     "parquet:": sources.table,
 }
 _BUILT_IN = frozenset(_LOADERS)
+_LEAST = {"seed": 0, "image_size": 1, "max_length": 1, "vocabulary_size": 3}
 
 
 def names() -> tuple[str, ...]:
@@ -60,9 +61,9 @@ def register(name: str, loader: Callable[..., Dataset]) -> None:
     if name in _BUILT_IN:
         raise ValueError(f"data set {name!r} is built in: register yours under another name")
     if not name or ":" in name:
-        raise ValueError(f"data set name {name!r} given; one without a colon wanted")
+        raise ValueError(f"data set name is {name!r}: one without a colon is needed")
     if not callable(loader):
-        raise TypeError(f"the loader of data set {name!r} must be callable, got {loader!r}")
+        raise TypeError(f"the loader of data set {name!r} is {loader!r}: a function is needed")
     options = inspect.signature(load).parameters.keys() - {"name", "label_noise"}
     for parameter in inspect.signature(loader).parameters.values():
         if parameter.default is parameter.empty and parameter.name not in options:
@@ -140,15 +141,9 @@ def load(
         FileNotFoundError: `data_dir` or the folder or file of a set does not exist.
     """
     if not isinstance(name, str) or not name:
-        raise ValueError(f"data set name {name!r} given; 'digits', 'synthetic' or a TFDS name")
-    check_whole("seed", seed, 0)
-    for option, value, least in (
-        ("image_size", image_size, 1),
-        ("max_length", max_length, 1),
-        ("vocabulary_size", vocabulary_size, 3),
-    ):
-        if value is not None:
-            check_whole(option, value, least)
+        raise ValueError(
+            f"data set name is {name!r}: one of {', '.join(names())} or TFDS's is needed"
+        )
     options = {
         "data_dir": data_dir,
         "validation": validation,
@@ -163,15 +158,18 @@ def load(
         "vocabulary_size": vocabulary_size,
         "glove": glove,
     }
+    for key, least in _LEAST.items():
+        if options[key] is not None or key == "seed":
+            require_int(least, **{key: options[key]})
     loader = _loader(name, data_dir, download)
     taken = inspect.signature(loader).parameters
     dataset = loader(**{key: value for key, value in options.items() if key in taken})
     if not isinstance(dataset, Dataset):
-        raise TypeError(f"the loader of data set {name!r} must return a Dataset, got {dataset!r}")
+        raise TypeError(f"the loader of data set {name!r} returns {dataset!r}: a Dataset is needed")
     for key in ("validation", "image_size", "max_length", "vocabulary_size", "glove"):
         if options[key] is not None and key not in taken:
             raise ValueError(
-                f"{key}={options[key]!r} given; data set {name!r} holds {dataset.kind} and takes "
+                f"{key} is {options[key]!r}: data set {name!r} holds {dataset.kind} and takes "
                 f"only: {', '.join(key for key in options if key in taken) or 'no options'}"
             )
     splits = {

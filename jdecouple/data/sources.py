@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from jdecouple._errors import require_int
 from jdecouple.data import folders, tables, tfds_images, tfds_texts
 from jdecouple.data.splits import (
     ArraySource,
@@ -86,10 +87,9 @@ def synthetic(
     seed: int,
 ) -> Dataset:
     """Random images and labels."""
-    check_whole("synthetic_size", synthetic_size, 2)
-    check_whole("num_classes", num_classes, 2)
+    require_int(2, synthetic_size=synthetic_size, num_classes=num_classes)
     if channels not in (1, 3):
-        raise ValueError(f"channels={channels!r} given; 1 or 3 wanted")
+        raise ValueError(f"channels is {channels!r}: allowed are 1, 3")
     side = 32 if image_size is None else image_size
     shape = (side, side, channels)
     source = _RandomSource(synthetic_size, shape, num_classes, [seed, 0])
@@ -199,23 +199,14 @@ def _divide(
 ) -> dict[str, tuple[str, np.ndarray]]:
     """Says which rows make the training, validation and test splits.
 
-    Args:
-        name: of the data set, for messages.
-        sizes: rows of those of "train", "validation" and "test" that are stored.
-        validation: training rows to hold out; None is the stored validation split where there is
-            one besides a test split, else a tenth. See `held_out`.
-
-    Returns:
-        For each of the three, the stored split that it is a part of, and the rows there. Without
-        "test" the stored validation split is the test split.
-
-    Raises:
-        ValueError: "train" or both of the others are missing, or `validation` leaves nothing.
+    Of `sizes`, the rows of those splits that are stored, "train" is needed and one of the others.
+    Without "test" the stored validation split is the test split. `validation` is that of `load`.
+    Returns, for each of the three, the stored split that it is a part of, and the rows there.
     """
     if "train" not in sizes or len(sizes) < 2:
         raise ValueError(
-            f"data set {name!r} has the splits {sorted(sizes)}; "
-            "'train' and 'test' (or 'validation') wanted"
+            f"the splits of data set {name!r} are {sorted(sizes)}: 'train' and 'test' (or "
+            "'validation') are needed"
         )
     test = "test" if "test" in sizes else "validation"
     if validation is None and test == "test" and "validation" in sizes:
@@ -266,9 +257,3 @@ def channel_statistics(
         tuple(float(mean) for mean in means),
         tuple(float(std) if std > _LEAST_STD else 1.0 for std in deviations),
     )
-
-
-def check_whole(name: str, value: int, least: int) -> None:
-    """Raises ValueError unless the option `name` is a whole number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}={value!r} given; a whole number of at least {least} wanted")
