@@ -215,14 +215,14 @@ class TestLibrary:
                 ValueError,
                 "method 'x' has two arguments called 'margin'",
             ),
-            (lambda: jd.models.register("x", 3), TypeError, "must be callable, got 3"),
+            (lambda: jd.models.register("x", 3), TypeError, "is 3: a function is needed"),
             (
                 lambda: jd.models.register("x", lambda name: None),
                 ValueError,
                 "two arguments called 'name'",
             ),
-            (lambda: jd.data.register("x:y", lambda: None), ValueError, "one without a colon"),
-            (lambda: jd.data.register("x", 3), TypeError, "must be callable, got 3"),
+            (lambda: jd.data.register("x:y", lambda: None), ValueError, "a name without a colon"),
+            (lambda: jd.data.register("x", 3), TypeError, "is 3: a function is needed"),
             (
                 lambda: jd.data.register("x", lambda rows: None),
                 ValueError,
@@ -237,5 +237,5 @@ class TestLibrary:
 
     def test_a_loader_that_returns_something_else(self):
         jd.data.register("nothing", lambda: None)
-        with pytest.raises(TypeError, match="the loader of data set 'nothing' must return a Data"):
+        with pytest.raises(TypeError, match="loader of data set 'nothing' returns None: a Data"):
             jd.data.load("nothing")

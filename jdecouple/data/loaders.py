@@ -23,6 +23,7 @@ _LOADERS: dict[str, Callable[..., Dataset]] = {
     "parquet:": sources.table,
 }
 _BUILT_IN = frozenset(_LOADERS)
+_LEAST = {"seed": 0, "image_size": 1, "max_length": 1, "vocabulary_size": 3}
 
 
 def names() -> tuple[str, ...]:
@@ -62,7 +63,7 @@ def register(name: str, loader: Callable[..., Dataset]) -> None:
     if not name or ":" in name:
         raise ValueError(f"data set name is {name!r}: one without a colon is needed")
     if not callable(loader):
-        raise TypeError(f"the loader of data set {name!r} must be callable, got {loader!r}")
+        raise TypeError(f"the loader of data set {name!r} is {loader!r}: a function is needed")
     options = inspect.signature(load).parameters.keys() - {"name", "label_noise"}
     for parameter in inspect.signature(loader).parameters.values():
         if parameter.default is parameter.empty and parameter.name not in options:
@@ -141,14 +142,8 @@ def load(
     """
     if not isinstance(name, str) or not name:
         raise ValueError(
-            f"data set name is {name!r}: one of {', '.join(_LOADERS)} or TFDS's is needed"
+            f"data set name is {name!r}: one of {', '.join(names())} or TFDS's is needed"
         )
-    require_int(0, seed=seed)
-    for least, given in (
-        (1, {"image_size": image_size, "max_length": max_length}),
-        (3, {"vocabulary_size": vocabulary_size}),
-    ):
-        require_int(least, **{key: value for key, value in given.items() if value is not None})
     options = {
         "data_dir": data_dir,
         "validation": validation,
@@ -163,11 +158,14 @@ def load(
         "vocabulary_size": vocabulary_size,
         "glove": glove,
     }
+    for key, least in _LEAST.items():
+        if options[key] is not None or key == "seed":
+            require_int(least, **{key: options[key]})
     loader = _loader(name, data_dir, download)
     taken = inspect.signature(loader).parameters
     dataset = loader(**{key: value for key, value in options.items() if key in taken})
     if not isinstance(dataset, Dataset):
-        raise TypeError(f"the loader of data set {name!r} must return a Dataset, got {dataset!r}")
+        raise TypeError(f"the loader of data set {name!r} returns {dataset!r}: a Dataset is needed")
     for key in ("validation", "image_size", "max_length", "vocabulary_size", "glove"):
         if options[key] is not None and key not in taken:
             raise ValueError(

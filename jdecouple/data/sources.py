@@ -199,18 +199,9 @@ def _divide(
 ) -> dict[str, tuple[str, np.ndarray]]:
     """Says which rows make the training, validation and test splits.
 
-    Args:
-        name: of the data set, for messages.
-        sizes: rows of those of "train", "validation" and "test" that are stored.
-        validation: training rows to hold out; None is the stored validation split where there is
-            one besides a test split, else a tenth. See `held_out`.
-
-    Returns:
-        For each of the three, the stored split that it is a part of, and the rows there. Without
-        "test" the stored validation split is the test split.
-
-    Raises:
-        ValueError: "train" or both of the others are missing, or `validation` leaves nothing.
+    Of `sizes`, the rows of those splits that are stored, "train" is needed and one of the others.
+    Without "test" the stored validation split is the test split. `validation` is that of `load`.
+    Returns, for each of the three, the stored split that it is a part of, and the rows there.
     """
     if "train" not in sizes or len(sizes) < 2:
         raise ValueError(

@@ -63,10 +63,7 @@ class Split:
         return len(self.indices)
 
     def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """Reads the examples at `indices` of this split.
-
-        Args:
-            indices: integers [n] in 0..len(self)-1, in any order.
+        """Reads the examples at `indices`, integers [n] in any order, of this split.
 
         Returns:
             `x`, as of the source, and `label`, int32 [n].

@@ -32,11 +32,7 @@ def prepared(
 
     TFDS 4.9 writes a set only with TensorFlow (its image encoder and example serialiser call
     it), so preparing runs in a process of its own and never brings TensorFlow into this one.
-
-    Args:
-        name: a TFDS name, such as `cifar10` or `dataset/config:version`.
-        data_dir: folder of prepared sets; None is TFDS's own (`~/tensorflow_datasets`).
-        download: prepare the set (download included) where it is not prepared yet.
+    `data_dir` None is TFDS's own folder of prepared sets, `~/tensorflow_datasets`.
 
     Returns:
         The TFDS builder.

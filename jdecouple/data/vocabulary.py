@@ -39,9 +39,7 @@ class Vocabulary:
     def of(cls, texts: Iterable[str], size: int) -> Vocabulary:
         """The most frequent words of some texts, equally frequent ones in alphabetical order.
 
-        Args:
-            texts: the texts, of which the vocabulary is a function.
-            size: most numbers, the two reserved ones included.
+        There are at most `size` numbers, the two reserved ones included.
         """
         tokenizer = _tokenizer({})
         trainer = trainers.WordLevelTrainer(
@@ -55,11 +53,7 @@ class Vocabulary:
         return len(self.words)
 
     def encode(self, texts: Sequence[str], max_length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Numbers of the first words of texts.
-
-        Args:
-            texts: n texts.
-            max_length: most words of a text; the others are dropped.
+        """Numbers of the first `max_length` words of n texts.
 
         Returns:
             The numbers of all texts, one after another, int32; and how many each has, int32 [n], at

@@ -85,7 +85,7 @@ def register(name: str, builder: Callable[..., Model]) -> None:
     if name in _BUILT_IN:
         raise ValueError(f"model {name!r} is built in: register yours under another name")
     if not callable(builder):
-        raise TypeError(f"the builder of model {name!r} must be callable, got {builder!r}")
+        raise TypeError(f"the builder of model {name!r} is {builder!r}: a function is needed")
     if "name" in inspect.signature(builder).parameters:
         raise ValueError(f"model {name!r} has two arguments called 'name'")
     _BUILDERS[name] = builder

@@ -4,8 +4,9 @@ Kao and Chen, "Associated Learning" (arXiv 1906.05560).
 """
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -64,9 +65,7 @@ class AssociatedLearningHead(nnx.Module):
         size = pooled_info(info, self.head_pool).size
         below = objective.features if info.index else info.num_classes
 
-        def dense(*sizes: int) -> list[Callable]:
-            return _dense(sizes, objective.activation, info, rngs)
-
+        dense = functools.partial(_dense, objective.activation, info, rngs)
         self.encoder = nnx.Sequential(*dense(below, objective.features))
         self.bridge = nnx.Sequential(
             layers.Flatten(), *dense(size, *objective.bridge_widths, objective.features)
@@ -101,7 +100,7 @@ class AssociatedLearningHead(nnx.Module):
 
 
 def _dense(
-    sizes: Sequence[int], activation: str, info: BlockInfo, rngs: nnx.Rngs
+    activation: str, info: BlockInfo, rngs: nnx.Rngs, *sizes: int
 ) -> list[Callable[..., jax.Array]]:
     """Dense layers from size to size, each with the activation behind it."""
     stack: list[Callable[..., jax.Array]] = []
@@ -126,9 +125,6 @@ class AssociatedLearning(Objective):
             one dense layer (text).
         activation: Behind every dense layer: "sigmoid" (images), "tanh" (text) or "linear" (none).
         head_pool: The bridge reads feature maps averaged over this many bins a side; 0: whole.
-
-    Raises:
-        ValueError: An argument is not among those allowed.
     """
 
     features: int = 500

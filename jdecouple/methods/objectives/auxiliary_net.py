@@ -1,15 +1,15 @@
 """DGL's objective: cross-entropy of an auxiliary net at every block (arXiv 1901.08164)."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from flax import nnx
 
 from jdecouple._errors import require_int, require_one_of
-from jdecouple.methods.objectives.base import BlockInfo, HeadOutput, Objective
-from jdecouple.methods.objectives.cross_entropy import CrossEntropy, cross_entropy
+from jdecouple.methods.objectives.base import BlockInfo, Objective
+from jdecouple.methods.objectives.cross_entropy import CrossEntropy, CrossEntropyHead
 from jdecouple.methods.objectives.maps import is_map, pool_maps, pooled_info
 from jdecouple.models import layers
 from jdecouple.models.resampling import adaptive_average_pool
@@ -40,7 +40,7 @@ class SpatialReduction(nnx.Module):
         return adaptive_average_pool(reduced, *self.end)
 
 
-class AuxiliaryNetHead(nnx.Module):
+class AuxiliaryNetHead(CrossEntropyHead):
     """An auxiliary net under cross-entropy: an exit."""
 
     def __init__(self, objective: "AuxiliaryNet", info: BlockInfo, rngs: nnx.Rngs):
@@ -54,12 +54,6 @@ class AuxiliaryNetHead(nnx.Module):
         hidden = () if objective.aux == "linear" else 3 * (objective.hidden or size,)
         widths = (*hidden, info.num_classes)
         self.readout = layers.perceptron(size, widths, batch_norm=True, **info.options(rngs))
-
-    def __call__(self, features: Any, carry: Mapping[str, Any]) -> HeadOutput:
-        """Loss of `features` `[batch, ...]`, or a sequence, under `carry["label"]`."""
-        logits = self.logits(features)
-        loss = cross_entropy(logits, carry["label"])
-        return HeadOutput(loss, {"cross_entropy": loss}, logits)
 
     def logits(self, features: Any) -> jax.Array:
         """Logits `[batch, classes]` of this exit."""
@@ -80,9 +74,6 @@ class AuxiliaryNet(Objective):
             flatten, dense.
         hidden: Width of the hidden dense layers; 0: that of their input, as in the paper.
         head_pool: Average maps over this many bins a side before the net; 0: do not.
-
-    Raises:
-        ValueError: An argument is not among those allowed.
     """
 
     aux: str = "mlp_sr"

@@ -116,6 +116,9 @@ class Descending(Protocol):
 class Objective(Protocol):
     """What each block minimises; a subclass inherits the two defaults.
 
+    The objectives of this package are frozen dataclasses, which raise ValueError for an argument
+    that is not allowed.
+
     Attributes:
         needs_classifier: The objective cannot do without the model's classifier.
         trains_classifier: Its last head trains the model's classifier, where there is one, and

@@ -55,9 +55,6 @@ class Exits(Objective):
     Attributes:
         weights: Weight of each block's loss; a single number (or a tuple of one) is that of all.
         head_pool: The dense layers read feature maps averaged over this many bins a side; 0: whole.
-
-    Raises:
-        ValueError: An argument is not among those allowed.
     """
 
     weights: float | tuple[float, ...] = (1.0,)

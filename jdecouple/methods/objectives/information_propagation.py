@@ -125,10 +125,8 @@ class InformationPropagationHead(nnx.Module):
         metrics = {}
         loss: Any = 0.0
         if self.decoder is not None:
-            pixels = optax.sigmoid_binary_cross_entropy(
-                at_least_float32(self.decoder(features)), image
-            )
-            metrics["reconstruction"] = jnp.mean(pixels)
+            pixels = at_least_float32(self.decoder(features))
+            metrics["reconstruction"] = optax.sigmoid_binary_cross_entropy(pixels, image).mean()
             loss += self.weights[0] * metrics["reconstruction"]
         logits = None
         if self.task_net is not None:
@@ -161,17 +159,13 @@ class InformationPropagation(Objective):
             and at the last but one; linear in the block's index between them, and the first where
             there are two blocks. The default is the authors' for four.
         task: Weights of the task's loss, likewise. A term of weight 0 is not computed.
-        task_loss: "contrastive" (`supervised_contrastive`) or
-            "cross_entropy", which makes the block an exit.
+        task_loss: "contrastive", or "cross_entropy", which makes the block an exit.
         hidden: Width of the hidden dense layer (of the decoder too, where it is dense).
         features: Width of what the contrastive loss reads.
         temperature: Divisor of the cosines.
         image_mean: Means by channel that the input was normalised with, on the scale 0..1; empty if
             they are not known, see `unit_range`. `train.py` gives those of the data set.
         image_std: The same for the standard deviations.
-
-    Raises:
-        ValueError: An argument is not among those allowed.
     """
 
     reconstruction: tuple[float, float] = (1.0, 0.0)
@@ -214,9 +208,8 @@ class InformationPropagation(Objective):
         """Head for any block.
 
         Raises:
-            ValueError: The model's input is no image (nor any array of real numbers), it has not as
-                many channels as `image_mean`, both weights of the block are 0, or there is no
-                classifier and the last block's output is no logits.
+            ValueError: The model's input is no array of real numbers or has not as many channels as
+                `image_mean`, both weights of the block are 0, or the last output is no logits.
         """
         if info.is_last:
             return CrossEntropy().head(info, rngs)

@@ -155,9 +155,6 @@ class InformationRegularization(Objective):
         normalize: Whether z is L2-normalised by row before the terms.
         head_pool: Average maps over this many bins a side before projector and classifier; 0: do
             not, as in the paper.
-
-    Raises:
-        ValueError: An argument is not among those allowed.
     """
 
     projector: str | tuple[int, ...] = "2048-2048-2048"
@@ -173,7 +170,8 @@ class InformationRegularization(Objective):
     def __post_init__(self):
         if isinstance(self.projector, list):  # the modules that carry this have to hash it
             object.__setattr__(self, "projector", tuple(self.projector))
-        if not all(_is_width(width) for width in self._split()):
+        parts = [str(part) for part in self._parts()]
+        if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
             raise ValueError(
                 f"projector is {self.projector!r}: 'identity' or positive widths as in "
                 "'2048-2048-2048' are needed"
@@ -185,7 +183,7 @@ class InformationRegularization(Objective):
             raise ValueError(f"normalize is {self.normalize!r}: True or False is needed")
         require_int(0, head_pool=self.head_pool)
 
-    def _split(self) -> tuple[Any, ...]:
+    def _parts(self) -> tuple[Any, ...]:
         if self.projector == "identity":
             return ()
         if isinstance(self.projector, str):
@@ -195,14 +193,8 @@ class InformationRegularization(Objective):
     @property
     def widths(self) -> tuple[int, ...]:
         """Output sizes of the projector's dense layers; empty for "identity"."""
-        return tuple(int(width) for width in self._split())
+        return tuple(map(int, self._parts()))
 
     def head(self, info: BlockInfo, rngs: nnx.Rngs) -> nnx.Module:
         """Head for any block."""
         return InformationRegularizationHead(self, info, rngs)
-
-
-def _is_width(value: object) -> bool:
-    if isinstance(value, str):
-        return value.isascii() and value.isdigit() and int(value) > 0
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0

@@ -107,9 +107,6 @@ class PredictionSimilarity(Objective):
             as in the paper. "features": all numbers, as maps of one pixel and other features are
             compared in any case.
         dim_in_decoder: Most numbers that the decoder reads; maps are averaged down to it.
-
-    Raises:
-        ValueError: An argument is not among those allowed.
     """
 
     prediction: float = 0.01

@@ -102,9 +102,6 @@ class SupervisedContrastive(Objective):
         temperature: Divisor of the cosines.
         head_pool: Average maps over this many bins a side before the projector; 0: do not, as in
             the paper. The classifier reads the whole map.
-
-    Raises:
-        ValueError: An argument is not among those allowed.
     """
 
     projector: str = "mlp"
