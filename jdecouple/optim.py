@@ -3,40 +3,23 @@
 A learning rate is a number or a schedule, a function of the count of steps taken (as in optax).
 """
 
-import functools
-import math
 from collections.abc import Callable, Sequence
-from numbers import Integral, Real
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from jdecouple._errors import require_int, require_number
+
 Schedule: TypeAlias = Callable[[Any], Any]
 LearningRate: TypeAlias = float | Schedule
-
-
-def _require(fits: Callable[[Any], bool], what: str, **values: Any) -> None:
-    """Raises ValueError for the first of `values` that is no finite number, or does not fit."""
-    for name, value in values.items():
-        number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-        if not number or not fits(value):
-            raise ValueError(f"{name} must be {what}, got {value!r}")
-
-
-_positive = functools.partial(_require, lambda x: x > 0, "a finite positive number")
-_non_negative = functools.partial(_require, lambda x: x >= 0, "a finite non-negative number")
-_fraction = functools.partial(_require, lambda x: 0 <= x < 1, "a number in [0, 1)")
-_count = functools.partial(
-    _require, lambda x: isinstance(x, Integral) and int(x) >= 1, "a positive integer"
-)
 
 
 def _rate(learning_rate: LearningRate) -> LearningRate:
     """A schedule, or a number that is checked."""
     if not callable(learning_rate):
-        _positive(learning_rate=learning_rate)
+        require_number(positive=True, learning_rate=learning_rate)
     return learning_rate
 
 
@@ -69,9 +52,9 @@ def lars(
     Raises:
         ValueError: A number is out of range.
     """
-    _non_negative(weight_decay=weight_decay)
-    _positive(trust_coefficient=trust_coefficient)
-    _fraction(momentum=momentum)
+    require_number(weight_decay=weight_decay)
+    require_number(positive=True, trust_coefficient=trust_coefficient)
+    require_number(below=1, momentum=momentum)
 
     def has_axes(params: Any) -> Any:
         return jax.tree.map(lambda p: p.ndim > 1, params)
@@ -107,8 +90,8 @@ def adam(
     Raises:
         ValueError: A number is out of range.
     """
-    _non_negative(weight_decay=weight_decay, eps=eps)
-    _fraction(b1=b1, b2=b2)
+    require_number(weight_decay=weight_decay, eps=eps)
+    require_number(below=1, b1=b1, b2=b2)
     if weight_decay == 0:  # not AdamW, whose state has another layout in checkpoints
         return optax.adam(_rate(learning_rate), b1=b1, b2=b2, eps=eps)
     return optax.adamw(_rate(learning_rate), b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
@@ -132,10 +115,10 @@ def sgd(
     Raises:
         ValueError: A number is out of range, or `nesterov` without momentum.
     """
-    _non_negative(weight_decay=weight_decay)
-    _fraction(momentum=momentum)
+    require_number(weight_decay=weight_decay)
+    require_number(below=1, momentum=momentum)
     if nesterov and momentum == 0:
-        raise ValueError("nesterov needs a momentum above 0")
+        raise ValueError("nesterov is True: a momentum above 0 is needed")
     return optax.chain(
         optax.add_decayed_weights(weight_decay),
         optax.trace(momentum, nesterov=nesterov) if momentum else optax.identity(),
@@ -145,7 +128,7 @@ def sgd(
 
 def constant(value: float) -> Schedule:
     """The same learning rate at every step."""
-    _positive(value=value)
+    require_number(positive=True, value=value)
     return optax.constant_schedule(value)
 
 
@@ -159,9 +142,9 @@ def cosine(base: float, end: float, steps: int) -> Schedule:
     Raises:
         ValueError: `base` or `steps` is not positive, or `end` is negative.
     """
-    _positive(base=base)
-    _non_negative(end=end)
-    _count(steps=steps)
+    require_number(positive=True, base=base)
+    require_number(end=end)
+    require_int(1, steps=steps)
     return optax.cosine_decay_schedule(base, steps, alpha=end / base)
 
 
@@ -171,11 +154,11 @@ def step_decay(base: float, boundaries: Sequence[int], factor: float) -> Schedul
     Raises:
         ValueError: `base` or `factor` is not positive, or the boundaries do not increase.
     """
-    _positive(base=base, factor=factor)
+    require_number(positive=True, base=base, factor=factor)
     for boundary in boundaries:
-        _count(boundary=boundary)
+        require_int(1, boundary=boundary)
     if list(boundaries) != sorted(set(boundaries)):
-        raise ValueError(f"boundaries must increase, got {list(boundaries)}")
+        raise ValueError(f"boundaries are {list(boundaries)}: increasing ones are needed")
     return optax.piecewise_constant_schedule(base, dict.fromkeys(boundaries, factor))
 
 
@@ -188,8 +171,8 @@ def warmup(schedule: Schedule, steps: int, start: float = 0.01) -> Schedule:
     Raises:
         ValueError: `steps` is not a positive integer, or `start` is outside [0, 1).
     """
-    _count(steps=steps)
-    _fraction(start=start)
+    require_int(1, steps=steps)
+    require_number(below=1, start=start)
 
     def warmed(count: Any) -> Any:
         return schedule(count) * jnp.minimum(start + (1 - start) * (count + 1) / steps, 1.0)
@@ -203,7 +186,7 @@ def every(schedule: Schedule, passes: int) -> Schedule:
     Raises:
         ValueError: `passes` is not a positive integer.
     """
-    _count(passes=passes)
+    require_int(1, passes=passes)
     return schedule if passes == 1 else lambda count: schedule(count * passes)
 
 
@@ -213,7 +196,7 @@ def per_epoch(schedule: Schedule, steps_per_epoch: int) -> Schedule:
     Raises:
         ValueError: `steps_per_epoch` is not a positive integer.
     """
-    _count(steps_per_epoch=steps_per_epoch)
+    require_int(1, steps_per_epoch=steps_per_epoch)
     return lambda count: schedule(count // steps_per_epoch * steps_per_epoch)
 
 
@@ -237,7 +220,7 @@ def names() -> tuple[str, ...]:
 def get(name: str) -> Callable[..., optax.GradientTransformation]:
     """Optimiser called `name`; ValueError names those known."""
     if name not in _OPTIMIZERS:
-        raise ValueError(f"unknown optimizer {name!r}: expected one of {', '.join(names())}")
+        raise ValueError(f"unknown optimizer {name!r}: allowed are {', '.join(names())}")
     return _OPTIMIZERS[name]
 
 
@@ -250,5 +233,5 @@ def get_schedule(name: str) -> Callable[..., Schedule]:
     """Learning-rate schedule called `name`; ValueError names those known."""
     if name not in _SCHEDULES:
         known = ", ".join(schedule_names())
-        raise ValueError(f"unknown learning-rate schedule {name!r}: expected one of {known}")
+        raise ValueError(f"unknown learning-rate schedule {name!r}: allowed are {known}")
     return _SCHEDULES[name]

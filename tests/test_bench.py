@@ -26,7 +26,7 @@ def bench(name: str, *arguments: str, **variables: str) -> subprocess.CompletedP
     environment.pop("XLA_FLAGS", None)
     environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", **variables}
     command = [sys.executable, str(REPOSITORY / "bench" / name), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
 
 
 @pytest.fixture

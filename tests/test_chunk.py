@@ -72,8 +72,15 @@ def assert_close(found: tuple, wanted: tuple) -> None:
         assert here == pytest.approx(there, rel=2e-6, abs=1e-7, nan_ok=True)
 
 
-@pytest.mark.parametrize("name", nets.marked(LOCAL))
-@pytest.mark.parametrize("devices", [1, 2], ids=["fused", "two devices"])
+@pytest.mark.parametrize(
+    ("name", "devices"),
+    [
+        pair
+        if pair in (("deinforeg", 1), ("al", 2))
+        else pytest.param(*pair, marks=pytest.mark.slow)
+        for pair in itertools.product(LOCAL, (1, 2))
+    ],
+)
 def test_local_methods_are_those_of_single_steps(name, devices):
     """In chunks of 3, 3, 3 and 1."""
     assert_close(run(3, name, 2, devices), single(name, 2, devices))

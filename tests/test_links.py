@@ -231,7 +231,7 @@ def test_benchmark(tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=1800,
+        timeout=1500,
     )
     assert done.returncode == 0, done.stderr
     assert output.with_suffix(".md").read_text() in done.stdout

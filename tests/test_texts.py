@@ -258,7 +258,7 @@ class TestCSV:
         refused("there is no file or folder", f"csv:{tmp_path}/none", FileNotFoundError)
         refused("there is no 'train.csv'", f"csv:{tmp_path}")
         write_csv(tmp_path / "train.csv", examples(8))
-        refused(r"has the splits \['train'\]", f"csv:{tmp_path}")
+        refused(r"are \['train'\]: 'train' and 'test'", f"csv:{tmp_path}")
 
 
 class TestParquet:

@@ -61,7 +61,7 @@ def register(name: str, loader: Callable[..., Dataset]) -> None:
     if name in _BUILT_IN:
         raise ValueError(f"data set {name!r} is built in: register yours under another name")
     if not name or ":" in name:
-        raise ValueError(f"data set name {name!r}: a name without a colon is needed")
+        raise ValueError(f"data set name is {name!r}: one without a colon is needed")
     if not callable(loader):
         raise TypeError(f"the loader of data set {name!r} is {loader!r}: a function is needed")
     options = inspect.signature(load).parameters.keys() - {"name", "label_noise"}
@@ -142,7 +142,7 @@ def load(
     """
     if not isinstance(name, str) or not name:
         raise ValueError(
-            f"data set name {name!r}: one of {', '.join(names())} or a TFDS name is needed"
+            f"data set name is {name!r}: one of {', '.join(names())} or TFDS's is needed"
         )
     options = {
         "data_dir": data_dir,

@@ -89,7 +89,7 @@ def synthetic(
     """Random images and labels."""
     require_int(2, synthetic_size=synthetic_size, num_classes=num_classes)
     if channels not in (1, 3):
-        raise ValueError(f"channels is {channels!r}: 1 or 3 is needed")
+        raise ValueError(f"channels is {channels!r}: allowed are 1, 3")
     side = 32 if image_size is None else image_size
     shape = (side, side, channels)
     source = _RandomSource(synthetic_size, shape, num_classes, [seed, 0])
@@ -205,7 +205,7 @@ def _divide(
     """
     if "train" not in sizes or len(sizes) < 2:
         raise ValueError(
-            f"data set {name!r} has the splits {sorted(sizes)}: 'train' and 'test' (or "
+            f"the splits of data set {name!r} are {sorted(sizes)}: 'train' and 'test' (or "
             "'validation') are needed"
         )
     test = "test" if "test" in sizes else "validation"
