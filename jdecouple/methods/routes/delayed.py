@@ -6,14 +6,14 @@ settings of this one route.
 
 import dataclasses
 import itertools
-import math
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from jdecouple._errors import require_int, require_number
 from jdecouple.methods.routes.route import Route, Staleness
 from jdecouple.methods.routes.stage import Metrics, Stage, StageState
 from jdecouple.methods.routes.synchronous import linearize, pull_back
@@ -71,17 +71,11 @@ class Delayed(Route):
             )
         if self.replay and self.current_weights:
             raise ValueError("current_weights has no meaning with replay, which always uses them")
-        if not _is_number(self.beta, Real) or not 0 < self.beta <= 1:
+        beta_is_number = isinstance(self.beta, Real) and not isinstance(self.beta, bool)
+        if not beta_is_number or not 0 < self.beta <= 1:
             raise ValueError(f"beta is {self.beta!r}: a number above 0 and at most 1 is needed")
-        if not _is_number(self.accumulate, Integral) or self.accumulate < 1:
-            raise ValueError(
-                f"accumulate is {self.accumulate!r}: a whole number of at least 1 is needed"
-            )
-        scale = self.first_stage_lr_scale
-        if not _is_number(scale, Real) or not 0 < scale < math.inf:
-            raise ValueError(
-                f"first_stage_lr_scale is {scale!r}: a finite number above 0 is needed"
-            )
+        require_int(1, accumulate=self.accumulate)
+        require_number(positive=True, first_stage_lr_scale=self.first_stage_lr_scale)
 
     @property
     def schedules(self) -> tuple[str, ...]:
@@ -192,7 +186,3 @@ def _reached(stage: Stage, of_state: bool) -> list[bool]:
         if any(id(variable) in reached for variable in equation.invars):
             reached.update(map(id, equation.outvars))
     return [id(variable) in reached for variable in jaxpr.outvars]
-
-
-def _is_number(value: Any, kind: type) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
