@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import dm_pix as pix
 import jax
@@ -16,14 +16,7 @@ JITTER_PROBABILITY = 0.8
 GRAYSCALE_PROBABILITY = 0.2
 
 
-class Transform(Protocol):
-    """What `get` returns."""
-
-    def __call__(self, batch: Batch, keys: jax.Array | None, train: bool) -> Batch:
-        """Augments (if `train`) and normalises `batch["x"]`; see `get`."""
-
-
-def get(name: str, *, mean: Sequence[float], std: Sequence[float]) -> Transform:
+def get(name: str, *, mean: Sequence[float], std: Sequence[float]) -> Callable[..., Batch]:
     """Returns an augmentation by name.
 
     >>> augmentation = get("two_views", mean=(0.5,), std=(0.25,))

@@ -187,20 +187,13 @@ class ArraySource:
 
 
 class DecodedSource:
-    """Records that are decoded at first use and then kept in memory.
+    """Records that are decoded at first use and then kept, if they need at most `cache_bytes`.
+
+    `keys` are the names of the image and the label in an example. Images are uint8 or float32 of
+    `image_shape` (H, W, C), or are brought to it where `resize` is set; errors name the split.
 
     Rows are written once each, always with the same bytes, and marked only afterwards, so that
     threads may gather at the same time without a lock.
-
-    Args:
-        records: random access to examples, each a mapping that holds an image and a label.
-        keys: the names of the image and the label in an example.
-        image_shape: (H, W, C) of the rows returned.
-        dtype: uint8 or float32.
-        num_classes: labels are 0..num_classes-1.
-        name: name of the split, for error messages.
-        resize: bring each image to `image_shape` with `resize_image`.
-        cache_bytes: the decoded images are kept only if they need no more than this.
     """
 
     def __init__(
