@@ -57,9 +57,8 @@ def sources(
 
     A relative PATH begins at `data_dir`, by default the current folder.
 
-    Returns:
-        The `train`, `validation` and `test` sources that there are, their rows in a fixed order
-        that mixes the classes, the number of classes and the image shape (H, W, C).
+    The rows of a source are in a fixed order that mixes the classes. Also returns the number of
+    classes and the image shape (H, W, C).
 
     Raises:
         ValueError: the folder is not laid out like that, an image cannot be read, or the images

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jdecouple._errors import require_int
-from jdecouple.data import sources, tfds_sets, tfds_texts
+from jdecouple.data import sources, texts, tfds_sets, tfds_texts
 from jdecouple.data.noise import symmetric_label_noise
 from jdecouple.data.splits import CACHE_BYTES, Dataset
 
@@ -132,9 +132,6 @@ def load(
             30,000 if None.
         glove: text file of word vectors, see `vocabulary.word_vectors`.
 
-    Returns:
-        The data set.
-
     Raises:
         ValueError: a bad argument, or a set that is unknown, not prepared, empty or without
             labels.
@@ -175,6 +172,6 @@ def _loader(name: str, data_dir: Any, download: bool) -> Callable[..., Dataset]:
     if loader := _LOADERS.get(scheme + colon):
         return functools.partial(loader, name) if colon else loader
     builder = tfds_sets.prepared(name, data_dir=data_dir, download=download)
-    texts = tfds_texts.holds_texts(builder)
-    loader = sources.prepared_texts if texts else sources.prepared_images
-    return functools.partial(loader, name, builder)
+    if tfds_texts.holds_texts(builder):
+        return functools.partial(texts.dataset, name, *tfds_texts.splits(name, builder))
+    return functools.partial(sources.prepared_images, name, builder)

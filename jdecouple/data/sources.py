@@ -8,19 +8,20 @@ from typing import Any
 import numpy as np
 
 from jdecouple._errors import require_int
-from jdecouple.data import folders, tables, tfds_images, tfds_texts
+from jdecouple.data import folders, tables, tfds_images
 from jdecouple.data.splits import (
+    Amount,
     ArraySource,
     Dataset,
     ImageDataset,
     Source,
     Split,
-    fixed_order,
+    divide,
     held_out,
+    hold_out,
     resize_image,
     stratified_order,
 )
-from jdecouple.data.texts import Texts
 from jdecouple.data.texts import dataset as text_dataset
 
 # Per-channel mean and standard deviation of the training images, scaled to 0..1.
@@ -30,11 +31,9 @@ STATISTICS: dict[str, Statistics] = {
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     "fashion_mnist": ((0.2860,), (0.3530,)),
 }
-Amount = float | int | None  # of training examples to hold out: a fraction, a count
 _STATISTICS_ROWS = 1000
 _STATISTICS_CHUNK = 64
 _LEAST_STD = 1e-6
-_DEFAULT_VALIDATION = 0.1
 _DIGITS_TEST = 0.2
 _SYNTHETIC_POOL_BYTES = 64 << 20
 
@@ -48,11 +47,13 @@ def digits(*, validation: Amount, image_size: int | None) -> Dataset:
     if image_size is not None:
         images = np.stack([resize_image(image, (image_size, image_size, 1)) for image in images])
     development, test = held_out(stratified_order(bunch.target), _DIGITS_TEST)
-    kept, held = _hold_out(stratified_order(bunch.target[development]), validation)
+    kept, held = hold_out(stratified_order(bunch.target[development]), validation)
     rows = {"train": development[kept], "validation": development[held], "test": test}
     source = ArraySource(images, bunch.target, num_classes=10, name="digits")
     splits = {role: Split(role, source, indices) for role, indices in rows.items()}
-    return _images("digits", splits, 10, images.shape[1:])
+    mean, std = channel_statistics(splits["train"])
+    shape = images.shape[1:]
+    return ImageDataset("digits", **splits, num_classes=10, image_shape=shape, mean=mean, std=std)
 
 
 class _RandomSource:
@@ -93,7 +94,7 @@ def synthetic(
         for number, (split, size) in enumerate(sizes.items())
     }
     statistics = (0.5,) * channels, (12**-0.5,) * channels
-    return _divided_images("synthetic", stored, num_classes, shape, validation, statistics)
+    return _images("synthetic", stored, num_classes, shape, validation, statistics)
 
 
 def folder(
@@ -103,7 +104,7 @@ def folder(
     opened = folders.sources(
         name, data_dir=data_dir, image_size=image_size, cache_bytes=cache_bytes
     )
-    return _divided_images(name, *opened, validation)
+    return _images(name, *opened, validation)
 
 
 def prepared_images(
@@ -112,7 +113,7 @@ def prepared_images(
     """A prepared TFDS set of images."""
     opened = tfds_images.sources(name, builder, image_size=image_size, cache_bytes=cache_bytes)
     statistics = STATISTICS.get(builder.name) if image_size is None else None
-    return _divided_images(name, *opened, validation, statistics)
+    return _images(name, *opened, validation, statistics)
 
 
 def table(
@@ -126,33 +127,14 @@ def table(
     glove: Any,
 ) -> Dataset:
     """Labelled texts in CSV or Parquet files."""
-    options = {"max_length": max_length, "vocabulary_size": vocabulary_size, "glove": glove}
-    return _texts(name, *tables.splits(name, data_dir), validation, seed=seed, **options)
+    options: dict[str, Any] = {"max_length": max_length, "vocabulary_size": vocabulary_size}
+    stored, num_classes = tables.splits(name, data_dir)
+    return text_dataset(
+        name, stored, num_classes, validation=validation, seed=seed, glove=glove, **options
+    )
 
 
-def prepared_texts(
-    name: str,
-    builder: Any,
-    *,
-    validation: Amount,
-    seed: int,
-    max_length: int | None,
-    vocabulary_size: int | None,
-    glove: Any,
-) -> Dataset:
-    """A prepared TFDS set of texts."""
-    options = {"max_length": max_length, "vocabulary_size": vocabulary_size, "glove": glove}
-    return _texts(name, *tfds_texts.splits(name, builder), validation, seed=seed, **options)
-
-
-def _texts(
-    name: str, stored: Mapping[str, Texts], num_classes: int, validation: Amount, **options: Any
-) -> Dataset:
-    sizes = {split: len(texts.labels) for split, texts in stored.items()}
-    return text_dataset(name, stored, _divide(name, sizes, validation), num_classes, **options)
-
-
-def _divided_images(
+def _images(
     name: str,
     stored: Mapping[str, Source],
     num_classes: int,
@@ -161,49 +143,12 @@ def _divided_images(
     statistics: Statistics | None = None,
 ) -> Dataset:
     sizes = {split: len(source) for split, source in stored.items()}
-    parts = _divide(name, sizes, validation)
+    parts = divide(name, sizes, validation)
     splits = {role: Split(role, stored[split], rows) for role, (split, rows) in parts.items()}
-    return _images(name, splits, num_classes, shape, statistics)
-
-
-def _images(
-    name: str,
-    splits: dict[str, Split],
-    num_classes: int,
-    shape: tuple[int, int, int],
-    statistics: Statistics | None = None,
-) -> Dataset:
     mean, std = statistics or channel_statistics(splits["train"])
     return ImageDataset(
         name, **splits, num_classes=num_classes, image_shape=shape, mean=mean, std=std
     )
-
-
-def _divide(
-    name: str, sizes: Mapping[str, int], validation: Amount
-) -> dict[str, tuple[str, np.ndarray]]:
-    """Says of which stored split and of which rows there each of the three splits is made.
-
-    Of `sizes`, the rows of the stored splits, "train" is needed and one of the others. Without
-    "test" the stored validation split is the test split. `validation` is that of `load`.
-    """
-    if "train" not in sizes or len(sizes) < 2:
-        raise ValueError(
-            f"the splits of data set {name!r} are {sorted(sizes)}: 'train' and 'test' (or "
-            "'validation') are needed"
-        )
-    test = "test" if "test" in sizes else "validation"
-    if validation is None and test == "test" and "validation" in sizes:
-        kept = np.arange(sizes["train"])
-        own = ("validation", np.arange(sizes["validation"]))
-    else:
-        kept, held = _hold_out(fixed_order(sizes["train"]), validation)
-        own = ("train", held)
-    return {"train": ("train", kept), "validation": own, "test": (test, np.arange(sizes[test]))}
-
-
-def _hold_out(order: np.ndarray, validation: Amount) -> tuple[np.ndarray, np.ndarray]:
-    return held_out(order, _DEFAULT_VALIDATION if validation is None else validation)
 
 
 def channel_statistics(split: Split, rows: int = _STATISTICS_ROWS) -> Statistics:

@@ -15,6 +15,9 @@ from jdecouple.data import augment
 
 CACHE_BYTES = 4 << 30
 _FIXED_ORDER_SEED = 0
+_DEFAULT_VALIDATION = 0.1
+
+Amount = float | int | None  # of training examples to hold out: a fraction, a count
 
 
 class Source(Protocol):
@@ -343,3 +346,31 @@ def held_out(order: np.ndarray, amount: float | int) -> tuple[np.ndarray, np.nda
             "examples) is needed"
         )
     return np.sort(order[count:]), np.sort(order[:count])
+
+
+def divide(
+    name: str, sizes: Mapping[str, int], validation: Amount
+) -> dict[str, tuple[str, np.ndarray]]:
+    """Says of which stored split and of which rows there each of the three splits is made.
+
+    Of `sizes`, the rows of the stored splits, "train" is needed and one of the others. Without
+    "test" the stored validation split is the test split. `validation` is that of `load`.
+    """
+    if "train" not in sizes or len(sizes) < 2:
+        raise ValueError(
+            f"the splits of data set {name!r} are {sorted(sizes)}: 'train' and 'test' (or "
+            "'validation') are needed"
+        )
+    test = "test" if "test" in sizes else "validation"
+    if validation is None and test == "test" and "validation" in sizes:
+        kept = np.arange(sizes["train"])
+        own = ("validation", np.arange(sizes["validation"]))
+    else:
+        kept, held = hold_out(fixed_order(sizes["train"]), validation)
+        own = ("train", held)
+    return {"train": ("train", kept), "validation": own, "test": (test, np.arange(sizes[test]))}
+
+
+def hold_out(order: np.ndarray, validation: Amount) -> tuple[np.ndarray, np.ndarray]:
+    """`held_out` for the option `validation` of `load`: without it a tenth."""
+    return held_out(order, _DEFAULT_VALIDATION if validation is None else validation)

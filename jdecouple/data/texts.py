@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jdecouple.data.splits import Dataset, Split, check_labels
+from jdecouple.data.splits import Amount, Dataset, Split, check_labels, divide
 from jdecouple.data.vocabulary import PADDING, Vocabulary, word_vectors
 
 MAX_LENGTH = 256
@@ -87,20 +87,18 @@ class TextSource:
 def dataset(
     name: str,
     stored: Mapping[str, Texts],
-    parts: Mapping[str, tuple[str, np.ndarray]],
     num_classes: int,
     *,
+    validation: Amount,
+    seed: int,
     max_length: int | None,
     vocabulary_size: int | None,
     glove: str | os.PathLike[str] | None,
-    seed: int,
 ) -> TextDataset:
-    """Makes a data set of texts; its vocabulary is that of its training split alone.
-
-    `stored` are texts and labels as they are stored; `parts` names, for "train", "validation" and
-    "test", the stored split and the rows there. The options are those of `load`.
-    """
+    """Makes a data set of stored texts; its vocabulary is that of its training split alone."""
     max_length = MAX_LENGTH if max_length is None else max_length
+    sizes = {split: len(texts.labels) for split, texts in stored.items()}
+    parts = divide(name, sizes, validation)
     split, rows = parts["train"]
     texts = (stored[split].texts[row] for row in rows)
     vocabulary = Vocabulary.of(texts, vocabulary_size or VOCABULARY_SIZE)

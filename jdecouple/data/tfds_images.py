@@ -15,9 +15,7 @@ def sources(
 ) -> tuple[dict[str, DecodedSource], int, tuple[int, int, int]]:
     """Opens the splits of the set that `tfds_sets.prepared` returned; ValueError without images.
 
-    Returns:
-        Its `train`, `validation` and `test` sources where it has them, the number of classes and
-        the image shape (H, W, C).
+    Also returns the number of classes and the image shape (H, W, C).
     """
     images, labels = (tfds_sets.keys(builder, kind) for kind in ("Image", "ClassLabel"))
     if not images or not labels:
