@@ -17,6 +17,19 @@ def first_line(error: object) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def require_type(wanted: type, /, **values: Any) -> None:
+    """Raises TypeError for the first of `values` that is of another type.
+
+    >>> require_type(Real, rate="0.1")
+    Traceback (most recent call last):
+    TypeError: rate is a str: a numbers Real is needed
+    """
+    for name, value in values.items():
+        if not isinstance(value, wanted):
+            package, given = wanted.__module__.split(".")[0], type(value).__name__
+            raise TypeError(f"{name} is a {given}: a {package} {wanted.__name__} is needed")
+
+
 def require_int(least: int, /, **values: Any) -> None:
     """Raises ValueError for the first of `values` that is no whole number from `least` on.
 

@@ -95,7 +95,7 @@ class TestBatches:
             np.testing.assert_array_equal(part["x"][share], whole["x"][share])
 
     def test_buckets_that_do_not_hold_the_texts(self, split):
-        with pytest.raises(ValueError, match=r"buckets=\(4, 6\) given; the longest .* 12 words"):
+        with pytest.raises(ValueError, match=r"buckets is \(4, 6\): the longest .* 12 words"):
             data.train_batches(split, SIZE, seed=0, buckets=(4, 6))
 
     def test_images(self):

@@ -221,7 +221,7 @@ class TestLibrary:
                 ValueError,
                 "two arguments called 'name'",
             ),
-            (lambda: jd.data.register("x:y", lambda: None), ValueError, "a name without a colon"),
+            (lambda: jd.data.register("x:y", lambda: None), ValueError, "one without a colon"),
             (lambda: jd.data.register("x", 3), TypeError, "is 3: a function is needed"),
             (
                 lambda: jd.data.register("x", lambda rows: None),

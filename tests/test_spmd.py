@@ -206,10 +206,11 @@ def _time(event: dict) -> float:
 
 
 @pytest.mark.parametrize(
-    ("engine", "count"), [("spmd", {"spmd": 1}), ("mpmd", {f"stage{k}_FBS": 5 for k in range(4)})]
+    ("engine", "count"),
+    [("spmd", {"spmd": 1, "metrics": 1}), ("mpmd", {f"stage{k}_FBS": 5 for k in range(4)})],
 )
 def test_dispatches(engine, count, tmp_path):
-    """Five batches in four stages: one dispatch, where there are twenty."""
+    """Five batches in four stages: one dispatch of the stages, where there are twenty."""
     trainer = build("deinforeg", "dropout", 4, engine=engine)
     batches = [trainer.put(batch) for batch in (*setting("dropout")[1], setting("dropout")[1][0])]
 
@@ -261,7 +262,7 @@ def test_weights_are_kept_once_for_all_ticks():
         carries = trainer.put(setting("mlp")[1][0]).parts
         states = trainer.init().stages.arrays
         call = trainer._engine.program.call
-        text = str(call.trace(states, carries, np.int32(0), True).jaxpr)
+        text = str(call.trace(states, carries, np.int32(0)).jaxpr)
         assert "f64[24,24]" in text
         assert "f64[5,24,24]" not in text  # 4 + 2 - 1 ticks
         kept.append(text.count("f64[5,4,24]"))

@@ -205,7 +205,7 @@ class TestUnreadableSets:
     @pytest.mark.parametrize("sizes", [{"train": 10}, {"test": 10}])
     def test_missing_split(self, tmp_path, sizes):
         tiny_set(tmp_path, sizes=sizes)
-        self.refused("has the splits", "tiny", data_dir=tmp_path)
+        self.refused("the splits of data set", "tiny", data_dir=tmp_path)
 
     @pytest.mark.parametrize("sizes", [{"train": 10, "test": 0}, {"train": 0, "test": 10}])
     def test_empty_split(self, tmp_path, sizes):

@@ -1,6 +1,7 @@
 """The table of methods: an objective and a route each."""
 
 import dataclasses
+import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -163,8 +164,9 @@ def arguments(name: str) -> dict[str, Any]:
         ValueError: unknown method.
     """
     method = spec(name)
-    fields = {field.name: field.default for field in dataclasses.fields(method.objective)}
-    return {**fields, **method.options, "init": Method.init}
+    parameters = inspect.signature(method.objective).parameters.values()
+    own = {parameter.name: parameter.default for parameter in parameters}
+    return {**own, **method.options, "init": Method.init}
 
 
 def get(name: str, *, init: str = "flax", **arguments: Any) -> Method:

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jdecouple._errors import require_int
 from jdecouple.methods.routes import Carry
-from jdecouple.pipeline.checks import check_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class BatchSpec:
     replicas: int
 
     def __post_init__(self) -> None:
-        check_count("microbatches", self.microbatches)
+        require_int(1, microbatches=self.microbatches)
 
     def checked(self, batch: Mapping[str, Any], num_classes: int) -> list[Carry]:
         """The microbatches of a batch.

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax
@@ -11,13 +11,12 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jdecouple._errors import first_line
+from jdecouple._errors import first_line, require_number, require_type
 from jdecouple.methods import Method
 from jdecouple.methods.objectives import BlockInfo
 from jdecouple.methods.routes import Carry, Route, Stage, Synchronous, Unit
 from jdecouple.methods.routes.stage import Transform
 from jdecouple.models import Model
-from jdecouple.pipeline.checks import check_type
 from jdecouple.pipeline.partition import balance, check_boundaries, check_num_stages, program_cost
 
 
@@ -241,7 +240,7 @@ def build_stages(
         TypeError: an optimizer that is none.
         ValueError: `remat` of another number of stages, or a norm that the method cannot bound.
     """
-    check_type("optimizer", optimizer, optax.GradientTransformation)
+    require_type(optax.GradientTransformation, optimizer=optimizer)
     num_stages = len(boundaries)
     remats = [remat] * num_stages if isinstance(remat, bool) else list(remat)
     if len(remats) != num_stages:
@@ -249,7 +248,12 @@ def build_stages(
             f"remat has {len(remats)} entries: one is needed for each of {num_stages} stages"
         )
     if clip_norm is not None:
-        _check_clip_norm(clip_norm, method)
+        require_number(positive=True, clip_norm=clip_norm)
+        if not isinstance(method.route, Synchronous):
+            raise ValueError(
+                f"clip_norm needs a synchronous method: given {method.name}, whose stages do not "
+                "wait for one another"
+            )
     stages = []
     for k, (start, end) in enumerate(itertools.pairwise((*boundaries, len(built.units)))):
         carry = dict(built.carries[start]) if k else received
@@ -268,14 +272,3 @@ def build_stages(
             )
         )
     return tuple(stages)
-
-
-def _check_clip_norm(clip_norm: Any, method: Method) -> None:
-    number = isinstance(clip_norm, Real) and not isinstance(clip_norm, bool)
-    if not number or not 0 < clip_norm < float("inf"):
-        raise ValueError(f"clip_norm is {clip_norm!r}: a finite number above 0 is needed")
-    if not isinstance(method.route, Synchronous):
-        raise ValueError(
-            f"clip_norm needs a synchronous method: given {method.name}, whose stages do not wait "
-            "for one another"
-        )

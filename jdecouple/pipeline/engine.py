@@ -4,10 +4,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 from jdecouple import schedules
+from jdecouple._errors import require_int, require_one_of
 from jdecouple.methods import Method
 from jdecouple.methods.routes import Carry, Metrics, Stage
 from jdecouple.pipeline.batch import PlacedBatch
-from jdecouple.pipeline.checks import check_count
 from jdecouple.pipeline.mesh import StageDevices, StageMesh, assign_devices
 from jdecouple.pipeline.mpmd.engine import MpmdEngine
 from jdecouple.pipeline.mpmd.executor import Executor
@@ -114,10 +114,9 @@ def make_engine(
             f"schedule {schedule!r} does not fit method {method.name}: "
             f"allowed are auto, {', '.join(route.schedules)}"
         )
-    if name not in ENGINES:
-        raise ValueError(f"engine is {name!r}: allowed are {', '.join(ENGINES)}")
-    check_count("max_in_flight", max_in_flight)
-    limit = max_in_flight or 2 * num_stages
+    require_one_of(ENGINES, engine=name)
+    limit = 2 * num_stages if max_in_flight is None else max_in_flight
+    require_int(1, max_in_flight=limit)
     groups = mesh.device_groups
     placements = tuple(map(StageDevices.on, assign_devices(groups, num_stages)))
     layout = fitting(name, stages, placements, route, schedule=schedule, fuse=fuse, carries=carries)

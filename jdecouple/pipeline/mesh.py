@@ -13,6 +13,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jdecouple._errors import require_int
+
 
 @dataclasses.dataclass(frozen=True)
 class StageMesh:
@@ -69,11 +71,7 @@ def make_mesh(
     available = list(jax.devices() if devices is None else devices)
     if replicas is not None:
         return _uneven(tuple(replicas), available)
-    for label, size in (("stages", stages), ("data", data)):
-        if not isinstance(size, Integral) or size < 1:
-            raise ValueError(
-                f"mesh axis {label} is {size!r}: a whole number of at least 1 is needed"
-            )
+    require_int(1, **{"mesh axis stages": stages, "mesh axis data": data})
     if data > len(available):
         raise ValueError(
             f"mesh axis data is {data}, but only {len(available)} device(s) are present"

@@ -1,5 +1,6 @@
 """The command line of train.py: flags, one-line errors and exit codes."""
 
+import inspect
 import logging as python_logging
 import os
 import re
@@ -153,9 +154,14 @@ def _lists() -> Iterator[str]:
     """What the sections of owners may set, by the name of each."""
     for section, registry in OWNERS.items():
         yield f"Options of config.{section} by its name, and their defaults:\n\n" + "\n".join(
-            f"  {name}: {', '.join(f'{k}={v!r}' for k, (_, v) in options(section, name).items())}"
+            f"  {name}: {', '.join(map(_shown, options(section, name).items()))}"
             for name in registry.names()
         )
+
+
+def _shown(option: tuple[str, tuple[type, Any]]) -> str:
+    key, (_, value) = option
+    return key if value is inspect.Parameter.empty else f"{key}={value!r}"
 
 
 def parse_process_spec(argv: Sequence[str]) -> hosts.ProcessSpec | None:

@@ -113,7 +113,11 @@ class InformationRegularizationHead(nnx.Module):
         z = self.projector(features)
         logits = self._classify(features, z)
         terms = information_regularization(z, labels, self.num_classes, normalize=weights.normalize)
-        loss: Any = sum(getattr(weights, name) * term for name, term in terms.items())
+        loss = (
+            weights.variance * terms["variance"]
+            + weights.invariance * terms["invariance"]
+            + weights.covariance * terms["covariance"]
+        )
         if logits is not None:
             terms["cross_entropy"] = cross_entropy(logits, labels)
             loss = loss + weights.alpha * terms["cross_entropy"]

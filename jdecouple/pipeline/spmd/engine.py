@@ -72,9 +72,8 @@ class SpmdEngine:
         count = batch.count or 1
         while len(self._in_flight) > 1 and count + self._num_in_flight > self.max_in_flight:
             jax.block_until_ready(self._in_flight.popleft()[1])
-        arrays, metrics = self.program.call(
-            states.arrays, batch.parts, np.int32(step), batch.count is None
-        )
+        arrays, table = self.program.call(states.arrays, batch.parts, np.int32(step))
+        metrics = self.program.metrics(table.addressable_shards[0].data, batch.count is None)
         self._in_flight.append((count, metrics["loss"]))
         return ShardedState(self._layout, arrays), metrics
 

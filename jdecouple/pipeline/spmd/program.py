@@ -47,21 +47,21 @@ class Program:
 
     @cached_property
     def call(self) -> Callable:
-        """Compiled: (arrays, carries of batches, number of the first, whether it is the only one).
+        """Compiled: (arrays, carries of batches, number of the first) -> (arrays, table).
 
-        It donates the arrays, and returns the new ones and the metrics: scalars of the only batch,
-        or arrays [T].
+        The arrays are donated. The table [device groups x T, width] holds a line of metrics for
+        every batch in every device group, and lies on every device.
         """
         train = self._local if self._route.local else self._synchronous
 
-        def in_group(arrays: Arrays, batches: tuple[Carry, ...], step: jax.Array) -> tuple:
+        def spmd(arrays: Arrays, batches: tuple[Carry, ...], step: jax.Array) -> tuple:
             batch = batches[0]
             if len(batches) > 1:
                 batch = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *batches)
             return train(arrays, self._constrain(batch, None, None, "data"), step)
 
         sharded = jax.shard_map(
-            in_group,
+            spmd,
             mesh=self._layout.mesh,
             in_specs=(STAGE, STAGE, PartitionSpec()),
             out_specs=STAGE,
@@ -69,25 +69,28 @@ class Program:
             check_vma=False,
         )
         replicated = NamedSharding(self._layout.mesh, PartitionSpec())
-
-        def spmd(
-            arrays: Arrays, batches: tuple[Carry, ...], step: jax.Array, single: bool
-        ) -> tuple[Arrays, Metrics]:
-            arrays, table = sharded(arrays, batches, step)
-            table = jax.lax.with_sharding_constraint(table, replicated)
-            table = table.reshape(self._groups, -1, self._width)
-            return arrays, {
-                name: table[group, 0, column] if single else table[group, :, column]
-                for name, (group, column) in self._columns.items()
-            }
-
         return jax.jit(
-            spmd,
-            static_argnums=3,
+            sharded,
             donate_argnums=0,
             out_shardings=(self._layout.sharding, replicated),
             compiler_options=compiler_options(self._layout.placements[0]),
         )
+
+    @cached_property
+    def metrics(self) -> Callable:
+        """Compiled: (table on one device, whether of one batch) -> metrics, scalars or arrays [T].
+
+        A call of its own, because the other would return every metric on every device.
+        """
+
+        def metrics(table: jax.Array, single: bool) -> Metrics:
+            table = table.reshape(self._groups, -1, self._width)
+            return {
+                name: table[group, 0, column] if single else table[group, :, column]
+                for name, (group, column) in self._columns.items()
+            }
+
+        return jax.jit(metrics, static_argnums=1)
 
     # --- The routes -------------------------------------------------------------------------------
 
