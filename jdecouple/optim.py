@@ -200,11 +200,7 @@ def per_epoch(schedule: Schedule, steps_per_epoch: int) -> Schedule:
     return lambda count: schedule(count // steps_per_epoch * steps_per_epoch)
 
 
-_OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
-    "adam": adam,
-    "lars": lars,
-    "sgd": sgd,
-}
+_OPTIMIZERS: dict[str, Callable[..., Any]] = {"adam": adam, "lars": lars, "sgd": sgd}
 _SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "constant": constant,
     "cosine": cosine,
@@ -214,7 +210,7 @@ _SCHEDULES: dict[str, Callable[..., Schedule]] = {
 
 def names() -> tuple[str, ...]:
     """Names of optimisers that :func:`get` knows, sorted."""
-    return tuple(sorted(_OPTIMIZERS))
+    return tuple(_OPTIMIZERS)
 
 
 def get(name: str) -> Callable[..., optax.GradientTransformation]:
@@ -224,14 +220,9 @@ def get(name: str) -> Callable[..., optax.GradientTransformation]:
     return _OPTIMIZERS[name]
 
 
-def schedule_names() -> tuple[str, ...]:
-    """Names of schedules that :func:`get_schedule` knows, sorted."""
-    return tuple(sorted(_SCHEDULES))
-
-
 def get_schedule(name: str) -> Callable[..., Schedule]:
     """Learning-rate schedule called `name`; ValueError names those known."""
     if name not in _SCHEDULES:
-        known = ", ".join(schedule_names())
+        known = ", ".join(_SCHEDULES)
         raise ValueError(f"unknown learning-rate schedule {name!r}: allowed are {known}")
     return _SCHEDULES[name]

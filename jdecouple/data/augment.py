@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import dm_pix as pix
 import jax
@@ -16,14 +16,7 @@ JITTER_PROBABILITY = 0.8
 GRAYSCALE_PROBABILITY = 0.2
 
 
-class Transform(Protocol):
-    """What `get` returns."""
-
-    def __call__(self, batch: Batch, keys: jax.Array | None, train: bool) -> Batch:
-        """Augments (if `train`) and normalises `batch["x"]`; see `get`."""
-
-
-def get(name: str, *, mean: Sequence[float], std: Sequence[float]) -> Transform:
+def get(name: str, *, mean: Sequence[float], std: Sequence[float]) -> Callable[..., Batch]:
     """Returns an augmentation by name.
 
     >>> augmentation = get("two_views", mean=(0.5,), std=(0.25,))
@@ -85,8 +78,13 @@ def get(name: str, *, mean: Sequence[float], std: Sequence[float]) -> Transform:
         ]
         augmented = drawn[0] if len(drawn) == 1 else jnp.concatenate(drawn)
         rest = {key: value for key, value in batch.items() if key != "x"}
+
+        def repeat_rows(leaf: Any) -> Any:
+            has_rows = jnp.ndim(leaf) > 0 and jnp.shape(leaf)[0] == images.shape[0]
+            return jnp.concatenate([leaf] * len(views)) if has_rows else leaf
+
         if len(views) > 1:
-            rest = _repeat_rows(rest, images.shape[0], len(views))
+            rest = jax.tree.map(repeat_rows, rest)
         return rest | {"x": _normalise(augmented, offset, scale)}
 
     return transform
@@ -122,14 +120,7 @@ def colour_jitter(key: jax.Array, image: jax.Array) -> jax.Array:
 
     Each of the first three blends the image with black, with its mean luma or with its own luma,
     by a factor from `1 +- strength`; hue is shifted by up to 0.1 of a turn. The result is clipped
-    to 0..1 after each, as torchvision does.
-
-    Args:
-        key: typed PRNG key.
-        image: float32 [H, W, 1 or 3] in 0..1.
-
-    Returns:
-        An image of the same shape and range.
+    to 0..1 after each, as torchvision does. The image is float32 [H, W, 1 or 3] in 0..1.
     """
     brightness, contrast, saturation, hue = jax.random.uniform(key, (4,), jnp.float32, -1.0)
     image = _blend(image, 0.0, 1 + JITTER["brightness"] * brightness)
@@ -163,11 +154,3 @@ def _to_unit(images: jax.Array) -> jax.Array:
 
 def _normalise(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
     return (images - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
-
-
-def _repeat_rows(tree: Batch, rows: int, times: int) -> Batch:
-    def repeat(leaf: Any) -> Any:
-        has_rows = jnp.ndim(leaf) > 0 and jnp.shape(leaf)[0] == rows
-        return jnp.concatenate([leaf] * times) if has_rows else leaf
-
-    return jax.tree.map(repeat, tree)

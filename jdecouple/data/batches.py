@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import grain
 import numpy as np
@@ -14,6 +13,8 @@ from jdecouple._errors import require_int
 from jdecouple.data.splits import Split
 
 Batch = dict[str, np.ndarray]
+# The examples of all batches of an epoch, and the lengths that their texts are padded to.
+Plan = tuple[np.ndarray, np.ndarray | None]
 
 
 def steps_per_epoch(split: Split, batch_size: int) -> int:
@@ -76,15 +77,16 @@ def train_batches(
     """
     steps = steps_per_epoch(split, batch_size)
     require_int(0, start=start)
-    bucket_of = _bucket_of(split.lengths, buckets) if buckets else np.zeros(len(split), int)
+    if buckets and (longest := split.lengths.max()) > buckets[-1]:
+        raise ValueError(f"buckets is {tuple(buckets)}: the longest example has {longest} words")
 
     @functools.lru_cache(maxsize=2)
-    def plan(epoch: int) -> _Plan:
+    def plan(epoch: int) -> Plan:
         generator = np.random.Generator(np.random.PCG64([seed, epoch]))
         order = generator.permutation(len(split))
         if not buckets:
-            return _Plan(order[: steps * batch_size].reshape(steps, batch_size), None)
-        return _bucketed(order, bucket_of, buckets, batch_size, generator)
+            return order[: steps * batch_size].reshape(steps, batch_size), None
+        return _bucketed(order, split.lengths, buckets, batch_size, generator)
 
     def read(number: int) -> Batch:
         epoch, step = divmod(number, steps)
@@ -98,44 +100,28 @@ def train_batches(
     return iterator
 
 
-class _Plan(NamedTuple):
-    """The examples of all batches of an epoch, and the lengths that their texts are padded to."""
-
-    rows: np.ndarray
-    lengths: np.ndarray | None
-
-
-def _bucket_of(lengths: np.ndarray, buckets: Sequence[int]) -> np.ndarray:
-    """Number of the first bucket that holds each example."""
-    if lengths.max() > buckets[-1]:
-        raise ValueError(
-            f"buckets is {tuple(buckets)}: the longest example has {lengths.max()} words"
-        )
-    return np.searchsorted(np.asarray(buckets), lengths)
-
-
 def _bucketed(
     order: np.ndarray,
-    bucket_of: np.ndarray,
+    text_lengths: np.ndarray,
     buckets: Sequence[int],
     batch_size: int,
     generator: np.random.Generator,
-) -> _Plan:
+) -> Plan:
     """Cuts an epoch into batches of one bucket each, in random order.
 
     What fills no batch of a bucket goes up into the next, so that an epoch has as many batches as
     without buckets.
     """
     rows, lengths = [], []
-    rest = order[:0]
+    rest, bucket_of = order[:0], np.searchsorted(buckets, text_lengths[order])
     for number, length in enumerate(buckets):
-        rest = np.concatenate([rest, order[bucket_of[order] == number]])
+        rest = np.concatenate([rest, order[bucket_of == number]])
         full = len(rest) // batch_size
         rows.append(rest[: full * batch_size].reshape(full, batch_size))
         lengths.append(np.full(full, length))
         rest = rest[full * batch_size :]
     shuffled = generator.permutation(sum(map(len, rows)))
-    return _Plan(np.concatenate(rows)[shuffled], np.concatenate(lengths)[shuffled])
+    return np.concatenate(rows)[shuffled], np.concatenate(lengths)[shuffled]
 
 
 def evaluation_batches(

@@ -38,7 +38,7 @@ def sources(
     data_dir: str | os.PathLike[str] | None = None,
     image_size: int | None = None,
     cache_bytes: int = CACHE_BYTES,
-) -> tuple[str, dict[str, DecodedSource], int, tuple[int, int, int]]:
+) -> tuple[dict[str, DecodedSource], int, tuple[int, int, int]]:
     """Opens a folder of images; each is decoded at its first use.
 
     Label i is the i-th name of a class in sorted order. The folder holds either
@@ -57,9 +57,8 @@ def sources(
 
     A relative PATH begins at `data_dir`, by default the current folder.
 
-    Returns:
-        The name, the `train`, `validation` and `test` sources that there are, their rows in a fixed
-        order that mixes the classes, the number of classes and the image shape (H, W, C).
+    The rows of a source are in a fixed order that mixes the classes. Also returns the number of
+    classes and the image shape (H, W, C).
 
     Raises:
         ValueError: the folder is not laid out like that, an image cannot be read, or the images
@@ -88,7 +87,7 @@ def sources(
         )
         for split, files in splits.items()
     }
-    return name, opened, len(classes), shape
+    return opened, len(classes), shape
 
 
 class _Images:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jdecouple._errors import require_int
-from jdecouple.data import sources, tfds_sets, tfds_texts
+from jdecouple.data import sources, texts, tfds_sets, tfds_texts
 from jdecouple.data.noise import symmetric_label_noise
 from jdecouple.data.splits import CACHE_BYTES, Dataset
 
@@ -132,32 +132,16 @@ def load(
             30,000 if None.
         glove: text file of word vectors, see `vocabulary.word_vectors`.
 
-    Returns:
-        The data set.
-
     Raises:
         ValueError: a bad argument, or a set that is unknown, not prepared, empty or without
             labels.
         FileNotFoundError: `data_dir` or the folder or file of a set does not exist.
     """
+    options = {key: value for key, value in locals().items() if key not in ("name", "label_noise")}
     if not isinstance(name, str) or not name:
         raise ValueError(
             f"data set name is {name!r}: one of {', '.join(names())} or TFDS's is needed"
         )
-    options = {
-        "data_dir": data_dir,
-        "validation": validation,
-        "seed": seed,
-        "download": download,
-        "image_size": image_size,
-        "synthetic_size": synthetic_size,
-        "channels": channels,
-        "num_classes": num_classes,
-        "cache_bytes": cache_bytes,
-        "max_length": max_length,
-        "vocabulary_size": vocabulary_size,
-        "glove": glove,
-    }
     for key, least in _LEAST.items():
         if options[key] is not None or key == "seed":
             require_int(least, **{key: options[key]})
@@ -188,8 +172,6 @@ def _loader(name: str, data_dir: Any, download: bool) -> Callable[..., Dataset]:
     if loader := _LOADERS.get(scheme + colon):
         return functools.partial(loader, name) if colon else loader
     builder = tfds_sets.prepared(name, data_dir=data_dir, download=download)
-    return functools.partial(
-        sources.prepared_texts if tfds_texts.holds_texts(builder) else sources.prepared_images,
-        name,
-        builder,
-    )
+    if tfds_texts.holds_texts(builder):
+        return functools.partial(texts.dataset, name, *tfds_texts.splits(name, builder))
+    return functools.partial(sources.prepared_images, name, builder)

@@ -28,6 +28,11 @@ class Prefetcher(Generic[Read, Placed]):
         place: uploads a batch, e.g. by `jax.device_put`; runs in the thread.
         depth: placed batches that may be ready, at least 1.
 
+    Attributes:
+        state: the iterator's state just after the batch that `next()` returned last; batches read
+            ahead do not count. None where the iterator has no `get_state()`.
+        wait_seconds: seconds that `next()` has been blocked, all calls together.
+
     Raises:
         ValueError: `depth` is less than 1.
     """
@@ -39,27 +44,10 @@ class Prefetcher(Generic[Read, Placed]):
         self._changed = threading.Condition()
         self._error: BaseException | None = None
         self._closed = False
-        self._wait_seconds = 0.0
-        self._state = self._iterator_state()
+        self.wait_seconds = 0.0
+        self.state = self._iterator_state()
         self._thread = threading.Thread(target=self._fill, name="prefetch", daemon=True)
         self._thread.start()
-
-    @property
-    def state(self) -> Any:
-        """The iterator's state just after the batch that `next()` returned last.
-
-        Batches read ahead do not count. None where the iterator has no `get_state()`.
-        """
-        return self._state
-
-    @property
-    def wait_seconds(self) -> float:
-        """Seconds that `next()` has been blocked, all calls together."""
-        return self._wait_seconds
-
-    def wait_share(self, elapsed: float) -> float:
-        """The share of `elapsed` seconds that was spent waiting for input; 0 if none elapsed."""
-        return self._wait_seconds / elapsed if elapsed > 0 else 0.0
 
     def __iter__(self) -> Prefetcher[Read, Placed]:
         return self
@@ -75,13 +63,13 @@ class Prefetcher(Generic[Read, Placed]):
         began = time.perf_counter()
         with self._changed:
             self._changed.wait_for(lambda: self._ready or self._error or self._closed)
-            self._wait_seconds += time.perf_counter() - began
+            self.wait_seconds += time.perf_counter() - began
             if self._closed:
                 raise RuntimeError("the prefetcher is closed")
             if not self._ready:
                 assert self._error is not None
                 raise self._error
-            placed, self._state = self._ready.popleft()
+            placed, self.state = self._ready.popleft()
             self._changed.notify_all()
         return placed
 
@@ -112,7 +100,11 @@ class Prefetcher(Generic[Read, Placed]):
 
     def _fill(self) -> None:
         try:
-            while self._wait_for_room():
+            while True:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._closed or len(self._ready) < self._depth)
+                    if self._closed:
+                        return
                 batch = next(self._iterator)
                 item = (self._place(batch), self._iterator_state())
                 with self._changed:
@@ -123,8 +115,3 @@ class Prefetcher(Generic[Read, Placed]):
             with self._changed:
                 self._error = error
                 self._changed.notify_all()
-
-    def _wait_for_room(self) -> bool:
-        with self._changed:
-            self._changed.wait_for(lambda: self._closed or len(self._ready) < self._depth)
-            return not self._closed

@@ -8,32 +8,32 @@ from typing import Any
 import numpy as np
 
 from jdecouple._errors import require_int
-from jdecouple.data import folders, tables, tfds_images, tfds_texts
+from jdecouple.data import folders, tables, tfds_images
 from jdecouple.data.splits import (
+    Amount,
     ArraySource,
     Dataset,
-    DecodedSource,
     ImageDataset,
+    Source,
     Split,
-    fixed_order,
+    divide,
     held_out,
+    hold_out,
     resize_image,
     stratified_order,
 )
-from jdecouple.data.texts import Texts
 from jdecouple.data.texts import dataset as text_dataset
 
 # Per-channel mean and standard deviation of the training images, scaled to 0..1.
-STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+STATISTICS: dict[str, Statistics] = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     "fashion_mnist": ((0.2860,), (0.3530,)),
 }
-Amount = float | int | None  # of training examples to hold out: a fraction, a count
 _STATISTICS_ROWS = 1000
 _STATISTICS_CHUNK = 64
 _LEAST_STD = 1e-6
-_DEFAULT_VALIDATION = 0.1
 _DIGITS_TEST = 0.2
 _SYNTHETIC_POOL_BYTES = 64 << 20
 
@@ -46,18 +46,14 @@ def digits(*, validation: Amount, image_size: int | None) -> Dataset:
     images = np.round(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
     if image_size is not None:
         images = np.stack([resize_image(image, (image_size, image_size, 1)) for image in images])
-    labels = bunch.target
-    development, test = held_out(stratified_order(labels), _DIGITS_TEST)
-    amount = _DEFAULT_VALIDATION if validation is None else validation
-    kept, held = held_out(stratified_order(labels[development]), amount)
-    source = ArraySource(images, labels, num_classes=10, name="digits")
-    return _dataset(
-        "digits",
-        train=Split("train", source, development[kept]),
-        validation=Split("validation", source, development[held]),
-        test=Split("test", source, test),
-        num_classes=10,
-    )
+    development, test = held_out(stratified_order(bunch.target), _DIGITS_TEST)
+    kept, held = hold_out(stratified_order(bunch.target[development]), validation)
+    rows = {"train": development[kept], "validation": development[held], "test": test}
+    source = ArraySource(images, bunch.target, num_classes=10, name="digits")
+    splits = {role: Split(role, source, indices) for role, indices in rows.items()}
+    mean, std = channel_statistics(splits["train"])
+    shape = images.shape[1:]
+    return ImageDataset("digits", **splits, num_classes=10, image_shape=shape, mean=mean, std=std)
 
 
 class _RandomSource:
@@ -92,63 +88,32 @@ def synthetic(
         raise ValueError(f"channels is {channels!r}: allowed are 1, 3")
     side = 32 if image_size is None else image_size
     shape = (side, side, channels)
-    source = _RandomSource(synthetic_size, shape, num_classes, [seed, 0])
-    test = _RandomSource(max(1, synthetic_size // 4), shape, num_classes, [seed, 1])
-    amount = _DEFAULT_VALIDATION if validation is None else validation
-    kept, held = held_out(fixed_order(synthetic_size), amount)
-    return _dataset(
-        "synthetic",
-        train=Split("train", source, kept),
-        validation=Split("validation", source, held),
-        test=Split("test", test, np.arange(len(test))),
-        num_classes=num_classes,
-        statistics=((0.5,) * channels, (12**-0.5,) * channels),
-    )
+    sizes = {"train": synthetic_size, "test": max(1, synthetic_size // 4)}
+    stored = {
+        split: _RandomSource(size, shape, num_classes, [seed, number])
+        for number, (split, size) in enumerate(sizes.items())
+    }
+    statistics = (0.5,) * channels, (12**-0.5,) * channels
+    return _images("synthetic", stored, num_classes, shape, validation, statistics)
 
 
 def folder(
-    name: str,
-    *,
-    data_dir: Any,
-    validation: Amount,
-    image_size: int | None,
-    cache_bytes: int,
+    name: str, *, data_dir: Any, validation: Amount, image_size: int | None, cache_bytes: int
 ) -> Dataset:
     """Images in class folders."""
     opened = folders.sources(
         name, data_dir=data_dir, image_size=image_size, cache_bytes=cache_bytes
     )
-    return _images(name, validation, opened, image_size is None)
+    return _images(name, *opened, validation)
 
 
 def prepared_images(
-    name: str,
-    builder: Any,
-    *,
-    validation: Amount,
-    image_size: int | None,
-    cache_bytes: int,
+    name: str, builder: Any, *, validation: Amount, image_size: int | None, cache_bytes: int
 ) -> Dataset:
     """A prepared TFDS set of images."""
     opened = tfds_images.sources(name, builder, image_size=image_size, cache_bytes=cache_bytes)
-    return _images(name, validation, opened, image_size is None)
-
-
-def _images(
-    name: str,
-    validation: Amount,
-    opened: tuple[str, dict[str, DecodedSource], int, tuple[int, int, int]],
-    known_size: bool,
-) -> Dataset:
-    base, sources, num_classes, shape = opened
-    parts = _divide(name, {split: len(source) for split, source in sources.items()}, validation)
-    return _dataset(
-        name,
-        **{role: Split(role, sources[split], rows) for role, (split, rows) in parts.items()},
-        num_classes=num_classes,
-        image_shape=shape,
-        statistics=STATISTICS.get(base) if known_size else None,
-    )
+    statistics = STATISTICS.get(builder.name) if image_size is None else None
+    return _images(name, *opened, validation, statistics)
 
 
 def table(
@@ -162,83 +127,31 @@ def table(
     glove: Any,
 ) -> Dataset:
     """Labelled texts in CSV or Parquet files."""
-    options = {"max_length": max_length, "vocabulary_size": vocabulary_size, "glove": glove}
-    return _texts(name, tables.splits(name, data_dir), validation, seed, options)
+    options: dict[str, Any] = {"max_length": max_length, "vocabulary_size": vocabulary_size}
+    stored, num_classes = tables.splits(name, data_dir)
+    return text_dataset(
+        name, stored, num_classes, validation=validation, seed=seed, glove=glove, **options
+    )
 
 
-def prepared_texts(
+def _images(
     name: str,
-    builder: Any,
-    *,
-    validation: Amount,
-    seed: int,
-    max_length: int | None,
-    vocabulary_size: int | None,
-    glove: Any,
-) -> Dataset:
-    """A prepared TFDS set of texts."""
-    options = {"max_length": max_length, "vocabulary_size": vocabulary_size, "glove": glove}
-    return _texts(name, tfds_texts.splits(name, builder), validation, seed, options)
-
-
-def _texts(
-    name: str,
-    read: tuple[dict[str, Texts], int],
-    validation: Amount,
-    seed: int,
-    options: Mapping[str, Any],
-) -> Dataset:
-    stored, num_classes = read
-    sizes = {split: len(texts.labels) for split, texts in stored.items()}
-    parts = _divide(name, sizes, validation)
-    return text_dataset(name, stored, parts, num_classes, seed=seed, **options)
-
-
-def _divide(
-    name: str, sizes: Mapping[str, int], validation: Amount
-) -> dict[str, tuple[str, np.ndarray]]:
-    """Says which rows make the training, validation and test splits.
-
-    Of `sizes`, the rows of those splits that are stored, "train" is needed and one of the others.
-    Without "test" the stored validation split is the test split. `validation` is that of `load`.
-    Returns, for each of the three, the stored split that it is a part of, and the rows there.
-    """
-    if "train" not in sizes or len(sizes) < 2:
-        raise ValueError(
-            f"the splits of data set {name!r} are {sorted(sizes)}: 'train' and 'test' (or "
-            "'validation') are needed"
-        )
-    test = "test" if "test" in sizes else "validation"
-    if validation is None and test == "test" and "validation" in sizes:
-        kept = np.arange(sizes["train"])
-        own = ("validation", np.arange(sizes["validation"]))
-    else:
-        amount = _DEFAULT_VALIDATION if validation is None else validation
-        kept, held = held_out(fixed_order(sizes["train"]), amount)
-        own = ("train", held)
-    return {"train": ("train", kept), "validation": own, "test": (test, np.arange(sizes[test]))}
-
-
-def _dataset(
-    name: str,
-    *,
-    train: Split,
-    validation: Split,
-    test: Split,
+    stored: Mapping[str, Source],
     num_classes: int,
-    image_shape: tuple[int, int, int] | None = None,
-    statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
+    shape: tuple[int, int, int],
+    validation: Amount,
+    statistics: Statistics | None = None,
 ) -> Dataset:
-    if image_shape is None:
-        height, width, channels = train.gather(np.arange(1))["x"].shape[1:]
-        image_shape = (height, width, channels)
-    mean, std = statistics or channel_statistics(train)
-    return ImageDataset(name, train, validation, test, num_classes, image_shape, mean, std)
+    sizes = {split: len(source) for split, source in stored.items()}
+    parts = divide(name, sizes, validation)
+    splits = {role: Split(role, stored[split], rows) for role, (split, rows) in parts.items()}
+    mean, std = statistics or channel_statistics(splits["train"])
+    return ImageDataset(
+        name, **splits, num_classes=num_classes, image_shape=shape, mean=mean, std=std
+    )
 
 
-def channel_statistics(
-    split: Split, rows: int = _STATISTICS_ROWS
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def channel_statistics(split: Split, rows: int = _STATISTICS_ROWS) -> Statistics:
     """Mean and standard deviation per channel over the first `rows` images, scaled to 0..1.
 
     A channel that does not vary gets the standard deviation 1, so that it can be divided by.

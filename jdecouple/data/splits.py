@@ -15,6 +15,9 @@ from jdecouple.data import augment
 
 CACHE_BYTES = 4 << 30
 _FIXED_ORDER_SEED = 0
+_DEFAULT_VALIDATION = 0.1
+
+Amount = float | int | None  # of training examples to hold out: a fraction, a count
 
 
 class Source(Protocol):
@@ -187,20 +190,13 @@ class ArraySource:
 
 
 class DecodedSource:
-    """Records that are decoded at first use and then kept in memory.
+    """Records that are decoded at first use and then kept, if they need at most `cache_bytes`.
+
+    `keys` are the names of the image and the label in an example. Images are uint8 or float32 of
+    `image_shape` (H, W, C), or are brought to it where `resize` is set; errors name the split.
 
     Rows are written once each, always with the same bytes, and marked only afterwards, so that
     threads may gather at the same time without a lock.
-
-    Args:
-        records: random access to examples, each a mapping that holds an image and a label.
-        keys: the names of the image and the label in an example.
-        image_shape: (H, W, C) of the rows returned.
-        dtype: uint8 or float32.
-        num_classes: labels are 0..num_classes-1.
-        name: name of the split, for error messages.
-        resize: bring each image to `image_shape` with `resize_image`.
-        cache_bytes: the decoded images are kept only if they need no more than this.
     """
 
     def __init__(
@@ -350,3 +346,31 @@ def held_out(order: np.ndarray, amount: float | int) -> tuple[np.ndarray, np.nda
             "examples) is needed"
         )
     return np.sort(order[count:]), np.sort(order[:count])
+
+
+def divide(
+    name: str, sizes: Mapping[str, int], validation: Amount
+) -> dict[str, tuple[str, np.ndarray]]:
+    """Says of which stored split and of which rows there each of the three splits is made.
+
+    Of `sizes`, the rows of the stored splits, "train" is needed and one of the others. Without
+    "test" the stored validation split is the test split. `validation` is that of `load`.
+    """
+    if "train" not in sizes or len(sizes) < 2:
+        raise ValueError(
+            f"the splits of data set {name!r} are {sorted(sizes)}: 'train' and 'test' (or "
+            "'validation') are needed"
+        )
+    test = "test" if "test" in sizes else "validation"
+    if validation is None and test == "test" and "validation" in sizes:
+        kept = np.arange(sizes["train"])
+        own = ("validation", np.arange(sizes["validation"]))
+    else:
+        kept, held = hold_out(fixed_order(sizes["train"]), validation)
+        own = ("train", held)
+    return {"train": ("train", kept), "validation": own, "test": (test, np.arange(sizes[test]))}
+
+
+def hold_out(order: np.ndarray, validation: Amount) -> tuple[np.ndarray, np.ndarray]:
+    """`held_out` for the option `validation` of `load`: without it a tenth."""
+    return held_out(order, _DEFAULT_VALIDATION if validation is None else validation)

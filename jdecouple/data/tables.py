@@ -45,8 +45,7 @@ def splits(name: str, data_dir: str | os.PathLike[str] | None) -> tuple[dict[str
 
     A relative PATH begins at `data_dir`, by default the current folder.
 
-    Returns:
-        The splits that there are, and the number of classes.
+    Also returns the number of classes.
 
     Raises:
         ValueError: a file is not laid out like that, or pyarrow is not installed.

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jdecouple.data.splits import Dataset, Split, check_labels
+from jdecouple.data.splits import Amount, Dataset, Split, check_labels, divide
 from jdecouple.data.vocabulary import PADDING, Vocabulary, word_vectors
 
 MAX_LENGTH = 256
@@ -62,7 +62,7 @@ class TextSource:
     """
 
     def __init__(
-        self, texts: Texts, *, vocabulary: Vocabulary, max_length: int, num_classes: int, name: str
+        self, texts: Texts, vocabulary: Vocabulary, max_length: int, num_classes: int, name: str
     ):
         if not len(texts.labels):
             raise ValueError(f"split {name!r} is empty")
@@ -87,33 +87,23 @@ class TextSource:
 def dataset(
     name: str,
     stored: Mapping[str, Texts],
-    parts: Mapping[str, tuple[str, np.ndarray]],
     num_classes: int,
     *,
-    max_length: int | None = None,
-    vocabulary_size: int | None = None,
-    glove: str | os.PathLike[str] | None = None,
-    seed: int = 0,
+    validation: Amount,
+    seed: int,
+    max_length: int | None,
+    vocabulary_size: int | None,
+    glove: str | os.PathLike[str] | None,
 ) -> TextDataset:
-    """Makes a data set of texts; its vocabulary is that of its training split alone.
-
-    Args:
-        name: of the data set.
-        stored: texts and labels of the splits as they are stored.
-        parts: for "train", "validation" and "test" the stored split and the rows there.
-        num_classes: labels are 0..num_classes-1.
-        max_length: see `load`, as the other options.
-        vocabulary_size: most numbers of words; 30,000 if None.
-        glove: file of word vectors; None leaves them to the model.
-        seed: of the vectors of words that the file does not have.
-    """
+    """Makes a data set of stored texts; its vocabulary is that of its training split alone."""
     max_length = MAX_LENGTH if max_length is None else max_length
+    sizes = {split: len(texts.labels) for split, texts in stored.items()}
+    parts = divide(name, sizes, validation)
     split, rows = parts["train"]
     texts = (stored[split].texts[row] for row in rows)
     vocabulary = Vocabulary.of(texts, vocabulary_size or VOCABULARY_SIZE)
-    options: dict[str, Any] = {"vocabulary": vocabulary, "max_length": max_length}
     sources = {
-        split: TextSource(stored[split], num_classes=num_classes, name=split, **options)
+        split: TextSource(stored[split], vocabulary, max_length, num_classes, split)
         for split in sorted({split for split, _ in parts.values()})
     }
     return TextDataset(

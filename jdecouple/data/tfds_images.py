@@ -12,12 +12,10 @@ from jdecouple.data.splits import CACHE_BYTES, DecodedSource
 
 def sources(
     name: str, builder: Any, *, image_size: int | None = None, cache_bytes: int = CACHE_BYTES
-) -> tuple[str, dict[str, DecodedSource], int, tuple[int, int, int]]:
+) -> tuple[dict[str, DecodedSource], int, tuple[int, int, int]]:
     """Opens the splits of the set that `tfds_sets.prepared` returned; ValueError without images.
 
-    Returns:
-        The set's plain name, its `train`, `validation` and `test` sources where it has them,
-        the number of classes and the image shape (H, W, C).
+    Also returns the number of classes and the image shape (H, W, C).
     """
     images, labels = (tfds_sets.keys(builder, kind) for kind in ("Image", "ClassLabel"))
     if not images or not labels:
@@ -45,7 +43,7 @@ def sources(
         )
         for split, records in tfds_sets.records(name, builder).items()
     }
-    return builder.name, opened, label.num_classes, shape
+    return opened, label.num_classes, shape
 
 
 def _image_shape(

@@ -28,14 +28,11 @@ _PREPARE_NEEDS = ("tensorflow", "importlib_resources")
 def prepared(
     name: str, *, data_dir: str | os.PathLike[str] | None = None, download: bool = False
 ) -> Any:
-    """Opens a prepared set.
+    """Opens a prepared set and returns its TFDS builder.
 
     TFDS 4.9 writes a set only with TensorFlow (its image encoder and example serialiser call
     it), so preparing runs in a process of its own and never brings TensorFlow into this one.
     `data_dir` None is TFDS's own folder of prepared sets, `~/tensorflow_datasets`.
-
-    Returns:
-        The TFDS builder.
 
     Raises:
         ValueError: the set is unknown or not prepared.
@@ -46,12 +43,11 @@ def prepared(
         raise FileNotFoundError(f"data_dir {str(folder)!r} does not exist")
     with _quiet():
         builder = _builder(name, folder)
+        if download and not _is_readable(builder):
+            _prepare(name, folder)
+            builder = _builder(name, folder)
         if not _is_readable(builder):
-            if download:
-                _prepare(name, folder)
-                builder = _builder(name, folder)
-            if not _is_readable(builder):
-                raise ValueError(_not_prepared(name, builder, folder))
+            raise ValueError(_not_prepared(name, builder, folder))
     return builder
 
 
@@ -85,8 +81,7 @@ def keys(builder: Any, kind: str) -> list[str]:
 def records(name: str, builder: Any) -> dict[str, Records]:
     """Opens those of the splits `train`, `validation` and `test` that a prepared set has.
 
-    Raises:
-        ValueError: a split is empty, or its files are missing or cannot be read.
+    Raises ValueError where a split is empty, or its files are missing or cannot be read.
     """
     opened = {}
     for split in ("train", "validation", "test"):
@@ -109,16 +104,13 @@ def records(name: str, builder: Any) -> dict[str, Records]:
 def _builder(name: str, folder: Path | None) -> Any:
     import tensorflow_datasets as tfds
 
-    def open_builder() -> Any:
-        data_dir = None if folder is None else str(folder)
-        return tfds.builder(name, data_dir=data_dir, try_gcs=False)
-
+    where: dict[str, Any] = {"data_dir": folder and str(folder), "try_gcs": False}
     try:
         try:
-            return open_builder()
+            return tfds.builder(name, **where)
         except tfds.core.DatasetNotFoundError:  # TFDS knows some sets only after this import
             importlib.import_module("tensorflow_datasets.text")
-            return open_builder()
+            return tfds.builder(name, **where)
     except Exception as error:
         raise ValueError(
             f"data set {name!r} cannot be opened ({first_line(error)}); "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,8 @@ _HIDDEN = -1
 
 def holds_texts(builder: Any) -> bool:
     """Whether a prepared set has texts and class labels, and no images."""
-    images, texts, labels = (
-        bool(tfds_sets.keys(builder, kind)) for kind in ("Image", "Text", "ClassLabel")
-    )
-    return texts and labels and not images
+    keys = functools.partial(tfds_sets.keys, builder)
+    return bool(keys("Text") and keys("ClassLabel")) and not keys("Image")
 
 
 def splits(name: str, builder: Any) -> tuple[dict[str, Texts], int]:
@@ -27,10 +26,7 @@ def splits(name: str, builder: Any) -> tuple[dict[str, Texts], int]:
 
     Several texts of an example are joined by a space: its title first, then the others in
     alphabetical order of their names. A test split whose labels are hidden (all -1, as in GLUE) is
-    passed over.
-
-    Returns:
-        The `train`, `validation` and `test` splits where there are any, and the number of classes.
+    passed over. Also returns the number of classes.
     """
     texts = sorted(tfds_sets.keys(builder, "Text"), key=lambda key: (key != "title", key))
     label = tfds_sets.keys(builder, "ClassLabel")[0]

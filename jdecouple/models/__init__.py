@@ -37,26 +37,11 @@ from jdecouple.models.vgg import vgg, vgg8
 from jdecouple.models.vit import vit
 from jdecouple.models.wide_resnet import wide_resnet, wrn28_10
 
+_RESNETS = resnet, resnet18, resnet20, resnet34, resnet50, resnet56, resnet101, resnet110
 _BUILDERS: dict[str, Callable[..., Model]] = {
-    "lstm": lstm,
-    "mlp": mlp,
-    "resnet": resnet,
-    "resnet18": resnet18,
-    "resnet20": resnet20,
-    "resnet34": resnet34,
-    "resnet50": resnet50,
-    "resnet56": resnet56,
-    "resnet101": resnet101,
-    "resnet110": resnet110,
-    "transformer": transformer,
-    "vgg": vgg,
-    "vgg8": vgg8,
-    "vit": vit,
-    "wide_resnet": wide_resnet,
-    "wrn28_10": wrn28_10,
+    builder.__name__: builder
+    for builder in (lstm, mlp, *_RESNETS, transformer, vgg, vgg8, vit, wide_resnet, wrn28_10)
 }
-
-
 _BUILT_IN = frozenset(_BUILDERS)
 
 

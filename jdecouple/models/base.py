@@ -59,9 +59,8 @@ class Model:
             if not isinstance(module, nnx.Module):
                 raise TypeError(f"{name} is {_kind(module)}: a flax.nnx.Module is needed")
             for _, node in nnx.iter_graph(module):
-                owner = (
-                    owners.setdefault(id(node), name) if isinstance(node, nnx.Variable) else name
-                )
+                is_variable = isinstance(node, nnx.Variable)
+                owner = owners.setdefault(id(node), name) if is_variable else name
                 if owner != name:
                     raise ValueError(f"{owner} and {name} share a variable: each must own its own")
         splits = {

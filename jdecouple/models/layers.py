@@ -13,6 +13,7 @@
 dropout's keys. No layer fixes its compute dtype: it follows from the input and the parameters.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -36,11 +37,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 def uniform(fan_in: int) -> Callable[..., jax.Array]:
     """Initializer that is uniform in +-1/sqrt(fan_in)."""
     bound = 1.0 / math.sqrt(fan_in)
-
-    def draw(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return draw
+    return functools.partial(jax.random.uniform, minval=-bound, maxval=bound)
 
 
 def _initializers(init: str, fan_in: int, he_fan: int) -> dict[str, Any]:
@@ -232,13 +229,10 @@ class Residual(nnx.Module):
 def perceptron(
     in_features: int, widths: Sequence[int], *, batch_norm: bool = False, **options: Any
 ) -> nnx.Sequential:
-    """Flattens, then applies dense layers with ReLU (after BatchNorm, if asked) between them.
+    """Flattens, then applies dense layers of the given widths, ReLU between them.
 
-    Args:
-        in_features: Size of the flattened input.
-        widths: Output size of each dense layer; empty for a bare flatten.
-        batch_norm: Whether BatchNorm precedes every ReLU.
-        **options: `init`, `param_dtype` and `rngs`.
+    Without widths it is a bare flatten. With `batch_norm` BatchNorm precedes every ReLU. The
+    options are `init`, `param_dtype` and `rngs`.
     """
     norm = {key: value for key, value in options.items() if key != "init"}
     stack: list[Callable[..., jax.Array]] = [Flatten()]

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx import initializers
 
 from jdecouple._errors import require_int, require_one_of
 from jdecouple.models import layers
@@ -18,8 +19,6 @@ from jdecouple.models.sequence import (
     sequence,
     width_of,
 )
-
-MERGES = ("mean", "concat")
 
 
 class BidirectionalLSTM(nnx.Module):
@@ -36,7 +35,6 @@ class BidirectionalLSTM(nnx.Module):
         init: "torch": all parameters uniform in +-1/sqrt(hidden), the bias the sum of two such;
             "flax": LeCun-normal and, between states, orthogonal, bias 0; "he": normal of variance
             2/fan_in, bias 0.
-        param_dtype, rngs: See `jdecouple.models.layers`.
     """
 
     def __init__(
@@ -50,7 +48,7 @@ class BidirectionalLSTM(nnx.Module):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        require_one_of(MERGES, merge=merge)
+        require_one_of(("mean", "concat"), merge=merge)
         self.merge = merge
         self.drop = dropout_layer(drop, rngs)
 
@@ -83,10 +81,8 @@ class BidirectionalLSTM(nnx.Module):
 
         zeros = jnp.zeros((*gates.shape[1:3], recurrent.shape[1]), gates.dtype)
         (last, _), states = jax.lax.scan(step, (zeros, zeros), (gates, real))
-        onward, back = states[:, 0], states[::-1, 1]
-        merged = (
-            (onward + back) / 2 if self.merge == "mean" else jnp.concatenate([onward, back], -1)
-        )
+        ahead, back = states[:, 0], states[::-1, 1]
+        merged = (ahead + back) / 2 if self.merge == "mean" else jnp.concatenate([ahead, back], -1)
         return sequence(merged.transpose(1, 0, 2), mask, last.mean(0))
 
 
@@ -141,13 +137,9 @@ def _initializers(init: str, hidden: int) -> tuple[Any, Any, Any]:
     """Initializers of kernel, recurrent kernel and bias."""
     require_one_of(layers.INITS, init=init)
     if init == "flax":
-        return (
-            nnx.initializers.lecun_normal(),
-            nnx.initializers.orthogonal(),
-            nnx.initializers.zeros,
-        )
+        return initializers.lecun_normal(), initializers.orthogonal(), initializers.zeros
     if init == "he":
-        return nnx.initializers.he_normal(), nnx.initializers.he_normal(), nnx.initializers.zeros
+        return initializers.he_normal(), initializers.he_normal(), initializers.zeros
     draw = layers.uniform(hidden)
 
     def draw_two(key: jax.Array, shape: tuple, dtype: Any) -> jax.Array:

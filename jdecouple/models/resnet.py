@@ -16,8 +16,6 @@ from jdecouple._errors import require_int, require_one_of
 from jdecouple.models import layers
 from jdecouple.models.base import Model, bind
 
-SHORTCUTS = ("pad", "projection")
-CUTS = ("units", "paper")
 Splits = Mapping[str, Mapping[int, tuple[int, ...]]]
 
 # Blocks at which stages 1 to K - 1 begin, by K, in the code of FDG (arXiv 1906.09108): by depth for
@@ -132,8 +130,8 @@ def resnet_of_groups(
         layer. Under "paper" it has those of the splits that cut no group.
     """
     require_int(1, num_classes=num_classes, image_size=image_size, channels=channels)
-    require_one_of(SHORTCUTS, shortcut=shortcut)
-    require_one_of(CUTS, cut=cut)
+    require_one_of(("pad", "projection"), shortcut=shortcut)
+    require_one_of(("units", "paper"), cut=cut)
     layers.require_pixels(image_size, len(groups) - 1, "halvings")
     options = {"init": init, "param_dtype": param_dtype, "rngs": rngs}
     stem = layers.scaled(groups[0][0], width)

@@ -63,24 +63,17 @@ def dropout_layer(rate: float, rngs: nnx.Rngs) -> nnx.Module:
 
 
 class Embedding(nnx.Module):
-    """Token ids to a sequence of vectors; the summary is their mean.
+    """Token ids to a sequence of vectors of width `features`; the summary is their mean.
 
     Id 0 is padding. Vectors of padding are 0, take no part in the mean and get no gradient, unless
     padding counts as a word.
 
     Args:
-        vocabulary_size: Number of ids.
-        features: Width of a vector.
-        max_length: Most tokens in a text.
         embeddings: Initial vectors `[vocabulary_size, features]`, or None to draw them.
         positions: Whether a learned vector is added for every position.
         drop: Rate of dropout on the vectors; the summary sees none of it.
         mask_padding: Whether padding is masked; if not, every position counts as a word.
         init: "torch": vectors are drawn from N(0, 1); "flax" and "he": from N(0, 1/features).
-        param_dtype, rngs: See `jdecouple.models.layers`.
-
-    Raises:
-        ValueError: A size is not positive, or the embeddings have another shape.
     """
 
     is_embedding: ClassVar[bool] = True

@@ -23,21 +23,13 @@ from jdecouple.models.sequence import (
 
 
 class Layout(NamedTuple):
-    """What the two kinds of encoder differ in.
+    """What the two kinds of encoder differ in."""
 
-    Attributes:
-        positions: Whether the embedding block adds a learned vector for every position.
-        expansion: Width of the feed-forward layer over that of the states.
-        activation: Name of the function inside the feed-forward layer.
-        unbiased: Whether LayerNorm divides by the unbiased standard deviation.
-        norm_each: Whether LayerNorm ends every block; else it begins the classifier.
-    """
-
-    positions: bool
-    expansion: int
-    activation: str
-    unbiased: bool
-    norm_each: bool
+    positions: bool  # whether the embedding block adds a learned vector for every position
+    expansion: int  # width of the feed-forward layer over that of the states
+    activation: str  # name of the function inside the feed-forward layer
+    unbiased: bool  # whether LayerNorm divides by the unbiased standard deviation
+    norm_each: bool  # whether LayerNorm ends every block; else it begins the classifier
 
 
 LAYOUTS = {
@@ -56,18 +48,11 @@ def attention(
 ) -> jax.Array:
     """Scaled dot-product attention (arXiv 1706.03762, equation 1) of every head.
 
+    `query`, `key`, `value` and the result are `[batch, length, heads, size]`. `mask`, `[batch,
+    length]`, is 0 at positions that get no weight; a row of zeros alone gives every position the
+    same, and finite gradients. `drop` is the dropout on the weights.
+
     `jax.nn.dot_product_attention` takes its softmax in float32, whatever the dtype.
-
-    Args:
-        query: `[batch, length, heads, size]`.
-        key: As `query`.
-        value: As `query`.
-        mask: `[batch, length]`, 0 at positions that get no weight. A row of zeros alone gives
-            every position the same, and finite gradients.
-        drop: Dropout on the weights.
-
-    Returns:
-        `[batch, length, heads, size]`.
     """
     scores = jnp.einsum("btnh,bsnh->bnts", query / math.sqrt(query.shape[-1]), key)
     scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
@@ -85,7 +70,6 @@ class EncoderBlock(nnx.Module):
             of the "class" token.
         drop: Rate of dropout on attention weights, inside the feed-forward layer and before each
             addition.
-        init, param_dtype, rngs: See `jdecouple.models.layers`.
     """
 
     def __init__(
@@ -203,7 +187,6 @@ def encoder(
 
 def classifier(hidden: int, num_classes: int, layout: Layout, **options: Any) -> nnx.Module:
     """Summary of a sequence, LayerNorm if no block has it, dense."""
-    norm = (
-        [] if layout.norm_each else [layers.LayerNorm(hidden, param_dtype=options["param_dtype"])]
-    )
+    dtype = options["param_dtype"]
+    norm = [] if layout.norm_each else [layers.LayerNorm(hidden, param_dtype=dtype)]
     return nnx.Sequential(pooled, *norm, layers.linear(hidden, num_classes, **options))

@@ -95,16 +95,9 @@ def vgg8(
         width: Factor on all channel counts; each is rounded and at least 1.
     """
     require_one_of(LAYOUTS, layout=layout)
-    return vgg(
-        num_classes,
-        blocks=LAYOUTS[layout],
-        width=width,
-        image_size=image_size,
-        channels=channels,
-        init=init,
-        param_dtype=param_dtype,
-        rngs=rngs,
-    )
+    sizes: dict[str, Any] = {"width": width, "image_size": image_size, "channels": channels}
+    options: dict[str, Any] = {"init": init, "param_dtype": param_dtype, "rngs": rngs}
+    return vgg(num_classes, blocks=LAYOUTS[layout], **sizes, **options)
 
 
 def _parse(blocks: str | Blocks) -> list[list[int | str]]:

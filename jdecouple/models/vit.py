@@ -18,10 +18,8 @@ _DEVIATION = 0.02  # of initial positions and class token, as in the paper's cod
 class PatchEmbedding(nnx.Module):
     """Images to sequences: a dense layer on every patch, and a learned vector for every position.
 
-    Args:
-        class_token: Whether a learned token precedes the patches.
-        drop: Rate of dropout on the tokens; the summary sees none of it.
-        init, param_dtype, rngs: See `jdecouple.models.layers`.
+    With `class_token` a learned token precedes the patches. `drop` is the rate of dropout on the
+    tokens; the summary sees none of it.
     """
 
     is_embedding: ClassVar[bool] = True

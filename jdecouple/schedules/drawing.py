@@ -38,6 +38,7 @@ def draw(spans: Iterable[Span], *, title: str = "") -> Any:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     spans = list(spans)
     if not spans:
@@ -56,7 +57,13 @@ def draw(spans: Iterable[Span], *, title: str = "") -> Any:
     axes.set_ylim(len(lines) - 0.5, -0.5)
     axes.set_xlabel("time (ms)")
     axes.spines[["top", "right"]].set_visible(False)
-    _draw_legend(figure, {kind for span in spans for kind in span.kinds})
+    kinds = {kind for span in spans for kind in span.kinds}
+    handles = [
+        Patch(facecolor=colour, edgecolor="black", linewidth=0.4, label=kind.name.lower())
+        for kind, colour in _COLOURS.items()
+        if kind in kinds
+    ]
+    figure.legend(handles=handles, loc="outside upper right", ncols=len(handles), fontsize="small")
     if title:
         axes.set_title(title, loc="left")
     return figure
@@ -64,6 +71,7 @@ def draw(spans: Iterable[Span], *, title: str = "") -> Any:
 
 def _draw_boxes(axes: Any, spans: Sequence[Span], lines: Sequence[list[int]]) -> None:
     from matplotlib.collections import PolyCollection
+    from matplotlib.colors import to_rgb
 
     first = min(span.start for span in spans)
     total = 1e3 * (max(span.end for span in spans) - first) or 1.0
@@ -79,7 +87,7 @@ def _draw_boxes(axes: Any, spans: Sequence[Span], lines: Sequence[list[int]]) ->
             top = line - _BOX / 2 + band * height
             bottom = top + height
             corners.append([(left, top), (right, top), (right, bottom), (left, bottom)])
-            colours.append(_faded(_COLOURS[kind], pale))
+            colours.append([part + (1 - part) * pale for part in to_rgb(_COLOURS[kind])])
             number += span.batch if one_microbatch else 0
             fits = len(str(number)) * _DIGIT < points * (right - left)
             if kind is not Kind.STEP and number >= 0 and fits:  # negative: before the first batch
@@ -88,20 +96,3 @@ def _draw_boxes(axes: Any, spans: Sequence[Span], lines: Sequence[list[int]]) ->
     boxes = PolyCollection(corners, facecolors=colours, edgecolors="black", linewidths=0.4)
     axes.add_collection(boxes)
     axes.set_xlim(0, total)
-
-
-def _faded(colour: str, share: float) -> tuple[float, ...]:
-    from matplotlib.colors import to_rgb
-
-    return tuple(part + (1 - part) * share for part in to_rgb(colour))
-
-
-def _draw_legend(figure: Any, kinds: set[Kind]) -> None:
-    from matplotlib.patches import Patch
-
-    handles = [
-        Patch(facecolor=colour, edgecolor="black", linewidth=0.4, label=kind.name.lower())
-        for kind, colour in _COLOURS.items()
-        if kind in kinds
-    ]
-    figure.legend(handles=handles, loc="outside upper right", ncols=len(handles), fontsize="small")

@@ -156,7 +156,6 @@ def delayed(num_stages: int, num_microbatches: int) -> Iterator[Action]:
         stage 1 | B-3 S-3 F-1
         stage 2 | F-2 B-2 S-2
     """
-    del num_microbatches
     last = num_stages - 1
     for stage in range(last):
         old = stage - 2 * last
@@ -176,7 +175,6 @@ def delayed_locked(num_stages: int, num_microbatches: int) -> Iterator[Action]:
         stage 1 | .   F0  B-1 S-1 .
         stage 2 | .   .   F0  B0  S0
     """
-    del num_microbatches
     last = num_stages - 1
     for stage in range(num_stages):
         yield Action(stage, _F, 0)
@@ -211,7 +209,7 @@ def names() -> tuple[str, ...]:
 def build(
     name: str, num_stages: int, num_microbatches: int = 1, *, chunks: int | None = None
 ) -> Schedule:
-    """Builds and validates a schedule.
+    """Builds and validates the schedule of one global batch.
 
     >>> print(build("1f1b", num_stages=2, num_microbatches=3))
     stage 0 | F0 F1 .  B0 F2 B1 .  B2 S2
@@ -223,9 +221,6 @@ def build(
         num_microbatches: M, at least 1.
         chunks: V, stages that share a device in interleaved_1f1b: 2 by default where K is even and
             above 2. All other schedules take 1.
-
-    Returns:
-        The schedule of one global batch.
 
     Raises:
         ValueError: unknown name, a count below 1, microbatches in a delayed schedule, or chunks
@@ -246,13 +241,6 @@ def build(
         raise ValueError(f"chunks is {chunks}: schedule {name} takes 1, a stage a device")
     if num_stages % chunks:
         raise ValueError(f"num_stages is {num_stages}: a multiple of chunks={chunks} is needed")
-    counts = (num_stages, num_microbatches, *([chunks] if takes_chunks else []))
-    return Schedule(
-        name,
-        num_stages,
-        num_microbatches,
-        tuple(actions(*counts)),
-        local=is_local,
-        delayed=is_delayed,
-        chunks=chunks,
-    ).validate()
+    counts = num_stages, num_microbatches
+    table = tuple(actions(*counts, chunks) if takes_chunks else actions(*counts))
+    return Schedule(name, *counts, table, is_local, is_delayed, chunks).validate()

@@ -149,9 +149,6 @@ def simulate(
         batches: global batches (iterations, in a delayed schedule), at least 1.
         max_in_flight: batches that may be dispatched and unfinished; by default any number.
 
-    Returns:
-        Times, shares and every call.
-
     Raises:
         ValueError: the schedule is not valid, costs of another number of stages or without a time
             for a call, or counts below 1.
@@ -231,14 +228,11 @@ class _Links:
 
 def _seconds(schedule: Schedule, costs: Costs) -> dict[tuple[int, Kinds], float]:
     """What each call of a schedule takes, by (stage, kinds)."""
-    times = {
-        kind: None if values is None else _per_stage(name, values, schedule.num_stages)
-        for kind, name, values in (
-            (Kind.FORWARD, "forward", costs.forward),
-            (Kind.BACKWARD, "backward", costs.backward),
-            (Kind.STEP, "step", costs.step),
-        )
-    }
+    times = {}
+    for kind in Kind:
+        name = kind.name.lower()
+        values = getattr(costs, name)
+        times[kind] = None if values is None else _per_stage(name, values, schedule.num_stages)
     seconds = {}
     for stage, kinds, _ in schedule.calls():
         parts = [time[stage] for kind in kinds if (time := times[kind])]

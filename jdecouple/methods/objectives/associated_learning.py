@@ -67,9 +67,8 @@ class AssociatedLearningHead(nnx.Module):
 
         dense = functools.partial(_dense, objective.activation, info, rngs)
         self.encoder = nnx.Sequential(*dense(below, objective.features))
-        self.bridge = nnx.Sequential(
-            layers.Flatten(), *dense(size, *objective.bridge_widths, objective.features)
-        )
+        hidden = (objective.expansion * objective.features,) if objective.expansion else ()
+        self.bridge = nnx.Sequential(layers.Flatten(), *dense(size, *hidden, objective.features))
         self.decoder = nnx.Sequential(*dense(objective.features, below))
 
     def __call__(self, features: Any, carry: Mapping[str, Any]) -> HeadOutput:
@@ -103,11 +102,10 @@ def _dense(
     activation: str, info: BlockInfo, rngs: nnx.Rngs, *sizes: int
 ) -> list[Callable[..., jax.Array]]:
     """Dense layers from size to size, each with the activation behind it."""
+    behind = [] if activation == "linear" else [layers.ACTIVATIONS[activation]]
     stack: list[Callable[..., jax.Array]] = []
     for size, width in itertools.pairwise(sizes):
-        stack.append(layers.linear(size, width, **info.options(rngs)))
-        if activation != "linear":
-            stack.append(layers.ACTIVATIONS[activation])
+        stack += [layers.linear(size, width, **info.options(rngs)), *behind]
     return stack
 
 
@@ -137,11 +135,6 @@ class AssociatedLearning(Objective):
         require_int(1, features=self.features)
         require_int(0, expansion=self.expansion, head_pool=self.head_pool)
         require_one_of(ACTIVATIONS, activation=self.activation)
-
-    @property
-    def bridge_widths(self) -> tuple[int, ...]:
-        """Widths of the bridge's hidden layers."""
-        return (self.expansion * self.features,) if self.expansion else ()
 
     def head(self, info: BlockInfo, rngs: nnx.Rngs) -> nnx.Module:
         """Head for any block."""

@@ -14,8 +14,6 @@ from jdecouple.methods.objectives.maps import is_map, pool_maps, pooled_info
 from jdecouple.models import layers
 from jdecouple.models.resampling import adaptive_average_pool
 
-NETS = ("mlp_sr", "linear")
-
 
 class SpatialReduction(nnx.Module):
     """Maps to 2 x 2: means over a quarter of each side, three 1x1 convolutions, means again.
@@ -81,7 +79,7 @@ class AuxiliaryNet(Objective):
     head_pool: int = 0
 
     def __post_init__(self):
-        require_one_of(NETS, aux=self.aux)
+        require_one_of(("mlp_sr", "linear"), aux=self.aux)
         require_int(0, hidden=self.hidden, head_pool=self.head_pool)
 
     def head(self, info: BlockInfo, rngs: nnx.Rngs) -> nnx.Module | None:

@@ -24,16 +24,18 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 class CrossEntropyHead(nnx.Module):
-    """The model's classifier (None: the features are the logits) under cross-entropy."""
+    """A classifier (None: the features are the logits) under weighted cross-entropy."""
 
-    def __init__(self, classifier: nnx.Module | None):
-        self.classifier = classifier
+    weight: float = 1.0
+
+    def __init__(self, classifier: nnx.Module | None, weight: float = 1.0):
+        self.classifier, self.weight = classifier, weight
 
     def __call__(self, features: Any, carry: Mapping[str, Any]) -> HeadOutput:
         """Loss of `features` under `carry["label"]`."""
         logits = self.logits(features)
         loss = cross_entropy(logits, carry["label"])
-        return HeadOutput(loss, {"cross_entropy": loss}, logits)
+        return HeadOutput(self.weight * loss, {"cross_entropy": loss}, logits)
 
     def logits(self, features: Any) -> jax.Array:
         """Logits `[batch, classes]`."""

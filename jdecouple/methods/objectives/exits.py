@@ -5,33 +5,19 @@ BranchyNet (Teerapittayanon et al., arXiv 1709.01686) trains the exits jointly; 
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 from flax import nnx
 
 from jdecouple._errors import require_int, require_number
-from jdecouple.methods.objectives.base import BlockInfo, HeadOutput, Objective
+from jdecouple.methods.objectives.base import BlockInfo, Objective
 from jdecouple.methods.objectives.cross_entropy import CrossEntropy, CrossEntropyHead
 from jdecouple.methods.objectives.maps import pool_maps, pooled_info
 from jdecouple.models import layers
 
 
 class ExitHead(CrossEntropyHead):
-    """A classifier under weighted cross-entropy; it reads the features as they are."""
-
-    def __init__(self, classifier: nnx.Module | None, weight: float):
-        super().__init__(classifier)
-        self.weight = weight
-
-    def __call__(self, features: Any, carry: Mapping[str, Any]) -> HeadOutput:
-        """Loss of `features` under `carry["label"]`."""
-        output = super().__call__(features, carry)
-        return output._replace(loss=self.weight * output.loss)
-
-
-class PooledExitHead(ExitHead):
     """A dense layer on pooled features, under weighted cross-entropy."""
 
     def __init__(self, objective: "Exits", weight: float, info: BlockInfo, rngs: nnx.Rngs):
@@ -85,5 +71,5 @@ class Exits(Objective):
         weight = self.weights[info.index if len(self.weights) > 1 else 0]
         if info.is_last:
             CrossEntropy().head(info, rngs)  # refuses features that are no logits
-            return ExitHead(info.classifier, weight)
-        return PooledExitHead(self, weight, info, rngs)
+            return CrossEntropyHead(info.classifier, weight)
+        return ExitHead(self, weight, info, rngs)

@@ -11,20 +11,14 @@ import optax
 from flax import nnx
 
 from jdecouple._errors import require_int, require_number, require_one_of
-from jdecouple.methods.objectives.base import (
-    BlockInfo,
-    HeadOutput,
-    Objective,
-    at_least_float32,
-    pooled,
-)
+from jdecouple.methods.objectives.base import BlockInfo, HeadOutput, Objective, at_least_float32
 from jdecouple.methods.objectives.cross_entropy import CrossEntropy, cross_entropy
 from jdecouple.methods.objectives.maps import is_map, pooled_info
 from jdecouple.methods.objectives.supervised_contrastive import supervised_contrastive
 from jdecouple.models import layers
 from jdecouple.models.resampling import bilinear
+from jdecouple.models.sequence import pooled
 
-TASK_LOSSES = ("contrastive", "cross_entropy")
 DECODER_CHANNELS = 12
 
 
@@ -187,7 +181,7 @@ class InformationPropagation(Objective):
             if name in ("reconstruction", "task") and len(numbers) != 2:
                 raise ValueError(f"{name} is {numbers!r}: two weights, first and last, are needed")
             object.__setattr__(self, name, tuple(map(float, numbers)))  # modules have to hash it
-        require_one_of(TASK_LOSSES, task_loss=self.task_loss)
+        require_one_of(("contrastive", "cross_entropy"), task_loss=self.task_loss)
         require_int(1, hidden=self.hidden, features=self.features)
         require_number(positive=True, temperature=self.temperature)
         if len(self.image_mean) != len(self.image_std) or not all(self.image_std):

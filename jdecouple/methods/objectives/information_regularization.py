@@ -23,8 +23,6 @@ from jdecouple.methods.objectives.maps import pool_maps, pooled_info
 from jdecouple.methods.objectives.similarity_matching import similarity_matching
 from jdecouple.models import layers
 
-MODES = ("merge", "unmerge")
-
 
 def information_regularization(
     z: jax.Array, labels: jax.Array, num_classes: int, *, normalize: bool = True
@@ -127,11 +125,10 @@ class InformationRegularizationHead(nnx.Module):
 
     def logits(self, features: Any) -> jax.Array | None:
         """Logits `[batch, classes]` of this exit; None at an embedding block."""
-        merged = self.objective.mode == "merge"
         features = pool_maps(features, self.objective.head_pool)
-        return self._classify(features, self.projector(features) if merged else None)
+        return self._classify(features, self.projector(features))
 
-    def _classify(self, features: jax.Array, z: jax.Array | None) -> jax.Array | None:
+    def _classify(self, features: jax.Array, z: jax.Array) -> jax.Array | None:
         if self.classifier is None:
             return None
         merged = self.objective.mode == "merge"
@@ -180,7 +177,7 @@ class InformationRegularization(Objective):
                 f"projector is {self.projector!r}: 'identity' or positive widths as in "
                 "'2048-2048-2048' are needed"
             )
-        require_one_of(MODES, mode=self.mode)
+        require_one_of(("merge", "unmerge"), mode=self.mode)
         for name in ("variance", "invariance", "covariance", "alpha"):
             require_number(**{name: getattr(self, name)})
         if not isinstance(self.normalize, bool):

@@ -6,8 +6,9 @@ from typing import Any
 
 import jax
 
-from jdecouple.methods.objectives.base import BlockInfo, pooled
+from jdecouple.methods.objectives.base import BlockInfo
 from jdecouple.models.resampling import adaptive_average_pool
+from jdecouple.models.sequence import pooled
 
 
 def is_map(features: Any) -> bool:
@@ -18,11 +19,8 @@ def is_map(features: Any) -> bool:
 def pool_maps(features: Any, size: int) -> Any:
     """The array that a head reads, feature maps averaged over `size` x `size` bins.
 
-    Args:
-        features: Activation of a block. Maps are `[batch, height, width, channels]`; of a sequence
-            it is the summary, and any other array is left as it is.
-        size: Bins a side, as `adaptive_average_pool` cuts them. 0 pools nothing, and a side of
-            fewer pixels keeps those it has.
+    Of a sequence it is the summary, and any array but a map is left as it is. A `size` of 0 pools
+    nothing, and a side of fewer pixels keeps those it has.
     """
     features = pooled(features)
     if not size or not is_map(features):

@@ -10,14 +10,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jdecouple._errors import require_int, require_number, require_one_of
-from jdecouple.methods.objectives.base import BlockInfo, HeadOutput, Objective, pooled
+from jdecouple.methods.objectives.base import BlockInfo, HeadOutput, Objective
 from jdecouple.methods.objectives.cross_entropy import cross_entropy
 from jdecouple.methods.objectives.maps import is_map, pooled_info
 from jdecouple.methods.objectives.similarity_matching import similarity_matching
 from jdecouple.models import layers
 from jdecouple.models.resampling import adaptive_average_pool
-
-STATISTICS = ("deviation", "features")
+from jdecouple.models.sequence import pooled
 
 
 class PredictionSimilarityHead(nnx.Module):
@@ -51,7 +50,7 @@ class PredictionSimilarityHead(nnx.Module):
 
     def __call__(self, features: Any, carry: Mapping[str, Any]) -> HeadOutput:
         """Loss of `features` `[batch, ...]`, or a sequence, under `carry["label"]`."""
-        labels = carry["label"]
+        labels, weights = carry["label"], self.objective
         compared = self.layer(pooled(features))
         if not self.deviation:
             compared = compared.reshape(compared.shape[0], -1)
@@ -60,10 +59,8 @@ class PredictionSimilarityHead(nnx.Module):
             "cross_entropy": cross_entropy(logits, labels),
             "similarity": similarity_matching(compared, labels, self.num_classes),
         }
-        loss = (
-            self.objective.prediction * metrics["cross_entropy"]
-            + self.objective.similarity * metrics["similarity"]
-        )
+        loss = weights.prediction * metrics["cross_entropy"]
+        loss = loss + weights.similarity * metrics["similarity"]
         if self.classifier is not None:
             logits = self.classifier(jax.lax.stop_gradient(features))
             metrics["classifier"] = cross_entropy(logits, labels)
@@ -118,7 +115,7 @@ class PredictionSimilarity(Objective):
         require_number(prediction=self.prediction, similarity=self.similarity)
         if not self.prediction and not self.similarity:
             raise ValueError("prediction and similarity are both 0: a weight above 0 is needed")
-        require_one_of(STATISTICS, statistic=self.statistic)
+        require_one_of(("deviation", "features"), statistic=self.statistic)
         require_int(1, dim_in_decoder=self.dim_in_decoder)
 
     def head(self, info: BlockInfo, rngs: nnx.Rngs) -> nnx.Module:

@@ -22,8 +22,6 @@ from jdecouple.methods.objectives.cross_entropy import cross_entropy
 from jdecouple.methods.objectives.maps import pool_maps, pooled_info
 from jdecouple.models import layers
 
-PROJECTORS = ("mlp", "linear", "identity")
-
 
 def supervised_contrastive(z: jax.Array, labels: jax.Array, temperature: float = 0.1) -> jax.Array:
     """Supervised contrastive loss.
@@ -68,7 +66,9 @@ class SupervisedContrastiveHead(nnx.Module):
         self.temperature = objective.temperature
         self.head_pool = objective.head_pool
         size = pooled_info(info, self.head_pool).size
-        self.projector = layers.perceptron(size, objective.widths, **info.options(rngs))
+        hidden, out = objective.hidden, objective.features
+        widths = {"mlp": (hidden, out), "linear": (out,), "identity": ()}[objective.projector]
+        self.projector = layers.perceptron(size, widths, **info.options(rngs))
         self.classifier = info.classifier if info.is_last else None
 
     def __call__(self, features: Any, carry: Mapping[str, Any]) -> HeadOutput:
@@ -112,17 +112,10 @@ class SupervisedContrastive(Objective):
     needs_classifier: ClassVar[bool] = True
 
     def __post_init__(self):
-        require_one_of(PROJECTORS, projector=self.projector)
+        require_one_of(("mlp", "linear", "identity"), projector=self.projector)
         require_int(1, hidden=self.hidden, features=self.features)
         require_number(positive=True, temperature=self.temperature)
         require_int(0, head_pool=self.head_pool)
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Output sizes of the projector's dense layers."""
-        return {"mlp": (self.hidden, self.features), "linear": (self.features,), "identity": ()}[
-            self.projector
-        ]
 
     def head(self, info: BlockInfo, rngs: nnx.Rngs) -> nnx.Module:
         """Head for any block.

@@ -5,6 +5,7 @@ settings of this one route.
 """
 
 import dataclasses
+import functools
 import itertools
 from numbers import Real
 from typing import Any
@@ -14,8 +15,8 @@ import jax.numpy as jnp
 import optax
 
 from jdecouple._errors import require_int, require_number
-from jdecouple.methods.routes.route import Route, Staleness
-from jdecouple.methods.routes.stage import Metrics, Stage, StageState
+from jdecouple.methods.routes.route import Forward, Route, Staleness
+from jdecouple.methods.routes.stage import Stage, StageState
 from jdecouple.methods.routes.synchronous import linearize, pull_back
 from jdecouple.methods.routes.unit import Carry
 
@@ -71,9 +72,9 @@ class Delayed(Route):
             )
         if self.replay and self.current_weights:
             raise ValueError("current_weights has no meaning with replay, which always uses them")
-        beta_is_number = isinstance(self.beta, Real) and not isinstance(self.beta, bool)
-        if not beta_is_number or not 0 < self.beta <= 1:
-            raise ValueError(f"beta is {self.beta!r}: a number above 0 and at most 1 is needed")
+        beta = self.beta
+        if isinstance(beta, bool) or not isinstance(beta, Real) or not 0 < beta <= 1:
+            raise ValueError(f"beta is {beta!r}: a number above 0 and at most 1 is needed")
         require_int(1, accumulate=self.accumulate)
         require_number(positive=True, first_stage_lr_scale=self.first_stage_lr_scale)
 
@@ -82,9 +83,7 @@ class Delayed(Route):
         """The one schedule that has these delays."""
         return (_SCHEDULES[self.forward_pass, self.backward_pass],)
 
-    def forward(
-        self, stage: Stage, state: StageState, carry: Carry, step_id: jax.Array
-    ) -> tuple[Any, Metrics, Any, Carry]:
+    def forward(self, stage: Stage, state: StageState, carry: Carry, step_id: jax.Array) -> Forward:
         """Forward of the stage; the residuals may leave the compiled call for a queue."""
         stats, metrics, linearized, sent = linearize(stage, state, carry, step_id)
         if stage.is_last:  # its backward follows in the same call
@@ -130,9 +129,7 @@ class Delayed(Route):
         A pipelined stage steps before it forwards, so of the 2(K-1-k) iterations between its
         forward and its backward one less changes its weights.
         """
-        above = num_stages - 1 - stage
-        if self.backward_pass == "locked":
-            above = 0
+        above = 0 if self.backward_pass == "locked" else num_stages - 1 - stage
         late = 2 * above - 1 if self.forward_pass == "pipelined" else above
         weights = 0 if self.replay else max(late, 0)
         return Staleness(weights / self.accumulate, above / self.accumulate)
@@ -142,7 +139,14 @@ class Delayed(Route):
 
         Constants need not, and weights only where the backward is to use those of forward time.
         """
-        return _reached(stage, of_state=not self.current_weights)
+        batch, state = _shapes(stage)
+        jaxpr = jax.make_jaxpr(functools.partial(_linearized, stage))(batch, state).jaxpr
+        count = len(jax.tree.leaves(batch)) if self.current_weights else len(jaxpr.invars)
+        reached = set(map(id, jaxpr.invars[:count]))
+        for equation in jaxpr.eqns:
+            if any(id(variable) in reached for variable in equation.invars):
+                reached.update(map(id, equation.outvars))
+        return [id(variable) in reached for variable in jaxpr.outvars]
 
     def _restored(self, stage: Stage, state: StageState, kept: list) -> Any:
         """The linearisation of which a forward kept some leaves.
@@ -151,38 +155,17 @@ class Delayed(Route):
         weights, and of the forward around them the compiler leaves nothing.
         """
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), _shapes(stage)[0])
-        leaves, structure = jax.tree.flatten(_linearized(zeros, state, stage))
-        residuals = iter(kept)
-        return jax.tree.unflatten(
-            structure,
-            [
-                next(residuals) if keep else leaf
-                for leaf, keep in zip(leaves, self._kept(stage), strict=True)
-            ],
-        )
+        leaves, structure = jax.tree.flatten(_linearized(stage, zeros, state))
+        residuals, keeps = iter(kept), self._kept(stage)
+        restored = [next(residuals) if keep else x for x, keep in zip(leaves, keeps, strict=True)]
+        return jax.tree.unflatten(structure, restored)
 
 
-def _linearized(batch: tuple[Carry, jax.Array], state: StageState, stage: Stage) -> Any:
+def _linearized(stage: Stage, batch: tuple[Carry, jax.Array], state: StageState) -> Any:
     return linearize(stage, state, *batch)[2]
 
 
 def _shapes(stage: Stage) -> tuple[tuple[Carry, jax.ShapeDtypeStruct], StageState]:
-    """Shapes of the first two arguments of `_linearized`."""
+    """Shapes of the last two arguments of `_linearized`."""
     step_id = jax.ShapeDtypeStruct((2,), jnp.int32)
     return (stage.carry, step_id), jax.eval_shape(stage.initial)
-
-
-def _reached(stage: Stage, of_state: bool) -> list[bool]:
-    """For every leaf of a linearisation, whether it depends on the batch, or on the state too."""
-
-    def leaves(batch, state):
-        return jax.tree.leaves(_linearized(batch, state, stage))
-
-    batch, state = _shapes(stage)
-    jaxpr = jax.make_jaxpr(leaves)(batch, state).jaxpr
-    count = len(jaxpr.invars) if of_state else len(jax.tree.leaves(batch))
-    reached = set(map(id, jaxpr.invars[:count]))
-    for equation in jaxpr.eqns:
-        if any(id(variable) in reached for variable in equation.invars):
-            reached.update(map(id, equation.outvars))
-    return [id(variable) in reached for variable in jaxpr.outvars]

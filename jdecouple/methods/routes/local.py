@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from jdecouple.methods.routes.route import Route
+from jdecouple.methods.routes.route import Forward, Route
 from jdecouple.methods.routes.stage import (
     Metrics,
     Stage,
@@ -29,36 +29,29 @@ class Local(Route):
     local: ClassVar[bool] = True
     schedules: ClassVar[tuple[str, ...]] = ("local",)
 
-    def forward(
-        self, stage: Stage, state: StageState, carry: Carry, step_id: jax.Array
-    ) -> tuple[Any, Metrics, Any, Carry]:
+    def forward(self, stage: Stage, state: StageState, carry: Carry, step_id: jax.Array) -> Forward:
         """Forward of every unit with its loss; the residuals hold its backward."""
         carry = stage.prepare(carry, step_id, True)
-        stats, residuals = [], []
+        moved, residuals = [], []
         metrics: Metrics = {}
-        for unit, params, unit_stats in zip(
-            stage.units, state["params"], state["stats"], strict=True
-        ):
+        for unit, params, stats in zip(stage.units, state["params"], state["stats"], strict=True):
 
-            def loss(params, unit=unit, unit_stats=unit_stats, carry=carry):
-                features, output, moved = unit.train(
-                    params, unit_stats, carry, stage.key(unit, step_id)
-                )
-                return output.loss, (features, output, moved)
+            def loss(params, unit=unit, stats=stats, carry=carry):
+                outputs = unit.train(params, stats, carry, stage.key(unit, step_id))
+                return outputs[1].loss, outputs
 
             if stage.remat:
                 loss = jax.checkpoint(loss)
-            _, pullback, (features, output, moved) = jax.vjp(loss, params, has_aux=True)
-            stats.append(moved)
+            _, pullback, (features, output, new_stats) = jax.vjp(loss, params, has_aux=True)
+            moved.append(new_stats)
             residuals.append((pullback, output.loss))
             metrics |= block_metrics(unit, output, carry)
             carry = next_carry(carry, jax.lax.stop_gradient(features), output)
         metrics, carry = totals(carry, metrics)
-        return tuple(stats), metrics, residuals, carry
+        return tuple(moved), metrics, residuals, carry
 
     def backward(
         self, stage: Stage, state: StageState, residuals: Any, cotangent: Any, step_id: jax.Array
     ) -> tuple[Any, Any]:
         """Gradient of every unit's own loss; nothing is sent back."""
-        del stage, state, cotangent, step_id
         return tuple(pullback(jnp.ones_like(loss))[0] for pullback, loss in residuals), None

@@ -9,6 +9,9 @@ import optax
 from jdecouple.methods.routes.stage import Metrics, Stage, StageState
 from jdecouple.methods.routes.unit import Carry
 
+# Moved statistics, metrics, residuals for the backward, the next carry.
+Forward = tuple[Any, Metrics, Any, Carry]
+
 
 class Staleness(NamedTuple):
     """How many updates old are the things that an update of one stage uses.
@@ -39,46 +42,30 @@ class Route(abc.ABC):
         """Names of the schedules that run the route, its own first."""
 
     @abc.abstractmethod
-    def forward(
-        self, stage: Stage, state: StageState, carry: Carry, step_id: jax.Array
-    ) -> tuple[Any, Metrics, Any, Carry]:
-        """Forward of a stage.
+    def forward(self, stage: Stage, state: StageState, carry: Carry, step_id: jax.Array) -> Forward:
+        """Forward of a stage on the carry that it received, which is not yet prepared.
 
-        Args:
-            stage: the stage.
-            state: its state.
-            carry: what it received, not yet prepared.
-            step_id: [batch, microbatch].
-
-        Returns:
-            Moved statistics, metrics, residuals for the backward, the next carry.
+        `step_id` is [batch, microbatch]. Returns moved statistics, metrics, residuals for the
+        backward, the next carry.
         """
 
     @abc.abstractmethod
     def backward(
         self, stage: Stage, state: StageState, residuals: Any, cotangent: Any, step_id: jax.Array
     ) -> tuple[Any, Any]:
-        """Backward of a stage.
+        """Backward of a stage, whose state the forward may have seen in an older version.
 
-        Args:
-            stage: the stage.
-            state: its state, which the forward may have seen in an older version.
-            residuals: what the forward left.
-            cotangent: error from the stage above; None on the last stage.
-            step_id: [batch, microbatch] of the forward.
-
-        Returns:
-            Gradients of the units' parameters, and the error for the stage below.
+        `residuals` are what the forward left, `cotangent` is the error from the stage above (None
+        on the last stage), `step_id` is [batch, microbatch] of the forward. Returns gradients of
+        the units' parameters, and the error for the stage below.
         """
 
     def optimizer(
         self, stage: int, optimizer: optax.GradientTransformation
     ) -> optax.GradientTransformation:
         """The optimiser as stage number `stage` uses it."""
-        del stage
         return optimizer
 
     def staleness(self, stage: int, num_stages: int) -> Staleness:
         """Staleness of what stage number `stage` of `num_stages` updates with."""
-        del stage, num_stages
         return Staleness(0.0, 0.0)

@@ -102,12 +102,9 @@ class Stage:
     def update(
         self, state: StageState, gradients: Any, squared_norm: jax.Array | None = None
     ) -> StageState:
-        """One optimiser step of every unit with the mean of the microbatches' gradients.
+        """One optimiser step of every unit with the mean of the microbatches' summed gradients.
 
-        Args:
-            state: state of the stage.
-            gradients: sums over the microbatches.
-            squared_norm: of the mean gradient of all stages, where it is to be clipped.
+        `squared_norm` is that of the mean gradient of all stages, where it is to be clipped.
         """
         scale: Any = 1.0 / self.num_microbatches
         if squared_norm is not None:
@@ -115,13 +112,11 @@ class Stage:
             norm = jnp.sqrt(squared_norm)
             scale = scale * jnp.where(norm > self.clip_norm, self.clip_norm / norm, 1.0)
         params, opt = [], []
-        for gradient, unit_params, unit_opt in zip(
-            gradients, state["params"], state["opt"], strict=True
-        ):
+        for grads, weights, unit_opt in zip(gradients, state["params"], state["opt"], strict=True):
             if self.num_microbatches > 1 or squared_norm is not None:
-                gradient = jax.tree.map(lambda g: (g * scale).astype(g.dtype), gradient)
-            updates, new_opt = self.optimizer.update(gradient, unit_opt, unit_params)
-            params.append(optax.apply_updates(unit_params, updates))
+                grads = jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads)
+            updates, new_opt = self.optimizer.update(grads, unit_opt, weights)
+            params.append(optax.apply_updates(weights, updates))
             opt.append(new_opt)
         return {**state, "params": tuple(params), "opt": tuple(opt)}
 
@@ -161,11 +156,10 @@ def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def totals(carry: Carry, metrics: Metrics) -> tuple[Metrics, Carry]:
-    """Adds the sums over all blocks so far; they travel with the carry.
+    """Adds the sums over all blocks so far to metrics and carry, in which they travel.
 
-    Returns:
-        The metrics with "loss" (and "accuracy" where the stage has an exit), and the carry with
-        the "loss" that it takes along, if any block so far has one.
+    The metrics get "loss", and "accuracy" where the stage has an exit; the carry gets "loss" if any
+    block so far has one.
     """
     losses = [value for name, value in metrics.items() if name.endswith("/loss")]
     loss = sum(losses, carry.get("loss", jnp.zeros((), jnp.float32)))

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from jdecouple.methods.routes.route import Route
+from jdecouple.methods.routes.route import Forward, Route
 from jdecouple.methods.routes.stage import (
     Metrics,
     Stage,
@@ -28,9 +28,7 @@ class Synchronous(Route):
 
     schedules: ClassVar[tuple[str, ...]] = ("sequential", "gpipe", "1f1b", "interleaved_1f1b")
 
-    def forward(
-        self, stage: Stage, state: StageState, carry: Carry, step_id: jax.Array
-    ) -> tuple[Any, Metrics, Any, Carry]:
+    def forward(self, stage: Stage, state: StageState, carry: Carry, step_id: jax.Array) -> Forward:
         """Forward of the whole stage; the residuals hold its vector-Jacobian product."""
         return linearize(stage, state, carry, step_id)
 
@@ -38,7 +36,6 @@ class Synchronous(Route):
         self, stage: Stage, state: StageState, residuals: Any, cotangent: Any, step_id: jax.Array
     ) -> tuple[Any, Any]:
         """Pulls the error of the stage above, and of the stage's own losses, back."""
-        del stage, state, step_id
         return pull_back(residuals, cotangent)
 
 
@@ -47,9 +44,8 @@ def advance(
 ) -> tuple[Carry, jax.Array, tuple, Metrics]:
     """Forward of the units of a stage on a carry that is already prepared.
 
-    Returns:
-        The next carry, with gradients through its "x" alone; the sum of the units' losses, moved
-        statistics, metrics.
+    Returns the next carry, through whose "x" alone gradients flow, the sum of the units' losses,
+    moved statistics and metrics.
     """
     loss = jnp.zeros((), jnp.float32)
     moved: list[Any] = []
@@ -68,11 +64,7 @@ def advance(
 def linearize(
     stage: Stage, state: StageState, carry: Carry, step_id: jax.Array
 ) -> tuple[Any, Metrics, tuple[Callable, jax.Array], Carry]:
-    """Forward of a stage, and its linearisation: what `pull_back` takes.
-
-    Returns:
-        Moved statistics, metrics, (vector-Jacobian product, loss), the next carry.
-    """
+    """Forward of a stage; the residuals, for `pull_back`, are (vector-Jacobian product, loss)."""
     carry = stage.prepare(carry, step_id, True)
 
     def run(params, x):

@@ -92,17 +92,9 @@ class Unit:
     def train(
         self, params: Arrays, stats: Arrays, carry: Carry, key: jax.Array
     ) -> tuple[Any, HeadOutput | None, Arrays]:
-        """Training forward.
+        """Training forward on `carry["x"]`; every random stream of the block comes from `key`.
 
-        Args:
-            params: parameters by name.
-            stats: statistics by name.
-            carry: at least "x", the block's input, and what the head reads ("label").
-            key: the key of this (seed, step, microbatch, block); every random stream of the
-                block is derived from it.
-
-        Returns:
-            The block's output, the head's losses (None without a head), the moved statistics.
+        Returns the block's output, that of the head (None without one), the moved statistics.
         """
         module = self._module(True, params, stats, key)
         features = module.block(_cast(carry["x"], self.dtype))
@@ -152,19 +144,16 @@ class Unit:
 
     def modules(self, params: Arrays, stats: Arrays) -> tuple[nnx.Module, nnx.Module | None]:
         """The block and its head as nnx modules in training mode, with the given values."""
-        keys = {
-            path: variable.replace(variable.get_value()) for path, variable in self._keys.items()
-        }
+        keys = {path: key.replace(key.get_value()) for path, key in self._keys.items()}
         pair = self._merge(True, params, stats, keys)
         return pair.block, pair.head
 
     def _module(self, train: bool, params: Arrays, stats: Arrays, key: jax.Array) -> Any:
         streams = {}
         for number, (path, variable) in enumerate(self._keys.items()):
-            if isinstance(variable, nnx.RngKey):
-                streams[path] = variable.replace(jax.random.fold_in(key, number))
-            else:
-                streams[path] = variable.replace(jnp.zeros_like(variable.get_value()))
+            is_key, old = isinstance(variable, nnx.RngKey), variable.get_value()
+            new = jax.random.fold_in(key, number) if is_key else jnp.zeros_like(old)
+            streams[path] = variable.replace(new)
         return self._merge(train, _cast(params, self.dtype), stats, streams)
 
     def _merge(
