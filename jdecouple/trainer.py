@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from jdecouple._errors import require_int
 from jdecouple.methods import Method
 from jdecouple.methods.routes import Metrics
 from jdecouple.methods.routes.stage import Transform
@@ -17,7 +18,6 @@ from jdecouple.models import Model
 from jdecouple.pipeline import build
 from jdecouple.pipeline import state as states
 from jdecouple.pipeline.batch import BatchSpec, PlacedBatch, check_batch, check_labels
-from jdecouple.pipeline.checks import check_count, check_type
 from jdecouple.pipeline.diagnostics import call_costs
 from jdecouple.pipeline.distributed import gather_metrics
 from jdecouple.pipeline.engine import make_engine
@@ -117,10 +117,10 @@ class Trainer:
             TypeError: an argument of a wrong type.
             ValueError: values that do not fit, or a method that needs what the model lacks.
         """
-        check_type("model", model, Model)
-        check_type("method", method, Method)
-        check_count("num_stages", num_stages)
-        check_count("num_classes", num_classes)
+        build.check_type("model", model, Model)
+        build.check_type("method", method, Method)
+        sizes = {"num_stages": num_stages, "num_classes": num_classes}
+        require_int(1, **{label: size for label, size in sizes.items() if size is not None})
         if num_stages is None and not isinstance(boundaries, str | None):
             num_stages = len(first_blocks(boundaries))
         stage_mesh = as_stage_mesh(make_mesh(num_stages or 1) if mesh is None else mesh)
@@ -158,11 +158,8 @@ class Trainer:
 
     def abstract(self, *, addressable: bool = False) -> State:
         """Shapes and dtypes of the state; of the addressable stages alone, or of all."""
-        shapes = (
-            self._shapes(k) if placement.addressable or not addressable else None
-            for k, placement in enumerate(self.placements)
-        )
-        return State(0, tuple(shapes))
+        own = [placement.addressable or not addressable for placement in self.placements]
+        return State(0, tuple(self._shapes(k) if own[k] else None for k in range(len(own))))
 
     def to_arrays(self, state: State) -> dict[str, Any]:
         """The state's own arrays by names that do not depend on the partition.
@@ -243,7 +240,7 @@ class Trainer:
 
         More than one need a local method or fused stages: others need one another in every batch.
         """
-        check_count("chunk", count)
+        require_int(1, chunk=count)
         if count > 1 and not self._engine.multi_step:
             raise ValueError(
                 f"a chunk of {count} batches needs a local method, or all stages fused on the same "
@@ -364,7 +361,7 @@ class Trainer:
         Raises:
             ValueError: fewer than 1 repeat, no batches, or a trainer that `measure` refuses.
         """
-        check_count("repeats", repeats)
+        require_int(1, repeats=repeats)
         measured = []
         for batch in itertools.islice(itertools.cycle(batches), repeats + 1):
             state, seconds = self.measure(state, batch)

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jdecouple._errors import require_int
 from jdecouple.methods.routes import Carry
-from jdecouple.pipeline.checks import check_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,25 +41,16 @@ class BatchSpec:
     replicas: int
 
     def __post_init__(self) -> None:
-        check_count("microbatches", self.microbatches)
+        require_int(1, microbatches=self.microbatches)
 
     def checked(self, batch: Mapping[str, Any], num_classes: int) -> list[Carry]:
-        """The microbatches of a batch.
-
-        Raises:
-            TypeError: not a mapping of arrays.
-            ValueError: it is not like the example, or holds what no batch may.
-        """
+        """The microbatches of a batch that `check_batch` and `check_like` accept."""
         check_batch(batch, num_classes)
         check_like(batch, self.example, any_size=False)
         return self.split(batch)
 
     def split(self, batch: Mapping[str, Any]) -> list[Carry]:
-        """Cuts a batch (of arrays or of shapes) into microbatches.
-
-        Raises:
-            ValueError: it does not divide.
-        """
+        """Cuts a batch (of arrays or of shapes) into microbatches; ValueError if it cannot."""
         count, parts = batch["label"].shape[0], self.microbatches
         if count % (parts * self.replicas):
             raise ValueError(
@@ -130,15 +121,10 @@ def _check_finite(where: str, leaf: Any) -> None:
 
 
 def check_like(batch: Mapping[str, Any], example: Mapping[str, Any], *, any_size: bool) -> None:
-    """Checks that a batch has the entries, shapes and dtypes of the example.
+    """Raises ValueError unless a batch has the entries, shapes and dtypes of the example.
 
-    Args:
-        batch: a batch.
-        example: the `jax.ShapeDtypeStruct`s of the Trainer's example.
-        any_size: whether the number of examples may differ.
-
-    Raises:
-        ValueError: it has others: they would compile anew, or fail on another process.
+    Others would compile anew, or fail on another process. With `any_size` the number of examples
+    may differ.
     """
 
     def listing(tree: Mapping[str, Any]) -> str:

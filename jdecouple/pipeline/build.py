@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax
@@ -11,14 +11,13 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jdecouple._errors import first_line
+from jdecouple._errors import first_line, require_number
 from jdecouple.methods import Method
 from jdecouple.methods.objectives import BlockInfo
 from jdecouple.methods.routes import Carry, Route, Stage, Synchronous, Unit
 from jdecouple.methods.routes.stage import Transform
 from jdecouple.models import Model
-from jdecouple.pipeline.checks import check_type
-from jdecouple.pipeline.partition import balance, check_boundaries, check_num_stages, program_cost
+from jdecouple.pipeline.partition import balance, check_boundaries, check_num_stages
 
 
 class BuiltModel(NamedTuple):
@@ -35,22 +34,23 @@ class BuiltModel(NamedTuple):
     num_classes: int
 
 
+def check_type(label: str, value: Any, wanted: type) -> None:
+    """Raises TypeError unless a value is of a type."""
+    if not isinstance(value, wanted):
+        package = wanted.__module__.split(".")[0]
+        raise TypeError(
+            f"{label} is a {type(value).__name__}: a {package} {wanted.__name__} is needed"
+        )
+
+
 def abstract(tree: Any) -> Any:
     """The `jax.ShapeDtypeStruct`s of a tree of arrays, in JAX's own dtypes."""
-
-    def shape(leaf: Any) -> jax.ShapeDtypeStruct:
-        dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
-        return jax.ShapeDtypeStruct(leaf.shape, dtype)
-
-    return jax.tree.map(shape, tree)
+    canonical = jax.dtypes.canonicalize_dtype
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, canonical(leaf.dtype)), tree)
 
 
 def model_input(batch: Carry, transform: Transform | None) -> Carry:
-    """Shapes of a batch after the transform, from those before.
-
-    Raises:
-        TypeError: a transform that cannot be called.
-    """
+    """Shapes of a batch after the transform, from those before; TypeError if it is no function."""
     if transform is None:
         return batch
     if not callable(transform):
@@ -68,14 +68,9 @@ def build_units(
     seed: int,
     dtype: Any,
 ) -> BuiltModel:
-    """Gives every block its head.
+    """Gives every block its head; ValueError for arguments or blocks that do not fit.
 
     The key of a head depends on the seed and the block alone, never on the partition.
-
-    Raises:
-        ValueError: a seed that is no whole number, a dtype that is not floating, a block that fails
-            on its input, a missing classifier, one of another number of classes, or a block that a
-            local method leaves without a loss.
     """
     objective = method.objective
     if not isinstance(seed, Integral):
@@ -92,8 +87,7 @@ def build_units(
     num_classes = _num_classes(model, method, num_classes, outputs[-1], dtype)
     # The last key of the 32-bit range: steps count up from 0 and never reach it.
     root = jax.random.fold_in(jax.random.key(seed), np.uint32(2**32 - 1))
-    inputs = carry["x"]
-    units = []
+    inputs, units = carry["x"], []
     carries: list[Carry] = []
     for index, (block, features) in enumerate(zip(model.blocks, outputs, strict=True)):
         info = BlockInfo(
@@ -133,11 +127,7 @@ def _num_classes(model: Model, method: Method, given: int | None, features: Any,
 
 
 def _block_output(index: int, block: nnx.Module, x: Any, dtype: Any) -> Any:
-    """Shapes of a block's output for the shapes of its input.
-
-    Raises:
-        ValueError: the block fails on this input.
-    """
+    """Shapes of a block's output for those of its input; ValueError where the block fails."""
     unit = Unit.build(index, block, None, dtype)
     try:
         return jax.eval_shape(
@@ -176,11 +166,7 @@ def split_blocks(
     num_stages: int,
     boundaries: Sequence[int] | str | None,
 ) -> tuple[int, ...]:
-    """Index of the first block of every stage: given, of a published split, or balanced by cost.
-
-    Raises:
-        ValueError: more stages than blocks, or boundaries that do not fit.
-    """
+    """Index of the first block of every stage: given, of a published split, or balanced by cost."""
     num_blocks = len(built.units)
     check_num_stages(num_stages, num_blocks)
     if isinstance(boundaries, str):
@@ -193,7 +179,7 @@ def split_blocks(
 
 
 def unit_costs(units: Sequence[Unit], carries: Sequence[Carry], route: Route) -> list[float]:
-    """Floating-point operations of one forward and backward of every unit."""
+    """Floating-point operations of a forward and backward of every unit, by XLA's analysis."""
     costs = []
     for unit, carry in zip(units, carries, strict=True):
 
@@ -207,11 +193,12 @@ def unit_costs(units: Sequence[Unit], carries: Sequence[Carry], route: Route) ->
                     total += sum(jnp.sum(leaf) for leaf in jax.tree.leaves(features))
                 return total, (features, {} if output is None else dict(output.carry))
 
-            if route.local or unit.index == 0:
-                return jax.grad(loss, has_aux=True)(params, carry["x"])
-            return jax.grad(loss, (0, 1), has_aux=True)(params, carry["x"])
+            argnums = 0 if route.local or unit.index == 0 else (0, 1)
+            return jax.grad(loss, argnums, has_aux=True)(params, carry["x"])
 
-        costs.append(program_cost(work, *abstract(unit.initial()), carry))
+        lowered = jax.jit(work).lower(*abstract(unit.initial()), carry)
+        analysis = lowered.cost_analysis() or lowered.compile().cost_analysis() or {}
+        costs.append(float(analysis.get("flops", 0.0)))
     return costs
 
 
@@ -227,15 +214,8 @@ def build_stages(
 ) -> tuple[Stage, ...]:
     """Cuts the units into stages.
 
-    Args:
-        built: the units.
-        method: its route adapts the optimiser to every stage.
-        boundaries: index of the first block of every stage.
-        received: shapes of a microbatch, before the transform.
-        optimizer: as the user gave it.
-        remat: of all stages, or of every stage.
-        clip_norm: bound on the norm of the gradient of all stages, or None.
-        **common: `seed`, `num_microbatches` and `transform` of all.
+    `received` are shapes of a microbatch before the transform; `remat` is of all stages or of
+    each; `common` are `seed`, `num_microbatches` and `transform`.
 
     Raises:
         TypeError: an optimizer that is none.
@@ -249,7 +229,12 @@ def build_stages(
             f"remat has {len(remats)} entries: one is needed for each of {num_stages} stages"
         )
     if clip_norm is not None:
-        _check_clip_norm(clip_norm, method)
+        require_number(positive=True, clip_norm=clip_norm)
+        if not isinstance(method.route, Synchronous):
+            raise ValueError(
+                f"clip_norm needs a synchronous method: given {method.name}, whose stages do not "
+                "wait for one another"
+            )
     stages = []
     for k, (start, end) in enumerate(itertools.pairwise((*boundaries, len(built.units)))):
         carry = dict(built.carries[start]) if k else received
@@ -268,14 +253,3 @@ def build_stages(
             )
         )
     return tuple(stages)
-
-
-def _check_clip_norm(clip_norm: Any, method: Method) -> None:
-    number = isinstance(clip_norm, Real) and not isinstance(clip_norm, bool)
-    if not number or not 0 < clip_norm < float("inf"):
-        raise ValueError(f"clip_norm is {clip_norm!r}: a finite number above 0 is needed")
-    if not isinstance(method.route, Synchronous):
-        raise ValueError(
-            f"clip_norm needs a synchronous method: given {method.name}, whose stages do not wait "
-            "for one another"
-        )

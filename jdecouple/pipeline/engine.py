@@ -4,10 +4,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 from jdecouple import schedules
+from jdecouple._errors import require_int, require_one_of
 from jdecouple.methods import Method
 from jdecouple.methods.routes import Carry, Metrics, Stage
 from jdecouple.pipeline.batch import PlacedBatch
-from jdecouple.pipeline.checks import check_count
 from jdecouple.pipeline.mesh import StageDevices, StageMesh, assign_devices
 from jdecouple.pipeline.mpmd.engine import MpmdEngine
 from jdecouple.pipeline.mpmd.executor import Executor
@@ -48,11 +48,9 @@ class Engine(Protocol):
     def put(
         self, batches: Sequence[Sequence[Carry] | PlacedBatch], count: int | None = None
     ) -> PlacedBatch:
-        """Uploads batches.
+        """Uploads the microbatches of `count` batches, or takes what `put` returned for one.
 
-        Args:
-            batches: the microbatches of every batch, or what `put` returned for it alone.
-            count: the number of batches; None if there is one that is no list.
+        A `count` of None says that the batch was given alone, not in a list.
         """
 
     def run(
@@ -93,20 +91,10 @@ def make_engine(
     max_in_flight: int | None,
     carries: Sequence[Carry],
 ) -> Engine:
-    """Chooses and builds the engine.
+    """Chooses and builds the engine; ValueError for an argument that does not fit.
 
-    Args:
-        name: one of `ENGINES`.
-        stages: all stages.
-        mesh: the devices.
-        method: its route says how error reaches a block.
-        schedule: the name of one of the route's, or "auto" for the first.
-        fuse: whether all stages are one call; None where they share their devices.
-        max_in_flight: None for 2K.
-        carries: shapes of the carry that every block receives.
-
-    Raises:
-        ValueError: an argument that does not fit, with the reason.
+    `name`, `schedule`, `fuse` and `max_in_flight` are the Trainer's arguments; `carries` are shapes
+    of what every block receives.
     """
     route, num_stages = method.route, len(stages)
     if schedule != "auto" and schedule not in route.schedules:
@@ -114,10 +102,9 @@ def make_engine(
             f"schedule {schedule!r} does not fit method {method.name}: "
             f"allowed are auto, {', '.join(route.schedules)}"
         )
-    if name not in ENGINES:
-        raise ValueError(f"engine is {name!r}: allowed are {', '.join(ENGINES)}")
-    check_count("max_in_flight", max_in_flight)
-    limit = max_in_flight or 2 * num_stages
+    require_one_of(ENGINES, engine=name)
+    limit = 2 * num_stages if max_in_flight is None else max_in_flight
+    require_int(1, max_in_flight=limit)
     groups = mesh.device_groups
     placements = tuple(map(StageDevices.on, assign_devices(groups, num_stages)))
     layout = fitting(name, stages, placements, route, schedule=schedule, fuse=fuse, carries=carries)

@@ -13,6 +13,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jdecouple._errors import require_int
+
 
 @dataclasses.dataclass(frozen=True)
 class StageMesh:
@@ -69,11 +71,7 @@ def make_mesh(
     available = list(jax.devices() if devices is None else devices)
     if replicas is not None:
         return _uneven(tuple(replicas), available)
-    for label, size in (("stages", stages), ("data", data)):
-        if not isinstance(size, Integral) or size < 1:
-            raise ValueError(
-                f"mesh axis {label} is {size!r}: a whole number of at least 1 is needed"
-            )
+    require_int(1, **{"mesh axis stages": stages, "mesh axis data": data})
     if data > len(available):
         raise ValueError(
             f"mesh axis data is {data}, but only {len(available)} device(s) are present"
@@ -105,12 +103,7 @@ def assign_devices(device_groups: Sequence[tuple], num_stages: int) -> tuple[tup
 
 
 def as_stage_mesh(mesh: Any) -> StageMesh:
-    """Accepts a `StageMesh` or a `jax.sharding.Mesh` with the axes `stage` and `data`.
-
-    Raises:
-        TypeError: something else.
-        ValueError: other axes.
-    """
+    """Accepts a `StageMesh` or a `jax.sharding.Mesh` with the axes `stage` and `data`."""
     if isinstance(mesh, StageMesh):
         return mesh
     if not isinstance(mesh, Mesh):
@@ -183,21 +176,18 @@ class StageDevices:
 
     def constrain(self, carry: Any) -> Any:
         """Tells the compiler how a carry lies; for traced arrays."""
-        constrain = jax.lax.with_sharding_constraint
-        return jax.tree.map(lambda leaf: constrain(leaf, self.sharding(leaf)), carry)
+        return jax.lax.with_sharding_constraint(carry, jax.tree.map(self.sharding, carry))
 
     def constrain_queue(self, tree: Any, size: int) -> Any:
         """As `constrain`, for what is queued."""
-        constrain = jax.lax.with_sharding_constraint
-        return jax.tree.map(lambda leaf: constrain(leaf, self.queue_sharding(leaf, size)), tree)
+        shardings = jax.tree.map(lambda leaf: self.queue_sharding(leaf, size), tree)
+        return jax.lax.with_sharding_constraint(tree, shardings)
 
     def place(self, tree: Any, *, own: bool = False, sharding: Any = None) -> Any:
         """Uploads a tree of host or device arrays.
 
-        Args:
-            tree: the arrays.
-            own: never share memory with the source, as the donated state of a stage needs.
-            sharding: function from a leaf to its sharding; by default that of a carry.
+        `own` arrays never share memory with the source, as the donated state of a stage needs.
+        `sharding` gives that of a leaf; by default it is that of a carry.
         """
 
         def put(leaf: Any) -> jax.Array:

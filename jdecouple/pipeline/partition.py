@@ -7,8 +7,6 @@ from collections.abc import Iterator, Sequence
 from numbers import Integral
 from typing import Any
 
-import jax
-
 from jdecouple import schedules
 from jdecouple.schedules import Costs
 
@@ -85,18 +83,6 @@ def check_boundaries(
             f"stages: give {num_stages - 1} increasing block indices between 1 and {num_blocks - 1}"
         )
     return starts
-
-
-def program_cost(function: Any, *arguments: Any) -> float:
-    """Cost of a function by XLA's analysis of its program: floating-point operations.
-
-    Args:
-        function: a pure function of array trees.
-        *arguments: arrays or `jax.ShapeDtypeStruct`s.
-    """
-    lowered = jax.jit(function).lower(*arguments)
-    cost = lowered.cost_analysis() or lowered.compile().cost_analysis() or {}
-    return float(cost.get("flops", 0.0))
 
 
 _BACKWARD = 2.0  # cost of a backward, in forwards
