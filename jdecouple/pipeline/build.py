@@ -153,10 +153,8 @@ def _is_floating(dtype: Any) -> bool:
 
 
 def _param_dtype(block: nnx.Module) -> Any:
-    for leaf in jax.tree.leaves(nnx.state(block, nnx.Param)):
-        if jnp.issubdtype(leaf.dtype, jnp.floating):
-            return leaf.dtype
-    return jnp.float32
+    dtypes = [leaf.dtype for leaf in jax.tree.leaves(nnx.state(block, nnx.Param))]
+    return next((dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating)), jnp.float32)
 
 
 def split_blocks(

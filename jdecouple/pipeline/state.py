@@ -1,6 +1,7 @@
 """What training changes, how its arrays are called, and where they lie."""
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -8,17 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from jdecouple.methods.routes import Route, Stage
 from jdecouple.pipeline.mesh import StageDevices
 from jdecouple.schedules import Schedule
 
-_SAVED_AS = {
-    "queues": "waiting",
-    "carries": "messages",
-    "residuals": "residuals",
-    "errors": "errors",
-}  # names in checkpoints never change
+_SAVED_AS = {"queues": "waiting", "carries": "messages"}  # names in checkpoints never change
 
 
 @jax.tree_util.register_dataclass
@@ -49,7 +46,7 @@ def leaf_names(stage: Stage, values: Any) -> list[str]:
             unit, *rest = rest
             owner = f"block_{stage.units[int(unit)].index}"
         if kind == "queues":
-            kind, rest[0] = (_SAVED_AS[part] for part in (kind, rest[0]))
+            kind, rest[0] = (_SAVED_AS.get(part, part) for part in (kind, rest[0]))
         names.append("/".join([owner, kind, *rest]))
     return names
 
@@ -72,13 +69,13 @@ def zeros(shapes: Any) -> Any:
 def place(stage: Stage, placement: StageDevices, values: Any) -> Any:
     """Puts (parts of) the state of a stage on its devices, in memory of its own."""
     size = stage.carry["label"].shape[0]
-    queues = {key: values[key] for key in values if key == "queues"}
-    others = {key: values[key] for key in values if key != "queues"}
+
+    def sharding(key: str, leaf: Any) -> NamedSharding:
+        return placement.queue_sharding(leaf, size) if key == "queues" else placement.replicated
+
     return {
-        **placement.place(others, own=True, sharding=lambda leaf: placement.replicated),
-        **placement.place(
-            queues, own=True, sharding=lambda leaf: placement.queue_sharding(leaf, size)
-        ),
+        key: placement.place(value, own=True, sharding=functools.partial(sharding, key))
+        for key, value in values.items()
     }
 
 
@@ -98,15 +95,14 @@ def modules(
     """Every block and its head as nnx modules; None for those of other processes."""
     pairs: list[tuple[nnx.Module | None, nnx.Module | None]] = []
     for stage, values in zip(stages, state.stages, strict=True):
-        for number, unit in enumerate(stage.units):
-            if values is None:
-                pairs.append((None, None))
-                continue
-            # Copies, because the next step donates the state's own buffers; bound to no device,
-            # because a caller applies blocks of several stages to one input.
-            arrays = values["params"][number], values["stats"][number]
-            copies = jax.tree.map(lambda leaf: jnp.asarray(np.array(leaf)), arrays)
-            pairs.append(unit.modules(*copies))
+        if values is None:
+            pairs += [(None, None)] * len(stage.units)
+            continue
+        # Copies, because the next step donates the state's own buffers; bound to no device, because
+        # a caller applies blocks of several stages to one input.
+        arrays = values["params"], values["stats"]
+        copies = jax.tree.map(lambda leaf: jnp.asarray(np.array(leaf)), arrays)
+        pairs += [unit.modules(*pair) for unit, *pair in zip(stage.units, *copies, strict=True)]
     return pairs
 
 
@@ -132,9 +128,8 @@ def metric_names(stage: Stage, route: Route) -> list[str]:
 def queue_shapes(schedule: Schedule, route: Route, stages: tuple[Stage, ...], index: int) -> Any:
     """Shapes of what one stage adds to its state, {} where nothing overlaps.
 
-    Returns:
-        "since" (number of the first batch after the stages were last empty), and "queues": tuples,
-        oldest first, of "carries", "residuals" and "errors".
+    "since" is the number of the first batch after the stages were last empty; "queues" are tuples,
+    oldest first, of "carries", "residuals" and "errors".
     """
     if not schedule.overlapping:
         return {}

@@ -70,7 +70,9 @@ class SpmdEngine:
         """Dispatches one call, and returns at once unless too many batches are in flight."""
         del end  # no batch is left in a queue
         count = batch.count or 1
-        while len(self._in_flight) > 1 and count + self._num_in_flight > self.max_in_flight:
+        while len(self._in_flight) > 1 and (
+            count + sum(size for size, _ in self._in_flight) > self.max_in_flight
+        ):
             jax.block_until_ready(self._in_flight.popleft()[1])
         arrays, metrics = self.program.call(
             states.arrays, batch.parts, np.int32(step), batch.count is None
@@ -86,10 +88,6 @@ class SpmdEngine:
         """Blocks until all that was dispatched has run."""
         jax.block_until_ready((states, [loss for _, loss in self._in_flight]))
         self._in_flight.clear()
-
-    @property
-    def _num_in_flight(self) -> int:
-        return sum(count for count, _ in self._in_flight)
 
     def _upload(self, batches: Sequence[Sequence[Carry]]) -> Carry:
         """One carry [device groups x T, M, batch, ...] of all microbatches of T batches."""
