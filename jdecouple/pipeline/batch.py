@@ -71,15 +71,11 @@ class BatchSpec:
 
 
 def check_batch(batch: Any, num_classes: int | None = None) -> None:
-    """Checks a batch; its numbers only where they are on the host.
-
-    Args:
-        batch: mapping with "x" [batch, ...] and "label" [batch] (integers).
-        num_classes: upper bound of the labels, if known.
+    """Checks a batch {"x": [batch, ...], "label": [batch]}; its numbers where they are on the host.
 
     Raises:
-        TypeError: not a mapping of arrays.
-        ValueError: missing keys, wrong shapes, labels out of range, non-finite numbers.
+        TypeError: not a mapping of arrays, or labels that are no integers.
+        ValueError: wrong shapes, labels outside `num_classes`, non-finite numbers.
     """
     if not isinstance(batch, Mapping) or not {"x", "label"} <= batch.keys():
         given = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__

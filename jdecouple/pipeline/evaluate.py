@@ -51,10 +51,8 @@ class EvalShapes(NamedTuple):
 class Evaluator:
     """Takes batches up through all stages, and adds up what their exits answer.
 
-    Args:
-        stages: all stages.
-        engine: says where they lie, whether they are one call, and how much may be in flight.
-        example: shapes of a batch.
+    The engine says where the stages lie, whether they are one call, and how much may be in flight.
+    The example is the shapes of a batch.
     """
 
     def __init__(self, stages: tuple[Stage, ...], engine: Engine, example: Carry):

@@ -23,9 +23,6 @@ def balance(
 
     Returns:
         Index of the first block of each stage, beginning with 0.
-
-    Raises:
-        ValueError: K out of range.
     """
     check_num_stages(num_stages, len(costs))
     speeds = [1] * num_stages if replicas is None else list(replicas)
@@ -55,26 +52,18 @@ def check_num_stages(num_stages: int, num_blocks: int) -> None:
 
 
 def first_blocks(boundaries: Sequence[int]) -> tuple[int, ...]:
-    """Block indices at which stages begin; a missing leading 0 is added.
-
-    Raises:
-        ValueError: not a sequence of whole numbers.
-    """
+    """Block indices at which stages begin, checked to be such; a missing leading 0 is added."""
     if not isinstance(boundaries, Sequence) or not all(
         isinstance(index, Integral) for index in boundaries
     ):
         raise ValueError(f"boundaries {boundaries!r} are no sequence of block indices")
-    return (*(() if boundaries and boundaries[0] == 0 else (0,)), *boundaries)
+    return tuple(boundaries) if boundaries and boundaries[0] == 0 else (0, *boundaries)
 
 
 def check_boundaries(
     boundaries: Sequence[int], num_stages: int, num_blocks: int
 ) -> tuple[int, ...]:
-    """Validates block indices at which stages begin; a missing leading 0 is added.
-
-    Raises:
-        ValueError: not increasing, out of range, or another number than K.
-    """
+    """`first_blocks`; ValueError unless they are K, increasing, and within the blocks."""
     starts = first_blocks(boundaries)
     ordered = all(a < b for a, b in itertools.pairwise(starts))
     if not ordered or starts[-1] >= num_blocks or len(starts) != num_stages:

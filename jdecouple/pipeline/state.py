@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding
 
 from jdecouple.methods.routes import Route, Stage
 from jdecouple.pipeline.mesh import StageDevices
@@ -69,14 +68,7 @@ def zeros(shapes: Any) -> Any:
 def place(stage: Stage, placement: StageDevices, values: Any) -> Any:
     """Puts (parts of) the state of a stage on its devices, in memory of its own."""
     size = stage.carry["label"].shape[0]
-
-    def sharding(key: str, leaf: Any) -> NamedSharding:
-        return placement.queue_sharding(leaf, size) if key == "queues" else placement.replicated
-
-    return {
-        key: placement.place(value, own=True, sharding=functools.partial(sharding, key))
-        for key, value in values.items()
-    }
+    return placement.place(values, placement.state_shardings(values, size))
 
 
 def place_states(
@@ -112,12 +104,9 @@ Queues = dict[str, dict[tuple[int, int], Any]]
 
 def forward_shapes(stage: Stage, route: Route) -> tuple[Any, Any, Any, Any]:
     """Shapes of what `route.forward` returns: statistics, metrics, residuals, the next carry."""
-    return jax.eval_shape(
-        lambda state, carry, step_id: route.forward(stage, state, carry, step_id),
-        jax.eval_shape(stage.initial),
-        stage.carry,
-        jax.ShapeDtypeStruct((2,), jnp.int32),
-    )
+    forward = functools.partial(route.forward, stage)
+    step_id = jax.ShapeDtypeStruct((2,), jnp.int32)
+    return jax.eval_shape(forward, jax.eval_shape(stage.initial), stage.carry, step_id)
 
 
 def metric_names(stage: Stage, route: Route) -> list[str]:
@@ -149,14 +138,14 @@ def queue_shapes(schedule: Schedule, route: Route, stages: tuple[Stage, ...], in
 def take_queues(schedule: Schedule, states: tuple) -> tuple[tuple, Queues]:
     """Takes the queues out of the states of the stages."""
     queues: Queues = {"carries": {}, "residuals": {}, "errors": {}}
-    cores = list(states)
+    if not schedule.overlapping:
+        return states, queues
     for stage, state in enumerate(states):
-        if state is None or "queues" not in state:
-            continue
-        cores[stage] = {key: value for key, value in state.items() if key != "queues"}
-        for kind, batches in schedule.in_flight(stage)._asdict().items():
-            for microbatch, value in zip(batches, state["queues"][kind], strict=True):
-                queues[kind][stage, microbatch] = value
+        batches = schedule.in_flight(stage)._asdict()
+        for kind, values in (state["queues"] if state else {}).items():
+            keys = [(stage, microbatch) for microbatch in batches[kind]]
+            queues[kind] |= dict(zip(keys, values, strict=True))
+    cores = [state and {k: v for k, v in state.items() if k != "queues"} for state in states]
     return tuple(cores), queues
 
 
@@ -164,13 +153,11 @@ def put_queues(schedule: Schedule, cores: tuple, queues: Queues) -> tuple:
     """Puts the queues back, an iteration older."""
     if not schedule.overlapping:
         return cores
-    states = list(cores)
-    for stage, core in enumerate(cores):
-        if core is None:
-            continue
-        own = {
+
+    def queued(stage: int) -> Any:
+        return {
             kind: tuple(queues[kind][stage, microbatch + 1] for microbatch in batches)
             for kind, batches in schedule.in_flight(stage)._asdict().items()
         }
-        states[stage] = {**core, "queues": own}
-    return tuple(states)
+
+    return tuple(core and {**core, "queues": queued(k)} for k, core in enumerate(cores))

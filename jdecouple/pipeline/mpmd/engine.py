@@ -3,7 +3,6 @@
 import collections
 import itertools
 from collections.abc import Iterable, Sequence
-from functools import cached_property
 from typing import Any
 
 import jax
@@ -22,12 +21,7 @@ States = Sequence[StageState | None]
 
 
 class MpmdEngine:
-    """Runs one batch by an `Executor` and several by a `MultiStep`; see `Engine`.
-
-    Args:
-        executor: what runs one batch.
-        max_in_flight: calls of `run` that may be dispatched and unfinished.
-    """
+    """Runs one batch by an `Executor` and several by a `MultiStep`; see `Engine`."""
 
     name = "mpmd"
 
@@ -39,6 +33,7 @@ class MpmdEngine:
         self.max_in_flight = max_in_flight
         self.multi_step = executor.fuse or executor.route.local or len(executor.stages) == 1
         self._executor = executor
+        self._several = MultiStep(executor)
         self._in_flight: collections.deque[list[jax.Array]] = collections.deque()
 
     def load(self, states: Iterable[StageState | None]) -> States:
@@ -87,10 +82,6 @@ class MpmdEngine:
         """Blocks until all that was dispatched has run."""
         jax.block_until_ready((states, list(self._in_flight)))
         self._in_flight.clear()
-
-    @cached_property
-    def _several(self) -> MultiStep:
-        return MultiStep(self._executor)
 
     def _credits(self, stage_metrics: Sequence[Metrics | None], count: int) -> list[jax.Array]:
         """Losses that the processes above return once they have trained on a batch.

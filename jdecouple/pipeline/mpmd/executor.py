@@ -32,14 +32,10 @@ Calls = dict[tuple[int, tuple[Kind, ...]], Callable]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Executor:
-    """Runs one schedule again and again on the placements of its stages.
+    """Runs one schedule again and again on the devices of its stages.
 
-    Attributes:
-        stages: all stages, of all processes.
-        placements: devices of each stage.
-        route: what the actions mean.
-        schedule: the actions of one batch.
-        fuse: whether all stages are compiled into one call; they must share their devices.
+    Some stages may be in other processes. With `fuse` all are compiled into one call: they must
+    share their devices.
     """
 
     stages: tuple[Stage, ...]
@@ -225,12 +221,13 @@ class Executor:
     @cached_property
     def _taken(self) -> dict[str, set]:
         """What the calls of an iteration take, by (stage, microbatch)."""
-        forwards, backwards = set(), set()
-        for stage, kinds, microbatches in self.calls:
-            forward, backward = microbatches_of(kinds, microbatches)
-            forwards.add((stage, forward))
-            backwards.add((stage, backward))
-        return {"carries": forwards, "residuals": backwards, "errors": backwards}
+
+        def keys(kind: Kind) -> set[tuple[int, int]]:
+            actions = self.schedule.actions
+            return {(action.stage, action.microbatch) for action in actions if action.kind is kind}
+
+        backwards = keys(Kind.BACKWARD)
+        return {"carries": keys(Kind.FORWARD), "residuals": backwards, "errors": backwards}
 
     # --- Between stages ---------------------------------------------------------------------------
 

@@ -21,10 +21,7 @@ class MultiStep:
     """Runs T batches with the dispatches of one, where no stage waits for another in them.
 
     The stages of a local route send T carries at once. Stages that are fused into one call, and a
-    net of one stage, may follow any route.
-
-    Attributes:
-        executor: what runs one batch.
+    net of one stage, may follow any route. The executor runs one batch.
     """
 
     executor: Executor
@@ -141,10 +138,5 @@ class MultiStep:
         return dataclasses.replace(self.executor, fuse=True)
 
     def _constrain(self, state: StageState, k: int) -> StageState:
-        placement, size = self.executor.placements[k], self.executor.size
-        return {
-            key: placement.constrain_queue(value, size)
-            if key == "queues"
-            else jax.lax.with_sharding_constraint(value, placement.replicated)
-            for key, value in state.items()
-        }
+        shardings = self.executor.placements[k].state_shardings(state, self.executor.size)
+        return jax.lax.with_sharding_constraint(state, shardings)

@@ -16,11 +16,7 @@ Slots = dict[Slot, Any]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Shifted(Stage):
-    """A stage that stands for an equal one further up.
-
-    Attributes:
-        shift: blocks between the two, possibly traced.
-    """
+    """A stage that stands for an equal one, `shift` blocks (possibly traced) further up."""
 
     shift: Any = 0
 

@@ -18,15 +18,7 @@ from jdecouple.schedules import Schedule
 
 
 class SpmdEngine:
-    """Trains on one batch or several in one call; see `Engine`.
-
-    Args:
-        layout: the stages, their devices, and where the state of each block lies.
-        route: local or synchronous.
-        schedule: what the program amounts to, `local` or `gpipe`.
-        fuse: whether all stages are on the same devices.
-        max_in_flight: batches that may be dispatched and unfinished; two calls always may.
-    """
+    """Trains on one batch or several in a call; see `Engine`. Two calls may always be in flight."""
 
     name = "spmd"
     multi_step = True

@@ -136,12 +136,7 @@ class Layout:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class ShardedState(Sequence):
-    """States of all stages in stacked arrays; as a sequence, stage by stage, on demand.
-
-    Attributes:
-        layout: where each block's state lies.
-        arrays: the stacked arrays.
-    """
+    """States of all stages in stacked arrays; as a sequence, stage by stage, on demand."""
 
     layout: Layout = dataclasses.field(metadata={"static": True})
     arrays: Arrays
