@@ -148,10 +148,10 @@ def test_a_published_split_by_its_name(options, starts, blocks):
 @pytest.mark.parametrize(
     ("name", "num_stages", "words"),
     [
-        ("bogus", 2, ("no split 'bogus'", "expected one of fdg, fr")),
-        ("", 2, ("no split ''", "expected one of fdg, fr")),
-        ("fdg", 4, ("split 'fdg'", "4 stages", "expected one of 2, 3")),
-        ("fdg", None, ("split 'fdg'", "1 stages", "expected one of 2, 3")),
+        ("bogus", 2, ("no split 'bogus'", "allowed are fdg, fr")),
+        ("", 2, ("no split ''", "allowed are fdg, fr")),
+        ("fdg", 4, ("split 'fdg'", "4 stages", "allowed are 2, 3")),
+        ("fdg", None, ("split 'fdg'", "1 stages", "allowed are 2, 3")),
     ],
 )
 def test_a_split_that_the_model_lacks_gets_one_clear_line(name, num_stages, words):
