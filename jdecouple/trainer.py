@@ -119,10 +119,8 @@ class Trainer:
         """
         require_type(Model, model=model)
         require_type(Method, method=method)
-        if num_stages is not None:
-            require_int(1, num_stages=num_stages)
-        if num_classes is not None:
-            require_int(1, num_classes=num_classes)
+        sizes = {"num_stages": num_stages, "num_classes": num_classes}
+        require_int(1, **{label: size for label, size in sizes.items() if size is not None})
         if num_stages is None and not isinstance(boundaries, str | None):
             num_stages = len(first_blocks(boundaries))
         stage_mesh = as_stage_mesh(make_mesh(num_stages or 1) if mesh is None else mesh)
@@ -160,11 +158,8 @@ class Trainer:
 
     def abstract(self, *, addressable: bool = False) -> State:
         """Shapes and dtypes of the state; of the addressable stages alone, or of all."""
-        shapes = (
-            self._shapes(k) if placement.addressable or not addressable else None
-            for k, placement in enumerate(self.placements)
-        )
-        return State(0, tuple(shapes))
+        own = [placement.addressable or not addressable for placement in self.placements]
+        return State(0, tuple(self._shapes(k) if own[k] else None for k in range(len(own))))
 
     def to_arrays(self, state: State) -> dict[str, Any]:
         """The state's own arrays by names that do not depend on the partition.

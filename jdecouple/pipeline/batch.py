@@ -44,22 +44,13 @@ class BatchSpec:
         require_int(1, microbatches=self.microbatches)
 
     def checked(self, batch: Mapping[str, Any], num_classes: int) -> list[Carry]:
-        """The microbatches of a batch.
-
-        Raises:
-            TypeError: not a mapping of arrays.
-            ValueError: it is not like the example, or holds what no batch may.
-        """
+        """The microbatches of a batch that `check_batch` and `check_like` accept."""
         check_batch(batch, num_classes)
         check_like(batch, self.example, any_size=False)
         return self.split(batch)
 
     def split(self, batch: Mapping[str, Any]) -> list[Carry]:
-        """Cuts a batch (of arrays or of shapes) into microbatches.
-
-        Raises:
-            ValueError: it does not divide.
-        """
+        """Cuts a batch (of arrays or of shapes) into microbatches; ValueError if it cannot."""
         count, parts = batch["label"].shape[0], self.microbatches
         if count % (parts * self.replicas):
             raise ValueError(
@@ -80,15 +71,11 @@ class BatchSpec:
 
 
 def check_batch(batch: Any, num_classes: int | None = None) -> None:
-    """Checks a batch; its numbers only where they are on the host.
-
-    Args:
-        batch: mapping with "x" [batch, ...] and "label" [batch] (integers).
-        num_classes: upper bound of the labels, if known.
+    """Checks a batch {"x": [batch, ...], "label": [batch]}; its numbers where they are on the host.
 
     Raises:
-        TypeError: not a mapping of arrays.
-        ValueError: missing keys, wrong shapes, labels out of range, non-finite numbers.
+        TypeError: not a mapping of arrays, or labels that are no integers.
+        ValueError: wrong shapes, labels outside `num_classes`, non-finite numbers.
     """
     if not isinstance(batch, Mapping) or not {"x", "label"} <= batch.keys():
         given = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
@@ -130,15 +117,10 @@ def _check_finite(where: str, leaf: Any) -> None:
 
 
 def check_like(batch: Mapping[str, Any], example: Mapping[str, Any], *, any_size: bool) -> None:
-    """Checks that a batch has the entries, shapes and dtypes of the example.
+    """Raises ValueError unless a batch has the entries, shapes and dtypes of the example.
 
-    Args:
-        batch: a batch.
-        example: the `jax.ShapeDtypeStruct`s of the Trainer's example.
-        any_size: whether the number of examples may differ.
-
-    Raises:
-        ValueError: it has others: they would compile anew, or fail on another process.
+    Others would compile anew, or fail on another process. With `any_size` the number of examples
+    may differ.
     """
 
     def listing(tree: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ from jdecouple.methods.objectives import BlockInfo
 from jdecouple.methods.routes import Carry, Route, Stage, Synchronous, Unit
 from jdecouple.methods.routes.stage import Transform
 from jdecouple.models import Model
-from jdecouple.pipeline.partition import balance, check_boundaries, check_num_stages, program_cost
+from jdecouple.pipeline.partition import balance, check_boundaries, check_num_stages
 
 
 class BuiltModel(NamedTuple):
@@ -36,20 +36,12 @@ class BuiltModel(NamedTuple):
 
 def abstract(tree: Any) -> Any:
     """The `jax.ShapeDtypeStruct`s of a tree of arrays, in JAX's own dtypes."""
-
-    def shape(leaf: Any) -> jax.ShapeDtypeStruct:
-        dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
-        return jax.ShapeDtypeStruct(leaf.shape, dtype)
-
-    return jax.tree.map(shape, tree)
+    canonical = jax.dtypes.canonicalize_dtype
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, canonical(leaf.dtype)), tree)
 
 
 def model_input(batch: Carry, transform: Transform | None) -> Carry:
-    """Shapes of a batch after the transform, from those before.
-
-    Raises:
-        TypeError: a transform that cannot be called.
-    """
+    """Shapes of a batch after the transform, from those before; TypeError if it is no function."""
     if transform is None:
         return batch
     if not callable(transform):
@@ -67,14 +59,9 @@ def build_units(
     seed: int,
     dtype: Any,
 ) -> BuiltModel:
-    """Gives every block its head.
+    """Gives every block its head; ValueError for arguments or blocks that do not fit.
 
     The key of a head depends on the seed and the block alone, never on the partition.
-
-    Raises:
-        ValueError: a seed that is no whole number, a dtype that is not floating, a block that fails
-            on its input, a missing classifier, one of another number of classes, or a block that a
-            local method leaves without a loss.
     """
     objective = method.objective
     if not isinstance(seed, Integral):
@@ -91,8 +78,7 @@ def build_units(
     num_classes = _num_classes(model, method, num_classes, outputs[-1], dtype)
     # The last key of the 32-bit range: steps count up from 0 and never reach it.
     root = jax.random.fold_in(jax.random.key(seed), np.uint32(2**32 - 1))
-    inputs = carry["x"]
-    units = []
+    inputs, units = carry["x"], []
     carries: list[Carry] = []
     for index, (block, features) in enumerate(zip(model.blocks, outputs, strict=True)):
         info = BlockInfo(
@@ -132,11 +118,7 @@ def _num_classes(model: Model, method: Method, given: int | None, features: Any,
 
 
 def _block_output(index: int, block: nnx.Module, x: Any, dtype: Any) -> Any:
-    """Shapes of a block's output for the shapes of its input.
-
-    Raises:
-        ValueError: the block fails on this input.
-    """
+    """Shapes of a block's output for those of its input; ValueError where the block fails."""
     unit = Unit.build(index, block, None, dtype)
     try:
         return jax.eval_shape(
@@ -162,10 +144,8 @@ def _is_floating(dtype: Any) -> bool:
 
 
 def _param_dtype(block: nnx.Module) -> Any:
-    for leaf in jax.tree.leaves(nnx.state(block, nnx.Param)):
-        if jnp.issubdtype(leaf.dtype, jnp.floating):
-            return leaf.dtype
-    return jnp.float32
+    dtypes = [leaf.dtype for leaf in jax.tree.leaves(nnx.state(block, nnx.Param))]
+    return next((dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating)), jnp.float32)
 
 
 def split_blocks(
@@ -175,11 +155,7 @@ def split_blocks(
     num_stages: int,
     boundaries: Sequence[int] | str | None,
 ) -> tuple[int, ...]:
-    """Index of the first block of every stage: given, of a published split, or balanced by cost.
-
-    Raises:
-        ValueError: more stages than blocks, or boundaries that do not fit.
-    """
+    """Index of the first block of every stage: given, of a published split, or balanced by cost."""
     num_blocks = len(built.units)
     check_num_stages(num_stages, num_blocks)
     if isinstance(boundaries, str):
@@ -192,7 +168,7 @@ def split_blocks(
 
 
 def unit_costs(units: Sequence[Unit], carries: Sequence[Carry], route: Route) -> list[float]:
-    """Floating-point operations of one forward and backward of every unit."""
+    """Floating-point operations of a forward and backward of every unit, by XLA's analysis."""
     costs = []
     for unit, carry in zip(units, carries, strict=True):
 
@@ -206,11 +182,12 @@ def unit_costs(units: Sequence[Unit], carries: Sequence[Carry], route: Route) ->
                     total += sum(jnp.sum(leaf) for leaf in jax.tree.leaves(features))
                 return total, (features, {} if output is None else dict(output.carry))
 
-            if route.local or unit.index == 0:
-                return jax.grad(loss, has_aux=True)(params, carry["x"])
-            return jax.grad(loss, (0, 1), has_aux=True)(params, carry["x"])
+            argnums = 0 if route.local or unit.index == 0 else (0, 1)
+            return jax.grad(loss, argnums, has_aux=True)(params, carry["x"])
 
-        costs.append(program_cost(work, *abstract(unit.initial()), carry))
+        lowered = jax.jit(work).lower(*abstract(unit.initial()), carry)
+        analysis = lowered.cost_analysis() or lowered.compile().cost_analysis() or {}
+        costs.append(float(analysis.get("flops", 0.0)))
     return costs
 
 
@@ -226,15 +203,8 @@ def build_stages(
 ) -> tuple[Stage, ...]:
     """Cuts the units into stages.
 
-    Args:
-        built: the units.
-        method: its route adapts the optimiser to every stage.
-        boundaries: index of the first block of every stage.
-        received: shapes of a microbatch, before the transform.
-        optimizer: as the user gave it.
-        remat: of all stages, or of every stage.
-        clip_norm: bound on the norm of the gradient of all stages, or None.
-        **common: `seed`, `num_microbatches` and `transform` of all.
+    `received` are shapes of a microbatch before the transform; `remat` is of all stages or of
+    each; `common` are `seed`, `num_microbatches` and `transform`.
 
     Raises:
         TypeError: an optimizer that is none.

@@ -62,11 +62,9 @@ def initialize(
 
 
 def gather_metrics(metrics: Mapping[str, Any], names: Sequence[str]) -> dict[str, float]:
-    """Metrics of a step of all processes as floats; every process calls it.
+    """Metrics of a step of all processes as floats; every process calls it with its own.
 
-    Args:
-        metrics: those of this process's stages.
-        names: all names of all stages, in order.
+    `names` are those of all stages, in order.
     """
     values = {name: float(value) for name, value in metrics.items()}
     blocks = gather(values, [name for name in names if name.startswith("block_")])
@@ -76,15 +74,9 @@ def gather_metrics(metrics: Mapping[str, Any], names: Sequence[str]) -> dict[str
 
 
 def gather(values: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
-    """Union of the scalars of all processes; every process calls it and gets all.
+    """Union of the scalars of all processes; every process calls it with its own, and gets all.
 
-    Args:
-        values: scalars of this process by name.
-        names: all names of all processes, in one order.
-
-    Returns:
-        Every named scalar that some process has; where several have it they agree, and the
-        first is taken.
+    `names` are those of all processes, in one order. Scalars that several processes have agree.
     """
     own = np.array([float(values.get(name, np.nan)) for name in names], np.float32)
     present = np.array([name in values for name in names])

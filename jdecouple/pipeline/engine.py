@@ -48,11 +48,9 @@ class Engine(Protocol):
     def put(
         self, batches: Sequence[Sequence[Carry] | PlacedBatch], count: int | None = None
     ) -> PlacedBatch:
-        """Uploads batches.
+        """Uploads the microbatches of `count` batches, or takes what `put` returned for one.
 
-        Args:
-            batches: the microbatches of every batch, or what `put` returned for it alone.
-            count: the number of batches; None if there is one that is no list.
+        A `count` of None says that the batch was given alone, not in a list.
         """
 
     def run(
@@ -93,20 +91,10 @@ def make_engine(
     max_in_flight: int | None,
     carries: Sequence[Carry],
 ) -> Engine:
-    """Chooses and builds the engine.
+    """Chooses and builds the engine; ValueError for an argument that does not fit.
 
-    Args:
-        name: one of `ENGINES`.
-        stages: all stages.
-        mesh: the devices.
-        method: its route says how error reaches a block.
-        schedule: the name of one of the route's, or "auto" for the first.
-        fuse: whether all stages are one call; None where they share their devices.
-        max_in_flight: None for 2K.
-        carries: shapes of the carry that every block receives.
-
-    Raises:
-        ValueError: an argument that does not fit, with the reason.
+    `name`, `schedule`, `fuse` and `max_in_flight` are the Trainer's arguments; `carries` are shapes
+    of what every block receives.
     """
     route, num_stages = method.route, len(stages)
     if schedule != "auto" and schedule not in route.schedules:

@@ -4,7 +4,6 @@ import collections
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
@@ -22,30 +21,6 @@ from jdecouple.pipeline.transfer import transfer
 
 Sums = dict[str, jax.Array]
 """Weighted number of hits and summed cross-entropy of every exit of a stage."""
-
-
-def evaluate_stage(
-    stage: Stage, state: StageState, carry: Carry, sums: Sums | None
-) -> tuple[Carry, Sums]:
-    """Evaluation forward of one stage, as a pure function.
-
-    Args:
-        stage: the stage.
-        state: its "params" and "stats"; not changed.
-        carry: batch with "weight" [batch], 0 for padding.
-        sums: sums over earlier batches.
-
-    Returns:
-        The carry for the next stage, and the sums.
-    """
-    carry = stage.prepare(carry, jnp.zeros(2, jnp.int32), False)
-    own: Sums = {}
-    for unit, params, stats in zip(stage.units, state["params"], state["stats"], strict=True):
-        features, logits = unit.evaluate(params, stats, carry)
-        carry = {**carry, "x": features}
-        if logits is not None:
-            own |= exit_sums(unit.index, logits, carry)
-    return carry, add(sums, own)
 
 
 def exit_sums(index: int, logits: jax.Array, carry: Carry) -> Sums:
@@ -74,12 +49,10 @@ class EvalShapes(NamedTuple):
 
 
 class Evaluator:
-    """Runs `evaluate_stage` over all stages and batches.
+    """Takes batches up through all stages, and adds up what their exits answer.
 
-    Args:
-        stages: all stages.
-        engine: says where they lie, whether they are one call, and how much may be in flight.
-        example: shapes of a batch.
+    The engine says where the stages lie, whether they are one call, and how much may be in flight.
+    The example is the shapes of a batch.
     """
 
     def __init__(self, stages: tuple[Stage, ...], engine: Engine, example: Carry):
@@ -90,6 +63,14 @@ class Evaluator:
         self._max_in_flight = engine.max_in_flight
         self._one_process = all(placement.fully_addressable for placement in engine.placements)
         self._shapes: dict[int, EvalShapes] = {}  # by the size of a batch
+        self._calls = self._compile(self.ascend_stage)
+        self._add: Callable = self.add
+        if self._fuse:
+            placement = self._placements[0]
+            options = compiler_options(placement)
+            self._add = jax.jit(
+                self.add, out_shardings=placement.replicated, compiler_options=options
+            )
 
     def __call__(
         self, states: Sequence[Any], data: Iterable[Mapping] | Mapping, num_classes: int
@@ -101,6 +82,7 @@ class Evaluator:
         sums = self.begin()
         in_flight: collections.deque = collections.deque()
         count = size = 0
+        first = self._placements[0]
         replicas = math.lcm(*(len(placement.devices) for placement in self._placements))
         for batch in [data] if isinstance(data, Mapping) else data:
             check_batch(batch, num_classes)
@@ -108,23 +90,22 @@ class Evaluator:
             examples = len(batch["label"])
             count += examples
             size = max(size, -(-examples // replicas) * replicas)
-            sums = self.add(states, _pad(batch, size), sums)
+            padded = _pad(batch, size)
+            shapes = None if self._fuse or self._one_process else self._shapes_of(padded)
+            carry = first.place(padded) if first.addressable else None
+            sums = self._add(states, carry, sums, shapes)
             in_flight.append(sums)
             if len(in_flight) > self._max_in_flight:
                 jax.block_until_ready(in_flight.popleft())
         if not count:
             raise ValueError("the data to evaluate on holds no examples")
-        return self._means(self.end(states, sums), count)
-
-    def _means(self, sums: tuple, count: int) -> dict[str, float]:
         own = {
             name: float(total)
-            for stage_sums in sums
-            if stage_sums
-            for name, total in stage_sums.items()
+            for stage_sums in self.end(states, sums)
+            for name, total in (stage_sums or {}).items()
         }
         if not self._one_process:
-            own = gather(own, self.shapes(self._example).names)
+            own = gather(own, self._shapes_of(self._example).names)
         means = {name: total / count for name, total in own.items()}
         last = max(int(name.split("/")[0].removeprefix("exit_")) for name in means)
         final = {metric: means[f"exit_{last}/{metric}"] for metric in ("loss", "accuracy")}
@@ -136,76 +117,61 @@ class Evaluator:
         """Sums over no batch: an entry for every stage."""
         return (None,) * len(self._stages)
 
-    def add(self, states: tuple, batch: Carry, sums: tuple) -> tuple:
-        """Dispatches one batch; the sums with its own added."""
-        carry = self._put(batch)
-        if self._fuse:
-            return self._fused(states, carry, sums)
-        return self._ascend(states, batch, carry, sums)[1]
+    def add(
+        self, states: tuple, carry: Carry | None, sums: tuple, shapes: EvalShapes | None
+    ) -> tuple:
+        """Dispatches a batch; the sums with its own added. Traced where the stages are fused."""
+        return self.ascend(states, carry, sums, shapes)[1]
 
     def end(self, states: tuple, sums: tuple) -> tuple:
         """The sums over all batches."""
         del states
         return sums
 
-    def ascend_stage(
-        self, stage: Stage, state: StageState, carry: Carry, sums: Sums | None
-    ) -> tuple[Any, Sums]:
-        """`evaluate_stage`; nothing goes on from the last stage."""
-        carry, sums = evaluate_stage(stage, state, carry, sums)
-        return None if stage.is_last else carry, sums
-
-    def all_stages(self, states: tuple, carry: Carry, sums: tuple) -> tuple:
-        """`add` where all stages are one call, as a pure function."""
-        return self._ascend_fused(states, carry, sums)[1]
+    def turn(self, stage: Stage, state: StageState, carry: Carry) -> Any:
+        """What the last stage sends: nothing."""
+        del stage, state, carry
 
     def trace(self, carry: Any) -> EvalShapes:
         """Shapes by abstract evaluation, from those of a batch with its weights."""
         shapes = EvalShapes([], [], [])
         for stage in self._stages:
             shapes.carries.append(carry)
-            carry, sums = jax.eval_shape(
-                functools.partial(self.ascend_stage, stage, sums=None),
-                jax.eval_shape(stage.initial),
-                carry,
-            )
+            carry, sums = call_shapes(self.ascend_stage, stage, carry)
             shapes.names.extend(sums)
         shapes.targets.append(carry)
         return shapes
 
     # --- Up through all stages --------------------------------------------------------------------
 
-    def _put(self, batch: Carry) -> Carry | None:
-        placement = self._placements[0]
-        return placement.place(batch) if placement.addressable else None
+    def ascend_stage(
+        self, stage: Stage, state: StageState, carry: Carry, sums: Sums | None
+    ) -> tuple[Any, Sums]:
+        """Evaluation forward of one stage, as a pure function: what it sends, and the sums."""
+        carry = stage.prepare(carry, jnp.zeros(2, jnp.int32), False)
+        own: Sums = {}
+        for unit, params, stats in zip(stage.units, state["params"], state["stats"], strict=True):
+            features, logits = unit.evaluate(params, stats, carry)
+            carry = {**carry, "x": features}
+            if logits is not None:
+                own |= exit_sums(unit.index, logits, carry)
+        return self.turn(stage, state, carry) if stage.is_last else carry, add(sums, own)
 
-    def _ascend(
-        self, states: tuple, batch: Carry, carry: Carry | None, sums: tuple
+    def ascend(
+        self, states: tuple, carry: Carry | None, sums: tuple, shapes: EvalShapes | None
     ) -> tuple[Any, tuple]:
         """Calls every stage; what the last one sends, and the sums."""
         totals = list(sums)
         for k, placement in enumerate(self._placements):
             if k:
-                shapes = None if self._one_process else self.shapes(batch).carries[k]
-                carry = transfer(carry, shapes, self._placements[k - 1], placement)
+                received = shapes and shapes.carries[k]
+                carry = transfer(carry, received, self._placements[k - 1], placement)
             if placement.addressable:
                 carry, totals[k] = self._calls[k](states[k], carry, sums[k])
         return carry, tuple(totals)
 
-    def _ascend_fused(self, states: tuple, carry: Carry, sums: tuple) -> tuple[Any, tuple]:
-        totals = []
-        own_sums = sums[: len(self._stages)]
-        for stage, state, own in zip(self._stages, states, own_sums, strict=True):
-            carry, total = self.ascend_stage(stage, state, carry, own)
-            totals.append(total)
-        return carry, tuple(totals)
-
-    @cached_property
-    def _calls(self) -> list[Callable]:
-        return self._compile(self.ascend_stage)
-
     def _compile(self, function: Callable) -> list[Callable]:
-        """Jits a function for every stage; what it sends is cut, and its sums are everywhere."""
+        """A function for every stage, jitted unless all are fused; its sums are everywhere."""
 
         def compiled(stage: Stage, placement: StageDevices) -> Callable:
             def call(*arguments):
@@ -215,21 +181,11 @@ class Evaluator:
 
             return jax.jit(call, compiler_options=compiler_options(placement))
 
-        return [
-            compiled(stage, placement)
-            for stage, placement in zip(self._stages, self._placements, strict=True)
-        ]
+        if self._fuse:
+            return [functools.partial(function, stage) for stage in self._stages]
+        return [*map(compiled, self._stages, self._placements)]
 
-    @cached_property
-    def _fused(self) -> Callable:
-        placement = self._placements[0]
-        return jax.jit(
-            self.all_stages,
-            out_shardings=placement.replicated,
-            compiler_options=compiler_options(placement),
-        )
-
-    def shapes(self, batch: Carry) -> EvalShapes:
+    def _shapes_of(self, batch: Carry) -> EvalShapes:
         """What a batch of this one's size looks like on its way."""
         size = batch["label"].shape[0]
         if size not in self._shapes:
@@ -238,15 +194,17 @@ class Evaluator:
         return self._shapes[size]
 
 
+def call_shapes(function: Callable, stage: Stage, *carries: Any) -> Any:
+    """Shapes of what a function of a stage gives for these."""
+    call = functools.partial(function, stage, sums=None)
+    return jax.eval_shape(call, jax.eval_shape(stage.initial), *carries)
+
+
 def _pad(batch: Mapping, size: int) -> Carry:
     """Repeats the last example up to `size`, with weight 0."""
-    count = len(batch["label"])
-    weight = (np.arange(size) < count).astype(np.float32)
-
-    def pad(leaf: Any) -> Any:
-        if count == size:
-            return leaf
-        leaf = np.asarray(leaf)
-        return np.concatenate([leaf, np.repeat(leaf[-1:], size - count, axis=0)])
-
-    return {**jax.tree.map(pad, dict(batch)), "weight": weight}
+    count, numbers = len(batch["label"]), np.arange(size)
+    padded = dict(batch)
+    if count < size:
+        indices = np.minimum(numbers, count - 1)
+        padded = jax.tree.map(lambda leaf: np.asarray(leaf)[indices], padded)
+    return {**padded, "weight": (numbers < count).astype(np.float32)}

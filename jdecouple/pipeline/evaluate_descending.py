@@ -1,7 +1,6 @@
 """Evaluation where the answer comes down from the last block: heads that are `Descending`."""
 
 import collections
-import functools
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -9,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jdecouple.methods.routes import Carry, Stage, StageState, add
-from jdecouple.pipeline.evaluate import EvalShapes, Evaluator, Sums, evaluate_stage, exit_sums
+from jdecouple.pipeline.evaluate import EvalShapes, Evaluator, Sums, call_shapes, exit_sums
 from jdecouple.pipeline.transfer import transfer
 
 
@@ -39,18 +38,17 @@ class DescendingEvaluator(Evaluator):
         self._at_top: collections.deque[_AtTop] = collections.deque()
         return (*super().begin(), None)
 
-    def add(self, states: tuple, batch: Carry, sums: tuple) -> tuple:
+    def add(
+        self, states: tuple, carry: Carry | None, sums: tuple, shapes: EvalShapes | None
+    ) -> tuple:
         """Takes a batch up, and the oldest of enough batches down."""
-        carry = self._put(batch)
-        if self._fuse:
-            return self._fused(states, carry, sums)
+        target, totals = self.ascend(states, carry, sums, shapes)
         labels = carry and {name: carry[name] for name in ("label", "weight")}
-        shapes = None if self._one_process else self.shapes(batch).targets
-        target, totals = self._ascend(states, batch, carry, sums)
-        self._at_top.append(_AtTop(target, labels, shapes))
+        self._at_top.append(_AtTop(target, labels, shapes and shapes.targets))
         # As many batches rise as there are calls there and back. Between processes they go one by
         # one: JAX's sockets (0.10) may come to a stop where arrays cross in both directions.
-        if len(self._at_top) == (2 * len(self._stages) if self._one_process else 1):
+        apart = self._one_process and not self._fuse
+        if len(self._at_top) == (2 * len(self._stages) if apart else 1):
             totals = self._descend(states, self._at_top.popleft(), totals)
         return totals
 
@@ -60,30 +58,18 @@ class DescendingEvaluator(Evaluator):
             sums = self._descend(states, self._at_top.popleft(), sums)
         return sums
 
-    def ascend_stage(
-        self, stage: Stage, state: StageState, carry: Carry, sums: Sums | None
-    ) -> tuple[Any, Sums]:
-        """`evaluate_stage`; the last stage turns, and is the first to send down."""
-        carry, sums = evaluate_stage(stage, state, carry, sums)
-        if not stage.is_last:
-            return carry, sums
+    def turn(self, stage: Stage, state: StageState, carry: Carry) -> Any:
+        """What the last stage sends down: its answer."""
         target = stage.units[-1].turn(state["params"][-1], state["stats"][-1], carry["x"])
-        return _descend_units(stage, state, target), sums
+        return _descend_units(stage, state, target)
 
     def descend_stage(
         self, stage: Stage, state: StageState, target: Any, labels: Any, sums: Sums | None
     ) -> tuple[Any, Sums | None]:
         """The way down through one stage, as a pure function.
 
-        Args:
-            stage: the stage; the last one has been passed by `ascend_stage`.
-            state: its "params" and "stats"; not changed.
-            target: what came down from the stage above.
-            labels: "label" and "weight" of the batch, for the first stage.
-            sums: of the first stage, over earlier batches.
-
-        Returns:
-            What the stage below receives; from the first stage the sums.
+        The last stage has been passed by `turn`. The first takes "label" and "weight" of the batch,
+        and returns sums; the others return what the stage below receives.
         """
         if not stage.is_last:
             target = _descend_units(stage, state, target)
@@ -92,26 +78,13 @@ class DescendingEvaluator(Evaluator):
         last = self._stages[-1].units[-1].index
         return None, add(sums, exit_sums(last, target, labels))
 
-    def all_stages(self, states: tuple, carry: Carry, sums: tuple) -> tuple:
-        """Up and down where all stages are one call, as a pure function."""
-        target, totals = self._ascend_fused(states, carry, sums)
-        answered = None
-        for stage, state in reversed(list(zip(self._stages, states, strict=True))):
-            target, answered = self.descend_stage(stage, state, target, carry, sums[-1])
-        return (*totals, answered)
-
     def trace(self, carry: Any) -> EvalShapes:
         """Shapes on the way up and down."""
         shapes = super().trace(carry)
         target, sums = shapes.targets.pop(), None
         for stage in reversed(self._stages):
             shapes.targets.insert(0, target)
-            target, sums = jax.eval_shape(
-                functools.partial(self.descend_stage, stage, sums=None),
-                jax.eval_shape(stage.initial),
-                target,
-                carry,
-            )
+            target, sums = call_shapes(self.descend_stage, stage, target, carry)
         shapes.names.extend(sums or ())
         return shapes
 
@@ -126,7 +99,7 @@ class DescendingEvaluator(Evaluator):
             if placement.addressable and (k == 0 or k + 1 < len(placements)):
                 first = (batch.labels, sums[-1]) if k == 0 else (None, None)
                 target, total = self._down_calls[k](states[k], target, *first)
-            if not self._one_process:
+            if batch.shapes is not None:
                 jax.block_until_ready((target, total))
         return (*sums[:-1], total)
 

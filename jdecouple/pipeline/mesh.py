@@ -57,9 +57,6 @@ def make_mesh(
         replicas: replicas of each stage, where they differ; instead of `stages` and `data`.
         devices: devices to use; by default all, of all processes, in JAX's order.
 
-    Returns:
-        The mesh.
-
     Raises:
         ValueError: a size that is no whole number of at least 1, fewer than `data` devices, or
             fewer than the sum of `replicas`.
@@ -103,12 +100,7 @@ def assign_devices(device_groups: Sequence[tuple], num_stages: int) -> tuple[tup
 
 
 def as_stage_mesh(mesh: Any) -> StageMesh:
-    """Accepts a `StageMesh` or a `jax.sharding.Mesh` with the axes `stage` and `data`.
-
-    Raises:
-        TypeError: something else.
-        ValueError: other axes.
-    """
+    """Accepts a `StageMesh` or a `jax.sharding.Mesh` with the axes `stage` and `data`."""
     if isinstance(mesh, StageMesh):
         return mesh
     if not isinstance(mesh, Mesh):
@@ -179,27 +171,31 @@ class StageDevices:
         batched = leaf.ndim and leaf.shape[0] % size == 0
         return self.batched if batched else self.replicated
 
+    def state_shardings(self, state: dict[str, Any], size: int) -> dict[str, Any]:
+        """Shardings of (parts of) the state of a stage: only what is queued is over `data`."""
+
+        def sharding(path: tuple, leaf: Any) -> NamedSharding:
+            return self.queue_sharding(leaf, size) if path[0].key == "queues" else self.replicated
+
+        return jax.tree_util.tree_map_with_path(sharding, state)
+
     def constrain(self, carry: Any) -> Any:
         """Tells the compiler how a carry lies; for traced arrays."""
-        constrain = jax.lax.with_sharding_constraint
-        return jax.tree.map(lambda leaf: constrain(leaf, self.sharding(leaf)), carry)
+        return jax.lax.with_sharding_constraint(carry, jax.tree.map(self.sharding, carry))
 
     def constrain_queue(self, tree: Any, size: int) -> Any:
         """As `constrain`, for what is queued."""
-        constrain = jax.lax.with_sharding_constraint
-        return jax.tree.map(lambda leaf: constrain(leaf, self.queue_sharding(leaf, size)), tree)
+        shardings = jax.tree.map(lambda leaf: self.queue_sharding(leaf, size), tree)
+        return jax.lax.with_sharding_constraint(tree, shardings)
 
-    def place(self, tree: Any, *, own: bool = False, sharding: Any = None) -> Any:
-        """Uploads a tree of host or device arrays.
+    def place(self, tree: Any, shardings: Any = None) -> Any:
+        """Uploads a tree of host or device arrays: a carry, or with `shardings` a state.
 
-        Args:
-            tree: the arrays.
-            own: never share memory with the source, as the donated state of a stage needs.
-            sharding: function from a leaf to its sharding; by default that of a carry.
+        A state never shares memory with its source, because training donates it.
         """
+        own = shardings is not None
 
-        def put(leaf: Any) -> jax.Array:
-            target = (sharding or self.sharding)(leaf)
+        def put(leaf: Any, target: NamedSharding) -> jax.Array:
             if own and len(self.devices) > 1 and isinstance(leaf, jax.Array):
                 leaf = np.array(leaf)  # may_alias holds for single devices alone
             if self.fully_addressable:
@@ -207,7 +203,7 @@ class StageDevices:
             value = np.asarray(leaf)
             return jax.make_array_from_callback(value.shape, target, lambda index: value[index])
 
-        return jax.tree.map(put, tree)
+        return jax.tree.map(put, tree, shardings if own else jax.tree.map(self.sharding, tree))
 
 
 # By default XLA's library for CPUs takes over convolutions as well, on one thread, and takes the

@@ -7,8 +7,6 @@ from collections.abc import Iterator, Sequence
 from numbers import Integral
 from typing import Any
 
-import jax
-
 from jdecouple import schedules
 from jdecouple.schedules import Costs
 
@@ -25,9 +23,6 @@ def balance(
 
     Returns:
         Index of the first block of each stage, beginning with 0.
-
-    Raises:
-        ValueError: K out of range.
     """
     check_num_stages(num_stages, len(costs))
     speeds = [1] * num_stages if replicas is None else list(replicas)
@@ -57,26 +52,18 @@ def check_num_stages(num_stages: int, num_blocks: int) -> None:
 
 
 def first_blocks(boundaries: Sequence[int]) -> tuple[int, ...]:
-    """Block indices at which stages begin; a missing leading 0 is added.
-
-    Raises:
-        ValueError: not a sequence of whole numbers.
-    """
+    """Block indices at which stages begin, checked to be such; a missing leading 0 is added."""
     if not isinstance(boundaries, Sequence) or not all(
         isinstance(index, Integral) for index in boundaries
     ):
         raise ValueError(f"boundaries {boundaries!r} are no sequence of block indices")
-    return (*(() if boundaries and boundaries[0] == 0 else (0,)), *boundaries)
+    return tuple(boundaries) if boundaries and boundaries[0] == 0 else (0, *boundaries)
 
 
 def check_boundaries(
     boundaries: Sequence[int], num_stages: int, num_blocks: int
 ) -> tuple[int, ...]:
-    """Validates block indices at which stages begin; a missing leading 0 is added.
-
-    Raises:
-        ValueError: not increasing, out of range, or another number than K.
-    """
+    """`first_blocks`; ValueError unless they are K, increasing, and within the blocks."""
     starts = first_blocks(boundaries)
     ordered = all(a < b for a, b in itertools.pairwise(starts))
     if not ordered or starts[-1] >= num_blocks or len(starts) != num_stages:
@@ -85,18 +72,6 @@ def check_boundaries(
             f"stages: give {num_stages - 1} increasing block indices between 1 and {num_blocks - 1}"
         )
     return starts
-
-
-def program_cost(function: Any, *arguments: Any) -> float:
-    """Cost of a function by XLA's analysis of its program: floating-point operations.
-
-    Args:
-        function: a pure function of array trees.
-        *arguments: arrays or `jax.ShapeDtypeStruct`s.
-    """
-    lowered = jax.jit(function).lower(*arguments)
-    cost = lowered.cost_analysis() or lowered.compile().cost_analysis() or {}
-    return float(cost.get("flops", 0.0))
 
 
 _BACKWARD = 2.0  # cost of a backward, in forwards

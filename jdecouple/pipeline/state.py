@@ -1,6 +1,7 @@
 """What training changes, how its arrays are called, and where they lie."""
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -13,12 +14,7 @@ from jdecouple.methods.routes import Route, Stage
 from jdecouple.pipeline.mesh import StageDevices
 from jdecouple.schedules import Schedule
 
-_SAVED_AS = {
-    "queues": "waiting",
-    "carries": "messages",
-    "residuals": "residuals",
-    "errors": "errors",
-}  # names in checkpoints never change
+_SAVED_AS = {"queues": "waiting", "carries": "messages"}  # names in checkpoints never change
 
 
 @jax.tree_util.register_dataclass
@@ -49,7 +45,7 @@ def leaf_names(stage: Stage, values: Any) -> list[str]:
             unit, *rest = rest
             owner = f"block_{stage.units[int(unit)].index}"
         if kind == "queues":
-            kind, rest[0] = (_SAVED_AS[part] for part in (kind, rest[0]))
+            kind, rest[0] = (_SAVED_AS.get(part, part) for part in (kind, rest[0]))
         names.append("/".join([owner, kind, *rest]))
     return names
 
@@ -72,14 +68,7 @@ def zeros(shapes: Any) -> Any:
 def place(stage: Stage, placement: StageDevices, values: Any) -> Any:
     """Puts (parts of) the state of a stage on its devices, in memory of its own."""
     size = stage.carry["label"].shape[0]
-    queues = {key: values[key] for key in values if key == "queues"}
-    others = {key: values[key] for key in values if key != "queues"}
-    return {
-        **placement.place(others, own=True, sharding=lambda leaf: placement.replicated),
-        **placement.place(
-            queues, own=True, sharding=lambda leaf: placement.queue_sharding(leaf, size)
-        ),
-    }
+    return placement.place(values, placement.state_shardings(values, size))
 
 
 def place_states(
@@ -98,15 +87,14 @@ def modules(
     """Every block and its head as nnx modules; None for those of other processes."""
     pairs: list[tuple[nnx.Module | None, nnx.Module | None]] = []
     for stage, values in zip(stages, state.stages, strict=True):
-        for number, unit in enumerate(stage.units):
-            if values is None:
-                pairs.append((None, None))
-                continue
-            # Copies, because the next step donates the state's own buffers; bound to no device,
-            # because a caller applies blocks of several stages to one input.
-            arrays = values["params"][number], values["stats"][number]
-            copies = jax.tree.map(lambda leaf: jnp.asarray(np.array(leaf)), arrays)
-            pairs.append(unit.modules(*copies))
+        if values is None:
+            pairs += [(None, None)] * len(stage.units)
+            continue
+        # Copies, because the next step donates the state's own buffers; bound to no device, because
+        # a caller applies blocks of several stages to one input.
+        arrays = values["params"], values["stats"]
+        copies = jax.tree.map(lambda leaf: jnp.asarray(np.array(leaf)), arrays)
+        pairs += [unit.modules(*pair) for unit, *pair in zip(stage.units, *copies, strict=True)]
     return pairs
 
 
@@ -116,12 +104,9 @@ Queues = dict[str, dict[tuple[int, int], Any]]
 
 def forward_shapes(stage: Stage, route: Route) -> tuple[Any, Any, Any, Any]:
     """Shapes of what `route.forward` returns: statistics, metrics, residuals, the next carry."""
-    return jax.eval_shape(
-        lambda state, carry, step_id: route.forward(stage, state, carry, step_id),
-        jax.eval_shape(stage.initial),
-        stage.carry,
-        jax.ShapeDtypeStruct((2,), jnp.int32),
-    )
+    forward = functools.partial(route.forward, stage)
+    step_id = jax.ShapeDtypeStruct((2,), jnp.int32)
+    return jax.eval_shape(forward, jax.eval_shape(stage.initial), stage.carry, step_id)
 
 
 def metric_names(stage: Stage, route: Route) -> list[str]:
@@ -132,9 +117,8 @@ def metric_names(stage: Stage, route: Route) -> list[str]:
 def queue_shapes(schedule: Schedule, route: Route, stages: tuple[Stage, ...], index: int) -> Any:
     """Shapes of what one stage adds to its state, {} where nothing overlaps.
 
-    Returns:
-        "since" (number of the first batch after the stages were last empty), and "queues": tuples,
-        oldest first, of "carries", "residuals" and "errors".
+    "since" is the number of the first batch after the stages were last empty; "queues" are tuples,
+    oldest first, of "carries", "residuals" and "errors".
     """
     if not schedule.overlapping:
         return {}
@@ -154,14 +138,14 @@ def queue_shapes(schedule: Schedule, route: Route, stages: tuple[Stage, ...], in
 def take_queues(schedule: Schedule, states: tuple) -> tuple[tuple, Queues]:
     """Takes the queues out of the states of the stages."""
     queues: Queues = {"carries": {}, "residuals": {}, "errors": {}}
-    cores = list(states)
+    if not schedule.overlapping:
+        return states, queues
     for stage, state in enumerate(states):
-        if state is None or "queues" not in state:
-            continue
-        cores[stage] = {key: value for key, value in state.items() if key != "queues"}
-        for kind, batches in schedule.in_flight(stage)._asdict().items():
-            for microbatch, value in zip(batches, state["queues"][kind], strict=True):
-                queues[kind][stage, microbatch] = value
+        batches = schedule.in_flight(stage)._asdict()
+        for kind, values in (state["queues"] if state else {}).items():
+            keys = [(stage, microbatch) for microbatch in batches[kind]]
+            queues[kind] |= dict(zip(keys, values, strict=True))
+    cores = [state and {k: v for k, v in state.items() if k != "queues"} for state in states]
     return tuple(cores), queues
 
 
@@ -169,13 +153,11 @@ def put_queues(schedule: Schedule, cores: tuple, queues: Queues) -> tuple:
     """Puts the queues back, an iteration older."""
     if not schedule.overlapping:
         return cores
-    states = list(cores)
-    for stage, core in enumerate(cores):
-        if core is None:
-            continue
-        own = {
+
+    def queued(stage: int) -> Any:
+        return {
             kind: tuple(queues[kind][stage, microbatch + 1] for microbatch in batches)
             for kind, batches in schedule.in_flight(stage)._asdict().items()
         }
-        states[stage] = {**core, "queues": own}
-    return tuple(states)
+
+    return tuple(core and {**core, "queues": queued(k)} for k, core in enumerate(cores))

@@ -12,6 +12,12 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from jdecouple.pipeline.mesh import StageDevices
 
 
+def crosses(source: StageDevices, target: StageDevices) -> bool:
+    """Whether a carry between two stages may go to another process."""
+    inside = source.fully_addressable and target.fully_addressable
+    return not inside and source.devices != target.devices
+
+
 def transfer(carry: Any, shapes: Any, source: StageDevices, target: StageDevices) -> Any:
     """Moves a carry to another stage's devices without waiting.
 
@@ -20,16 +26,16 @@ def transfer(carry: Any, shapes: Any, source: StageDevices, target: StageDevices
 
     Args:
         carry: the tree; None where this process does not run the source.
-        shapes: its `jax.ShapeDtypeStruct`s; needed unless both stages are in this process.
-        source: placement of the stage that sends.
-        target: placement of the stage that receives.
+        shapes: its `jax.ShapeDtypeStruct`s; needed where it `crosses`.
+        source: devices of the stage that sends.
+        target: devices of the stage that receives.
 
     Returns:
         The tree on the target's devices; None where this process does not run the target.
     """
     if source.devices == target.devices:
         return carry
-    if source.fully_addressable and target.fully_addressable:
+    if not crosses(source, target):
         if len(target.devices) == 1:
             return jax.device_put(carry, target.devices[0])  # half the time of shardings
         return jax.device_put(carry, jax.tree.map(target.sharding, carry))
@@ -103,11 +109,7 @@ def _absent(shape: Any, sharding: Sharding) -> jax.Array:
 
 
 def packed(shapes: Any) -> jax.ShapeDtypeStruct:
-    """Shape of a tree of arrays [batch, ...] as one array [batch, words].
-
-    Args:
-        shapes: its `jax.ShapeDtypeStruct`s.
-    """
+    """Shape of a tree of arrays [batch, ...], given by its shapes, as one array [batch, words]."""
     leaves = jax.tree.leaves(shapes)
     unit = _unit(leaves)
     words = sum(_words(leaf, unit) for leaf in leaves)

@@ -3,7 +3,6 @@
 import collections
 import itertools
 from collections.abc import Iterable, Sequence
-from functools import cached_property
 from typing import Any
 
 import jax
@@ -15,19 +14,14 @@ from jdecouple.pipeline.batch import PlacedBatch
 from jdecouple.pipeline.mpmd.executor import Executor
 from jdecouple.pipeline.mpmd.multi_step import MultiStep
 from jdecouple.pipeline.state import place_states
-from jdecouple.pipeline.transfer import transfer
+from jdecouple.pipeline.transfer import crosses, transfer
 from jdecouple.schedules import Call
 
 States = Sequence[StageState | None]
 
 
 class MpmdEngine:
-    """Runs one batch by an `Executor` and several by a `MultiStep`; see `Engine`.
-
-    Args:
-        executor: what runs one batch.
-        max_in_flight: calls of `run` that may be dispatched and unfinished.
-    """
+    """Runs one batch by an `Executor` and several by a `MultiStep`; see `Engine`."""
 
     name = "mpmd"
 
@@ -39,6 +33,7 @@ class MpmdEngine:
         self.max_in_flight = max_in_flight
         self.multi_step = executor.fuse or executor.route.local or len(executor.stages) == 1
         self._executor = executor
+        self._several = MultiStep(executor)
         self._in_flight: collections.deque[list[jax.Array]] = collections.deque()
 
     def load(self, states: Iterable[StageState | None]) -> States:
@@ -55,8 +50,9 @@ class MpmdEngine:
         given = [batch.parts if isinstance(batch, PlacedBatch) else batch for batch in batches]
         if not self.placements[0].addressable:
             return PlacedBatch((None,) * len(given[0]), count)
-        stack = self._place if len(given) == 1 else self._several.stack
-        return PlacedBatch(tuple(stack(parts) for parts in zip(*given, strict=True)), count)
+        if len(given) == 1:
+            return PlacedBatch(tuple(map(self.placements[0].place, given[0])), count)
+        return PlacedBatch(tuple(map(self._several.stack, zip(*given, strict=True))), count)
 
     def run(
         self, states: States, batch: PlacedBatch, step: int, end: int | None = None
@@ -87,14 +83,6 @@ class MpmdEngine:
         jax.block_until_ready((states, list(self._in_flight)))
         self._in_flight.clear()
 
-    @cached_property
-    def _several(self) -> MultiStep:
-        return MultiStep(self._executor)
-
-    def _place(self, parts: Sequence[Carry]) -> Carry:
-        (part,) = parts
-        return self.placements[0].place(part)
-
     def _credits(self, stage_metrics: Sequence[Metrics | None], count: int) -> list[jax.Array]:
         """Losses that the processes above return once they have trained on a batch.
 
@@ -109,7 +97,7 @@ class MpmdEngine:
         shape = jax.ShapeDtypeStruct((count,) if count > 1 else (), np.float32)
         received = []
         for k, (below, above) in enumerate(itertools.pairwise(placements)):
-            if not (below.fully_addressable and above.fully_addressable):
+            if crosses(below, above):
                 metrics = stage_metrics[k + 1]
                 received.append(transfer(metrics and metrics["loss"], shape, above, below))
         return [loss for loss in received if loss is not None]

@@ -23,7 +23,7 @@ from jdecouple.pipeline.mpmd.stage_fns import (
     steps_last,
 )
 from jdecouple.pipeline.state import Queues, put_queues, take_queues
-from jdecouple.pipeline.transfer import packed, transfer
+from jdecouple.pipeline.transfer import crosses, packed, transfer
 from jdecouple.schedules import Call, Kind, Schedule
 
 Calls = dict[tuple[int, tuple[Kind, ...]], Callable]
@@ -32,14 +32,10 @@ Calls = dict[tuple[int, tuple[Kind, ...]], Callable]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Executor:
-    """Runs one schedule again and again on the placements of its stages.
+    """Runs one schedule again and again on the devices of its stages.
 
-    Attributes:
-        stages: all stages, of all processes.
-        placements: devices of each stage.
-        route: what the actions mean.
-        schedule: the actions of one batch.
-        fuse: whether all stages are compiled into one call; they must share their devices.
+    Some stages may be in other processes. With `fuse` all are compiled into one call: they must
+    share their devices.
     """
 
     stages: tuple[Stage, ...]
@@ -51,16 +47,11 @@ class Executor:
     def run(
         self, states: Sequence[Any], parts: Sequence[Carry | None], step: int, end: int | None
     ) -> tuple[tuple, tuple[Metrics | None, ...]]:
-        """Dispatches one batch.
+        """Dispatches batch `step`, given as one placed carry a microbatch.
 
-        Args:
-            states: state of every stage; None for those of other processes. Donated.
-            parts: one placed carry a microbatch (None where stage 0 is elsewhere).
-            step: number of the batch, from 0.
-            end: number of the first batch that does not exist; None if there is none.
-
-        Returns:
-            The new states, and the metrics of the stages that this process runs.
+        Batches from `end` on do not exist. The states are donated; those of other processes are
+        None, as is a carry where stage 0 is elsewhere. Returns the new states, and the metrics of
+        the stages that this process runs.
         """
         dispatch = self._fused
         if not self.fuse:
@@ -70,11 +61,7 @@ class Executor:
     def measure(
         self, states: Sequence[Any], parts: Sequence[Carry | None], step: int
     ) -> tuple[tuple, list[tuple[Call, float]]]:
-        """As `run`, but waits for every call before the next; gives each with its seconds.
-
-        Raises:
-            ValueError: the stages are fused into one call, or some are in other processes.
-        """
+        """As `run`, but waits for every call before the next; gives each with its seconds."""
         if not all(placement.fully_addressable for placement in self.placements):
             raise ValueError("measuring needs all stages in one process")
         if self.fuse:
@@ -127,8 +114,7 @@ class Executor:
     ) -> tuple[tuple, Queues, tuple[Metrics | None, ...]]:
         """Goes through calls in order; also traced as a whole where the stages are fused.
 
-        Returns:
-            The new states, what no call has taken, and the metrics of the stages.
+        Returns the new states, what no call has taken, and the metrics of the stages.
         """
         new_states = list(states)
         metrics: list[Metrics | None] = [None] * len(self.stages)
@@ -206,12 +192,11 @@ class Executor:
         queued = self.size if self.schedule.overlapping else None
         compiled = {}
         for (stage, kinds), function in self.functions.items():
-            if self.placements[stage].addressable:
+            placement = self.placements[stage]
+            if placement.addressable:
                 if kinds:
                     function = pack_io(function, *self._packed[stage : stage + 2])
-                compiled[stage, kinds] = compile_stage_fn(
-                    function, self.placements[stage], kinds, queued
-                )
+                compiled[stage, kinds] = compile_stage_fn(function, placement, kinds, queued)
         return compiled
 
     @cached_property
@@ -236,12 +221,13 @@ class Executor:
     @cached_property
     def _taken(self) -> dict[str, set]:
         """What the calls of an iteration take, by (stage, microbatch)."""
-        forwards, backwards = set(), set()
-        for stage, kinds, microbatches in self.calls:
-            forward, backward = microbatches_of(kinds, microbatches)
-            forwards.add((stage, forward))
-            backwards.add((stage, backward))
-        return {"carries": forwards, "residuals": backwards, "errors": backwards}
+
+        def keys(kind: Kind) -> set[tuple[int, int]]:
+            actions = self.schedule.actions
+            return {(action.stage, action.microbatch) for action in actions if action.kind is kind}
+
+        backwards = keys(Kind.BACKWARD)
+        return {"carries": keys(Kind.FORWARD), "residuals": backwards, "errors": backwards}
 
     # --- Between stages ---------------------------------------------------------------------------
 
@@ -266,9 +252,7 @@ class Executor:
 
     def _send(self, source: int, target: int, carry: Any) -> Any:
         """Sends a carry (or, downwards, an error) to a neighbouring stage."""
-        if self.fuse or (
-            self.placements[source].fully_addressable and self.placements[target].fully_addressable
-        ):
+        if self.fuse or not crosses(self.placements[source], self.placements[target]):
             return self._transfer(carry, None, source, target)
         above = max(source, target)
         is_packed = self._packed[above] is not None
@@ -291,16 +275,14 @@ class Executor:
         It does from another process, unless carries may be queued in the state of the stage: what a
         checkpoint holds does not depend on the placement.
         """
-        shapes: list[Carry | None] = [None]
-        for (below, above), stage in zip(
-            itertools.pairwise(self.placements), self.stages[1:], strict=True
-        ):
-            here = (
-                below.fully_addressable and above.fully_addressable
-            ) or below.devices == above.devices
-            stays = here or self.schedule.overlapping
-            shapes.append(None if stays else without_loss(None, stage.carry)[1])
-        return [*shapes, None]
+        pairs = zip(itertools.pairwise(self.placements), self.stages[1:], strict=True)
+        shapes = [
+            without_loss(None, stage.carry)[1]
+            if crosses(below, above) and not self.schedule.overlapping
+            else None
+            for (below, above), stage in pairs
+        ]
+        return [None, *shapes, None]
 
 
 def without_loss(carry: Carry | None, shapes: Carry) -> tuple[Carry | None, Carry]:

@@ -13,7 +13,7 @@ import numpy as np
 from jdecouple.methods.routes import Carry, Metrics, StageState
 from jdecouple.pipeline.mesh import StageDevices, compiler_options
 from jdecouple.pipeline.mpmd.executor import Executor, without_loss
-from jdecouple.pipeline.transfer import transfer
+from jdecouple.pipeline.transfer import crosses, transfer
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -21,10 +21,7 @@ class MultiStep:
     """Runs T batches with the dispatches of one, where no stage waits for another in them.
 
     The stages of a local route send T carries at once. Stages that are fused into one call, and a
-    net of one stage, may follow any route.
-
-    Attributes:
-        executor: what runs one batch.
+    net of one stage, may follow any route. The executor runs one batch.
     """
 
     executor: Executor
@@ -38,16 +35,9 @@ class MultiStep:
     def run(
         self, states: Sequence[Any], parts: Sequence[Carry | None], step: int, count: int
     ) -> tuple[tuple, tuple[Metrics | None, ...]]:
-        """Dispatches T batches.
+        """Dispatches `count` batches from number `step` on, as `Executor.run` does with one.
 
-        Args:
-            states: state of every stage; None for those of other processes. Donated.
-            parts: one carry [T, batch, ...] a microbatch.
-            step: number of the first batch, from 0.
-            count: T.
-
-        Returns:
-            The new states, and the metrics [T] of the stages that this process runs.
+        The carries are [T, batch, ...], and so the metrics are [T].
         """
         first = np.int32(step)
         if self.executor.fuse:
@@ -67,7 +57,7 @@ class MultiStep:
         """Sends T carries from stage `target - 1`."""
         below, above = self._placements[target - 1], self._placements[target]
         shapes: Any = None
-        if not (below.fully_addressable and above.fully_addressable):
+        if crosses(below, above):
             carry, shapes = without_loss(carry, self.executor.stages[target].carry)
             shapes = jax.tree.map(
                 lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype), shapes
@@ -148,10 +138,5 @@ class MultiStep:
         return dataclasses.replace(self.executor, fuse=True)
 
     def _constrain(self, state: StageState, k: int) -> StageState:
-        placement, size = self.executor.placements[k], self.executor.size
-        return {
-            key: placement.constrain_queue(value, size)
-            if key == "queues"
-            else jax.lax.with_sharding_constraint(value, placement.replicated)
-            for key, value in state.items()
-        }
+        shardings = self.executor.placements[k].state_shardings(state, self.executor.size)
+        return jax.lax.with_sharding_constraint(state, shardings)

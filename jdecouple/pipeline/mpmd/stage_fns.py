@@ -30,8 +30,8 @@ def stage_step(
         stage: the stage.
         route: the route.
         kinds: the actions, in order.
-        state: state of the stage. If it holds "since", batches before that one do not exist, and
-            what an action on one of them would change stays as it is.
+        state: of the stage. What exists begins with batch "since", where it holds that: what an
+            action on an earlier batch would change stays as it is.
         accumulated: sums over the microbatches so far; None before the first.
         residuals: what the forward left, where that was an earlier call.
         carry: from the stage below; None without a forward.
@@ -121,10 +121,7 @@ def make_stage_fn(stage: Stage, route: Route, kinds: tuple[Kind, ...]) -> Any:
 def pack_io(function: Any, below: Carry | None, above: Carry | None) -> Any:
     """The call of a stage that takes and gives as one array what crosses processes.
 
-    Args:
-        function: the call.
-        below: shapes of the carry from the stage below, where that one is elsewhere.
-        above: shapes of the carry to the stage above, likewise.
+    `below` and `above` are shapes of the carries from and to stages that are elsewhere.
     """
     if below is None and above is None:
         return function
@@ -150,11 +147,7 @@ def compile_stage_fn(
 ) -> Any:
     """Jits a call; donates what the call replaces.
 
-    Args:
-        function: the call.
-        placement: where it runs.
-        kinds: its actions.
-        queued: examples in a microbatch, where residuals outlive the iteration.
+    `queued` are the examples in a microbatch, where residuals outlive the iteration.
     """
     constrain = jax.lax.with_sharding_constraint
     if not kinds:  # a norm

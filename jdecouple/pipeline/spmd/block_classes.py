@@ -20,13 +20,9 @@ def block_classes(
     same names, and one program of forward and backward. A first or last block that differs from
     them is of a class of its own.
 
-    Args:
-        units: every block with its head.
-        carries: shapes of the carry that every block receives.
-
     Returns:
-        The class of every block, and which block differs from another that it has to be equal to,
-        and how: None where all is well.
+        The class of every block; and which block differs from another that it has to be equal to,
+        and how, or None.
     """
     if len(units) == 1:
         return (MIDDLE,), None

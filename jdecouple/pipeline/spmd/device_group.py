@@ -16,11 +16,7 @@ Slots = dict[Slot, Any]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Shifted(Stage):
-    """A stage that stands for an equal one further up.
-
-    Attributes:
-        shift: blocks between the two, possibly traced.
-    """
+    """A stage that stands for an equal one, `shift` blocks (possibly traced) further up."""
 
     shift: Any = 0
 
@@ -71,15 +67,10 @@ class DeviceGroup:
     def train(
         self, arrays: Arrays, carries: Carry, number: jax.Array
     ) -> tuple[Arrays, Carry, Metrics]:
-        """Trains on one batch by a local route: forward, backward and step of every stage.
+        """Trains on batch `number` by a local route: forward, backward and step of every stage.
 
-        Args:
-            arrays: state of the device group.
-            carries: what it received, microbatches stacked: [M, batch, ...].
-            number: number of the batch.
-
-        Returns:
-            The new state, the next carries, and the metrics.
+        What it receives are the carries of M microbatches, stacked: [M, batch, ...]. Returns the
+        new state, the next carries, and the metrics.
         """
         states = self.states(arrays)
         count = carries["label"].shape[0]
@@ -127,14 +118,8 @@ class DeviceGroup:
     ) -> tuple[Slots, Carry, jax.Array, Metrics]:
         """Forward of one microbatch, to be differentiated through all its stages.
 
-        Args:
-            params: parameters of all slots.
-            stats: statistics of all slots.
-            carry: what the device group received.
-            step_id: [batch, microbatch].
-
-        Returns:
-            Moved statistics of all slots, the next carry, the group's own losses, and the metrics.
+        Returns moved statistics of all slots, the next carry, the group's own losses, and the
+        metrics.
         """
         arrays = {"params": params, "stats": stats}
         loss = jnp.zeros((), jax.dtypes.canonicalize_dtype(jnp.float64))

@@ -18,15 +18,7 @@ from jdecouple.schedules import Schedule
 
 
 class SpmdEngine:
-    """Trains on one batch or several in one call; see `Engine`.
-
-    Args:
-        layout: the stages, their devices, and where the state of each block lies.
-        route: local or synchronous.
-        schedule: what the program amounts to, `local` or `gpipe`.
-        fuse: whether all stages are on the same devices.
-        max_in_flight: batches that may be dispatched and unfinished; two calls always may.
-    """
+    """Trains on one batch or several in a call; see `Engine`. Two calls may always be in flight."""
 
     name = "spmd"
     multi_step = True
@@ -70,7 +62,9 @@ class SpmdEngine:
         """Dispatches one call, and returns at once unless too many batches are in flight."""
         del end  # no batch is left in a queue
         count = batch.count or 1
-        while len(self._in_flight) > 1 and count + self._num_in_flight > self.max_in_flight:
+        while len(self._in_flight) > 1 and (
+            count + sum(size for size, _ in self._in_flight) > self.max_in_flight
+        ):
             jax.block_until_ready(self._in_flight.popleft()[1])
         arrays, table = self.program.call(states.arrays, batch.parts, np.int32(step))
         metrics = self.program.metrics(table.addressable_shards[0].data, batch.count is None)
@@ -85,10 +79,6 @@ class SpmdEngine:
         """Blocks until all that was dispatched has run."""
         jax.block_until_ready((states, [loss for _, loss in self._in_flight]))
         self._in_flight.clear()
-
-    @property
-    def _num_in_flight(self) -> int:
-        return sum(count for count, _ in self._in_flight)
 
     def _upload(self, batches: Sequence[Sequence[Carry]]) -> Carry:
         """One carry [device groups x T, M, batch, ...] of all microbatches of T batches."""

@@ -26,10 +26,7 @@ def fitting(
     """The layout of a training that the engine can run, and is to run; else None.
 
     `engine`, `schedule` and `fuse` are the Trainer's arguments; `carries` are shapes of what every
-    block receives.
-
-    Raises:
-        ValueError: "spmd" where it does not fit, with the reason.
+    block receives. A ValueError says why "spmd" does not fit.
     """
     if engine == "mpmd" or (
         engine == "auto" and len({placement.devices for placement in placements}) == 1

@@ -27,11 +27,8 @@ class Program:
     """T batches through all device groups; begins and ends with an empty pipeline.
 
     Device groups whose blocks are of the same classes share one traced function, a pattern. A group
-    chooses its own by its index, so the ends cost nothing elsewhere.
-
-    Args:
-        layout: the stages, their device groups, and where the state of each block lies.
-        route: local or synchronous.
+    chooses its own by its index, so the ends cost nothing elsewhere. The route is local or
+    synchronous.
     """
 
     def __init__(self, layout: Layout, route: Route):
@@ -97,8 +94,7 @@ class Program:
     def _local(self, arrays: Arrays, batches: Carry, step: jax.Array) -> tuple[Arrays, jax.Array]:
         """Every tick trains every device group on a batch of its own.
 
-        Returns:
-            The new arrays, and a line of metrics for every batch: [T, width].
+        Returns the new arrays, and a line of metrics for every batch: [T, width].
         """
         group = jax.lax.axis_index("stage")
         count, parts = batches["label"].shape[:2]
@@ -135,11 +131,7 @@ class Program:
     def _synchronous(
         self, arrays: Arrays, batches: Carry, step: jax.Array
     ) -> tuple[Arrays, jax.Array]:
-        """Batch after batch: the microbatches go up, their errors down, then all groups step.
-
-        Returns:
-            As `_local`.
-        """
+        """Batch after batch: the microbatches go up, their errors down, then all groups step."""
         group = jax.lax.axis_index("stage")
         steps, own = self._choose(group, lambda pattern: pattern.step)
         norms, _ = self._choose(group, lambda pattern: pattern.squared_norm)

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -87,27 +88,25 @@ class Layout:
             for (group, slots), state in zip(self.owner, states, strict=True):
                 for slot, block in zip(slots, state[part], strict=True):
                     blocks[slot][group] = block
-            arrays[part] = {slot: self._stack_slot(by_group) for slot, by_group in blocks.items()}
+            arrays[part] = {
+                slot: jax.tree.map(
+                    functools.partial(self._concatenate, list(by_group)), *by_group.values()
+                )
+                for slot, by_group in blocks.items()
+            }
         return ShardedState(self, arrays)
 
-    def _stack_slot(self, blocks: dict[int, Any]) -> Any:
-        groups = list(blocks)
-        return jax.tree.map(
-            lambda *leaves: self._concatenate(dict(zip(groups, leaves, strict=True))),
-            *blocks.values(),
-        )
-
-    def _concatenate(self, arrays: dict[int, jax.Array]) -> jax.Array:
+    def _concatenate(self, groups: Sequence[int], *given: jax.Array) -> jax.Array:
         """Joins the arrays of the device groups that have one; the others get zeros."""
-        example = next(iter(arrays.values()))
-        shape = example.shape or (1,)
+        arrays = dict(zip(groups, given, strict=True))
+        shape, dtype = given[0].shape or (1,), given[0].dtype
         pieces = []
         for group, devices in enumerate(self.mesh.devices):
             if group in arrays:
                 shards = {shard.device: shard.data for shard in arrays[group].addressable_shards}
                 pieces += [shards[device].reshape(shape) for device in devices]
             else:
-                zeros = np.zeros(shape, example.dtype)
+                zeros = np.zeros(shape, dtype)
                 pieces += [jax.device_put(zeros, device, may_alias=False) for device in devices]
         return jax.make_array_from_single_device_arrays(
             (len(self.device_groups) * shape[0], *shape[1:]), self.sharding, pieces
@@ -134,27 +133,13 @@ class Layout:
         }
 
 
-@jax.tree_util.register_pytree_node_class
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
 class ShardedState(Sequence):
-    """States of all stages in stacked arrays; as a sequence, stage by stage, on demand.
+    """States of all stages in stacked arrays; as a sequence, stage by stage, on demand."""
 
-    Attributes:
-        layout: where each block's state lies.
-        arrays: the stacked arrays.
-    """
-
-    def __init__(self, layout: Layout, arrays: Arrays):
-        self.layout = layout
-        self.arrays = arrays
-
-    def tree_flatten(self) -> tuple[tuple, Layout]:
-        """Children and static part, for JAX."""
-        return (self.arrays,), self.layout
-
-    @classmethod
-    def tree_unflatten(cls, layout: Layout, children: tuple) -> "ShardedState":
-        """Inverse of `tree_flatten`."""
-        return cls(layout, *children)
+    layout: Layout = dataclasses.field(metadata={"static": True})
+    arrays: Arrays
 
     def __len__(self) -> int:
         return len(self.layout.stages)
