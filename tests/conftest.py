@@ -16,20 +16,19 @@ FLAGS = [
 if version("jaxlib").startswith("0.10."):  # later ones abort on the unknown flag
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
-# Without costly optimisations compilation takes half of what is left; set it to 0 for those.
+# Without costly optimisations compilation takes half of what is left; 0 compiles all as users do.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPOSITORY / ".cache" / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 gc.set_threshold(100_000, 20, 100)  # tracing makes many small objects: a sixth of the time was this
 
 import jax  # noqa: E402
-import nets  # noqa: E402
 import pytest  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _compiled_functions_stay_in_their_file():
-    """Some files compile without optimisations, and JAX would hand their functions on."""
+    """Else all of them would lie in memory."""
     yield
     jax.clear_caches()
 
@@ -42,17 +41,19 @@ def x64():
 
 
 @pytest.fixture(scope="module")
-def quick_compile():
-    """Compilation without costly optimisations, for a whole file."""
-    with nets.quick_compile():
+def module_x64():
+    """Double precision for a whole file."""
+    with jax.enable_x64(True):
         yield
 
 
 @pytest.fixture(scope="module")
-def quick_compile_x64(quick_compile):
-    """Double precision as well."""
-    with jax.enable_x64(True):
-        yield
+def optimized():
+    """Compilation as users have it, for a whole file."""
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture

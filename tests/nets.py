@@ -1,7 +1,5 @@
 """Tiny nets, batches and methods that the tests of the engine share."""
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -182,17 +180,6 @@ def assert_clear(kind: Any, words: tuple[str, ...], call: Any) -> None:
     assert len(message) < 250
     for word in words:
         assert word in message, message
-
-
-@contextlib.contextmanager
-def quick_compile() -> Iterator[None]:
-    """Compiles without costly optimisations: half the time, where many nets are compared."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", before)
 
 
 def logits_model() -> jd.Model:

@@ -9,6 +9,8 @@ import pytest
 
 import jdecouple as jd
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 METHODS = (ROOT / "docs" / "methods.md").read_text()

@@ -16,8 +16,6 @@ from jax.sharding import Mesh
 
 import jdecouple as jd
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 METHODS = nets.METHODS
 DATA = nets.batches()
 

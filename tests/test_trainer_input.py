@@ -306,5 +306,5 @@ def test_evaluation_refuses_bad_data(data, words):
 
 @pytest.mark.parametrize("parts", [1, 2])
 def test_one_process_takes_in_the_whole_batch(parts):
-    """What each of several takes in, tests/test_hosts.py sees in their results."""
+    """What each of several takes in, tests/train/test_hosts.py sees in their results."""
     np.testing.assert_array_equal(trainer_of("bp").local_indices(16, parts), np.arange(16))
