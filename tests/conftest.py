@@ -50,7 +50,7 @@ def module_x64():
 @pytest.fixture(scope="module")
 def optimized():
     """Compilation as users have it, for a whole file."""
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from orbax.checkpoint.multihost import get_barrier_sync_fn
 
 _COMPILE_SECONDS = 3600
 
@@ -83,6 +84,8 @@ def gather(values: Mapping[str, float], names: Sequence[str]) -> dict[str, float
     if jax.process_count() == 1:
         all_values, held = own[None], present[None]
     else:
+        # All have received their carries before a collective takes the threads that send them.
+        get_barrier_sync_fn()(key="jdecouple_gather", timeout_ms=1000 * _COMPILE_SECONDS)
         all_values, held = multihost_utils.process_allgather((own, present))
     first = held.argmax(axis=0)
     return {
