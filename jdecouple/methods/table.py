@@ -24,7 +24,7 @@ class Method:
     """A published way of training: what each block minimises, and how error reaches it.
 
     Attributes:
-        name: its spec in the table.
+        name: what the table calls it.
         objective: what each block minimises.
         route: how error reaches a block.
         init: initial weights of the heads, "flax" or "torch".
