@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import my_method
 import numpy as np
 import pytest
 import runs
@@ -142,11 +141,6 @@ class TestTrainPy:
 
 
 class TestLibrary:
-    def test_a_method_trains(self):
-        accuracy = my_method.train(60)
-        assert accuracy["exit_0/accuracy"] > 0.8
-        assert accuracy["exit_2/accuracy"] > 0.4
-
     def test_a_method_with_a_route_of_its_own(self):
         class Halved(jd.routes.Synchronous):
             """Trains the first stage alone."""
@@ -180,7 +174,7 @@ class TestLibrary:
     @pytest.mark.parametrize(
         ("register", "name"),
         [
-            (lambda name: jd.methods.register(name, my_method.Hinge, jd.routes.Local), "bp"),
+            (lambda name: jd.methods.register(name, jd.objectives.Exits, jd.routes.Local), "bp"),
             (lambda name: jd.models.register(name, jd.models.mlp), "vit"),
             (lambda name: jd.data.register(name, lambda: None), "digits"),
             (lambda name: jd.data.register(name, lambda: None), "csv:"),
@@ -202,16 +196,16 @@ class TestLibrary:
                 "must be a dataclass",
             ),
             (
-                lambda: jd.methods.register("x", my_method.Hinge, "local"),
+                lambda: jd.methods.register("x", jd.objectives.Exits, "local"),
                 TypeError,
                 "the route of method 'x' must be a Route class, got 'local'",
             ),
             (
                 lambda: jd.methods.register(
-                    "x", my_method.Hinge, jd.routes.Local, options={"margin": 1}
+                    "x", jd.objectives.Exits, jd.routes.Local, options={"weights": 1}
                 ),
                 ValueError,
-                "method 'x' has two arguments called 'margin'",
+                "method 'x' has two arguments called 'weights'",
             ),
             (lambda: jd.models.register("x", 3), TypeError, "is 3: a function is needed"),
             (
