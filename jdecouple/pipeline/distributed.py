@@ -84,7 +84,7 @@ def gather(values: Mapping[str, float], names: Sequence[str]) -> dict[str, float
     if jax.process_count() == 1:
         all_values, held = own[None], present[None]
     else:
-        # All have received their carries before a collective takes the threads that send them.
+        # All have received their carries first: evaluations hung now and then without this.
         get_barrier_sync_fn()(key="jdecouple_gather", timeout_ms=1000 * _COMPILE_SECONDS)
         all_values, held = multihost_utils.process_allgather((own, present))
     first = held.argmax(axis=0)
