@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from orbax.checkpoint.multihost import get_barrier_sync_fn
 
 _COMPILE_SECONDS = 3600
 
@@ -84,6 +83,8 @@ def gather(values: Mapping[str, float], names: Sequence[str]) -> dict[str, float
     if jax.process_count() == 1:
         all_values, held = own[None], present[None]
     else:
+        from orbax.checkpoint.multihost import get_barrier_sync_fn  # a tenth of the start-up
+
         # All have received their carries first: evaluations hung now and then without this.
         get_barrier_sync_fn()(key="jdecouple_gather", timeout_ms=1000 * _COMPILE_SECONDS)
         all_values, held = multihost_utils.process_allgather((own, present))
