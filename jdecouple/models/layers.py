@@ -21,9 +21,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.nnx.nn.dtypes import promote_dtype
 
 from jdecouple._errors import require_number, require_one_of
+from jdecouple.models import rows
 
 INITS = ("flax", "torch", "he")
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -49,6 +49,35 @@ def _initializers(init: str, fan_in: int, he_fan: int) -> dict[str, Any]:
     return {"kernel_init": uniform(fan_in), "bias_init": uniform(fan_in)}
 
 
+class Linear(nnx.Linear):
+    """Dense layer over the last axis, whose products and sums are over flat rows.
+
+    On `[batch, length, features]` XLA's CPU backend would copy both operands of a gradient.
+    """
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., in_features] -> [..., out_features]`."""
+        y = x.reshape(-1, x.shape[-1]) @ self.kernel[...]
+        return _add_bias(y, self.bias).reshape(*x.shape[:-1], -1)
+
+
+class Conv(nnx.Conv):
+    """Convolution over NHWC, whose bias has a sum over rows as its gradient."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[batch, height, width, in_features] -> [batch, height, width, out_features]`."""
+        x, kernel = self.promote_dtype((x, self.kernel[...]))
+        strides, padding = (self.strides,) * 2, [(self.padding,) * 2] * 2
+        y = jax.lax.conv_general_dilated(
+            x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return _add_bias(y, self.bias)
+
+
+def _add_bias(y: jax.Array, bias: nnx.Param | None) -> jax.Array:
+    return y if bias is None else y + rows.broadcast_rows(bias[...], y.shape)
+
+
 def linear(
     in_features: int,
     out_features: int,
@@ -57,9 +86,9 @@ def linear(
     init: str = "flax",
     param_dtype: Any = jnp.float32,
     rngs: nnx.Rngs,
-) -> nnx.Linear:
+) -> Linear:
     """Dense layer `[..., in_features] -> [..., out_features]`."""
-    return nnx.Linear(
+    return Linear(
         in_features,
         out_features,
         use_bias=use_bias,
@@ -79,14 +108,14 @@ def conv(
     init: str = "flax",
     param_dtype: Any = jnp.float32,
     rngs: nnx.Rngs,
-) -> nnx.Conv:
+) -> Conv:
     """Convolution with a kernel of odd `size`, zero-padded by `size // 2` on all sides, over NHWC.
 
     Of n pixels a side it leaves ceil(n / strides). "SAME" padding would do so too, but at stride 2
     and even n it would pad the far side alone, off the papers' alignment by one pixel.
     """
     pixels = size * size
-    return nnx.Conv(
+    return Conv(
         in_features,
         out_features,
         (size, size),
@@ -102,41 +131,40 @@ def conv(
 class BatchNorm(nnx.BatchNorm):
     """Batch normalisation over all axes but the last, momentum 0.9, epsilon 1e-5.
 
-    It differs from flax's in three points:
+    It differs from flax's in these points:
 
     - The output has the dtype that input and parameters promote to. Flax's is at least that of its
       statistics, which would turn bfloat16 activations into float32.
     - The statistics are float64 where the parameters are, float32 otherwise.
     - The scale multiplies what is already normalised, so that a backward with kept activations may
       use another scale than the forward did (`current_weights` of the delayed route).
+    - Its gradient is written out, see `jdecouple.models.rows.batch_norm`.
     """
 
     def __init__(self, num_features: int, *, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
         super().__init__(
-            num_features,
-            momentum=0.9,
-            epsilon=1e-5,
-            param_dtype=param_dtype,
-            promote_dtype=_normalize_only,
-            rngs=rngs,
+            num_features, momentum=0.9, epsilon=1e-5, param_dtype=param_dtype, rngs=rngs
         )
         for statistic in (self.mean, self.var):
             dtype = jnp.promote_types(param_dtype, jnp.float32)
             statistic.set_value(statistic.get_value().astype(dtype))
 
-    def __call__(self, x, use_running_average: bool | None = None, *, mask=None) -> jax.Array:
+    def __call__(self, x: jax.Array, use_running_average: bool | None = None) -> jax.Array:
         """Normalises `x` of shape `[batch, ..., num_features]`."""
         assert self.scale is not None
         assert self.bias is not None
-        y = super().__call__(x, use_running_average, mask=mask)
-        y = y * self.scale[...] + self.bias[...]
-        return y.astype(jnp.result_type(x, self.scale[...]))
-
-
-def _normalize_only(operands: Any, /, *, dtype: Any = None, inexact: bool = True) -> Any:
-    """Promotes input and statistics, and keeps scale and bias from flax's own formula."""
-    x, mean, var, _, _ = operands
-    return *promote_dtype((x, mean, var), dtype=dtype, inexact=inexact), None, None
+        scale, bias = self.scale[...], self.bias[...]
+        if use_running_average is None:
+            use_running_average = self.use_running_average
+        if use_running_average:
+            factor = scale * jax.lax.rsqrt(self.var[...] + self.epsilon)
+            y = x * factor + (bias - self.mean[...] * factor)
+            return y.astype(jnp.result_type(x, scale))
+        y, *batch = rows.batch_norm(x, scale, bias, self.epsilon)
+        for running, now in zip((self.mean, self.var), batch, strict=True):
+            moved = self.momentum * running[...] + (1 - self.momentum) * now
+            running.set_value(moved)
+        return y
 
 
 def conv_norm(
@@ -147,7 +175,7 @@ def conv_norm(
     param_dtype: Any = jnp.float32,
     rngs: nnx.Rngs,
     **options: Any,
-) -> tuple[nnx.Conv, BatchNorm]:
+) -> tuple[Conv, BatchNorm]:
     """Convolution and the BatchNorm behind it; the arguments are those of `conv`."""
     shared = {"param_dtype": param_dtype, "rngs": rngs}
     convolution = conv(in_features, out_features, size, **options, **shared)
@@ -181,6 +209,7 @@ class LayerNorm(nnx.Module):
             y = centred / (jnp.where(varies, jnp.sqrt(jnp.where(varies, variance, 1)), 0) + 1e-6)
         else:
             y = centred * jax.lax.rsqrt(squares.mean(-1, keepdims=True) + 1e-5)
+        scale, bias = (rows.broadcast_rows(vector, y.shape) for vector in (scale, bias))
         return (y * scale + bias).astype(jnp.result_type(x, scale))
 
 
@@ -195,15 +224,45 @@ class Flatten(nnx.Module):
 class MaxPool(nnx.Module):
     """2x2 maximum pooling of stride 2 over NHWC; an odd last row or column is dropped.
 
-    Maxima of strided slices give the same values as `nnx.max_pool`, whose gradient (a select and
-    scatter) XLA runs several times slower on CPUs. Where two maxima tie, the gradient is shared.
+    Its values and gradient are those of `nnx.max_pool`, whose gradient (a select and scatter) XLA
+    runs many times slower on CPUs. Where maxima tie, the gradient goes to the first, row by row.
     """
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[batch, height, width, channels] -> [batch, height // 2, width // 2, channels]`."""
-        x = x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2]
-        rows = jnp.maximum(x[:, ::2], x[:, 1::2])
-        return jnp.maximum(rows[:, :, ::2], rows[:, :, 1::2])
+        return max_pool(x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2])
+
+
+@jax.custom_vjp
+def max_pool(x: jax.Array) -> jax.Array:
+    """Maxima of `x` `[batch, 2 n, 2 m, channels]` over 2 x 2 pixels.
+
+    What is kept for the gradient is which pixel was the largest, in one byte.
+    """
+    return functools.reduce(jnp.maximum, _corners(x))
+
+
+def _corners(x: jax.Array) -> list[jax.Array]:
+    return [x[:, row::2, column::2] for row in (0, 1) for column in (0, 1)]
+
+
+def _max_pool_fwd(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    largest, *others = _corners(x)
+    first = jnp.zeros(largest.shape, jnp.uint8)
+    for number, corner in enumerate(others, start=1):
+        first = jnp.where(corner > largest, jnp.uint8(number), first)
+        largest = jnp.maximum(largest, corner)
+    return largest, first
+
+
+def _max_pool_bwd(first: jax.Array, cotangent: jax.Array) -> tuple[jax.Array]:
+    pixels = [jnp.where(first == number, cotangent, 0) for number in range(4)]
+    lines = [jnp.stack(pixels[row : row + 2], 3) for row in (0, 2)]
+    batch, height, width, channels = cotangent.shape
+    return (jnp.stack(lines, 2).reshape(batch, 2 * height, 2 * width, channels),)
+
+
+max_pool.defvjp(_max_pool_fwd, _max_pool_bwd)
 
 
 class GlobalAveragePool(nnx.Module):

@@ -21,7 +21,7 @@ from jdecouple.methods.objectives.base import (
 from jdecouple.methods.objectives.cross_entropy import cross_entropy
 from jdecouple.methods.objectives.maps import pool_maps, pooled_info
 from jdecouple.methods.objectives.similarity_matching import similarity_matching
-from jdecouple.models import layers
+from jdecouple.models import layers, rows
 
 
 def information_regularization(
@@ -59,8 +59,9 @@ def information_regularization(
     z = at_least_float32(z)
     if normalize:
         z = normalized_rows(z, floor=1e-12)
-    centred = z - jnp.mean(z, axis=0)
-    deviation = jnp.sqrt(jnp.var(z, axis=0, ddof=1) + 1e-7)
+    centred = z - rows.mean_rows(z)
+    variance = rows.sum_rows(jnp.square(centred)) / (z.shape[0] - 1)
+    deviation = jnp.sqrt(variance + 1e-7)
     return {
         "variance": jnp.mean(jax.nn.relu(1 - deviation)) / z.shape[0],
         "invariance": similarity_matching(z, labels, num_classes),

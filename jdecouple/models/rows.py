@@ -1,0 +1,109 @@
+"""Sums over leading axes, and operations whose gradients are such sums.
+
+XLA's CPU backend takes a reduction over the leading axes of an array one column at a time; as a
+product with a row of ones it is many times as fast. On other devices they are plain sums.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.custom_vjp
+def sum_rows(x: jax.Array) -> jax.Array:
+    """Sum of `x` `[..., features]` over all axes but the last, at least in float32.
+
+    >>> sum_rows(jnp.ones((2, 3, 4)))
+    Array([6., 6., 6., 6.], dtype=float32)
+    """
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    rows = x.reshape(-1, x.shape[-1]).astype(dtype)
+    return jax.lax.platform_dependent(rows, cpu=_product, default=_sum)
+
+
+def _product(rows: jax.Array) -> jax.Array:
+    return (jnp.ones((1, rows.shape[0]), rows.dtype) @ rows)[0]
+
+
+def _sum(rows: jax.Array) -> jax.Array:
+    return rows.sum(0)
+
+
+def _sum_rows_fwd(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return sum_rows(x), jnp.zeros((*x.shape[:-1], 0), x.dtype)
+
+
+def _sum_rows_bwd(like: jax.Array, cotangent: jax.Array) -> tuple[jax.Array]:
+    shape = (*like.shape[:-1], cotangent.shape[-1])
+    return (broadcast_rows(cotangent.astype(like.dtype), shape),)
+
+
+sum_rows.defvjp(_sum_rows_fwd, _sum_rows_bwd)
+
+
+def mean_rows(x: jax.Array) -> jax.Array:
+    """Mean of `x` `[..., features]` over all axes but the last, at least in float32."""
+    return sum_rows(x) / (x.size // x.shape[-1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def broadcast_rows(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """`x` `[features]` for every row of `shape`, `(..., features)`; the gradient is `sum_rows`."""
+    return jnp.broadcast_to(x, shape)
+
+
+def _broadcast_rows_fwd(x: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    return jnp.broadcast_to(x, shape), jnp.zeros(0, x.dtype)
+
+
+def _broadcast_rows_bwd(
+    shape: tuple[int, ...], like: jax.Array, cotangent: jax.Array
+) -> tuple[jax.Array]:
+    return (sum_rows(cotangent).astype(like.dtype),)
+
+
+broadcast_rows.defvjp(_broadcast_rows_fwd, _broadcast_rows_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def batch_norm(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Normalises `x` `[..., features]` over all axes but the last, by its own statistics.
+
+    The forward is one affine pass over `x` behind two sums, and so is the backward; between them
+    `x` alone is kept, beside vectors. The backward takes its `scale` from the residuals as it is,
+    so that it may be another than that of the forward (`current_weights` of the delayed route).
+
+    Returns:
+        The output in the dtype that `x` and `scale` promote to; mean and biased variance
+        `[features]`, at least in float32, through which no gradient goes.
+    """
+    return _batch_norm_fwd(x, scale, bias, epsilon)[0]
+
+
+def _batch_norm_fwd(x, scale, bias, epsilon):  # type: ignore[no-untyped-def]
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    wide = x.astype(dtype)
+    mean = mean_rows(wide)
+    variance = jnp.maximum(mean_rows(wide * wide) - mean * mean, 0)
+    root = jax.lax.rsqrt(variance + epsilon)
+    factor = scale * root
+    y = (wide * factor + (bias - mean * factor)).astype(jnp.result_type(x, scale))
+    return (y, mean, variance), (x, mean, root, scale)
+
+
+def _batch_norm_bwd(epsilon, residuals, cotangents):  # type: ignore[no-untyped-def]
+    x, mean, root, scale = residuals
+    cotangent = cotangents[0].astype(mean.dtype)
+    centred = x.astype(mean.dtype) - mean
+    grad_bias = sum_rows(cotangent)
+    grad_scale = sum_rows(cotangent * centred) * root
+    count = x.size // x.shape[-1]
+    inner = cotangent - grad_bias / count - centred * (root * grad_scale / count)
+    grad_x = (scale * root) * inner
+    return grad_x.astype(x.dtype), grad_scale.astype(scale.dtype), grad_bias.astype(scale.dtype)
+
+
+batch_norm.defvjp(_batch_norm_fwd, _batch_norm_bwd)
