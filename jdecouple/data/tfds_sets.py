@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ _PREPARE = (
     ".download_and_prepare()"
 )
 _PREPARE_NEEDS = ("tensorflow", "importlib_resources")
+_FILES_AT_ONCE = 16
 
 
 def prepared(
@@ -81,7 +83,8 @@ def keys(builder: Any, kind: str) -> list[str]:
 def records(name: str, builder: Any) -> dict[str, Records]:
     """Opens those of the splits `train`, `validation` and `test` that a prepared set has.
 
-    Raises ValueError where a split is empty, or its files are missing or cannot be read.
+    Raises ValueError where a split is empty, or its files are missing, cannot be read, or hold
+    another number of examples than the set's metadata says.
     """
     opened = {}
     for split in ("train", "validation", "test"):
@@ -95,10 +98,27 @@ def records(name: str, builder: Any) -> dict[str, Records]:
         if missing:
             raise ValueError(f"{label} lacks the file '{missing[0]}'")
         try:
+            with ThreadPoolExecutor(_FILES_AT_ONCE) as threads:
+                counts = list(threads.map(_count, info.filepaths))
             opened[split] = builder.as_data_source(split)
         except Exception as error:
             raise ValueError(f"{label} cannot be read ({first_line(error)})") from error
+        for path, count, wanted in zip(info.filepaths, counts, info.shard_lengths, strict=True):
+            if count != wanted:
+                raise ValueError(
+                    f"{label}: '{path}' holds {count} examples, but dataset_info.json says {wanted}"
+                )
     return opened
+
+
+def _count(path: str | os.PathLike[str]) -> int:
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    reader = ArrayRecordReader(os.fspath(path), options="readahead_buffer_size:0")
+    try:
+        return int(reader.num_records())
+    finally:
+        reader.close()
 
 
 def _builder(name: str, folder: Path | None) -> Any:

@@ -1,4 +1,5 @@
 import importlib.util
+import json
 import subprocess
 import sys
 import threading
@@ -226,6 +227,24 @@ class TestUnreadableSets:
         shard = next(tmp_path.rglob("*-train.array_record*"))
         shard.write_bytes(shard.read_bytes()[:2000])
         self.refused("split 'train'.*cannot be read", "tiny", data_dir=tmp_path)
+
+    @pytest.mark.parametrize("lengths", [[39], [41]])
+    def test_metadata_of_other_files(self, tmp_path, lengths):
+        tiny_set(tmp_path)
+        (info,) = tmp_path.rglob("dataset_info.json")
+        written = json.loads(info.read_text())
+        written["splits"][0]["shardLengths"] = lengths
+        info.write_text(json.dumps(written))
+        said = f"split 'train'.*holds 40 examples, but dataset_info.json says {lengths[0]}"
+        self.refused(said, "tiny", data_dir=tmp_path)
+
+    def test_files_of_two_splits_changed_about(self, tmp_path):
+        tiny_set(tmp_path)
+        train, test = (next(tmp_path.rglob(f"*-{split}.array*")) for split in ("train", "test"))
+        whole = train.read_bytes(), test.read_bytes()
+        train.write_bytes(whole[1])
+        test.write_bytes(whole[0])
+        self.refused("split 'train'.*holds 12 examples, .* says 40", "tiny", data_dir=tmp_path)
 
 
 class TestRealSets:
