@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import logging
 import subprocess
 import sys
 import threading
@@ -106,6 +107,14 @@ class TestPreparedSets:
         second = test.gather(np.array([3, 1, 3]))
         np.testing.assert_array_equal(first["x"], second["x"])
         assert sorted(reads) == ([1, 3] if cache_bytes else [1, 1, 3, 3, 3, 3])
+
+    def test_nothing_is_said_of_opencv(self, tmp_path, caplog):
+        tiny_set(tmp_path)
+        everything(data.load("tiny", data_dir=tmp_path).test)
+        advice = "OpenCV is not installed. We recommend using OpenCV"  # as TFDS says it, once
+        logging.getLogger("absl").warning(advice)
+        logging.getLogger("absl").warning("something else")
+        assert [record.getMessage() for record in caplog.records] == ["something else"]
 
     def test_threads_read_the_same_rows(self, tmp_path):
         arrays = tiny_set(tmp_path, sizes={"train": 300, "test": 4})
@@ -295,3 +304,4 @@ print(sorted(name for name in sys.modules if name.split(".")[0] == "tensorflow")
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
+    assert "OpenCV" not in done.stderr
