@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jdecouple._errors import require_int
@@ -23,6 +23,7 @@ _LOADERS: dict[str, Callable[..., Dataset]] = {
     "parquet:": sources.table,
 }
 _BUILT_IN = frozenset(_LOADERS)
+_COLUMNS = ("label_column", "text_columns")
 _LEAST = {"seed": 0, "image_size": 1, "max_length": 1, "vocabulary_size": 3}
 
 
@@ -90,6 +91,8 @@ def load(
     max_length: int | None = None,
     vocabulary_size: int | None = None,
     glove: str | os.PathLike[str] | None = None,
+    label_column: str | None = None,
+    text_columns: Sequence[str] | None = None,
 ) -> Dataset:
     """Loads a data set with its fixed training, validation and test splits.
 
@@ -131,6 +134,9 @@ def load(
         vocabulary_size: most words that are told apart, padding and the unknown word included;
             30,000 if None.
         glove: text file of word vectors, see `vocabulary.word_vectors`.
+        label_column: name of the column of labels of CSV and Parquet files; None is the one called
+            `label`, `class`, `target` or the like.
+        text_columns: names of their columns of texts; None is all others.
 
     Raises:
         ValueError: a bad argument, or a set that is unknown, not prepared, empty or without
@@ -150,7 +156,7 @@ def load(
     dataset = loader(**{key: value for key, value in options.items() if key in taken})
     if not isinstance(dataset, Dataset):
         raise TypeError(f"the loader of data set {name!r} returns {dataset!r}: a Dataset is needed")
-    for key in ("validation", "image_size", "max_length", "vocabulary_size", "glove"):
+    for key in ("validation", "image_size", "max_length", "vocabulary_size", "glove", *_COLUMNS):
         if options[key] is not None and key not in taken:
             raise ValueError(
                 f"{key} is {options[key]!r}: data set {name!r} holds {dataset.kind} and takes "

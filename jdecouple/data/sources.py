@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -125,10 +125,12 @@ def table(
     max_length: int | None,
     vocabulary_size: int | None,
     glove: Any,
+    label_column: str | None,
+    text_columns: Sequence[str] | None,
 ) -> Dataset:
     """Labelled texts in CSV or Parquet files."""
     options: dict[str, Any] = {"max_length": max_length, "vocabulary_size": vocabulary_size}
-    stored, num_classes = tables.splits(name, data_dir)
+    stored, num_classes = tables.splits(name, data_dir, label_column, text_columns)
     return text_dataset(
         name, stored, num_classes, validation=validation, seed=seed, glove=glove, **options
     )

@@ -69,6 +69,8 @@ def default() -> ConfigDict:
                 "max_length": placeholder(int),  # words kept of a text; None: the last bucket, 256
                 "vocabulary_size": placeholder(int),  # None: 30000
                 "glove": placeholder(str),  # text file of word vectors
+                "label_column": placeholder(str),  # of CSV and Parquet files; None: by its name
+                "text_columns": placeholder(tuple),  # None: all others
                 "buckets": placeholder(tuple),  # lengths that batches of texts are padded to
             },
             "optimizer": {
