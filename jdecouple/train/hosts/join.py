@@ -67,9 +67,10 @@ def join(spec: ProcessSpec, *, patience: float = PATIENCE) -> MultiProcess:
 
 def _welcome(links: dict[int, Link], names: list[str]) -> _Json:
     """What process 0 tells all that have come, each under which address the others reach it."""
-    index = 0
+    index, ends = 0, {}
     try:
-        ends = {index: link.addresses for index, link in links.items()}
+        for index, link in links.items():
+            ends[index] = link.addresses
         own = [near for near, _ in ends.values()]
         here = next((address for address in own if not _is_loopback(address)), own[0])
         shared = {"port": _free_port(), "names": names}
@@ -151,20 +152,21 @@ def _find_first(spec: ProcessSpec, hello: _Json, token: bytes, end: float) -> tu
             introduce(connection, token, hello)
             connection.settimeout(max(0.001, end - time.monotonic()))
             link = Link(connection)
-            answer = link.receive()
+            match link.receive():
+                case Message("refused", str(reason)):
+                    raise ValueError(reason)
+                case Message(
+                    "welcome", {"port": int(), "names": [*_], "address": str()} as welcome
+                ):
+                    connection.settimeout(None)
+                    return link, welcome
+            problem = "its answer is none of this program"
         except OtherTokenError as error:
             problem = error
             break
         except OSError as error:
             problem = error.strerror or error
-            time.sleep(0.1)
-            continue
-        match answer:
-            case Message("refused", str(reason)):
-                raise ValueError(reason)
-            case Message("welcome", {"port": int(), "names": [*_], "address": str()}):
-                connection.settimeout(None)
-                return link, answer.value
+        time.sleep(0.1)
     raise ValueError(f"process 0 was not found at {spec.coordinator}: {problem}")
 
 
