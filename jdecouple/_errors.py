@@ -9,12 +9,17 @@ from typing import Any
 def first_line(error: object) -> str:
     r"""First line of what an error says, or its type where it says nothing.
 
+    What a terminal would not show, or would obey, is written as an escape.
+
     >>> first_line(ValueError("no such file\nand more"))
     'no such file'
     >>> first_line(KeyboardInterrupt())
     'KeyboardInterrupt'
+    >>> print(first_line("\x1b[32mwell"))
+    \x1b[32mwell
     """
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 def require_type(wanted: type, /, **values: Any) -> None:

@@ -25,7 +25,8 @@ _HOSTS = """Several processes (docs/multi-host.md); SLURM and Open MPI need no f
   --coordinator HOST:PORT   where process 0 waits for the others
   --num_processes N         processes in the run
   --process_index I         number of this one, from 0
-  --transport_address HOST  where the others reach this one; by default as process 0 sees it"""
+  --transport_address HOST  where the others reach this one; by default as process 0 sees it
+On machines without one home, all need the same secret in JDECOUPLE_TOKEN."""
 _KEY = r"--?(?:no)?config\.([^=]*)"
 _EXPECTED = (ConfigError, loop.NonFiniteError, KeyboardInterrupt)
 

@@ -5,8 +5,8 @@ One run that ends as it should and one that is refused are fast; the others are 
 
 import atexit
 import functools
+import os
 import signal
-import socket
 import tempfile
 import time
 from pathlib import Path
@@ -35,9 +35,7 @@ def start_each(
     folder: Path, own: list[dict[str, Any]], devices: int = 1, **values
 ) -> list[runs.Run]:
     """Processes with values of their own; each is given a folder, the first alone uses it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = runs.free_port()
     return server().start_together(
         [
             [
@@ -219,6 +217,31 @@ class TestSignals:
         assert f"stopped at step {stopped} of {TOTAL}: the same command continues" in first.stdout
         train(folder, 2, **DEINFOREG)
         assert_same_run(folder, whole(**DEINFOREG))
+
+
+def listening(pid: int) -> list[str]:
+    """Addresses at which a process listens, in hexadecimal as Linux has them."""
+    own = {os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir()}
+    rows = [
+        row.split()
+        for table in ("tcp", "tcp6")
+        for row in Path(f"/proc/net/{table}").read_text().splitlines()[1:]
+    ]
+    return [
+        row[1].partition(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in own
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="Linux tells who listens")
+def test_nothing_listens_but_on_loopback(tmp_path):
+    processes = start(tmp_path / "run", 2, **DEINFOREG, epochs=1000)
+    runs.wait_for(reached(2, tmp_path / "run"), processes[0])
+    found = [listening(process.pid) for process in processes]
+    processes[0].signal(signal.SIGTERM)
+    end(processes)
+    assert all(found)
+    assert {address[-8:] for each in found for address in each} == {"0100007F"}
 
 
 class TestRefused:
