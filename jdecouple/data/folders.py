@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
 
-from jdecouple._errors import first_line
+from jdecouple.data import images
 from jdecouple.data.splits import (
     CACHE_BYTES,
     DecodedSource,
     held_out,
-    resize_image,
     stratified_order,
 )
 
@@ -23,10 +21,6 @@ PREFIX = "folder:"
 EXTENSIONS = ("png", "jpg", "jpeg", "bmp", "gif", "webp", "tif", "tiff", "ppm", "pgm")
 TEST_SHARE = 0.2  # of a folder that has no test images of its own
 _VALIDATION = ("val", "validation")
-_GREY = ("1", "L", "LA", "La", "I;16", "I;16B", "I;16L")
-_TRANSPARENT = ("RGBA", "RGBa", "LA", "La", "PA")
-_TOO_DEEP = ("I", "F")  # 32 bits, of which no range is known
-_ORIENTATION, _SIDEWAYS = ExifTags.Base.Orientation, (5, 6, 7, 8)
 _SPLITS = ("train", "test", *_VALIDATION)
 
 Files = list[tuple[str, int]]  # path and label of every image
@@ -101,10 +95,9 @@ class _Images:
 
     def __getitem__(self, index: int, /) -> dict[str, Any]:
         path, label = self._files[index]
-        image = _decode(path, self._shape[-1])
-        if self._resize:
-            image = resize_image(image, self._shape)
-        elif image.shape != self._shape:
+        height, width, channels = self._shape
+        image = images.decode(path, channels, (height, width) if self._resize else None)
+        if image.shape != self._shape:
             raise ValueError(_other_size(path, image.shape, self._shape))
         return {"image": image, "label": label}
 
@@ -224,46 +217,20 @@ def _mixed(files: Files) -> Files:
 
 def _image_shape(paths: Sequence[str], image_size: int | None) -> tuple[int, int, int]:
     """Reads what the heads of files say of their size and colours."""
-    shape, grey = None, True
+    shape, is_grey = None, True
     for path in paths:
-        try:
-            with Image.open(path) as picture:
-                width, height = picture.size
-                # Other formats would decode the pixels to find their EXIF data.
-                if picture.format == "JPEG" and picture.getexif().get(_ORIENTATION, 1) in _SIDEWAYS:
-                    width, height = height, width
-                grey = grey and picture.mode in _GREY
-        except Exception as error:  # whatever Pillow makes of a broken file
-            raise ValueError(f"'{path}' cannot be read ({first_line(error)})") from error
+        height, width, grey = images.head(path)
+        is_grey = is_grey and grey
         shape = shape or (height, width)
         if image_size is None and shape != (height, width):
             raise ValueError(_other_size(path, (height, width), shape))
     assert shape is not None
     height, width = (image_size, image_size) if image_size else shape
-    return height, width, 1 if grey else 3
+    return height, width, 1 if is_grey else 3
 
 
 def _other_size(path: str, size: Sequence[int], others: Sequence[int]) -> str:
     return (
-        f"'{path}' is {size[1]} x {size[0]} pixels, others are {others[1]} x {others[0]}: "
+        f"{path!r} is {size[1]} x {size[0]} pixels, others are {others[1]} x {others[0]}: "
         "set data.image_size"
     )
-
-
-def _decode(path: str, channels: int) -> np.ndarray:
-    """An image as uint8 [h, w, channels]; channels is 1 or 3."""
-    try:
-        with Image.open(path) as opened:
-            picture = ImageOps.exif_transpose(opened)
-            if picture.mode in _TOO_DEEP:
-                raise ValueError(f"pixels have 32 bits (mode {picture.mode}): 8 or 16 are needed")
-            if picture.mode.startswith("I;16"):
-                picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-            if picture.mode in _TRANSPARENT or "transparency" in picture.info:
-                picture = picture.convert("RGBA")
-                white = Image.new("RGBA", picture.size, "white")
-                picture = Image.alpha_composite(white, picture)
-            pixels = np.asarray(picture.convert("L" if channels == 1 else "RGB"))
-    except Exception as error:  # whatever Pillow makes of a broken file
-        raise ValueError(f"'{path}': {first_line(error)}") from error
-    return pixels.reshape(*pixels.shape[:2], channels)
