@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 import os
 import stat
@@ -44,6 +45,12 @@ def head(path: str) -> Head:
         if width != height and _orientation(picture, path) in _SIDEWAYS:
             width, height = height, width
         return Head(height, width, picture.mode in _GREY)
+
+
+def check(encoded: bytes) -> None:
+    """Raises ValueError unless an encoded image is of one of `FORMATS` and in bounds."""
+    with _recognized(io.BytesIO(encoded)):
+        pass
 
 
 def decode(path: str, channels: int, size: tuple[int, int] | None = None) -> np.ndarray:

@@ -78,8 +78,10 @@ def keys(builder: Any, kind: str) -> list[str]:
     return [key for key, value in features(builder).items() if isinstance(value, feature_type)]
 
 
-def records(name: str, builder: Any) -> dict[str, Records]:
+def records(name: str, builder: Any, decoders: Any = None) -> dict[str, Records]:
     """Opens those of the splits `train`, `validation` and `test` that a prepared set has.
+
+    `decoders` are TFDS's, by the name of a feature.
 
     Raises ValueError where a split is empty, or its files are missing or cannot be read.
     """
@@ -95,7 +97,7 @@ def records(name: str, builder: Any) -> dict[str, Records]:
         if missing:
             raise ValueError(f"{label} lacks the file '{missing[0]}'")
         try:
-            opened[split] = builder.as_data_source(split)
+            opened[split] = builder.as_data_source(split, decoders=decoders)
         except Exception as error:
             raise ValueError(f"{label} cannot be read ({first_line(error)})") from error
     return opened

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image, ImageFile
 from test_data import assert_one_line
+from tfds_writer import png, write_image_set
 
 from jdecouple import data
 from jdecouple.data import images
@@ -154,6 +155,22 @@ class TestFormats:
     def test_a_name_of_two_lines(self, tmp_path):
         (tmp_path / "x\ny.png").write_bytes(b"no image")
         refused(tmp_path / "x\ny.png")
+
+    @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+    def test_images_in_prepared_sets(self, tmp_path, monkeypatch):
+        """They lie in records, which TFDS decodes by whatever Pillow knows."""
+        monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("started"))
+        good = png(np.zeros((8, 8, 1), np.uint8))
+        for name, bad, word in (
+            ("eps", EPS, "no image of the formats"),
+            ("bomb", grey_png(20_000, 5_000, rows=1), "it has 20000 x 5000"),
+        ):
+            splits = {"train": ([good] * 4, [0, 1] * 2), "test": ([good, bad], [0, 1])}
+            write_image_set(tmp_path, name, splits, num_classes=2, shape=(8, 8, 1))
+            test = data.load(name, data_dir=tmp_path, validation=0).test
+            with pytest.raises(ValueError, match=f"example 1 cannot be read .*{word}") as error:
+                test.gather(np.arange(2))
+            assert_one_line(error)
 
 
 @pytest.mark.timeout(60)
