@@ -44,10 +44,11 @@ def sources(
       split, as with TFDS sets;
     - or `CLASS/...`, of which a fixed stratified fifth is the test split.
 
-    Images may lie at any depth below their class. Hidden files and files that do not end in one of
-    `EXTENSIONS` are passed over. Images are turned as their EXIF data say; transparent ones are
-    laid on white; of 16 bits the upper 8 are used. They are brought to one channel if all are
-    greyscale, else to three; with `image_size` only one image of every class is asked for that.
+    Images may lie at any depth below their class, also in linked folders. Hidden files and files
+    that do not end in one of `EXTENSIONS` are passed over. Images are turned as their EXIF data
+    say; transparent ones are laid on white; of 16 bits the upper 8 are used. They are brought to
+    one channel if all are greyscale, else to three; with `image_size` only one image of every class
+    is asked for that.
 
     A relative PATH begins at `data_dir`, by default the current folder.
 
@@ -196,18 +197,37 @@ def _annotations(folder: Path) -> Path:
 
 def _subfolders(folder: Path) -> list[str]:
     with os.scandir(folder) as entries:
-        folders = [entry.name for entry in entries if entry.is_dir()]
+        # A link that leads to itself or nowhere is no folder.
+        folders = [entry.name for entry in entries if os.path.isdir(entry.path)]
     return sorted(name for name in folders if not name.startswith("."))
 
 
 def _images_below(folder: Path) -> list[str]:
-    paths = []
-    for path, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            if not name.startswith(".") and name.lower().rpartition(".")[2] in EXTENSIONS:
-                paths.append(os.path.join(path, name))
+    """Image files at any depth, also behind links.
+
+    No folder is read twice, and none that is above `folder`, wherever links lead.
+    """
+    here, above = (Path(os.path.realpath(path)) for path in (folder, folder.parent))
+    seen = {str(path) for path in (*here.parents, above, *above.parents)}
+    paths, tops = [], [str(folder)]
+    for top in tops:  # which grows: folders behind links come after those without one
+        for path, folders, names in os.walk(top, onerror=_raise):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            real_path = os.path.realpath(path)
+            if real_path in seen:
+                folders.clear()
+                continue
+            seen.add(real_path)
+            inner = [os.path.join(path, name) for name in folders]
+            tops += [link for link in inner if os.path.islink(link)]
+            for name in names:
+                if not name.startswith(".") and name.lower().rpartition(".")[2] in EXTENSIONS:
+                    paths.append(os.path.join(path, name))
     return sorted(paths)
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _mixed(files: Files) -> Files:
