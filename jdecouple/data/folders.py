@@ -165,10 +165,16 @@ def _labelled(folder: Path, classes: Sequence[str]) -> Files:
 def _annotated(folder: Path, classes: Sequence[str]) -> Files:
     listing, labels = _annotations(folder), {name: label for label, name in enumerate(classes)}
     files = []
-    for number, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = listing.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"'{listing}' is no text in UTF-8 ({error})") from error
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         file, name, *_ = [*line.split("\t"), ""]
+        if {"/", "\\"} & set(file) or file in ("", ".", ".."):
+            raise ValueError(f"'{listing}', line {number}: {file!r} is no name of a file alone")
         path, name = folder / "images" / file, name.strip()
         if name not in labels:
             raise ValueError(f"'{listing}', line {number}: {name!r} is no class of 'train'")

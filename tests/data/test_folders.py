@@ -350,6 +350,22 @@ class TestRefused:
         listing.write_text(f"{listing.read_text()}{line}\n")
         self.refused(tmp_path, f"'{listing}'", words)
 
+    @pytest.mark.parametrize("name", ["{outside}", "../../outside.png", "..", "", "a\\b.png"])
+    def test_list_that_leaves_its_folder(self, tmp_path, name):
+        write(tmp_path / "outside.png", mode="RGB")
+        listing = tiny_imagenet(tmp_path) / "val" / "val_annotations.txt"
+        name = name.format(outside=tmp_path / "outside.png")
+        listing.write_text(f"{listing.read_text()}{name}\tant\t0\n")
+        self.refused(tmp_path, f"'{listing}', line 7: {name!r} is no name of a file alone")
+
+    def test_list_in_another_encoding(self, tmp_path):
+        listing = tiny_imagenet(tmp_path) / "val" / "val_annotations.txt"
+        text = listing.read_text()
+        listing.write_bytes(text.encode("utf-8-sig"))
+        assert len(load(tmp_path).test) == 6
+        listing.write_bytes(text.encode("utf-16"))
+        self.refused(tmp_path, f"'{listing}' is no text in UTF-8")
+
     def test_image_that_is_not_listed(self, tmp_path):
         path = write(tiny_imagenet(tmp_path) / "val" / "images" / "more.JPEG")
         self.refused(tmp_path, f"val_annotations.txt' has no line for '{path}'")
