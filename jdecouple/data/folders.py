@@ -12,7 +12,9 @@ import numpy as np
 from jdecouple.data import images
 from jdecouple.data.splits import (
     CACHE_BYTES,
+    Amount,
     DecodedSource,
+    divide,
     held_out,
     stratified_order,
 )
@@ -30,6 +32,7 @@ def sources(
     name: str,
     *,
     data_dir: str | os.PathLike[str] | None = None,
+    validation: Amount = None,
     image_size: int | None = None,
     cache_bytes: int = CACHE_BYTES,
 ) -> tuple[dict[str, DecodedSource], int, tuple[int, int, int]]:
@@ -50,7 +53,9 @@ def sources(
     one channel if all are greyscale, else to three; with `image_size` only one image of every class
     is asked for that.
 
-    A relative PATH begins at `data_dir`, by default the current folder.
+    The heads of the files that are not trained on are read at once (without `image_size` those of
+    all), so that a bad one does not end a run at its first evaluation. `validation` is that of
+    `load`. A relative PATH begins at `data_dir`, by default the current folder.
 
     The rows of a source are in a fixed order that mixes the classes. Also returns the number of
     classes and the image shape (H, W, C).
@@ -64,11 +69,15 @@ def sources(
     if name == PREFIX or not root.is_dir():
         raise FileNotFoundError(f"data set {name!r}: there is no folder '{root}'")
     classes, splits = _splits(root)
+    parts = divide(name, {split: len(files) for split, files in splits.items()}, validation)
     if image_size is None:
         paths = [path for files in splits.values() for path, _ in files]
     else:
         first_of_class = {label: path for path, label in reversed(splits["train"])}
         paths = [first_of_class[label] for label in sorted(first_of_class)]
+        for split, rows in (parts["validation"], parts["test"]):
+            for row in rows:
+                images.head(splits[split][row][0])
     shape = _image_shape(paths, image_size)
     opened = {
         split: DecodedSource(

@@ -102,7 +102,11 @@ def folder(
 ) -> Dataset:
     """Images in class folders."""
     opened = folders.sources(
-        name, data_dir=data_dir, image_size=image_size, cache_bytes=cache_bytes
+        name,
+        data_dir=data_dir,
+        validation=validation,
+        image_size=image_size,
+        cache_bytes=cache_bytes,
     )
     return _images(name, *opened, validation)
 

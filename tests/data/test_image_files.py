@@ -262,3 +262,40 @@ class TestBounds:
         found.append(images.resize_image(image, (16, 20, 3)))
         np.testing.assert_allclose(*np.array(found, int), rtol=0, atol=1)
         assert found[0].std() > 5
+
+
+class TestFoundAtTheStart:
+    """The heads of images that are not trained on are read before a run begins."""
+
+    def layout(self, root, names=("train", "test")):
+        for name in names:
+            for label in "ab":
+                (root / name / label).mkdir(parents=True)
+                for number in range(6):
+                    picture((8, 8)).save(root / name / label / f"{number}.png")
+
+    @pytest.mark.parametrize("name", ["test", "val"])
+    @pytest.mark.parametrize("kind", ["no image", "empty", "pipe"])
+    def test_a_bad_file(self, tmp_path, name, kind):
+        self.layout(tmp_path, ("train", "test", "val"))
+        path = tmp_path / name / "b" / "3.png"
+        path.unlink()
+        if kind == "pipe":
+            os.mkfifo(path)
+        else:
+            path.write_bytes(kind.encode() if kind == "no image" else b"")
+        with pytest.raises(ValueError, match=f"^{str(path)!r}: it is ") as error:
+            data.load(f"folder:{tmp_path}", image_size=8)
+        assert_one_line(error)
+
+    def test_of_the_images_held_out(self, tmp_path, monkeypatch):
+        """And of those to train on only one of a class, for its colours."""
+        self.layout(tmp_path)
+        read, head = [], images.head
+        monkeypatch.setattr(images, "head", lambda path: read.append(path) or head(path))
+        data.load(f"folder:{tmp_path}", image_size=8, validation=3)
+        of_train = {path for path in read if path.startswith(str(tmp_path / "train"))}
+        assert 3 <= len(of_train) <= 5
+        assert len({*read} - of_train) == 12
+        data.load(f"folder:{tmp_path}")
+        assert len({*read}) == 24
