@@ -9,6 +9,7 @@ import numpy as np
 
 from jdecouple._errors import require_int
 from jdecouple.data import folders, tables, tfds_images
+from jdecouple.data.images import resize_image
 from jdecouple.data.splits import (
     Amount,
     ArraySource,
@@ -19,7 +20,6 @@ from jdecouple.data.splits import (
     divide,
     held_out,
     hold_out,
-    resize_image,
     stratified_order,
 )
 from jdecouple.data.texts import dataset as text_dataset
@@ -102,7 +102,11 @@ def folder(
 ) -> Dataset:
     """Images in class folders."""
     opened = folders.sources(
-        name, data_dir=data_dir, image_size=image_size, cache_bytes=cache_bytes
+        name,
+        data_dir=data_dir,
+        validation=validation,
+        image_size=image_size,
+        cache_bytes=cache_bytes,
     )
     return _images(name, *opened, validation)
 

@@ -81,8 +81,10 @@ def keys(builder: Any, kind: str) -> list[str]:
     return [key for key, value in features(builder).items() if isinstance(value, feature_type)]
 
 
-def records(name: str, builder: Any) -> dict[str, Records]:
+def records(name: str, builder: Any, decoders: Any = None) -> dict[str, Records]:
     """Opens those of the splits `train`, `validation` and `test` that a prepared set has.
+
+    `decoders` are TFDS's, by the name of a feature.
 
     Raises ValueError where a split is empty, or its files are missing, cannot be read, or hold
     another number of examples than the set's metadata says.
@@ -102,7 +104,7 @@ def records(name: str, builder: Any) -> dict[str, Records]:
         try:
             with ThreadPoolExecutor(_FILES_AT_ONCE) as threads:
                 counts = list(threads.map(_count, info.filepaths))
-            opened[split] = builder.as_data_source(split)
+            opened[split] = builder.as_data_source(split, decoders=decoders)
         except Exception as error:
             raise ValueError(f"{label} cannot be read ({first_line(error)})") from error
         for path, count, wanted in zip(info.filepaths, counts, info.shard_lengths, strict=True):
