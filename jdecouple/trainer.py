@@ -99,7 +99,7 @@ class Trainer:
             schedule: name of a schedule, or "auto" for the route's own.
             example: a global batch {"x": [batch, ...], "label": [batch]} of the shapes to come.
             num_classes: by default the width of the model's logits.
-            seed: root of the keys of heads, dropout and augmentation.
+            seed: root of the keys of heads, dropout and augmentation; 32 bits.
             transform: `(carry, keys, train) -> carry` in the first stage's call, for augmentation.
             dtype: compute dtype of blocks and heads, such as `jnp.bfloat16`; parameters,
                 statistics and losses keep theirs. None leaves everything as it is.

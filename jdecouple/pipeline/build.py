@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Sequence
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +10,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jdecouple._errors import first_line, require_number, require_type
+from jdecouple._errors import first_line, require_int, require_number, require_type
 from jdecouple.methods import Method
 from jdecouple.methods.objectives import BlockInfo
 from jdecouple.methods.routes import Carry, Route, Stage, Synchronous, Unit
@@ -64,8 +63,7 @@ def build_units(
     The key of a head depends on the seed and the block alone, never on the partition.
     """
     objective = method.objective
-    if not isinstance(seed, Integral):
-        raise ValueError(f"seed is {seed!r}: a whole number is needed")
+    require_int(0, 2**32 - 1, seed=seed)  # of which JAX takes the last 32 bits
     if dtype is not None and not _is_floating(dtype):
         raise ValueError(f"dtype is {dtype!r}: a floating-point dtype such as bfloat16 is needed")
     if objective.needs_classifier and model.classifier is None:
@@ -212,7 +210,9 @@ def build_stages(
     """
     require_type(optax.GradientTransformation, optimizer=optimizer)
     num_stages = len(boundaries)
-    remats = [remat] * num_stages if isinstance(remat, bool) else list(remat)
+    remats = [remat] * num_stages if isinstance(remat, bool) else remat
+    if not isinstance(remats, Sequence) or not all(isinstance(each, bool) for each in remats):
+        raise ValueError(f"remat is {remat!r}: True or False is needed, or one of them a stage")
     if len(remats) != num_stages:
         raise ValueError(
             f"remat has {len(remats)} entries: one is needed for each of {num_stages} stages"
