@@ -65,7 +65,7 @@ class Trainer:
         self,
         model: Model,
         method: Method,
-        optimizer: optax.GradientTransformation,
+        optimizer: optax.GradientTransformation | optax.MultiSteps,
         *,
         num_stages: int | None = None,
         boundaries: Sequence[int] | str | None = None,
@@ -88,7 +88,8 @@ class Trainer:
         Args:
             model: blocks with their initial weights, and a classifier.
             method: what `jdecouple.methods.get` returns.
-            optimizer: an optax transformation; every block gets a state of its own.
+            optimizer: an optax transformation that needs nothing but gradients and weights; every
+                block gets a state of its own.
             num_stages: K; by default the number of boundaries, else the mesh's.
             boundaries: blocks at which stages begin, or the name of one of the model's published
                 splits; by default a split that balances the operations.

@@ -7,6 +7,7 @@ import warnings
 import jax.numpy as jnp
 import nets
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -68,9 +69,27 @@ def test_a_block_that_fails_on_its_input_is_named(name):
     )
 
 
+NEEDS_MORE = ("optimizer", "gradients and weights alone", "'value'")
 BAD_ARGUMENTS = {
     "model of another type": (TypeError, {"model": [1]}, ("model", "list", "Model")),
     "optimizer by name": (TypeError, {"optimizer": "adam"}, ("optimizer", "str", "optax")),
+    "optimizer that needs the loss": (ValueError, {"optimizer": optax.lbfgs()}, NEEDS_MORE),
+    "optimizer that searches a line": (ValueError, {"optimizer": optax.polyak_sgd()}, NEEDS_MORE),
+    "optimizer in a chain that needs the loss": (
+        ValueError,
+        {"optimizer": optax.chain(optax.adam(0.1), optax.contrib.reduce_on_plateau())},
+        NEEDS_MORE,
+    ),
+    "MultiSteps of one that needs the loss": (
+        ValueError,
+        {"optimizer": optax.MultiSteps(optax.lbfgs(), 2)},
+        NEEDS_MORE,
+    ),
+    "optimizer that needs the gradient's function": (
+        ValueError,
+        {"optimizer": optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.1), opaque_mode=True)},
+        ("gradients and weights alone", "grad_fn"),
+    ),
     "mesh of another type": (TypeError, {"mesh": 4}, ("mesh", "int", "make_mesh")),
     "no stages": (ValueError, {"num_stages": 0}, ("num_stages is 0", "at least 1")),
     "stages as text": (ValueError, {"num_stages": "2"}, ("num_stages", "'2'")),
@@ -320,3 +339,15 @@ def test_evaluation_refuses_bad_data(data, words):
 def test_one_process_takes_in_the_whole_batch(parts):
     """What each of several takes in, tests/train/test_hosts.py sees in their results."""
     np.testing.assert_array_equal(trainer_of("bp").local_indices(16, parts), np.arange(16))
+
+
+def test_an_optimizer_that_fails_without_weights_is_no_fault():
+    def by_kind(params):
+        assert params
+        return {key: "bias" if key.endswith("bias") else "rest" for key in params}
+
+    optimizer = optax.multi_transform({"bias": optax.sgd(0.1), "rest": optax.adam(0.1)}, by_kind)
+    trainer = nets.build("bp", optimizer=optimizer)
+    state, metrics = trainer.step(trainer.init(), DATA[0])
+    assert jnp.isfinite(metrics["loss"])
+    assert state.step == 1

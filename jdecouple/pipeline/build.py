@@ -189,12 +189,31 @@ def unit_costs(units: Sequence[Unit], carries: Sequence[Carry], route: Route) ->
     return costs
 
 
+def _check_update(optimizer: optax.GradientTransformation, units: Sequence[Unit]) -> None:
+    """Raises ValueError for an optimizer whose update needs more than gradients and weights."""
+
+    def update(params: Any) -> Any:
+        return optimizer.update(params, optimizer.init(params), params)
+
+    try:
+        jax.eval_shape(update, {})  # quick: there is next to nothing to trace
+    except Exception:  # of any kind; it may be the lack of weights
+        params = next(filter(None, (unit.initial()[0] for unit in units)), {})
+        try:
+            jax.eval_shape(update, abstract(params))
+        except Exception as error:
+            raise ValueError(
+                "optimizer cannot step by gradients and weights alone, which is all that a block "
+                f"has for it: {first_line(error)}"
+            ) from error
+
+
 def build_stages(
     built: BuiltModel,
     method: Method,
     boundaries: Sequence[int],
     received: Carry,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation | optax.MultiSteps,
     remat: bool | Sequence[bool],
     clip_norm: float | None,
     **common: Any,
@@ -206,9 +225,13 @@ def build_stages(
 
     Raises:
         TypeError: an optimizer that is none.
-        ValueError: `remat` of another number of stages, or a norm that the method cannot bound.
+        ValueError: an optimizer that needs more than gradients, `remat` of another number of
+            stages, or a norm that the method cannot bound.
     """
+    if isinstance(optimizer, optax.MultiSteps):
+        optimizer = optimizer.gradient_transformation()
     require_type(optax.GradientTransformation, optimizer=optimizer)
+    _check_update(optimizer, built.units)
     num_stages = len(boundaries)
     remats = [remat] * num_stages if isinstance(remat, bool) else remat
     if not isinstance(remats, Sequence) or not all(isinstance(each, bool) for each in remats):
