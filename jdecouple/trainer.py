@@ -17,7 +17,7 @@ from jdecouple.methods.routes.stage import Transform
 from jdecouple.models import Model
 from jdecouple.pipeline import build
 from jdecouple.pipeline import state as states
-from jdecouple.pipeline.batch import BatchSpec, PlacedBatch, check_batch, check_labels
+from jdecouple.pipeline.batch import BatchSpec, LabelCheck, PlacedBatch, as_arrays, check_labels
 from jdecouple.pipeline.diagnostics import call_costs
 from jdecouple.pipeline.distributed import gather_metrics
 from jdecouple.pipeline.engine import make_engine
@@ -126,14 +126,15 @@ class Trainer:
             num_stages = len(first_blocks(boundaries))
         stage_mesh = as_stage_mesh(make_mesh(num_stages or 1) if mesh is None else mesh)
         num_stages = num_stages or stage_mesh.shape["stage"]
-        check_batch(example, num_classes)
-        shapes = build.abstract(dict(example))
+        arrays = as_arrays(example)
+        if num_classes is not None:
+            check_labels(arrays["label"], num_classes)
+        shapes = build.abstract(arrays)
         self._spec = BatchSpec(shapes, microbatches, stage_mesh.shape["data"])
         received = self._spec.split(shapes)[0]
         carry = build.model_input(received, transform)
         built = self._built = build.build_units(model, method, carry, num_classes, seed, dtype)
-        if num_classes is None:
-            check_labels(example["label"], built.num_classes)
+        check_labels(arrays["label"], built.num_classes)
         self.model, self.method, self.microbatches = model, method, microbatches
         self.num_classes = built.num_classes
         self.boundaries = build.split_blocks(model, built, method.route, num_stages, boundaries)
@@ -149,6 +150,7 @@ class Trainer:
         self.latency = self.schedule.latency
         evaluator = DescendingEvaluator if built.units[-1].descends else Evaluator
         self._evaluate = evaluator(self.stages, self._engine, shapes)
+        self._check_labels = LabelCheck(self.num_classes)
 
     def init(self) -> State:
         """Initial state: the weights of the model's blocks and of the heads, step 0.
@@ -214,13 +216,16 @@ class Trainer:
         """Uploads a global batch for `step`, or a list of T for `steps`, to the first stage.
 
         Args:
-            batch: host (NumPy) or device arrays. Under several processes each passes the same
-                global batch, and only what the process's own devices need is uploaded. Those of a
-                list are stacked on the host and uploaded at once.
+            batch: arrays on the host or on devices, or what NumPy reads as such: tensors, data
+                frames, lists. Where it can, JAX uses the memory of NumPy arrays and tensors itself:
+                leave it unchanged until the batch has been trained on. Under several processes each
+                passes the same global batch, and only what the process's own devices need is
+                uploaded. Those of a list are stacked on the host and uploaded at once.
 
         Raises:
-            TypeError: not a mapping with integer labels.
-            ValueError: other shapes or dtypes than the example's, labels out of range, or numbers
+            TypeError: not a mapping of arrays of numbers with integer labels.
+            ValueError: other shapes or dtypes than the example's, labels out of range (those that a
+                device has yet to compute are looked at in a later call), or numbers on the host
                 that are not finite; a list that is empty or that `check_steps` refuses.
         """
         if isinstance(batch, Mapping) or not isinstance(batch, Sequence):
@@ -231,7 +236,7 @@ class Trainer:
         parts = [
             self._single(item)
             if isinstance(item, PlacedBatch)
-            else self._spec.checked(item, self.num_classes)
+            else self._spec.checked(item, self._check_labels)
             for item in batch
         ]
         return self._engine.put(parts, len(batch))
@@ -254,7 +259,7 @@ class Trainer:
 
         Args:
             state: current state; donated, as in all that trains.
-            batch: {"x": [batch, ...], "label": [batch]} on the host, or what `put` returned.
+            batch: {"x": [batch, ...], "label": [batch]} as `put` takes it, or what it returned.
 
         Returns:
             The new state, and metrics as futures: "loss" (sum over the blocks), "accuracy"
@@ -310,6 +315,7 @@ class Trainer:
 
     def wait(self, state: State) -> None:
         """Blocks until everything that was dispatched has run."""
+        self._check_labels.look(wait=True)
         self._engine.wait(state.stages)
 
     def evaluate(self, state: State, data: Iterable[Batch] | Batch) -> dict[str, float]:
@@ -373,9 +379,10 @@ class Trainer:
 
     def _single(self, batch: Batch | PlacedBatch) -> PlacedBatch:
         if not isinstance(batch, PlacedBatch):
-            return self._engine.put([self._spec.checked(batch, self.num_classes)])
+            return self._engine.put([self._spec.checked(batch, self._check_labels)])
         if batch.count is not None:
             raise ValueError(f"batch holds a list of {batch.count}: a single batch is needed")
+        self._check_labels.look()
         return batch
 
     def _load(self, step: int, values: Callable[[int], Any]) -> State:
