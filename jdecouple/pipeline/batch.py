@@ -23,10 +23,12 @@ class PlacedBatch:
         parts: one carry a microbatch, [batch, ...] or [T, batch, ...]; None on a process that does
             not run the first stage. With engine "spmd" the microbatches are stacked in one carry.
         count: T, or None for a batch that was given alone.
+        made_for: what a trainer must agree in to take it.
     """
 
     parts: tuple[Carry | None, ...]
     count: int | None = None
+    made_for: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
