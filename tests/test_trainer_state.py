@@ -20,7 +20,9 @@ def build(engine: str, name: str = "bp", **options) -> jd.Trainer:
     """A trainer of two stages whose optimiser steps at every second batch."""
     options = {
         "model": nets.mlp(),
-        "optimizer": optax.MultiSteps(jd.optim.sgd(0.1, momentum=0.9), 2),
+        "optimizer": optax.MultiSteps(
+            jd.optim.sgd(0.1, momentum=0.9), 2, should_skip_update_fn=optax.skip_not_finite
+        ),
         "engine": "spmd" if engine == "spmd" else "mpmd",
         "mesh": jd.make_mesh(2, devices=jax.devices()[: 1 if engine == "fused" else 2]),
         **options,
