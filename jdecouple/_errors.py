@@ -35,16 +35,18 @@ def require_type(wanted: type, /, **values: Any) -> None:
             raise TypeError(f"{name} is a {given}: a {package} {wanted.__name__} is needed")
 
 
-def require_int(least: int, /, **values: Any) -> None:
-    """Raises ValueError for the first of `values` that is no whole number from `least` on.
+def require_int(least: int, most: float = math.inf, /, **values: Any) -> None:
+    """Raises ValueError for the first of `values` that is no whole number from `least` to `most`.
 
     >>> require_int(1, depth=0)
     Traceback (most recent call last):
     ValueError: depth is 0: a whole number of at least 1 is needed
     """
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-            raise ValueError(f"{name} is {value!r}: a whole number of at least {least} is needed")
+        is_int = isinstance(value, Integral) and not isinstance(value, bool)
+        if not is_int or not least <= value <= most:
+            allowed = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
+            raise ValueError(f"{name} is {value!r}: a whole number {allowed} is needed")
 
 
 def require_number(*, positive: bool = False, below: float = math.inf, **values: Any) -> None:

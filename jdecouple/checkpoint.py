@@ -28,7 +28,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from jdecouple._errors import first_line
+from jdecouple._errors import first_line, require_int
 
 FORMAT = 1
 _DELETED = ".deleted"
@@ -78,8 +78,7 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
     def __init__(
         self, directory: str | os.PathLike[str], *, keep: int = 3, read_only: bool = False
     ):
-        if not isinstance(keep, int) or keep < 1:
-            raise ValueError(f"keep must be a positive integer, got {keep!r}")
+        require_int(1, keep=keep)
         self.directory = Path(directory).absolute()
         self._keep, self._policy = keep, _AllBut()
         self._refused: set[int] = set()

@@ -105,6 +105,8 @@ def make_engine(
     require_one_of(ENGINES, engine=name)
     limit = 2 * num_stages if max_in_flight is None else max_in_flight
     require_int(1, max_in_flight=limit)
+    if not isinstance(fuse, bool | None):
+        raise ValueError(f"fuse is {fuse!r}: True, False or None is needed")
     groups = mesh.device_groups
     placements = tuple(map(StageDevices.on, assign_devices(groups, num_stages)))
     layout = fitting(name, stages, placements, route, schedule=schedule, fuse=fuse, carries=carries)

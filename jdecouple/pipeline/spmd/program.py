@@ -55,7 +55,10 @@ class Program:
             batch = batches[0]
             if len(batches) > 1:
                 batch = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *batches)
-            return train(arrays, self._constrain(batch, None, None, "data"), step)
+            # Scalars are stacked as [1], and optimisers may branch on them.
+            blocks = jax.tree.map(_reshape, arrays, self._layout.slot_shapes)
+            blocks, table = train(blocks, self._constrain(batch, None, None, "data"), step)
+            return jax.tree.map(_reshape, blocks, arrays), table
 
         sharded = jax.shard_map(
             spmd,
@@ -299,3 +302,7 @@ class Program:
             pattern, first = known[key]
             self._pattern_of.append(pattern)
             self._shifts.append(start - first)
+
+
+def _reshape(array: jax.Array, like: Any) -> jax.Array:
+    return array.reshape(like.shape)
