@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jdecouple.methods import Method
 from jdecouple.methods.routes import Carry, Delayed, Stage
 from jdecouple.methods.routes.synchronous import linearize, pull_back
-from jdecouple.pipeline.mesh import StageDevices
+from jdecouple.pipeline.mesh import StageDevices, jit
 from jdecouple.pipeline.state import State
 from jdecouple.schedules import Call, Costs, Kind
 
@@ -68,8 +68,9 @@ class SufficientDirection:
             raise ValueError("the sufficient direction needs all stages in one process")
         self._stages = trainer.stages
         self._route = route
-        self._sharding = trainer.placements[0].replicated
-        self._measure = jax.jit(self._directions)
+        placement = trainer.placements[0]
+        self._sharding = placement.replicated
+        self._measure = jit(self._directions, placement)
 
     def __call__(self, state: State) -> dict[str, jax.Array]:
         """Measures one state.

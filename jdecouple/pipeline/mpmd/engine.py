@@ -11,6 +11,7 @@ import numpy as np
 
 from jdecouple.methods.routes import Carry, Metrics, StageState
 from jdecouple.pipeline.batch import PlacedBatch
+from jdecouple.pipeline.mesh import jit
 from jdecouple.pipeline.mpmd.executor import Executor
 from jdecouple.pipeline.mpmd.multi_step import MultiStep
 from jdecouple.pipeline.state import place_states
@@ -34,6 +35,7 @@ class MpmdEngine:
         self.multi_step = executor.fuse or executor.route.local or len(executor.stages) == 1
         self._executor = executor
         self._several = MultiStep(executor)
+        self._stacked = jit(_stacked, self.placements[0])
         self._in_flight: collections.deque[list[jax.Array]] = collections.deque()
 
     def load(self, states: Iterable[StageState | None]) -> States:
@@ -69,7 +71,7 @@ class MpmdEngine:
         self._in_flight.append(losses + self._credits(stage_metrics, count))
         merged: Metrics = {}
         for metrics in filter(None, stage_metrics):
-            merged |= _stacked(metrics) if batch.count == 1 else metrics
+            merged |= self._stacked(metrics) if batch.count == 1 else metrics
         return states, merged
 
     def measure(
@@ -103,7 +105,6 @@ class MpmdEngine:
         return [loss for loss in received if loss is not None]
 
 
-@jax.jit
 def _stacked(metrics: Metrics) -> Metrics:
     """Metrics of one batch as arrays [1]."""
     return {name: jnp.expand_dims(value, 0) for name, value in metrics.items()}
