@@ -260,8 +260,9 @@ class Trainer:
             (of the last exit) and per block "block_{i}/loss", its terms and
             "block_{i}/accuracy". Under several processes they cover the process's stages.
         """
-        stages, metrics = self._engine.run(state.stages, self._single(batch), state.step)
-        return State(state.step + 1, stages), metrics
+        placed = self._single(batch)
+        stages, metrics = self._engine.run(state.stages, placed, state.step, state.since)
+        return State(state.step + 1, stages, state.since), metrics
 
     def steps(
         self, state: State, batches: Sequence[Batch | PlacedBatch] | PlacedBatch
@@ -284,8 +285,8 @@ class Trainer:
         placed = batches if isinstance(batches, PlacedBatch) else self.put(batches)
         if placed.count is None:
             raise TypeError(f"batches is a {type(batches).__name__}: a list of batches is needed")
-        stages, metrics = self._engine.run(state.stages, placed, state.step)
-        return State(state.step + placed.count, stages), metrics
+        stages, metrics = self._engine.run(state.stages, placed, state.step, state.since)
+        return State(state.step + placed.count, stages, state.since), metrics
 
     def finish(self, state: State) -> State:
         """Applies what a delayed method still has queued; the state stays at the same step.
@@ -299,13 +300,13 @@ class Trainer:
         stages: Any = state.stages
         nothing = self._engine.put([self._spec.split(states.zeros(self._spec.example))])
         for late in range(self.schedule.depth):
-            stages, _ = self._engine.run(stages, nothing, state.step + late, state.step)
+            stages, _ = self._engine.run(stages, nothing, state.step + late, end=state.step)
         since = {"since": np.int32(state.step)}
         stages = tuple(
             values and {**values, **states.place(self.stages[k], self.placements[k], since)}
             for k, values in enumerate(stages)
         )
-        return State(state.step, stages)
+        return State(state.step, stages, state.step)
 
     def wait(self, state: State) -> None:
         """Blocks until everything that was dispatched has run."""
@@ -346,7 +347,7 @@ class Trainer:
                 processes.
         """
         stages, seconds = self._engine.measure(state.stages, self._single(batch), state.step)
-        return State(state.step + 1, stages), seconds
+        return State(state.step + 1, stages, state.since), seconds
 
     def measured_costs(
         self, state: State, batches: Iterable[Batch | PlacedBatch], repeats: int = 10
@@ -380,7 +381,11 @@ class Trainer:
     def _load(self, step: int, values: Callable[[int], Any]) -> State:
         """Places the values of this process's stages, one after another."""
         own = (values(k) if p.addressable else None for k, p in enumerate(self.placements))
-        return State(step, self._engine.load(own))
+        stages = self._engine.load(own)
+        since = 0
+        if self.schedule.overlapping:
+            since = max(int(values["since"]) for values in stages if values)
+        return State(step, stages, since)
 
     @cached_property
     def _metric_names(self) -> list[str]:

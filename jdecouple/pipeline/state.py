@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,10 +29,12 @@ class State:
         stages: state of every stage ("params", "stats", "opt", and with a delayed method "queues");
             None for the stages of other processes. With engine "spmd" the arrays are stacked, and
             cut when a stage is asked for.
+        since: number of the first batch after the stages were last empty, as their states hold it.
     """
 
     step: int
     stages: Sequence[Any]
+    since: int = 0
 
 
 def leaf_names(stage: Stage, values: Any) -> list[str]:
@@ -96,6 +98,16 @@ def modules(
         copies = jax.tree.map(lambda leaf: jnp.asarray(np.array(leaf)), arrays)
         pairs += [unit.modules(*pair) for unit, *pair in zip(stage.units, *copies, strict=True)]
     return pairs
+
+
+def or_nan(exists: Any, values: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Puts nan where a value does not exist.
+
+    Compiled calls return a number there: JAX refuses a nan that comes out of one, where
+    `jax_debug_nans` is set.
+    """
+    with jax.debug_nans(False):
+        return {name: jnp.where(exists, value, jnp.nan) for name, value in values.items()}
 
 
 Queues = dict[str, dict[tuple[int, int], Any]]

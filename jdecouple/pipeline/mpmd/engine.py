@@ -14,7 +14,7 @@ from jdecouple.pipeline.batch import PlacedBatch
 from jdecouple.pipeline.mesh import jit
 from jdecouple.pipeline.mpmd.executor import Executor
 from jdecouple.pipeline.mpmd.multi_step import MultiStep
-from jdecouple.pipeline.state import place_states
+from jdecouple.pipeline.state import or_nan, place_states
 from jdecouple.pipeline.transfer import crosses, transfer
 from jdecouple.schedules import Call
 
@@ -57,7 +57,7 @@ class MpmdEngine:
         return PlacedBatch(tuple(map(self._several.stack, zip(*given, strict=True))), count)
 
     def run(
-        self, states: States, batch: PlacedBatch, step: int, end: int | None = None
+        self, states: States, batch: PlacedBatch, step: int, since: int = 0, end: int | None = None
     ) -> tuple[States, Metrics]:
         """Dispatches one batch or several, and returns at once unless too many are in flight."""
         while len(self._in_flight) >= self.max_in_flight:
@@ -70,8 +70,13 @@ class MpmdEngine:
         losses = [metrics["loss"] for metrics in stage_metrics if metrics]
         self._in_flight.append(losses + self._credits(stage_metrics, count))
         merged: Metrics = {}
-        for metrics in filter(None, stage_metrics):
-            merged |= self._stacked(metrics) if batch.count == 1 else metrics
+        for k, metrics in enumerate(stage_metrics):
+            if metrics:
+                metrics = self._stacked(metrics) if batch.count == 1 else metrics
+                exists = step - self.schedule.delay(k) + np.arange(count) >= since
+                if not exists.all():
+                    metrics = or_nan(exists[0] if batch.count is None else exists, metrics)
+                merged |= metrics
         return states, merged
 
     def measure(

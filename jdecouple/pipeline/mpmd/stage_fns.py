@@ -50,7 +50,7 @@ def stage_step(
         step_id = step_ids[number]
         if kind is Kind.FORWARD:
             stats, metrics, residuals, out["carry"] = route.forward(stage, state, carry, step_id)
-            sums = add(sums, _if_exists(step_id, state, metrics, dict.fromkeys(metrics, jnp.nan)))
+            sums = add(sums, _if_exists(step_id, state, metrics, dict.fromkeys(metrics, 0)))
             state = {**state, "stats": _if_exists(step_id, state, stats, state["stats"])}
             out["state"] = {**out.get("state", {}), "stats": state["stats"]}
             out["residuals"] = residuals
