@@ -27,6 +27,8 @@ def announce(run: Run) -> None:
         "dtype": run.config.dtype,
     }
     print(" | ".join(f"{name} {value}" for name, value in parts.items()), flush=True)
+    if run.proposal is not None:
+        print(f"proposal: {run.proposal}")
     if jax.default_backend() == "cpu" and not cpu_is_meant():
         warning = unused_gpu(nvidia_devices(), cuda_plugins(), metadata.version("jaxlib"))
         if warning:

@@ -37,6 +37,13 @@ def test_devices_are_counted_once(capsys):
     assert "| stages 2 | devices 4 x cpu |" in capsys.readouterr().out
 
 
+def test_a_proposal_follows_it(capsys):
+    devices.announce(build(runs.tiny(mesh__stages=2, mesh__propose=True)))
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("model mlp | ")
+    assert second.startswith("proposal: ")
+
+
 @pytest.mark.usefixtures("nobody_asked")
 def test_no_gpu_no_warning(run, capsys):
     devices.announce(run)
