@@ -281,8 +281,9 @@ class Trainer:
                 does not fit this trainer.
         """
         placed = self._single(batch)
-        stages, metrics = self._engine.run(self._states.take(state), placed, state.step)
-        return self._states.make(state.step + 1, stages), metrics
+        stages = self._states.take(state)
+        stages, metrics = self._engine.run(stages, placed, state.step, state.since)
+        return self._states.make(state.step + 1, stages, state.since), metrics
 
     def steps(
         self, state: State, batches: Sequence[Batch | PlacedBatch] | PlacedBatch
@@ -305,8 +306,9 @@ class Trainer:
         placed = self._own(batches) if isinstance(batches, PlacedBatch) else self.put(batches)
         if placed.count is None:
             raise TypeError(f"batches is a {type(batches).__name__}: a list of batches is needed")
-        stages, metrics = self._engine.run(self._states.take(state), placed, state.step)
-        return self._states.make(state.step + placed.count, stages), metrics
+        stages = self._states.take(state)
+        stages, metrics = self._engine.run(stages, placed, state.step, state.since)
+        return self._states.make(state.step + placed.count, stages, state.since), metrics
 
     def finish(self, state: State) -> State:
         """Applies what a delayed method still has queued; the state stays at the same step.
@@ -321,13 +323,13 @@ class Trainer:
         stages: Any = self._states.take(state)
         nothing = self._engine.put([self._spec.split(states.zeros(self._spec.example))])
         for late in range(self.schedule.depth):
-            stages, _ = self._engine.run(stages, nothing, state.step + late, state.step)
+            stages, _ = self._engine.run(stages, nothing, state.step + late, end=state.step)
         since = {"since": np.int32(state.step)}
         stages = tuple(
             values and {**values, **states.place(self.stages[k], self.placements[k], since)}
             for k, values in enumerate(stages)
         )
-        return self._states.make(state.step, stages)
+        return self._states.make(state.step, stages, state.step)
 
     def wait(self, state: State) -> None:
         """Blocks until everything that was dispatched has run."""
@@ -372,7 +374,7 @@ class Trainer:
         """
         placed = self._single(batch)
         stages, seconds = self._engine.measure(self._states.take(state), placed, state.step)
-        return self._states.make(state.step + 1, stages), seconds
+        return self._states.make(state.step + 1, stages, state.since), seconds
 
     def measured_costs(
         self, state: State, batches: Iterable[Batch | PlacedBatch], repeats: int = 10
@@ -417,7 +419,10 @@ class Trainer:
     def _load(self, step: int, values: Callable[[int], Any]) -> State:
         """Places the values of this process's stages, one after another."""
         own = (values(k) if p.addressable else None for k, p in enumerate(self.placements))
-        return self._states.make(step, self._engine.load(own))
+        stages, since = self._engine.load(own), 0
+        if self.schedule.overlapping:
+            since = max(int(values["since"]) for values in stages if values)
+        return self._states.make(step, stages, since)
 
     @cached_property
     def _metric_names(self) -> list[str]:

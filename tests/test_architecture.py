@@ -147,6 +147,29 @@ def test_schedules_know_no_jax():
     assert not wrong, "\n".join(wrong)
 
 
+def test_nothing_runs_without_the_options_of_the_compiler():
+    """`pipeline.mesh.jit` gives them; `jax.jit(...).lower` reads a program that never runs."""
+    wrong = []
+    for path in FILES:
+        nodes = [*ast.walk(ast.parse(path.read_text()))]
+        read = {
+            node.value.func
+            for node in nodes
+            if isinstance(node, ast.Attribute)
+            and node.attr == "lower"
+            and isinstance(node.value, ast.Call)
+        }
+        wrong += [
+            f"{module_name(path)}, line {node.lineno}"
+            for node in nodes
+            if isinstance(node, ast.Attribute)
+            and ast.unparse(node) in ("jax.jit", "jax.pmap", "nnx.jit", "nnx.pmap")
+            and node not in read
+            and module_name(path) != "jdecouple.pipeline.mesh"
+        ]
+    assert not wrong, "\n".join(wrong)
+
+
 def test_the_root_of_the_package_is_short():
     entries = sorted(path.name for path in PACKAGE.iterdir() if path.name != "__pycache__")
     assert len(entries) <= MOST_NAMES, entries

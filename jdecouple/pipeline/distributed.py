@@ -114,7 +114,7 @@ def gather(values: Mapping[str, float], names: Sequence[str]) -> dict[str, float
 
     `names` are those of all processes, in one order. Scalars that several processes have agree.
     """
-    own = np.array([float(values.get(name, np.nan)) for name in names], np.float32)
+    own = np.array([float(values.get(name, 0)) for name in names], np.float32)
     present = np.array([name in values for name in names])
     if jax.process_count() == 1:
         all_values, held = own[None], present[None]
@@ -123,7 +123,9 @@ def gather(values: Mapping[str, float], names: Sequence[str]) -> dict[str, float
 
         # All have received their carries first: evaluations hung now and then without this.
         get_barrier_sync_fn()(key="jdecouple_gather", timeout_ms=1000 * _COMPILE_SECONDS)
-        all_values, held = multihost_utils.process_allgather((own, present))
+        # As integers, because a nan that is gathered ends the run where `jax_debug_nans` is set.
+        bits, held = multihost_utils.process_allgather((own.view(np.int32), present))
+        all_values = np.asarray(bits).view(np.float32)
     first = held.argmax(axis=0)
     return {
         name: float(all_values[first[i], i]) for i, name in enumerate(names) if held[:, i].any()

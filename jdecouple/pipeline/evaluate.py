@@ -16,7 +16,7 @@ from jdecouple.pipeline.batch import LabelCheck, as_arrays, check_like
 from jdecouple.pipeline.build import abstract
 from jdecouple.pipeline.distributed import gather
 from jdecouple.pipeline.engine import Engine
-from jdecouple.pipeline.mesh import StageDevices, compiler_options
+from jdecouple.pipeline.mesh import StageDevices, jit
 from jdecouple.pipeline.transfer import transfer
 
 Sums = dict[str, jax.Array]
@@ -67,10 +67,7 @@ class Evaluator:
         self._add: Callable = self.add
         if self._fuse:
             placement = self._placements[0]
-            options = compiler_options(placement)
-            self._add = jax.jit(
-                self.add, out_shardings=placement.replicated, compiler_options=options
-            )
+            self._add = jit(self.add, placement, out_shardings=placement.replicated)
 
     def __call__(
         self, states: Sequence[Any], data: Iterable[Mapping] | Mapping, num_classes: int
@@ -182,7 +179,7 @@ class Evaluator:
                 sums = jax.lax.with_sharding_constraint(sums, placement.replicated)
                 return placement.constrain(carry), sums
 
-            return jax.jit(call, compiler_options=compiler_options(placement))
+            return jit(call, placement)
 
         if self._fuse:
             return [functools.partial(function, stage) for stage in self._stages]

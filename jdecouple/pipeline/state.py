@@ -31,10 +31,12 @@ class State:
         stages: state of every stage ("params", "stats", "opt", and with a delayed method "queues");
             None for the stages of other processes. With engine "spmd" the arrays are stacked, and
             cut when a stage is asked for.
+        since: number of the first batch after the stages were last empty, as their states hold it.
     """
 
     step: int
     stages: Sequence[Any]
+    since: int = 0
 
 
 class OwnStates:
@@ -73,9 +75,9 @@ class OwnStates:
         """Shapes of what one stage adds to its state, {} where nothing overlaps."""
         return queue_shapes(self.schedule, self.route, self.stages, index)
 
-    def make(self, step: int, stages: Sequence[Any]) -> State:
+    def make(self, step: int, stages: Sequence[Any], since: int = 0) -> State:
         """A state of what the engine returned."""
-        state = State(step, stages)
+        state = State(step, stages, since)
         self._made[id(state)] = state
         return state
 
@@ -243,6 +245,16 @@ def modules(
         copies = jax.tree.map(lambda leaf: jnp.asarray(np.array(leaf)), arrays)
         pairs += [unit.modules(*pair) for unit, *pair in zip(stage.units, *copies, strict=True)]
     return pairs
+
+
+def or_nan(exists: Any, values: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Puts nan where a value does not exist.
+
+    Compiled calls return a number there: JAX refuses a nan that comes out of one, where
+    `jax_debug_nans` is set.
+    """
+    with jax.debug_nans(False):
+        return {name: jnp.where(exists, value, jnp.nan) for name, value in values.items()}
 
 
 Queues = dict[str, dict[tuple[int, int], Any]]

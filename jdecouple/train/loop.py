@@ -19,7 +19,7 @@ from jdecouple import data
 from jdecouple.checkpoint import Checkpointer, Restored
 from jdecouple.pipeline.batch import PlacedBatch
 from jdecouple.train import config as configuration
-from jdecouple.train import hosts, report
+from jdecouple.train import devices, hosts, report
 from jdecouple.train.config import ConfigError, one_line
 from jdecouple.train.metrics import Interval, MetricsWriter, Progress, clock, read_metrics
 from jdecouple.train.profile import Profile
@@ -57,6 +57,8 @@ def train_and_evaluate(
     """
     run, folder = build(config), Path(workdir)
     processes = processes or hosts.SingleProcess()
+    if processes.first:
+        devices.announce(run)
     title = f"{run.config.method.name} on {run.config.data.name}"  # of the pictures
     checkpoints = writer = None  # on the first process alone
     with contextlib.ExitStack() as stack:

@@ -13,7 +13,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from jdecouple import data, methods, models, optim
-from jdecouple.pipeline import autoplace, make_mesh
+from jdecouple.pipeline import Proposal, autoplace, make_mesh
 from jdecouple.pipeline.diagnostics import SufficientDirection
 from jdecouple.train import config as configuration
 from jdecouple.train.config import ConfigError, chosen, one_line
@@ -34,6 +34,8 @@ class Run:
     diagnose: SufficientDirection | None
     trainer_of: Callable[[Mapping[str, Any]], Trainer]
     """The trainer of a batch: `trainer`, or one like it for texts of another length."""
+    proposal: Proposal | None = None
+    """What `mesh.propose` chose."""
 
 
 def build(config: ConfigDict | Mapping) -> Run:
@@ -74,6 +76,7 @@ def build(config: ConfigDict | Mapping) -> Run:
         example = dataset.train.gather(np.arange(config.batch_size))
         probe = functools.partial(make_trainer, example=example)
         placement = _placement(config, probe, len(model.blocks))
+        proposal = placement.pop("proposal", None)
         placement |= {"schedule": config.schedule, "engine": config.engine}
         make_trainer = functools.partial(make_trainer, **placement)
         trainer = make_trainer(example=example)
@@ -84,13 +87,13 @@ def build(config: ConfigDict | Mapping) -> Run:
     check_processes(trainer, config)
     trainer_of = by_length(trainer, example, make_trainer)
     eval_every = config.eval_every or steps_per_epoch
-    return Run(config, dataset, trainer, total_steps, eval_every, diagnose, trainer_of)
+    return Run(config, dataset, trainer, total_steps, eval_every, diagnose, trainer_of, proposal)
 
 
 def _placement(
     config: ConfigDict, make_trainer: Callable[..., Trainer], num_blocks: int
 ) -> dict[str, Any]:
-    """The Trainer's arguments on stages and devices: as given, or as proposed by simulation."""
+    """The Trainer's arguments on stages and devices: as given, or with the "proposal" of them."""
     section, devices = config.mesh, len(jax.devices())
     boundaries = config.boundaries if config.split is None else config.split
     given = {"num_stages": config.num_stages, "boundaries": boundaries}
@@ -111,9 +114,8 @@ def _placement(
         microbatches=config.microbatches,
         batch_size=config.batch_size,
     )
-    if jax.process_index() == 0:
-        print(f"proposal: {proposal}")
-    return {"boundaries": proposal.boundaries, "mesh": make_mesh(replicas=proposal.replicas)}
+    mesh = make_mesh(replicas=proposal.replicas)
+    return {"boundaries": proposal.boundaries, "mesh": mesh, "proposal": proposal}
 
 
 def _load(config: ConfigDict) -> data.Dataset:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jdecouple.methods.routes import Carry, Metrics, Route
-from jdecouple.pipeline.mesh import compiler_options
+from jdecouple.pipeline.mesh import jit
 from jdecouple.pipeline.spmd.device_group import DeviceGroup, Slots
 from jdecouple.pipeline.spmd.sharded_state import Arrays, Layout
 from jdecouple.pipeline.state import metric_names
@@ -69,12 +69,8 @@ class Program:
             check_vma=False,
         )
         replicated = NamedSharding(self._layout.mesh, PartitionSpec())
-        return jax.jit(
-            sharded,
-            donate_argnums=0,
-            out_shardings=(self._layout.sharding, replicated),
-            compiler_options=compiler_options(self._layout.placements[0]),
-        )
+        shardings = self._layout.sharding, replicated
+        return jit(sharded, self._layout.placements[0], donate_argnums=0, out_shardings=shardings)
 
     @cached_property
     def metrics(self) -> Callable:
@@ -90,7 +86,7 @@ class Program:
                 for name, (group, column) in self._columns.items()
             }
 
-        return jax.jit(metrics, static_argnums=1)
+        return jit(metrics, self._layout.placements[0], static_argnums=1)
 
     # --- The routes -------------------------------------------------------------------------------
 
