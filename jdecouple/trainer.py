@@ -363,6 +363,10 @@ class Trainer:
         """Floating-point operations of every block, forward and backward, on one microbatch."""
         return build.unit_costs(self._built.units, self._built.carries, self.method.route)
 
+    def block_outputs(self) -> list[Any]:
+        """Shapes of what every block gives for one microbatch."""
+        return list(self._built.outputs)
+
     def measure(
         self, state: State, batch: Batch | PlacedBatch
     ) -> tuple[State, list[tuple[Call, float]]]:

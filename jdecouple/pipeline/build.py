@@ -25,11 +25,13 @@ class BuiltModel(NamedTuple):
     Attributes:
         units: every block with its head.
         carries: shapes of the carry that every block receives.
+        outputs: shapes of what every block gives.
         num_classes: width of the logits.
     """
 
     units: tuple[Unit, ...]
     carries: tuple[Carry, ...]
+    outputs: tuple[Any, ...]
     num_classes: int
 
 
@@ -97,7 +99,7 @@ def build_units(
         units.append(unit)
         carries.append(carry)
         carry = {**carry, **unit.head_outputs(features, carry), "x": features}
-    return BuiltModel(tuple(units), tuple(carries), num_classes)
+    return BuiltModel(tuple(units), tuple(carries), tuple(outputs), num_classes)
 
 
 def _num_classes(model: Model, method: Method, given: int | None, features: Any, dtype: Any) -> int:

@@ -1,7 +1,9 @@
 """The command line of train.py: flags, one-line errors and exit codes."""
 
+import functools
 import inspect
 import logging as python_logging
+import operator
 import os
 import re
 import runpy
@@ -27,7 +29,7 @@ _HOSTS = """Several processes (docs/multi-host.md); SLURM and Open MPI need no f
   --process_index I         number of this one, from 0
   --transport_address HOST  where the others reach this one; by default as process 0 sees it
 On machines without one home, all need the same secret in JDECOUPLE_TOKEN."""
-_KEY = r"--?(?:no)?config\.([^=]*)"
+_KEY = r"--?(?:no)?config\.([^=]*)(?:=(.*))?"
 _EXPECTED = (ConfigError, loop.NonFiniteError, KeyboardInterrupt)
 
 
@@ -116,24 +118,69 @@ def _typed(
 ) -> tuple[ConfigDict, list[str]]:
     """What the file returned, with a typed key for all that may be set; the overrides left.
 
-    The command line may choose other `names` of the method, model and optimizer. An override that
-    sets an option of the file to None takes it back, whoever's it is.
+    The command line may choose other `names` of the method, model and optimizer. An override by
+    None takes back what the file set, whoever's option it is, and leaves open what is open.
     """
-    config = {**loaded}
+    config, rest = {**loaded}, _joined(rest)
     for section, name in names.items():
-        if not isinstance(config.setdefault(section, {}), Mapping | ConfigDict):
-            continue  # a bad value, which is refused below
-        config[section] = {**config[section]} | ({"name": name} if name else {})
-        for key in config[section].keys() - configuration.default()[section].keys():
-            unset = re.compile(rf"--?config\.{section}\.{key}=None")
-            if any(map(unset.fullmatch, rest)):
-                del config[section][key]
-                rest = [argument for argument in rest if not unset.fullmatch(argument)]
+        given = config.setdefault(section, {})
+        if name and _is_section(given):  # any other value is refused below
+            config[section] = {**given, "name": name}
+    last = {match[1]: match[2] for match in map(_override, rest) if match}
+    unset = {key for key, value in last.items() if value == "None"}
+    done = {key for key in unset if _take_back(config, key)}
     complete = configuration.filled(config, all_options=True)
+    for key in last.keys() - done:
+        kind = configuration.value_type(complete, key)
+        if key in unset and kind is not ConfigDict and _value(complete, key) is None:
+            done.add(key)
+
+    def counts(argument: str) -> bool:
+        match = _override(argument)
+        if not match:
+            return True
+        later = match[2] == "None" and match[1] not in unset  # another value comes later
+        return match[1] not in done and not later
+
+    return complete, list(filter(counts, rest))
+
+
+def _joined(rest: list[str]) -> list[str]:
+    """Arguments in which an override by None is one, as it may be two."""
+    joined: list[str] = []
     for argument in rest:
-        if match := re.match(_KEY, argument):
-            configuration.value_type(complete, match[1])
-    return complete, rest
+        if argument == "None" and joined and re.fullmatch(r"--?config\.[^=]+", joined[-1]):
+            joined[-1] += "=None"
+        else:
+            joined.append(argument)
+    return joined
+
+
+def _override(argument: str) -> re.Match[str] | None:
+    return re.match(_KEY, argument)
+
+
+def _value(config: Any, key: str) -> Any:
+    return functools.reduce(operator.getitem, key.split("."), config)
+
+
+def _take_back(config: dict[str, Any], key: str) -> bool:
+    """Removes a key that is not at its default, out of copies of its sections; whether it is so."""
+    *path, last = key.split(".")
+    defaults = configuration.default()
+    for name in path:
+        if not _is_section(config.get(name)):
+            return False
+        config[name] = {**config[name]}
+        config, defaults = config[name], defaults.get(name) or {}
+    if _is_section(config.get(last, {})) or (last in defaults and config[last] == defaults[last]):
+        return False
+    del config[last]
+    return True
+
+
+def _is_section(value: Any) -> bool:
+    return isinstance(value, Mapping | ConfigDict)
 
 
 def _lists() -> Iterator[str]:
@@ -193,7 +240,8 @@ def _parsed(
             raise ConfigError(first_line(error)) from error
         kind = configuration.value_type(config, match[1])
         wanted = "a section with keys" if kind is ConfigDict else f"a value of type {kind.__name__}"
-        raise ConfigError(f"config.{match[1]} is {match[2]!r}: {wanted} is needed") from error
+        given = configuration.shown(match[2])
+        raise ConfigError(f"config.{match[1]} is {given}: {wanted} is needed") from error
 
 
 def _load(config: str) -> Mapping[str, Any]:

@@ -14,7 +14,7 @@ from jdecouple.schedules import Kind, Span, draw
 from jdecouple.train.files import replace
 from jdecouple.trainer import State, Trainer
 
-_WARM_UP_STEPS = 10
+WARM_UP_STEPS = 10
 _NAME = re.compile(r"jit_stage(\d+)_([FBS]+)(?:\(.*\))?")
 _MODULES = "XLA Modules"  # the line of a GPU's trace that has an event a call
 
@@ -32,7 +32,7 @@ class Profile:
 
     def __init__(self, trainer: Trainer, workdir: Path, steps: int | None, start: int, title: str):
         self._trainer, self._workdir, self._title = trainer, workdir, title
-        self._first = start + _WARM_UP_STEPS + 1
+        self._first = start + WARM_UP_STEPS + 1
         self._last = self._first + steps - 1 if steps else 0
         self._tracing = False
 

@@ -375,9 +375,15 @@ class TestRefused:
         self.refused(tmp_path, "val_annotations.txt' has no image of class 'dog'")
 
 
+def on(root):
+    """Values of a run on a folder; what synthetic images alone read is at its defaults."""
+    values = {"data__name": f"folder:{root}", "batch_size": 4}
+    return {**values, "data__synthetic_size": 4096, "data__channels": 3}
+
+
 def test_a_run_on_a_folder(tmp_path):
     root = divided(tmp_path / "pets", mode="RGB")
-    values = {"data__name": f"folder:{root}", "batch_size": 4, "steps": 2}
+    values = {**on(root), "steps": 2}
     config = runs.cheap(**values)
     result = train_and_evaluate(config, tmp_path / "run")
     assert result["finished"]
@@ -389,7 +395,7 @@ def test_a_run_on_a_folder(tmp_path):
 def test_images_that_are_not_square(tmp_path):
     """Nets with a mean over all pixels read them; others are refused."""
     root = divided(tmp_path / "wide", size=(8, 6), mode="RGB")
-    values = {"data__name": f"folder:{root}", "batch_size": 4, "steps": 1}
+    values = {**on(root), "steps": 1}
     words = ("6 x 8 pixels", "config.data.image_size", "'mlp'")
     config = runs.cheap(**values)
     config.data.image_size = None
@@ -402,7 +408,7 @@ def test_a_broken_file_ends_a_run_with_one_line(tmp_path):
     root = divided(tmp_path / "pets", mode="RGB")
     path = root / "test" / "bee" / "bee3.png"
     path.write_bytes(path.read_bytes()[:-30])
-    values = {"data__name": f"folder:{root}", "batch_size": 4, "steps": 2}
+    values = {**on(root), "steps": 2}
     with pytest.raises(ValueError) as error:
         train_and_evaluate(runs.cheap(**values), tmp_path / "run")
     assert_one_line(error)

@@ -148,12 +148,13 @@ def test_run_draws_the_steps_after_the_first_ten(tmp_path, capsys, monkeypatch):
     }
 
 
-@pytest.mark.parametrize("steps", [10, pytest.param(12, marks=pytest.mark.slow)])
-def test_run_that_ends_before_its_profile(tmp_path, steps):
-    result = train_and_evaluate(config(profile=3, steps=steps), tmp_path)
+@pytest.mark.parametrize("steps", [14, pytest.param(16, marks=pytest.mark.slow)])
+def test_run_that_goes_on_and_ends_before_its_profile(tmp_path, steps):
+    train_and_evaluate(config(steps=4), tmp_path)
+    result = train_and_evaluate(config(profile=3, steps=steps), tmp_path)  # 15 to 17
     assert result["finished"]
     assert not (tmp_path / "timeline.png").exists()
-    assert (tmp_path / "profile").exists() == (steps > 10)
+    assert (tmp_path / "profile").exists() == (steps > 14)
     jax.profiler.start_trace(tmp_path / "another")  # none is left open
     jax.profiler.stop_trace()
 
