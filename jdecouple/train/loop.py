@@ -21,6 +21,7 @@ from jdecouple.pipeline.batch import PlacedBatch
 from jdecouple.train import config as configuration
 from jdecouple.train import hosts, report
 from jdecouple.train.config import ConfigError, one_line
+from jdecouple.train.lock import only_run
 from jdecouple.train.metrics import Interval, MetricsWriter, Progress, clock, read_metrics
 from jdecouple.train.profile import Profile
 from jdecouple.train.run import Run, build, check_alike
@@ -52,7 +53,8 @@ def train_and_evaluate(
         accuracy, never a result).
 
     Raises:
-        ConfigError: bad values or input, in one line; checkpoints are left untouched.
+        ConfigError: bad values or input, or a workdir that another run uses, in one line;
+            checkpoints are left untouched.
         NonFiniteError: the training diverged; the last good checkpoint is kept.
     """
     run, folder = build(config), Path(workdir)
@@ -63,7 +65,9 @@ def train_and_evaluate(
         with one_line():
             check_alike(run.config, processes)
             if processes.first:
-                checkpoints = stack.enter_context(_open(folder, run))
+                stack.enter_context(only_run(folder))
+                keep = run.config.checkpoint.keep
+                checkpoints = stack.enter_context(Checkpointer(folder / "checkpoints", keep=keep))
                 processes.on_loss(checkpoints.wait)
         interrupt = stack.enter_context(Interrupt())
         with one_line():
@@ -75,17 +79,16 @@ def train_and_evaluate(
         profile = Profile(run.trainer, folder, run.config.profile, state.step, title)
         loop = Loop(run, checkpoints, writer, interrupt, profile, processes)
         state = loop.train(state, start)
-        if processes.first:
-            report.plot_curves(folder, title=title)
-    result = {"step": state.step, "finished": state.step >= run.total_steps}
-    if checkpoints is None:
+        result = {"step": state.step, "finished": state.step >= run.total_steps}
+        if checkpoints is None:
+            return result
+        report.plot_curves(folder, title=title)
+        if result["finished"]:
+            result |= report.summary(read_metrics(folder))
+            report.show(result, folder, checkpoints.best_step)
+        else:
+            print(f"stopped at step {state.step} of {run.total_steps}: the same command continues")
         return result
-    if result["finished"]:
-        result |= report.summary(read_metrics(folder))
-        report.show(result, folder, checkpoints.best_step)
-    else:
-        print(f"stopped at step {state.step} of {run.total_steps}: the same command continues")
-    return result
 
 
 @dataclasses.dataclass
@@ -252,14 +255,6 @@ class Loop:
         self.checkpoints.wait()
         step = self.checkpoints.latest_step
         return "no checkpoint was saved" if step is None else f"the last good checkpoint is {step}"
-
-
-def _open(folder: Path, run: Run) -> Checkpointer:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"workdir {str(folder)!r}: {error.strerror}") from error
-    return Checkpointer(folder / "checkpoints", keep=run.config.checkpoint.keep)
 
 
 def restore(
