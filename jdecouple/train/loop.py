@@ -16,14 +16,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jdecouple import data
-from jdecouple.checkpoint import Checkpointer, Restored
+from jdecouple.checkpoint import Checkpointer
 from jdecouple.pipeline.batch import PlacedBatch
-from jdecouple.train import config as configuration
 from jdecouple.train import hosts, report
-from jdecouple.train.config import ConfigError, one_line
+from jdecouple.train.config import one_line
 from jdecouple.train.lock import only_run
 from jdecouple.train.metrics import Interval, MetricsWriter, Progress, clock, read_metrics
 from jdecouple.train.profile import Profile
+from jdecouple.train.resume import open_metrics, origin, record, restore
 from jdecouple.train.run import Run, build, check_alike
 from jdecouple.trainer import State, Trainer
 
@@ -50,7 +50,7 @@ def train_and_evaluate(
         "step"; "finished" (False after SIGTERM or Ctrl-C, which save and return); and, when
         finished, on the first process, "test" (metrics at the last step),
         "test_at_best_validation" and "best_test" (the papers' figure: the best step by test
-        accuracy, never a result).
+        accuracy, never a result). The last two are left out where `metrics.jsonl` has lost lines.
 
     Raises:
         ConfigError: bad values or input, or a workdir that another run uses, in one line;
@@ -73,18 +73,18 @@ def train_and_evaluate(
         with one_line():
             state, start = restore(run, checkpoints, processes)
             if processes.first:
-                report.write_config(folder, run)
-                resume_step = state.step if start else None
-                writer = stack.enter_context(MetricsWriter(folder, resume_step=resume_step))
+                record(folder, run, state.step, start)
+                writer = stack.enter_context(open_metrics(folder, run, state.step, start))
         profile = Profile(run.trainer, folder, run.config.profile, state.step, title)
         loop = Loop(run, checkpoints, writer, interrupt, profile, processes)
         state = loop.train(state, start)
         result = {"step": state.step, "finished": state.step >= run.total_steps}
-        if checkpoints is None:
+        if checkpoints is None or writer is None:
             return result
         report.plot_curves(folder, title=title)
         if result["finished"]:
-            result |= report.summary(read_metrics(folder))
+            with one_line():
+                result |= report.summary(read_metrics(folder), state.step, writer.rows)
             report.show(result, folder, checkpoints.best_step)
         else:
             print(f"stopped at step {state.step} of {run.total_steps}: the same command continues")
@@ -245,8 +245,9 @@ class Loop:
                 raise NonFiniteError(
                     f"{name} is not finite after step {state.step}; {self._last_good()}"
                 )
-        means, own = self._interval.means, identity(self.run)
-        extra = {"iterator": iterator, "means": means, "identity": own}
+        extra = {"iterator": iterator, "means": self._interval.means, **origin(self.run)}
+        if self.writer is not None:
+            extra["rows"] = self.writer.rows
         with one_line():
             self.checkpoints.save(state.step, arrays, extra, accuracy)
 
@@ -255,56 +256,6 @@ class Loop:
         self.checkpoints.wait()
         step = self.checkpoints.latest_step
         return "no checkpoint was saved" if step is None else f"the last good checkpoint is {step}"
-
-
-def restore(
-    run: Run, checkpoints: Checkpointer | None, processes: hosts.MultiProcess
-) -> tuple[State, dict[str, Any] | None]:
-    """The state to begin with, and what the checkpoint says of it.
-
-    The first process, alone with `checkpoints`, sends every other one the arrays of its stages.
-    All call it.
-
-    Raises:
-        ConfigError: they are another run's, or the run is further than it should go.
-    """
-    restored = None if checkpoints is None else _read(run, checkpoints)
-    position = processes.broadcast(restored and [restored.step, restored.extra])
-    if position is None:
-        return run.trainer.init(), None
-    step, extra = position
-    names = list(run.trainer.to_arrays(run.trainer.abstract(addressable=True)))
-    arrays = hosts.scatter(processes, names, restored.arrays if restored else {})
-    return run.trainer.from_arrays(step, arrays), extra
-
-
-def _read(run: Run, checkpoints: Checkpointer) -> Restored | None:
-    own = identity(run)
-    identities = [extra.get("identity", {}) for extra in checkpoints.extras().values()]
-    if identities and own not in identities:
-        configuration.check_identity(own, identities[-1])
-    restored = checkpoints.restore(
-        run.trainer.to_arrays(run.trainer.abstract()),
-        accept=lambda extra: None if extra.get("identity") == own else "it is another run's",
-    )
-    if restored is not None and restored.step > run.total_steps:
-        raise ConfigError(
-            f"the workdir holds step {restored.step}: the configuration ends at {run.total_steps}"
-        )
-    return restored
-
-
-def identity(run: Run) -> dict[str, Any]:
-    """What makes a run what it is; a delayed method also depends on where the stages begin.
-
-    Its queues hold what JAX's differentiation left, in the compute dtype; another version of JAX
-    may lay it out otherwise.
-    """
-    values = configuration.identity(run.config)
-    if run.trainer.schedule.overlapping:
-        values |= {"boundaries": list(run.trainer.boundaries), "dtype": run.config.dtype}
-        values["JAX version"] = jax.__version__
-    return values
 
 
 class Interrupt:
