@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
 
 from jdecouple import data
@@ -20,6 +21,7 @@ from jdecouple.checkpoint import Checkpointer
 from jdecouple.pipeline.batch import PlacedBatch
 from jdecouple.train import hosts, report
 from jdecouple.train.config import one_line
+from jdecouple.train.divergence import Range
 from jdecouple.train.lock import only_run
 from jdecouple.train.metrics import Interval, MetricsWriter, Progress, clock, read_metrics
 from jdecouple.train.profile import Profile
@@ -125,6 +127,12 @@ class Loop:
         groups = data.Groups(batches, data.group_sizes(first, run.total_steps, config.chunk, *ends))
         self._saved = first if start else -1
         self._interval = Interval(first, clock(0.0), start and start["means"])
+        self._range = Range(run.trainer.latency, start and start.get("range"))
+        if self._range.suspect is not None:
+            self._warn(f"checkpoint {first} is suspect")
+        if start is None:
+            weights = hosts.gather(self.processes, _weights(run.trainer.to_arrays(state)))
+            self._range.weigh(first, _largest(weights))
         self._pending: list[tuple[range, dict[str, jax.Array]]] = []  # metrics on devices
         with (
             data.Prefetcher(groups, self._put) as prefetcher,
@@ -201,6 +209,7 @@ class Loop:
                 f"{self._last_good()}"
             )
         self._interval.add(row)
+        self._warn(self._range.add(step, float(row["loss"])))
 
     def _log(self, step: int, state: State, now: np.ndarray) -> dict[str, Any]:
         """Writes the line of the interval that ends here; returns what the console shows."""
@@ -245,17 +254,55 @@ class Loop:
                 raise NonFiniteError(
                     f"{name} is not finite after step {state.step}; {self._last_good()}"
                 )
+        self._warn(self._range.weigh(state.step, _largest(_weights(arrays))))
         extra = {"iterator": iterator, "means": self._interval.means, **origin(self.run)}
+        extra["range"] = self._range.values
         if self.writer is not None:
             extra["rows"] = self.writer.rows
         with one_line():
-            self.checkpoints.save(state.step, arrays, extra, accuracy)
+            spare = self._range.suspect
+            self.checkpoints.save(state.step, arrays, extra, accuracy, spare=spare)
 
-    def _last_good(self) -> str:
+    def _sides(self) -> tuple[list[int], list[int]]:
+        """Steps of the checkpoints that are good, and of those that are suspect."""
         assert self.checkpoints is not None  # the first process finds what is wrong
         self.checkpoints.wait()
-        step = self.checkpoints.latest_step
-        return "no checkpoint was saved" if step is None else f"the last good checkpoint is {step}"
+        steps, suspect = self.checkpoints.steps(), self._range.suspect
+        good = [step for step in steps if suspect is None or step < suspect]
+        return good, steps[len(good) :]
+
+    def _warn(self, reason: str | None) -> None:
+        if reason is not None and self.checkpoints is not None:
+            good, _ = self._sides()
+            last = f"the last good one is {good[-1]}" if good else "there is none before"
+            logging.warning(
+                "%s: checkpoints from step %d on may be spoilt, %s; to go back, stop, move the "
+                "later ones elsewhere and give the same command",
+                *(reason, self._range.suspect, last),
+            )
+
+    def _last_good(self) -> str:
+        """Which checkpoint a diverged run goes on from; the suspect ones are moved away."""
+        assert self.checkpoints is not None
+        good, bad = self._sides()
+        if not good and not bad:
+            return "no checkpoint was saved"
+        text = f"the last good checkpoint is {good[-1]}" if good else "no good checkpoint is left"
+        if bad:
+            with one_line():
+                aside = self.checkpoints.set_aside(bad)
+            text += f" ({', '.join(map(str, bad))}, suspect, moved to {aside.name}/)"
+        goes_on = "goes on from there" if good else "begins anew"
+        return f"{text}; the same command {goes_on}, a lower learning rate may help"
+
+
+def _weights(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in arrays.items() if "/params/" in name}
+
+
+def _largest(arrays: Mapping[str, np.ndarray]) -> float:
+    sizes = (max(float(x.max()), -float(x.min())) for x in arrays.values() if x.size)
+    return max(sizes, default=0.0)
 
 
 class Interrupt:

@@ -3,7 +3,6 @@
 import json
 import shutil
 
-import nets
 import pytest
 import runs
 from runs import arguments, cheap, lines
@@ -16,6 +15,7 @@ from jdecouple.train.loop import build, train_and_evaluate
 from jdecouple.train.metrics import read_metrics
 
 SHORT = {"steps": 4, "eval_every": 2, "checkpoint__every": 2, "data__validation": 0.1}
+SLOW = pytest.mark.slow
 RATE = {"optimizer__learning_rate": 0.5}
 
 
@@ -214,7 +214,7 @@ def spoilt(path):
 
 
 class TestMetrics:
-    @pytest.mark.parametrize("damage", nets.marked((missing, cut), (missing,)))
+    @pytest.mark.parametrize("damage", [missing, pytest.param(cut, marks=SLOW)])
     def test_no_table_without_the_last_step(self, folder, capsys, caplog, damage):
         damage(folder / "metrics.jsonl")
         with pytest.raises(ConfigError) as error:
@@ -231,9 +231,7 @@ class TestMetrics:
             assert result["test"]["step"] == 4
             assert "best_test" in result
 
-    @pytest.mark.parametrize(
-        "damage", nets.marked((without_the_first, spoilt), (without_the_first,))
-    )
+    @pytest.mark.parametrize("damage", [without_the_first, pytest.param(spoilt, marks=SLOW)])
     def test_no_best_steps_without_all_lines(self, folder, capsys, damage):
         damage(folder / "metrics.jsonl")
         for _ in range(2):  # it is not forgotten
