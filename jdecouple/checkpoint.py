@@ -17,7 +17,7 @@ import shutil
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
@@ -114,7 +114,13 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
         return {step: document["extra"] for step, document in self._documents().items()}
 
     def save(
-        self, step: int, arrays: Mapping[str, Any], extra: Any, metric: float | None = None
+        self,
+        step: int,
+        arrays: Mapping[str, Any],
+        extra: Any,
+        metric: float | None = None,
+        *,
+        spare: int | None = None,
     ) -> None:
         """Copies `arrays` to host memory and writes them in the background, after the last save.
 
@@ -125,6 +131,7 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
             arrays: name to NumPy or JAX array that this process can read; one must have elements.
             extra: small dict that `json` can write.
             metric: score of this state, higher is better; None or NaN never counts as best.
+            spare: a step; the last checkpoint before it is kept, too.
 
         Raises:
             CheckpointError: `step` is not new, the directory is open for reading only, or this or
@@ -153,6 +160,8 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
             )
         documents = self._documents() | {step: document}
         kept = {*sorted(documents)[-self._keep :], _best(documents)}
+        if spare is not None:
+            kept.add(max((each for each in documents if each < spare), default=None))
         self._policy.superseded = documents.keys() - kept
         self._pending = step
         info = {"document": document, "crc32": _document_crc(document)}
@@ -167,6 +176,16 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
             self._guarded(self._manager.wait_until_finished)
             self._pending = None
             shutil.rmtree(self.directory / _DELETED, ignore_errors=True)
+
+    def set_aside(self, steps: Iterable[int]) -> Path:
+        """Moves checkpoints to ``<directory>_refused``, from which nothing is restored; returns it.
+
+        Raises:
+            CheckpointError: they cannot be moved.
+        """
+        self.wait()
+        self._refused |= {*steps}
+        return self._set_refused_aside()
 
     def close(self) -> None:
         """Waits for the save in flight and releases the directory; may be called again."""
@@ -298,7 +317,7 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
                 f"checkpoint {step} could not be written to {self.directory}: {_told(error)}"
             ) from error
 
-    def _set_refused_aside(self) -> None:
+    def _set_refused_aside(self) -> Path:
         aside = self.directory.with_name(self.directory.name + "_refused")
         with _one_line(f"cannot move refused checkpoints to {aside}"):
             aside.mkdir(exist_ok=True)
@@ -308,6 +327,7 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
                 os.rename(self.directory / str(step), free)
         self._refused.clear()
         self._open_manager()
+        return aside
 
 
 class _AllBut:

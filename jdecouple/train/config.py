@@ -202,10 +202,38 @@ def shown(value: Any) -> str:
     return f"{text[:_MOST_CHARACTERS]}... ({len(text)} characters)"
 
 
+# Keys that say where, in which order and how often something is done, and not what is learnt.
+_FREE = (
+    *("log_every", "checkpoint", "profile", "sufficient_direction", "max_in_flight", "remat"),
+    *("mesh", "num_stages", "boundaries", "split", "schedule", "engine", "chunk"),
+)
+
+
+def settings(config: ConfigDict, total_steps: int) -> dict[str, Any]:
+    """What else a complete configuration computes with: values by key, as JSON.
+
+    A run may be continued with other ones, but then it is not what either of them computes.
+    `steps` is the length of the run, whether or not epochs set it.
+    """
+    arguments = options("optimizer", config.optimizer.name).items()
+    optimizer = {key: value for key, (_, value) in arguments} | config.optimizer.to_dict()
+    values = config.to_dict() | {f"optimizer.{key}": value for key, value in optimizer.items()}
+    values["steps"] = total_steps
+    for key in (*identity(config), *_FREE, "optimizer", "epochs"):
+        values.pop(key, None)
+    return json.loads(json.dumps(values, default=repr))
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Key, old and new value of what differs between two `settings`; None where there is none."""
+    pairs = {key: (before.get(key), now.get(key)) for key in {**before, **now}}
+    return [(key, old, new) for key, (old, new) in pairs.items() if old != new]
+
+
 def identity(config: ConfigDict) -> dict[str, Any]:
     """The values that make a run what it is, as JSON; what is left at None does not count.
 
-    A run may be continued with other values of all other keys.
+    A run cannot be continued with others.
     """
     values = {key: config[key] for key in ("batch_size", "seed")}
     values["optimizer.name"] = config.optimizer.name

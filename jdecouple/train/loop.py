@@ -13,16 +13,19 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
 
 from jdecouple import data
-from jdecouple.checkpoint import Checkpointer, Restored
+from jdecouple.checkpoint import Checkpointer
 from jdecouple.pipeline.batch import PlacedBatch
-from jdecouple.train import config as configuration
 from jdecouple.train import devices, hosts, report
-from jdecouple.train.config import ConfigError, one_line
+from jdecouple.train.config import one_line
+from jdecouple.train.divergence import Range
+from jdecouple.train.lock import only_run
 from jdecouple.train.metrics import Interval, MetricsWriter, Progress, clock, read_metrics
 from jdecouple.train.profile import Profile
+from jdecouple.train.resume import open_metrics, origin, record, restore
 from jdecouple.train.run import Run, build, check_alike
 from jdecouple.trainer import State, Trainer
 
@@ -49,10 +52,11 @@ def train_and_evaluate(
         "step"; "finished" (False after SIGTERM or Ctrl-C, which save and return); and, when
         finished, on the first process, "test" (metrics at the last step),
         "test_at_best_validation" and "best_test" (the papers' figure: the best step by test
-        accuracy, never a result).
+        accuracy, never a result). The last two are left out where `metrics.jsonl` has lost lines.
 
     Raises:
-        ConfigError: bad values or input, in one line; checkpoints are left untouched.
+        ConfigError: bad values or input, or a workdir that another run uses, in one line;
+            checkpoints are left untouched.
         NonFiniteError: the training diverged; the last good checkpoint is kept.
     """
     run, folder = build(config), Path(workdir)
@@ -65,29 +69,30 @@ def train_and_evaluate(
         with one_line():
             check_alike(run.config, processes)
             if processes.first:
-                checkpoints = stack.enter_context(_open(folder, run))
+                stack.enter_context(only_run(folder))
+                keep = run.config.checkpoint.keep
+                checkpoints = stack.enter_context(Checkpointer(folder / "checkpoints", keep=keep))
                 processes.on_loss(checkpoints.wait)
         interrupt = stack.enter_context(Interrupt())
         with one_line():
             state, start = restore(run, checkpoints, processes)
             if processes.first:
-                report.write_config(folder, run)
-                resume_step = state.step if start else None
-                writer = stack.enter_context(MetricsWriter(folder, resume_step=resume_step))
+                record(folder, run, state.step, start)
+                writer = stack.enter_context(open_metrics(folder, run, state.step, start))
         profile = Profile(run.trainer, folder, run.config.profile, state.step, title)
         loop = Loop(run, checkpoints, writer, interrupt, profile, processes)
         state = loop.train(state, start)
-        if processes.first:
-            report.plot_curves(folder, title=title)
-    result = {"step": state.step, "finished": state.step >= run.total_steps}
-    if checkpoints is None:
+        result = {"step": state.step, "finished": state.step >= run.total_steps}
+        if checkpoints is None or writer is None:
+            return result
+        report.plot_curves(folder, title=title)
+        if result["finished"]:
+            with one_line():
+                result |= report.summary(read_metrics(folder), state.step, writer.rows)
+            report.show(result, folder, checkpoints.best_step)
+        else:
+            print(f"stopped at step {state.step} of {run.total_steps}: the same command continues")
         return result
-    if result["finished"]:
-        result |= report.summary(read_metrics(folder))
-        report.show(result, folder, checkpoints.best_step)
-    else:
-        print(f"stopped at step {state.step} of {run.total_steps}: the same command continues")
-    return result
 
 
 @dataclasses.dataclass
@@ -124,6 +129,12 @@ class Loop:
         groups = data.Groups(batches, data.group_sizes(first, run.total_steps, config.chunk, *ends))
         self._saved = first if start else -1
         self._interval = Interval(first, clock(0.0), start and start["means"])
+        self._range = Range(run.trainer.latency, start and start.get("range"))
+        if self._range.suspect is not None:
+            self._warn(f"checkpoint {first} is suspect")
+        if start is None:
+            weights = hosts.gather(self.processes, _weights(run.trainer.to_arrays(state)))
+            self._range.weigh(first, _largest(weights))
         self._pending: list[tuple[range, dict[str, jax.Array]]] = []  # metrics on devices
         with (
             data.Prefetcher(groups, self._put) as prefetcher,
@@ -200,6 +211,7 @@ class Loop:
                 f"{self._last_good()}"
             )
         self._interval.add(row)
+        self._warn(self._range.add(step, float(row["loss"])))
 
     def _log(self, step: int, state: State, now: np.ndarray) -> dict[str, Any]:
         """Writes the line of the interval that ends here; returns what the console shows."""
@@ -244,74 +256,55 @@ class Loop:
                 raise NonFiniteError(
                     f"{name} is not finite after step {state.step}; {self._last_good()}"
                 )
-        means, own = self._interval.means, identity(self.run)
-        extra = {"iterator": iterator, "means": means, "identity": own}
+        self._warn(self._range.weigh(state.step, _largest(_weights(arrays))))
+        extra = {"iterator": iterator, "means": self._interval.means, **origin(self.run)}
+        extra["range"] = self._range.values
+        if self.writer is not None:
+            extra["rows"] = self.writer.rows
         with one_line():
-            self.checkpoints.save(state.step, arrays, extra, accuracy)
+            spare = self._range.suspect
+            self.checkpoints.save(state.step, arrays, extra, accuracy, spare=spare)
 
-    def _last_good(self) -> str:
+    def _sides(self) -> tuple[list[int], list[int]]:
+        """Steps of the checkpoints that are good, and of those that are suspect."""
         assert self.checkpoints is not None  # the first process finds what is wrong
         self.checkpoints.wait()
-        step = self.checkpoints.latest_step
-        return "no checkpoint was saved" if step is None else f"the last good checkpoint is {step}"
+        steps, suspect = self.checkpoints.steps(), self._range.suspect
+        good = [step for step in steps if suspect is None or step < suspect]
+        return good, steps[len(good) :]
+
+    def _warn(self, reason: str | None) -> None:
+        if reason is not None and self.checkpoints is not None:
+            good, _ = self._sides()
+            last = f"the last good one is {good[-1]}" if good else "there is none before"
+            logging.warning(
+                "%s: checkpoints from step %d on may be spoilt, %s; to go back, stop, move the "
+                "later ones elsewhere and give the same command",
+                *(reason, self._range.suspect, last),
+            )
+
+    def _last_good(self) -> str:
+        """Which checkpoint a diverged run goes on from; the suspect ones are moved away."""
+        assert self.checkpoints is not None
+        good, bad = self._sides()
+        if not good and not bad:
+            return "no checkpoint was saved"
+        text = f"the last good checkpoint is {good[-1]}" if good else "no good checkpoint is left"
+        if bad:
+            with one_line():
+                aside = self.checkpoints.set_aside(bad)
+            text += f" ({', '.join(map(str, bad))}, suspect, moved to {aside.name}/)"
+        goes_on = "goes on from there" if good else "begins anew"
+        return f"{text}; the same command {goes_on}, a lower learning rate may help"
 
 
-def _open(folder: Path, run: Run) -> Checkpointer:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"workdir {str(folder)!r}: {error.strerror}") from error
-    return Checkpointer(folder / "checkpoints", keep=run.config.checkpoint.keep)
+def _weights(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in arrays.items() if "/params/" in name}
 
 
-def restore(
-    run: Run, checkpoints: Checkpointer | None, processes: hosts.MultiProcess
-) -> tuple[State, dict[str, Any] | None]:
-    """The state to begin with, and what the checkpoint says of it.
-
-    The first process, alone with `checkpoints`, sends every other one the arrays of its stages.
-    All call it.
-
-    Raises:
-        ConfigError: they are another run's, or the run is further than it should go.
-    """
-    restored = None if checkpoints is None else _read(run, checkpoints)
-    position = processes.broadcast(restored and [restored.step, restored.extra])
-    if position is None:
-        return run.trainer.init(), None
-    step, extra = position
-    names = list(run.trainer.to_arrays(run.trainer.abstract(addressable=True)))
-    arrays = hosts.scatter(processes, names, restored.arrays if restored else {})
-    return run.trainer.from_arrays(step, arrays), extra
-
-
-def _read(run: Run, checkpoints: Checkpointer) -> Restored | None:
-    own = identity(run)
-    identities = [extra.get("identity", {}) for extra in checkpoints.extras().values()]
-    if identities and own not in identities:
-        configuration.check_identity(own, identities[-1])
-    restored = checkpoints.restore(
-        run.trainer.to_arrays(run.trainer.abstract()),
-        accept=lambda extra: None if extra.get("identity") == own else "it is another run's",
-    )
-    if restored is not None and restored.step > run.total_steps:
-        raise ConfigError(
-            f"the workdir holds step {restored.step}: the configuration ends at {run.total_steps}"
-        )
-    return restored
-
-
-def identity(run: Run) -> dict[str, Any]:
-    """What makes a run what it is; a delayed method also depends on where the stages begin.
-
-    Its queues hold what JAX's differentiation left, in the compute dtype; another version of JAX
-    may lay it out otherwise.
-    """
-    values = configuration.identity(run.config)
-    if run.trainer.schedule.overlapping:
-        values |= {"boundaries": list(run.trainer.boundaries), "dtype": run.config.dtype}
-        values["JAX version"] = jax.__version__
-    return values
+def _largest(arrays: Mapping[str, np.ndarray]) -> float:
+    sizes = (max(float(x.max()), -float(x.min())) for x in arrays.values() if x.size)
+    return max(sizes, default=0.0)
 
 
 class Interrupt:

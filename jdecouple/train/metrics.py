@@ -18,6 +18,8 @@ from jdecouple.train.files import replace
 FILE_NAME = "metrics.jsonl"
 SPLITS = ("train", "validation", "test")
 
+_MOST = sys.float_info.max
+
 Line = dict[str, Any]
 
 
@@ -67,15 +69,21 @@ class MetricsWriter(contextlib.AbstractContextManager["MetricsWriter"]):
         resume_step: step that the run goes on from. Lines of later steps and a half-written last
             line are dropped by an atomic rewrite, all other lines keep their bytes. None: a new
             run, which starts with an empty file.
+        rows: lines that had been written until then, at least.
+
+    Attributes:
+        rows: lines that were written, in all; `lost` are those that were missing at the start.
 
     Raises:
         OSError: the file cannot be written.
     """
 
-    def __init__(self, workdir: str | os.PathLike[str], *, resume_step: int | None):
+    def __init__(self, workdir: str | os.PathLike[str], *, resume_step: int | None, rows: int = 0):
         path = Path(workdir) / FILE_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = b"" if resume_step is None else _until(_read(path), resume_step)
+        found = kept.count(b"\n")
+        self.rows, self.lost = max(found, rows), max(0, rows - found)
         replace(path, lambda temporary: temporary.write_bytes(kept))
         self._file = path.open("a", encoding="utf-8")
 
@@ -96,6 +104,7 @@ class MetricsWriter(contextlib.AbstractContextManager["MetricsWriter"]):
         line = {"step": int(step), "split": split, **finite}
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
+        self.rows += 1
 
     def close(self) -> None:
         """Closes the file; may be called again."""
@@ -108,7 +117,7 @@ class MetricsWriter(contextlib.AbstractContextManager["MetricsWriter"]):
 def read_metrics(workdir: str | os.PathLike[str]) -> list[Line]:
     """Returns the lines of ``metrics.jsonl`` in order, without a half-written one; [] without file.
 
-    Values that were not finite are None.
+    Lines that hold no metrics are left out. Values that were not finite are None.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -191,12 +200,16 @@ def _read(path: Path) -> bytes:
 
 
 def _parse(raw: bytes) -> Line | None:
-    """The object on a line; None if there is none, as on a half-written line."""
+    """The metrics on a line; None if there are none, as on a half-written line."""
     try:
         line = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return line if isinstance(line, dict) and {"step", "split"} <= line.keys() else None
+    if not isinstance(line, dict) or type(line.get("step")) is not int:
+        return None
+    values = [value for name, value in line.items() if name not in ("step", "split")]
+    numbers = all(x is None or (type(x) in (int, float) and abs(x) <= _MOST) for x in values)
+    return line if numbers and line.get("split") in SPLITS else None
 
 
 def _until(data: bytes, step: int) -> bytes:

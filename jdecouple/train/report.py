@@ -32,11 +32,15 @@ _MARKERS_UP_TO = 20  # points of a curve
 Series = tuple[list[int], list[float]]
 
 
-def write_config(folder: Path, run: Run) -> None:
-    """Writes `config.json`: the configuration, the versions, the devices, the partition."""
+def write_config(folder: Path, run: Run, history: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Writes `config.json`: the configuration, the versions, the devices, the partition.
+
+    Its `history` says at which step which key of the configuration changed, from what to what.
+    """
     trainer = run.trainer
     content = {
         "config": run.config.to_dict(),
+        "history": list(history),
         "total_steps": run.total_steps,
         "engine": trainer.engine,
         "boundaries": list(trainer.boundaries),
@@ -55,18 +59,37 @@ def parameters(trainer: Trainer) -> int:
     return sum(int(np.prod(leaf.shape)) for name, leaf in leaves.items() if "/params/" in name)
 
 
-def summary(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Test results of a finished run, of all lines of `metrics.jsonl`, chosen three ways.
+def summary(
+    lines: Sequence[Mapping[str, Any]], step: int | None = None, rows: int = 0
+) -> dict[str, Any]:
+    """Test results of a finished run, of the lines of `metrics.jsonl`, chosen three ways.
+
+    Args:
+        lines: all that are there.
+        step: the last of the run; by default that of the last test.
+        rows: lines that should be there. Where some are lost, so may be the best.
 
     Returns:
         "test" at the last step; "test_at_best_validation" at the step with the highest
         validation accuracy (the first of equals), if there was a validation split;
         "best_test" at the step with the highest test accuracy of any exit, as the papers
-        report: not a result, since the test set chose it.
+        report: not a result, since the test set chose it. With lost lines, the first alone.
+
+    Raises:
+        ValueError: there is no test of the last step.
     """
-    tests = {line["step"]: line for line in lines if line["split"] == "test"}
-    validations = [line for line in lines if line["split"] == "validation"]
-    results = {"test": tests[max(tests)]}
+    scored = [line for line in lines if line.get("accuracy") is not None and exits(line)]
+    tests = {line["step"]: line for line in scored if line["split"] == "test"}
+    validations = [line for line in scored if line["split"] == "validation"]
+    last = max(tests, default=None) if step is None else step
+    if last not in tests:
+        raise ValueError(
+            f"metrics.jsonl holds no test accuracy of the last step, {step}: there is no result; "
+            f"to measure it again, move checkpoints/{step} elsewhere and give the same command"
+        )
+    results = {"test": tests[last]}
+    if len(lines) < rows:
+        return results
     if validations:
         best = max(validations, key=lambda line: line["accuracy"])
         results["test_at_best_validation"] = tests[best["step"]]
@@ -89,6 +112,8 @@ def show(result: Mapping[str, Any], folder: Path, best_step: int | None) -> None
         value = max(accuracies.values()) if key == "best_test" else line["accuracy"]
         listed = ", ".join(f"{name} {accuracy:.2%}" for name, accuracy in accuracies.items())
         print(f"  {label}: {value:.2%} at step {line['step']} ({listed})")
+    if "best_test" not in result:
+        print("  best steps: not known, metrics.jsonl has lost lines")
     print(f"curves:      {folder / CURVES_NAME}")
     best = "" if best_step is None else f" (best by validation: step {best_step})"
     print(f"checkpoints: {folder / 'checkpoints'}{best}")
@@ -99,7 +124,7 @@ def exits(line: Mapping[str, Any]) -> dict[str, float]:
     return {
         name.removesuffix("/accuracy"): value
         for name, value in line.items()
-        if name.startswith("exit_") and name.endswith("/accuracy")
+        if name.startswith("exit_") and name.endswith("/accuracy") and value is not None
     }
 
 

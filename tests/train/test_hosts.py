@@ -17,6 +17,8 @@ import pytest
 import runs
 from runs import arguments, assert_same_run, copy, delayed, final_arrays, finished, lines, server
 
+from jdecouple.train.lock import only_run
+
 DEINFOREG = {"mesh__stages": 2}
 FDG = {**delayed("fdg"), "mesh__stages": 2}
 BP = {**runs.BP, "mesh__stages": 2, "schedule": "1f1b", "microbatches": 2}
@@ -254,6 +256,15 @@ class TestRefused:
         assert_one_line(first, f"error: {told}")
         assert_one_line(second, "error: process 0 (", told)
         assert runs.fingerprint(folder) == before
+
+    @pytest.mark.slow
+    def test_another_run_that_uses_the_workdir(self, tmp_path):
+        with only_run(tmp_path / "run"):
+            first, second = end(start(tmp_path / "run", 2, **DEINFOREG), code=2)
+            assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+        told = f"is in use by another run, process {os.getpid()} on "
+        assert_one_line(first, "error: workdir ", told)
+        assert_one_line(second, "error: process 0 (", told)
 
     def test_processes_with_other_configurations(self, tmp_path):
         commands = [{"seed": 0}, {"seed": 1}]
