@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import tqdm
 
-from jdecouple.train.files import replace
+from jdecouple._files import replace
 
 FILE_NAME = "metrics.jsonl"
 SPLITS = ("train", "validation", "test")

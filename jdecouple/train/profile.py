@@ -10,8 +10,8 @@ from typing import Any
 
 import jax
 
+from jdecouple._files import replace
 from jdecouple.schedules import Kind, Span, draw
-from jdecouple.train.files import replace
 from jdecouple.trainer import State, Trainer
 
 _WARM_UP_STEPS = 10

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jdecouple.train.files import replace
+from jdecouple._files import replace
 from jdecouple.train.metrics import SPLITS, Line, read_metrics
 from jdecouple.train.run import Run
 from jdecouple.trainer import Trainer
