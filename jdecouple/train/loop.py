@@ -58,7 +58,7 @@ def train_and_evaluate(
     run, folder = build(config), Path(workdir)
     processes = processes or hosts.SingleProcess()
     title = f"{run.config.method.name} on {run.config.data.name}"  # of the pictures
-    checkpoints = writer = None  # on the first process alone
+    checkpoints = writer = curves = None  # on the first process alone
     with contextlib.ExitStack() as stack:
         with one_line():
             check_alike(run.config, processes)
@@ -76,13 +76,13 @@ def train_and_evaluate(
         loop = Loop(run, checkpoints, writer, interrupt, profile, processes)
         state = loop.train(state, start)
         if processes.first:
-            report.plot_curves(folder, title=title)
+            curves = report.try_plot_curves(folder, title=title)
     result = {"step": state.step, "finished": state.step >= run.total_steps}
     if checkpoints is None:
         return result
     if result["finished"]:
         result |= report.summary(read_metrics(folder))
-        report.show(result, folder, checkpoints.best_step)
+        report.show(result, folder, checkpoints.best_step, curves)
     else:
         print(f"stopped at step {state.step} of {run.total_steps}: the same command continues")
     return result

@@ -12,8 +12,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 
+from jdecouple._errors import first_line
 from jdecouple._files import replace
+from jdecouple.train import pictures
 from jdecouple.train.metrics import SPLITS, Line, read_metrics
 from jdecouple.train.run import Run
 from jdecouple.trainer import Trainer
@@ -74,8 +77,10 @@ def summary(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return results
 
 
-def show(result: Mapping[str, Any], folder: Path, best_step: int | None) -> None:
-    """Prints the closing table."""
+def show(
+    result: Mapping[str, Any], folder: Path, best_step: int | None, curves: Path | None
+) -> None:
+    """Prints the closing table, and where the rest is."""
     labels = {
         "test": "last step",
         "test_at_best_validation": "best validation",
@@ -89,7 +94,8 @@ def show(result: Mapping[str, Any], folder: Path, best_step: int | None) -> None
         value = max(accuracies.values()) if key == "best_test" else line["accuracy"]
         listed = ", ".join(f"{name} {accuracy:.2%}" for name, accuracy in accuracies.items())
         print(f"  {label}: {value:.2%} at step {line['step']} ({listed})")
-    print(f"curves:      {folder / CURVES_NAME}")
+    if curves is not None:
+        print(f"curves:      {curves}")
     best = "" if best_step is None else f" (best by validation: step {best_step})"
     print(f"checkpoints: {folder / 'checkpoints'}{best}")
 
@@ -110,6 +116,15 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def try_plot_curves(workdir: Path, *, title: str) -> Path | None:
+    """As `plot_curves`; None after a warning if that fails, which costs no result."""
+    try:
+        return plot_curves(workdir, title=title)
+    except Exception as error:
+        logging.warning("no %s: %s", CURVES_NAME, first_line(error))
+        return None
+
+
 def plot_curves(
     workdir: str | os.PathLike[str], path: str | os.PathLike[str] | None = None, *, title: str = ""
 ) -> Path:
@@ -117,6 +132,7 @@ def plot_curves(
 
     Colours tell blocks apart, line styles splits. The loss axis is logarithmic where the losses
     span more than two decades. The PNG, by default ``curves.png``, appears atomically; returns it.
+    A title is plain text, whatever characters it has.
     """
     from matplotlib.figure import Figure
 
@@ -127,8 +143,9 @@ def plot_curves(
     _draw_losses(losses, lines)
     _draw_accuracies(accuracies, lines)
     if title:
-        figure.suptitle(title)
-    replace(target, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+        plain = title.encode(errors="backslashreplace").decode()
+        figure.suptitle(plain, parse_math=False)
+    pictures.save(figure, target, dpi=120)
     return target
 
 
