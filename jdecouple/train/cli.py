@@ -16,7 +16,7 @@ from ml_collections import ConfigDict, config_flags
 
 from jdecouple._errors import first_line
 from jdecouple.train import config as configuration
-from jdecouple.train import hosts, loop
+from jdecouple.train import console, hosts, loop
 from jdecouple.train.config import ConfigError
 from jdecouple.train.options import OWNERS, options
 
@@ -30,6 +30,7 @@ _KEY = r"--?(?:no)?config\.([^=]*)"
 _EXPECTED = (ConfigError, loop.NonFiniteError, KeyboardInterrupt)
 
 
+@console.lasting()
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs train.py.
 
@@ -224,7 +225,7 @@ def _log_in_short() -> None:
 
 def _keep_stdout() -> None:
     """Leaves stdout to Python: the libraries of several processes talk there."""
-    sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
+    sys.stdout = console.Lasting(os.fdopen(os.dup(1), "w", buffering=1))
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.close(null)

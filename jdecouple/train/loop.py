@@ -46,7 +46,7 @@ def train_and_evaluate(
         processes: what `jdecouple.train.hosts.join` returned, where there are several.
 
     Returns:
-        "step"; "finished" (False after SIGTERM or Ctrl-C, which save and return); and, when
+        "step"; "finished" (False after a signal such as Ctrl-C, which saves and returns); and, when
         finished, on the first process, "test" (metrics at the last step),
         "test_at_best_validation" and "best_test" (the papers' figure: the best step by test
         accuracy, never a result).
@@ -313,17 +313,21 @@ def identity(run: Run) -> dict[str, Any]:
 
 
 class Interrupt:
-    """Context in which the first SIGTERM or SIGINT only sets `requested`.
+    """Context in which the first SIGTERM or SIGINT, and any SIGHUP, only sets `requested`.
 
-    A second one interrupts at once. Outside the main thread, where Python allows no handlers,
-    nothing is changed.
+    A second SIGTERM or SIGINT interrupts at once; of SIGHUP a lost terminal may send several. One
+    that was ignored, as under nohup, stays so. Outside the main thread, where Python allows no
+    handlers, nothing is changed.
     """
 
     requested = False
+    _asked = False
 
     def __enter__(self) -> "Interrupt":
         main = threading.current_thread() is threading.main_thread()
-        numbers = (signal.SIGTERM, signal.SIGINT) if main else ()
+        numbers = [signal.SIGTERM, signal.SIGINT] if main else []
+        if main and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
         self._previous = {number: signal.signal(number, self._handle) for number in numbers}
         return self
 
@@ -332,6 +336,8 @@ class Interrupt:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
+        if number != signal.SIGHUP:
+            if self._asked:
+                raise KeyboardInterrupt
+            self._asked = True
         self.requested = True

@@ -134,7 +134,7 @@ class Progress:
         self._first: tuple[int, float] | None = None
         self._shown: list[str] = []
         self._bar: Any = None
-        if enabled and sys.stderr.isatty():
+        if enabled and sys.stderr and sys.stderr.isatty():
             self._bar = tqdm.tqdm(
                 total=total_steps,
                 initial=initial,
