@@ -1,5 +1,6 @@
 """The command line of train.py: flags, one-line errors and exit codes."""
 
+import errno
 import inspect
 import logging as python_logging
 import os
@@ -15,6 +16,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from jdecouple._errors import first_line
+from jdecouple.checkpoint import CheckpointError
 from jdecouple.train import config as configuration
 from jdecouple.train import console, hosts, loop
 from jdecouple.train.config import ConfigError
@@ -27,7 +29,9 @@ _HOSTS = """Several processes (docs/multi-host.md); SLURM and Open MPI need no f
   --process_index I         number of this one, from 0
   --transport_address HOST  where the others reach this one; by default as process 0 sees it"""
 _KEY = r"--?(?:no)?config\.([^=]*)"
-_EXPECTED = (ConfigError, loop.NonFiniteError, KeyboardInterrupt)
+_EXPECTED = (ConfigError, CheckpointError, loop.NonFiniteError, OSError, KeyboardInterrupt)
+# What ends a run although its input is good.
+_OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EMFILE, errno.ENFILE}
 
 
 @console.lasting()
@@ -38,10 +42,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: the command line, the program first; by default the process's own.
 
     Raises:
-        SystemExit: with code 1 if the training diverged, 2 after bad input, told in one line,
-            130 if Ctrl-C came where there was nothing to save. A run that ends, or that SIGTERM
-            or Ctrl-C stopped after saving, just returns. Of several processes, one that fails
-            ends the others with its code; one that is lost ends them with 3.
+        SystemExit: with code 1 if the training diverged or the disk is full, 2 after bad input,
+            told in one line, 130 if Ctrl-C came where there was nothing to save. A run that ends,
+            or that SIGTERM, SIGHUP or Ctrl-C stopped after saving, just returns. Of several
+            processes, one that fails ends the others with its code; one that is lost ends them
+            with 3.
     """
     _log_in_short()
     try:
@@ -82,8 +87,16 @@ def _ending(error: BaseException) -> tuple[str, int]:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted before anything new could be saved", 130
     if isinstance(error, _EXPECTED):
-        return first_line(error), 2 if isinstance(error, ConfigError) else 1
+        bad_input = isinstance(error, ConfigError) and not _of_the_machine(error)
+        return first_line(error), 2 if bad_input else 1
     return f"{type(error).__name__}: {first_line(error)}", 1
+
+
+def _of_the_machine(error: BaseException | None) -> bool:
+    """Whether an error goes back to one that no other input would avoid, such as a full disk."""
+    if error is None or getattr(error, "errno", None) in _OF_THE_MACHINE:
+        return error is not None
+    return _of_the_machine(error.__cause__)
 
 
 def parse(argv: Sequence[str]) -> tuple[ConfigDict, str]:

@@ -16,6 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jdecouple import data
+from jdecouple._files import local_folder
 from jdecouple.checkpoint import Checkpointer, Restored
 from jdecouple.pipeline.batch import PlacedBatch
 from jdecouple.train import config as configuration
@@ -54,8 +55,12 @@ def train_and_evaluate(
     Raises:
         ConfigError: bad values or input, in one line; checkpoints are left untouched.
         NonFiniteError: the training diverged; the last good checkpoint is kept.
+        CheckpointError: a checkpoint could not be written.
+        OSError: the metrics could not be written, as on a full disk.
     """
-    run, folder = build(config), Path(workdir)
+    with one_line():
+        folder = local_folder(workdir)
+    run = build(config)
     processes = processes or hosts.SingleProcess()
     title = f"{run.config.method.name} on {run.config.data.name}"  # of the pictures
     checkpoints = writer = curves = None  # on the first process alone
@@ -244,8 +249,7 @@ class Loop:
                 )
         means, own = self._interval.means, identity(self.run)
         extra = {"iterator": iterator, "means": means, "identity": own}
-        with one_line():
-            self.checkpoints.save(state.step, arrays, extra, accuracy)
+        self.checkpoints.save(state.step, arrays, extra, accuracy)
 
     def _last_good(self) -> str:
         assert self.checkpoints is not None  # the first process finds what is wrong
