@@ -76,7 +76,10 @@ def train_and_evaluate(
             if processes.first:
                 report.write_config(folder, run)
                 resume_step = state.step if start else None
-                writer = stack.enter_context(MetricsWriter(folder, resume_step=resume_step))
+                evaluated = not (start and start.get("evaluate"))
+                writer = stack.enter_context(
+                    MetricsWriter(folder, resume_step=resume_step, evaluated=evaluated)
+                )
         profile = Profile(run.trainer, folder, run.config.profile, state.step, title)
         loop = Loop(run, checkpoints, writer, interrupt, profile, processes)
         state = loop.train(state, start)
@@ -133,6 +136,9 @@ class Loop:
             contextlib.closing(progress),
             contextlib.closing(self.profile) as profile,
         ):
+            if start and start.pop("evaluate", False):  # the process before did not come to it
+                self._extra = start
+                self._evaluate(state, progress)
             while state.step < run.total_steps:
                 since, began = state.step, clock(prefetcher.wait_seconds)
                 with one_line():
@@ -159,9 +165,10 @@ class Loop:
                             share = (number - since) / len(steps)
                             shown = self._log(number, state, began + share * (now - began))
                 progress.update(step, shown)
-                accuracy = self._evaluate(state, progress) if evaluate else None
                 if save:
-                    self._save(state, prefetcher.state, accuracy)
+                    self._save(state, prefetcher.state, evaluate)
+                if evaluate:
+                    self._evaluate(state, progress)
                 if stop:
                     break
         if self.checkpoints is not None:
@@ -219,8 +226,8 @@ class Loop:
         if self.writer is not None:
             self.writer.write(step, split, values)
 
-    def _evaluate(self, state: State, progress: Progress) -> float | None:
-        """Evaluates validation and test; returns the validation accuracy, if there is one."""
+    def _evaluate(self, state: State, progress: Progress) -> None:
+        """Evaluates validation and test, and writes that into the checkpoint of the state."""
         accuracy, began = None, time.perf_counter()
         size, trainer = self.run.config.batch_size, self.run.trainer
         for split in filter(len, (self.run.dataset.validation, self.run.dataset.test)):
@@ -232,10 +239,12 @@ class Loop:
                 accuracy = values["accuracy"]
             listed = " ".join(f"{value:.2%}" for value in report.exits(values).values())
             progress.print(f"step {state.step} {split.name:10} accuracy per exit: {listed}")
+        if self.checkpoints is not None:
+            self.checkpoints.amend(state.step, self._extra, accuracy)
         self._interval.leave_out(time.perf_counter() - began)
-        return accuracy
 
-    def _save(self, state: State, iterator: Any, accuracy: float | None) -> None:
+    def _save(self, state: State, iterator: Any, evaluate: bool) -> None:
+        """Saves a state; one that is yet to be evaluated says so, and whoever restores it does."""
         if state.step == self._saved:
             return
         self._saved = state.step
@@ -248,8 +257,9 @@ class Loop:
                     f"{name} is not finite after step {state.step}; {self._last_good()}"
                 )
         means, own = self._interval.means, identity(self.run)
-        extra = {"iterator": iterator, "means": means, "identity": own}
-        self.checkpoints.save(state.step, arrays, extra, accuracy)
+        self._extra = {"iterator": iterator, "means": means, "identity": own}
+        due = {"evaluate": True} if evaluate else {}
+        self.checkpoints.save(state.step, arrays, self._extra | due)
 
     def _last_good(self) -> str:
         assert self.checkpoints is not None  # the first process finds what is wrong

@@ -68,16 +68,23 @@ class MetricsWriter(contextlib.AbstractContextManager["MetricsWriter"]):
         resume_step: step that the run goes on from. Lines of later steps and a half-written last
             line are dropped by an atomic rewrite, and damaged ones with a warning; all other lines
             keep their bytes. None: a new run, which starts with an empty file.
+        evaluated: whether that step has been evaluated; if not, lines about that are dropped too.
 
     Raises:
         OSError: the file cannot be written; one line that names it.
     """
 
-    def __init__(self, workdir: str | os.PathLike[str], *, resume_step: int | None):
+    def __init__(
+        self,
+        workdir: str | os.PathLike[str],
+        *,
+        resume_step: int | None,
+        evaluated: bool = True,
+    ):
         self._path = path = Path(workdir) / FILE_NAME
         with naming(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            kept = b"" if resume_step is None else _until(_read(path), resume_step)
+            kept = b"" if resume_step is None else _until(_read(path), resume_step, evaluated)
         replace(path, lambda temporary: temporary.write_bytes(kept))
         with naming(path):
             # Unbuffered: what has failed once is not tried again by `close`.
@@ -208,14 +215,14 @@ def _parse(raw: bytes) -> Line | None:
     return line if sound else None
 
 
-def _until(data: bytes, step: int) -> bytes:
-    """Lines of steps up to `step`, byte for byte."""
+def _until(data: bytes, step: int, evaluated: bool) -> bytes:
+    """Lines of steps up to `step`, byte for byte; if not `evaluated`, only "train" ones of it."""
     kept, damaged = [], []
     for number, raw in enumerate(data.splitlines(keepends=True), 1):
         line = _parse(raw)
         if line is None:
             damaged += [number] * raw.endswith(b"\n")  # else it was half written
-        elif line["step"] <= step:
+        elif line["step"] <= step - (not evaluated and line["split"] != "train"):
             kept.append(raw.rstrip(b"\r\n") + b"\n")
     if damaged:
         logging.warning("%s: left out line %s", FILE_NAME, ", ".join(map(str, damaged)))

@@ -18,6 +18,7 @@ from jdecouple.train import cli as command_line
 from jdecouple.train import console, metrics
 from jdecouple.train.config import ConfigError
 from jdecouple.train.loop import train_and_evaluate
+from jdecouple.trainer import Trainer
 
 
 @pytest.fixture(autouse=True)
@@ -185,6 +186,41 @@ def test_metrics_do_not_follow_a_link(tmp_path):
         writer.write(1, "train", {})
     assert (tmp_path / "precious").read_text() == "precious"
     assert len(lines(tmp_path / "run")) == 1
+
+
+# --- The evaluation comes after the save ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("calls", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_an_evaluation_that_fails_costs_no_step(finished, tmp_path, monkeypatch, calls):
+    """The run goes on with it, and ends as one in which nothing has failed."""
+    evaluate = Trainer.evaluate
+    split = ["validation", "test"][calls]
+
+    def broken(trainer, state, batches):
+        nonlocal calls
+        calls -= 1
+        if calls < 0:
+            raise ValueError(f"split {split!r}: example 3 cannot be read")
+        return evaluate(trainer, state, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "evaluate", broken)
+        for _ in range(2):  # and again at the restart, at once
+            with pytest.raises(ConfigError, match=f"split '{split}': example 3 cannot be read"):
+                train_and_evaluate(cheap(epochs=2), tmp_path)
+            saved = Checkpointer(tmp_path / "checkpoints", read_only=True)
+            assert saved.latest_step == 9
+            assert saved.best_step is None
+            calls = 0
+            split = "validation"
+    assert train_and_evaluate(cheap(epochs=2), tmp_path)["finished"]
+    runs.assert_same_run(tmp_path, finished)
+    saved, wanted = (
+        Checkpointer(folder / "checkpoints", read_only=True) for folder in (tmp_path, finished)
+    )
+    assert saved.best_step == wanted.best_step
+    assert saved.extras() == wanted.extras()
 
 
 # --- Pictures ------------------------------------------------------------------------------------
