@@ -19,6 +19,7 @@ MOST_NAMES = 13
 
 LAYERS: dict[str, set[str]] = {
     "_errors": set(),
+    "_files": {"_errors"},
     "data": {"_errors"},
     "optim": {"_errors"},
     "models": {"_errors"},
@@ -26,7 +27,7 @@ LAYERS: dict[str, set[str]] = {
     "methods": {"_errors", "models"},
     "pipeline": {"_errors", "models", "methods", "schedules"},
     "trainer": {"_errors", "models", "methods", "schedules", "pipeline"},
-    "checkpoint": {"_errors", "pipeline"},
+    "checkpoint": {"_errors", "_files", "pipeline"},
 }
 """What each entry of the package may import of the others. `train` may import them all."""
 LAYERS["train"] = set(LAYERS)

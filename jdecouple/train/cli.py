@@ -1,5 +1,6 @@
 """The command line of train.py: flags, one-line errors and exit codes."""
 
+import errno
 import functools
 import inspect
 import logging as python_logging
@@ -17,8 +18,9 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from jdecouple._errors import first_line
+from jdecouple.checkpoint import CheckpointError
 from jdecouple.train import config as configuration
-from jdecouple.train import hosts, loop
+from jdecouple.train import console, hosts, loop
 from jdecouple.train.config import ConfigError
 from jdecouple.train.options import OWNERS, options
 
@@ -30,9 +32,12 @@ _HOSTS = """Several processes (docs/multi-host.md); SLURM and Open MPI need no f
   --transport_address HOST  where the others reach this one; by default as process 0 sees it
 On machines without one home, all need the same secret in JDECOUPLE_TOKEN."""
 _KEY = r"--?(?:no)?config\.([^=]*)(?:=(.*))?"
-_EXPECTED = (ConfigError, loop.NonFiniteError, KeyboardInterrupt)
+_EXPECTED = (ConfigError, CheckpointError, loop.NonFiniteError, OSError, KeyboardInterrupt)
+# What ends a run although its input is good.
+_OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EMFILE, errno.ENFILE}
 
 
+@console.lasting()
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs train.py.
 
@@ -40,10 +45,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: the command line, the program first; by default the process's own.
 
     Raises:
-        SystemExit: with code 1 if the training diverged, 2 after bad input, told in one line,
-            130 if Ctrl-C came where there was nothing to save. A run that ends, or that SIGTERM
-            or Ctrl-C stopped after saving, just returns. Of several processes, one that fails
-            ends the others with its code; one that is lost ends them with 3.
+        SystemExit: with code 1 if the training diverged or the disk is full, 2 after bad input,
+            told in one line, 130 if Ctrl-C came where there was nothing to save. A run that ends,
+            or that SIGTERM, SIGHUP or Ctrl-C stopped after saving, just returns. Of several
+            processes, one that fails ends the others with its code; one that is lost ends them
+            with 3.
     """
     _log_in_short()
     try:
@@ -84,8 +90,16 @@ def _ending(error: BaseException) -> tuple[str, int]:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted before anything new could be saved", 130
     if isinstance(error, _EXPECTED):
-        return first_line(error), 2 if isinstance(error, ConfigError) else 1
+        bad_input = isinstance(error, ConfigError) and not _of_the_machine(error)
+        return first_line(error), 2 if bad_input else 1
     return f"{type(error).__name__}: {first_line(error)}", 1
+
+
+def _of_the_machine(error: BaseException | None) -> bool:
+    """Whether an error goes back to one that no other input would avoid, such as a full disk."""
+    if error is None or getattr(error, "errno", None) in _OF_THE_MACHINE:
+        return error is not None
+    return _of_the_machine(error.__cause__)
 
 
 def parse(argv: Sequence[str]) -> tuple[ConfigDict, str]:
@@ -273,7 +287,7 @@ def _log_in_short() -> None:
 
 def _keep_stdout() -> None:
     """Leaves stdout to Python: the libraries of several processes talk there."""
-    sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
+    sys.stdout = console.Lasting(os.fdopen(os.dup(1), "w", buffering=1))
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.close(null)

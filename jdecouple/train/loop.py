@@ -7,7 +7,6 @@ import signal
 import threading
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -17,6 +16,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from jdecouple import data
+from jdecouple._files import local_folder
 from jdecouple.checkpoint import Checkpointer
 from jdecouple.pipeline.batch import PlacedBatch
 from jdecouple.train import devices, hosts, report
@@ -49,7 +49,7 @@ def train_and_evaluate(
         processes: what `jdecouple.train.hosts.join` returned, where there are several.
 
     Returns:
-        "step"; "finished" (False after SIGTERM or Ctrl-C, which save and return); and, when
+        "step"; "finished" (False after a signal such as Ctrl-C, which saves and returns); and, when
         finished, on the first process, "test" (metrics at the last step),
         "test_at_best_validation" and "best_test" (the papers' figure: the best step by test
         accuracy, never a result). The last two are left out where `metrics.jsonl` has lost lines.
@@ -58,8 +58,12 @@ def train_and_evaluate(
         ConfigError: bad values or input, or a workdir that another run uses, in one line;
             checkpoints are left untouched.
         NonFiniteError: the training diverged; the last good checkpoint is kept.
+        CheckpointError: a checkpoint could not be written.
+        OSError: the metrics could not be written, as on a full disk.
     """
-    run, folder = build(config), Path(workdir)
+    with one_line():
+        folder = local_folder(workdir)
+    run = build(config)
     processes = processes or hosts.SingleProcess()
     if processes.first:
         devices.announce(run)
@@ -85,11 +89,11 @@ def train_and_evaluate(
         result = {"step": state.step, "finished": state.step >= run.total_steps}
         if checkpoints is None or writer is None:
             return result
-        report.plot_curves(folder, title=title)
+        curves = report.try_plot_curves(folder, title=title)
         if result["finished"]:
             with one_line():
                 result |= report.summary(read_metrics(folder), state.step, writer.rows)
-            report.show(result, folder, checkpoints.best_step)
+            report.show(result, folder, checkpoints.best_step, curves)
         else:
             print(f"stopped at step {state.step} of {run.total_steps}: the same command continues")
         return result
@@ -141,6 +145,9 @@ class Loop:
             contextlib.closing(progress),
             contextlib.closing(self.profile) as profile,
         ):
+            if start and start.pop("evaluate", False):  # the process before did not come to it
+                self._extra = start
+                self._evaluate(state, progress)
             while state.step < run.total_steps:
                 since, began = state.step, clock(prefetcher.wait_seconds)
                 with one_line():
@@ -167,9 +174,10 @@ class Loop:
                             share = (number - since) / len(steps)
                             shown = self._log(number, state, began + share * (now - began))
                 progress.update(step, shown)
-                accuracy = self._evaluate(state, progress) if evaluate else None
                 if save:
-                    self._save(state, prefetcher.state, accuracy)
+                    self._save(state, prefetcher.state, evaluate)
+                if evaluate:
+                    self._evaluate(state, progress)
                 if stop:
                     break
         if self.checkpoints is not None:
@@ -228,8 +236,8 @@ class Loop:
         if self.writer is not None:
             self.writer.write(step, split, values)
 
-    def _evaluate(self, state: State, progress: Progress) -> float | None:
-        """Evaluates validation and test; returns the validation accuracy, if there is one."""
+    def _evaluate(self, state: State, progress: Progress) -> None:
+        """Evaluates validation and test, and writes that into the checkpoint of the state."""
         accuracy, began = None, time.perf_counter()
         size, trainer = self.run.config.batch_size, self.run.trainer
         for split in filter(len, (self.run.dataset.validation, self.run.dataset.test)):
@@ -241,10 +249,12 @@ class Loop:
                 accuracy = values["accuracy"]
             listed = " ".join(f"{value:.2%}" for value in report.exits(values).values())
             progress.print(f"step {state.step} {split.name:10} accuracy per exit: {listed}")
+        if self.checkpoints is not None:
+            self.checkpoints.amend(state.step, self._extra | self._rows(), accuracy)
         self._interval.leave_out(time.perf_counter() - began)
-        return accuracy
 
-    def _save(self, state: State, iterator: Any, accuracy: float | None) -> None:
+    def _save(self, state: State, iterator: Any, evaluate: bool) -> None:
+        """Saves a state; one that is yet to be evaluated says so, and whoever restores it does."""
         if state.step == self._saved:
             return
         self._saved = state.step
@@ -257,13 +267,14 @@ class Loop:
                     f"{name} is not finite after step {state.step}; {self._last_good()}"
                 )
         self._warn(self._range.weigh(state.step, _largest(_weights(arrays))))
-        extra = {"iterator": iterator, "means": self._interval.means, **origin(self.run)}
-        extra["range"] = self._range.values
-        if self.writer is not None:
-            extra["rows"] = self.writer.rows
-        with one_line():
-            spare = self._range.suspect
-            self.checkpoints.save(state.step, arrays, extra, accuracy, spare=spare)
+        self._extra = {"iterator": iterator, "means": self._interval.means, **origin(self.run)}
+        self._extra |= {"range": self._range.values, **self._rows()}
+        due = {"evaluate": True} if evaluate else {}
+        spare = self._range.suspect
+        self.checkpoints.save(state.step, arrays, self._extra | due, spare=spare)
+
+    def _rows(self) -> dict[str, int]:
+        return {} if self.writer is None else {"rows": self.writer.rows}
 
     def _sides(self) -> tuple[list[int], list[int]]:
         """Steps of the checkpoints that are good, and of those that are suspect."""
@@ -308,17 +319,21 @@ def _largest(arrays: Mapping[str, np.ndarray]) -> float:
 
 
 class Interrupt:
-    """Context in which the first SIGTERM or SIGINT only sets `requested`.
+    """Context in which the first SIGTERM or SIGINT, and any SIGHUP, only sets `requested`.
 
-    A second one interrupts at once. Outside the main thread, where Python allows no handlers,
-    nothing is changed.
+    A second SIGTERM or SIGINT interrupts at once; of SIGHUP a lost terminal may send several. One
+    that was ignored, as under nohup, stays so. Outside the main thread, where Python allows no
+    handlers, nothing is changed.
     """
 
     requested = False
+    _asked = False
 
     def __enter__(self) -> "Interrupt":
         main = threading.current_thread() is threading.main_thread()
-        numbers = (signal.SIGTERM, signal.SIGINT) if main else ()
+        numbers = [signal.SIGTERM, signal.SIGINT] if main else []
+        if main and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
         self._previous = {number: signal.signal(number, self._handle) for number in numbers}
         return self
 
@@ -327,6 +342,8 @@ class Interrupt:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
+        if number != signal.SIGHUP:
+            if self._asked:
+                raise KeyboardInterrupt
+            self._asked = True
         self.requested = True

@@ -12,8 +12,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 
-from jdecouple.train.files import replace
+from jdecouple._errors import first_line
+from jdecouple._files import replace
+from jdecouple.train import pictures
 from jdecouple.train.metrics import SPLITS, Line, read_metrics
 from jdecouple.train.run import Run
 from jdecouple.trainer import Trainer
@@ -97,8 +100,10 @@ def summary(
     return results
 
 
-def show(result: Mapping[str, Any], folder: Path, best_step: int | None) -> None:
-    """Prints the closing table."""
+def show(
+    result: Mapping[str, Any], folder: Path, best_step: int | None, curves: Path | None
+) -> None:
+    """Prints the closing table, and where the rest is."""
     labels = {
         "test": "last step",
         "test_at_best_validation": "best validation",
@@ -114,7 +119,8 @@ def show(result: Mapping[str, Any], folder: Path, best_step: int | None) -> None
         print(f"  {label}: {value:.2%} at step {line['step']} ({listed})")
     if "best_test" not in result:
         print("  best steps: not known, metrics.jsonl has lost lines")
-    print(f"curves:      {folder / CURVES_NAME}")
+    if curves is not None:
+        print(f"curves:      {curves}")
     best = "" if best_step is None else f" (best by validation: step {best_step})"
     print(f"checkpoints: {folder / 'checkpoints'}{best}")
 
@@ -135,6 +141,15 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def try_plot_curves(workdir: Path, *, title: str) -> Path | None:
+    """As `plot_curves`; None after a warning if that fails, which costs no result."""
+    try:
+        return plot_curves(workdir, title=title)
+    except Exception as error:
+        logging.warning("no %s: %s", CURVES_NAME, first_line(error))
+        return None
+
+
 def plot_curves(
     workdir: str | os.PathLike[str], path: str | os.PathLike[str] | None = None, *, title: str = ""
 ) -> Path:
@@ -142,6 +157,7 @@ def plot_curves(
 
     Colours tell blocks apart, line styles splits. The loss axis is logarithmic where the losses
     span more than two decades. The PNG, by default ``curves.png``, appears atomically; returns it.
+    A title is plain text, whatever characters it has.
     """
     from matplotlib.figure import Figure
 
@@ -152,8 +168,9 @@ def plot_curves(
     _draw_losses(losses, lines)
     _draw_accuracies(accuracies, lines)
     if title:
-        figure.suptitle(title)
-    replace(target, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+        plain = title.encode(errors="backslashreplace").decode()
+        figure.suptitle(plain, parse_math=False)
+    pictures.save(figure, target, dpi=120)
     return target
 
 

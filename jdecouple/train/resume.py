@@ -143,7 +143,8 @@ def open_metrics(
     """The writer of the metrics from `step` on; a line tells of earlier ones that are lost."""
     if start is None:
         return MetricsWriter(folder, resume_step=None)
-    writer = MetricsWriter(folder, resume_step=step, rows=start.get("rows", 0))
+    rows, evaluated = start.get("rows", 0), not start.get("evaluate")
+    writer = MetricsWriter(folder, resume_step=step, evaluated=evaluated, rows=rows)
     if writer.lost and step < run.total_steps:  # else the closing table tells
         logging.warning(
             "metrics.jsonl has lost %d of the %d lines until step %d: the best steps will not be "

@@ -119,6 +119,29 @@ def test_trace_of_gpus(tmp_path):
     ]
 
 
+class Idle:
+    """A trainer that has nothing to wait for."""
+
+    def wait(self, state):
+        pass
+
+
+def test_what_cannot_be_written_is_told_and_raises_nothing(tmp_path, monkeypatch, caplog):
+    """A folder for a file, and a file for a folder."""
+    monkeypatch.setattr(profile, "spans", lambda *_: [Span(0, 0, (F,), (0,), 0, 0.0, 1.0)])
+    (tmp_path / "timeline.png").mkdir()
+    traced = profile.Profile(Idle(), tmp_path, 1, 0, "$a")
+    traced.before(11, None)
+    told = traced.after(11, None)
+    assert told == f"no timeline: cannot write {tmp_path / 'timeline.png'}: Is a directory"
+    (tmp_path / "file").mkdir()
+    (tmp_path / "file" / "profile").touch()
+    traced = profile.Profile(Idle(), tmp_path / "file", 1, 0, "$a")
+    traced.before(11, None)
+    assert traced.after(11, None) is None
+    assert caplog.messages[-1].startswith("no timeline: [Errno 17] File exists: ")
+
+
 # --- In a run ------------------------------------------------------------------------------------
 
 
