@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -133,6 +134,7 @@ class Server:
         self._folder = folder
         self._count = 0
         self._started: list[Run] = []
+        self.file_limit: int | None = None  # bytes of any file that a run writes
         self._process = subprocess.Popen(
             [sys.executable, TINY],
             stdin=subprocess.PIPE,
@@ -160,7 +162,9 @@ class Server:
         self._count += 1
         for suffix in (".out", ".err"):
             output.with_suffix(suffix).touch()
-        found = self.ask(arguments=arguments, devices=devices, output=str(output))
+        found = self.ask(
+            arguments=arguments, devices=devices, output=str(output), file_limit=self.file_limit
+        )
         return Run(self, found["pid"], output)
 
     def run(self, *arguments: str, devices: int = 1) -> Run:
@@ -344,6 +348,9 @@ def _child(request: Mapping[str, Any]) -> None:
     os.dup2(null, 0)
     for number, suffix in ((1, ".out"), (2, ".err")):
         os.dup2(os.open(request["output"] + suffix, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    if (limit := request["file_limit"]) is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     sys.argv = ["train.py", *request["arguments"]]
     command_line.main()
     sys.exit()
