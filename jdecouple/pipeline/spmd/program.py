@@ -146,7 +146,8 @@ class Program:
             squared = None
             if self._clips:
                 squared = jax.lax.psum(jax.lax.switch(own, norms, gradients), "stage")
-                line = line.at[-1].set(jnp.sqrt(squared).astype(line.dtype))
+                norm = jnp.sqrt(squared).astype(line.dtype)
+                line = jnp.concatenate([line[:-1], norm[None]])
             arrays = jax.lax.switch(own, steps, {**arrays, "stats": stats}, gradients, squared)
             return self._constrain(arrays), line
 
@@ -245,7 +246,8 @@ class Program:
     def _line(self, metrics: Metrics) -> jax.Array:
         """Metrics of a device group as a line of the table."""
         values = [metrics[name] for name in sorted(metrics)]
-        return jnp.zeros(self._width, jnp.float32).at[: len(values)].set(jnp.stack(values))
+        # A padding, as `.at[].set` crashes the compiler of jaxlib 0.11 inside `shard_map`.
+        return jnp.pad(jnp.stack(values), (0, self._width - len(values)))
 
     @cached_property
     def _columns(self) -> dict[str, tuple[int, int]]:
