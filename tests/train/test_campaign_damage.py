@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
-from runs import BP, arrays_at, delayed, finished_here, tiny
+from runs import BP, arrays_at, delayed, finished, tiny
 from tfds_writer import png, write_image_set
 
 from jdecouple import data
@@ -48,7 +48,7 @@ DAMAGES = (cut, flip, zero, missing)
 @pytest.mark.parametrize("values", [{}, BP, delayed("fdg")], ids=["deinforeg", "bp", "fdg"])
 def test_every_file_of_a_checkpoint(tmp_path, values):
     """The damaged one is refused, or what it gives is what was saved: never another value."""
-    reference = finished_here(**values)
+    reference = finished(**values)
     folder = Path(shutil.copytree(reference / "checkpoints", tmp_path / "checkpoints"))
     steps = Checkpointer(folder, read_only=True).steps()
     saved = {step: arrays_at(reference, step) for step in steps}
