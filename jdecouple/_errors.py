@@ -9,12 +9,17 @@ from typing import Any
 def first_line(error: object) -> str:
     r"""First line of what an error says, or its type where it says nothing.
 
+    What a terminal would not show, or would obey, is written as an escape.
+
     >>> first_line(ValueError("no such file\nand more"))
     'no such file'
     >>> first_line(KeyboardInterrupt())
     'KeyboardInterrupt'
+    >>> print(first_line("\x1b[32mwell"))
+    \x1b[32mwell
     """
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 def require_type(wanted: type, /, **values: Any) -> None:
@@ -30,16 +35,18 @@ def require_type(wanted: type, /, **values: Any) -> None:
             raise TypeError(f"{name} is a {given}: a {package} {wanted.__name__} is needed")
 
 
-def require_int(least: int, /, **values: Any) -> None:
-    """Raises ValueError for the first of `values` that is no whole number from `least` on.
+def require_int(least: int, most: float = math.inf, /, **values: Any) -> None:
+    """Raises ValueError for the first of `values` that is no whole number from `least` to `most`.
 
     >>> require_int(1, depth=0)
     Traceback (most recent call last):
     ValueError: depth is 0: a whole number of at least 1 is needed
     """
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-            raise ValueError(f"{name} is {value!r}: a whole number of at least {least} is needed")
+        is_int = isinstance(value, Integral) and not isinstance(value, bool)
+        if not is_int or not least <= value <= most:
+            allowed = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
+            raise ValueError(f"{name} is {value!r}: a whole number {allowed} is needed")
 
 
 def require_number(*, positive: bool = False, below: float = math.inf, **values: Any) -> None:

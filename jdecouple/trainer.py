@@ -17,7 +17,7 @@ from jdecouple.methods.routes.stage import Transform
 from jdecouple.models import Model
 from jdecouple.pipeline import build
 from jdecouple.pipeline import state as states
-from jdecouple.pipeline.batch import BatchSpec, PlacedBatch, check_batch, check_labels
+from jdecouple.pipeline.batch import BatchSpec, LabelCheck, PlacedBatch, as_arrays, check_labels
 from jdecouple.pipeline.diagnostics import call_costs
 from jdecouple.pipeline.distributed import gather_metrics
 from jdecouple.pipeline.engine import make_engine
@@ -65,7 +65,7 @@ class Trainer:
         self,
         model: Model,
         method: Method,
-        optimizer: optax.GradientTransformation,
+        optimizer: optax.GradientTransformation | optax.MultiSteps,
         *,
         num_stages: int | None = None,
         boundaries: Sequence[int] | str | None = None,
@@ -88,7 +88,8 @@ class Trainer:
         Args:
             model: blocks with their initial weights, and a classifier.
             method: what `jdecouple.methods.get` returns.
-            optimizer: an optax transformation; every block gets a state of its own.
+            optimizer: an optax transformation that needs nothing but gradients and weights; every
+                block gets a state of its own.
             num_stages: K; by default the number of boundaries, else the mesh's.
             boundaries: blocks at which stages begin, or the name of one of the model's published
                 splits; by default a split that balances the operations.
@@ -99,7 +100,7 @@ class Trainer:
             schedule: name of a schedule, or "auto" for the route's own.
             example: a global batch {"x": [batch, ...], "label": [batch]} of the shapes to come.
             num_classes: by default the width of the model's logits.
-            seed: root of the keys of heads, dropout and augmentation.
+            seed: root of the keys of heads, dropout and augmentation; 32 bits.
             transform: `(carry, keys, train) -> carry` in the first stage's call, for augmentation.
             dtype: compute dtype of blocks and heads, such as `jnp.bfloat16`; parameters,
                 statistics and losses keep theirs. None leaves everything as it is.
@@ -125,14 +126,15 @@ class Trainer:
             num_stages = len(first_blocks(boundaries))
         stage_mesh = as_stage_mesh(make_mesh(num_stages or 1) if mesh is None else mesh)
         num_stages = num_stages or stage_mesh.shape["stage"]
-        check_batch(example, num_classes)
-        shapes = build.abstract(dict(example))
+        arrays = as_arrays(example)
+        if num_classes is not None:
+            check_labels(arrays["label"], num_classes)
+        shapes = build.abstract(arrays)
         self._spec = BatchSpec(shapes, microbatches, stage_mesh.shape["data"])
         received = self._spec.split(shapes)[0]
         carry = build.model_input(received, transform)
         built = self._built = build.build_units(model, method, carry, num_classes, seed, dtype)
-        if num_classes is None:
-            check_labels(example["label"], built.num_classes)
+        check_labels(arrays["label"], built.num_classes)
         self.model, self.method, self.microbatches = model, method, microbatches
         self.num_classes = built.num_classes
         self.boundaries = build.split_blocks(model, built, method.route, num_stages, boundaries)
@@ -148,18 +150,26 @@ class Trainer:
         self.latency = self.schedule.latency
         evaluator = DescendingEvaluator if built.units[-1].descends else Evaluator
         self._evaluate = evaluator(self.stages, self._engine, shapes)
+        self._check_labels = LabelCheck(self.num_classes)
+        self._states = states.OwnStates(
+            self.stages, self.placements, self.engine, self.schedule, method.route
+        )
+        devices = self.placements[0].devices
+        self._batches_of = (self._spec, self.num_classes, self.engine, devices)
 
     def init(self) -> State:
         """Initial state: the weights of the model's blocks and of the heads, step 0.
 
         The queues of a delayed method are there from the start, full of zeros that nothing uses.
         """
-        return self._load(0, lambda k: self.stages[k].initial() | states.zeros(self._queues(k)))
+        return self._load(
+            0, lambda k: self.stages[k].initial() | states.zeros(self._states.queues(k))
+        )
 
     def abstract(self, *, addressable: bool = False) -> State:
         """Shapes and dtypes of the state; of the addressable stages alone, or of all."""
         own = [placement.addressable or not addressable for placement in self.placements]
-        return State(0, tuple(self._shapes(k) if own[k] else None for k in range(len(own))))
+        return State(0, tuple(self._states.shapes[k] if own[k] else None for k in range(len(own))))
 
     def to_arrays(self, state: State) -> dict[str, Any]:
         """The state's own arrays by names that do not depend on the partition.
@@ -168,6 +178,7 @@ class Trainer:
             "block_{i}/params/...", "block_{i}/stats/...", "block_{i}/opt/..." to array, for the
             blocks of this process; what a checkpoint holds.
         """
+        self._states.check(state, abstract=True)
         return states.to_arrays(self.stages, state)
 
     def from_arrays(self, step: int, arrays: Mapping[str, Any]) -> State:
@@ -177,14 +188,14 @@ class Trainer:
             step: batches trained so far.
             arrays: by the names of `to_arrays`, from a trainer of any partition; those of the
                 stages of this process are enough.
+
+        Raises:
+            ValueError: a step that is no count, or an array that is missing or of another shape.
         """
-
-        def read(k: int) -> Any:
-            shapes = self._shapes(k)
-            leaves = [arrays[name] for name in states.leaf_names(self.stages[k], shapes)]
-            return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
-
-        return self._load(step, read)
+        require_int(0, step=step)
+        return self._load(
+            step, lambda k: states.from_arrays(self.stages[k], self._states.shapes[k], arrays)
+        )
 
     def modules(self, state: State) -> list[nnx.Module | None]:
         """Trained nnx modules: one per block, then the classifier if the model has one.
@@ -192,6 +203,7 @@ class Trainer:
         A classifier that the method does not train is returned as it was given; blocks of
         other processes are None.
         """
+        self._states.check(state)
         pairs = states.modules(self.stages, state)
         blocks = [block for block, _ in pairs]
         if self.model.classifier is None:
@@ -202,6 +214,7 @@ class Trainer:
 
     def heads(self, state: State) -> list[nnx.Module | None]:
         """Trained heads, one per block; None where a block has none."""
+        self._states.check(state)
         return [head for _, head in states.modules(self.stages, state)]
 
     def local_indices(self, size: int, parts: int = 1) -> np.ndarray:
@@ -213,13 +226,16 @@ class Trainer:
         """Uploads a global batch for `step`, or a list of T for `steps`, to the first stage.
 
         Args:
-            batch: host (NumPy) or device arrays. Under several processes each passes the same
-                global batch, and only what the process's own devices need is uploaded. Those of a
-                list are stacked on the host and uploaded at once.
+            batch: arrays on the host or on devices, or what NumPy reads as such: tensors, data
+                frames, lists. Where it can, JAX uses the memory of NumPy arrays and tensors itself:
+                leave it unchanged until the batch has been trained on. Under several processes each
+                passes the same global batch, and only what the process's own devices need is
+                uploaded. Those of a list are stacked on the host and uploaded at once.
 
         Raises:
-            TypeError: not a mapping with integer labels.
-            ValueError: other shapes or dtypes than the example's, labels out of range, or numbers
+            TypeError: not a mapping of arrays of numbers with integer labels.
+            ValueError: other shapes or dtypes than the example's, labels out of range (those that a
+                device has yet to compute are looked at in a later call), or numbers on the host
                 that are not finite; a list that is empty or that `check_steps` refuses.
         """
         if isinstance(batch, Mapping) or not isinstance(batch, Sequence):
@@ -230,10 +246,10 @@ class Trainer:
         parts = [
             self._single(item)
             if isinstance(item, PlacedBatch)
-            else self._spec.checked(item, self.num_classes)
+            else self._spec.checked(item, self._check_labels)
             for item in batch
         ]
-        return self._engine.put(parts, len(batch))
+        return self._put(parts, len(batch))
 
     def check_steps(self, count: int) -> None:
         """Raises ValueError unless `steps` can take so many batches.
@@ -253,15 +269,21 @@ class Trainer:
 
         Args:
             state: current state; donated, as in all that trains.
-            batch: {"x": [batch, ...], "label": [batch]} on the host, or what `put` returned.
+            batch: {"x": [batch, ...], "label": [batch]} as `put` takes it, or what it returned.
 
         Returns:
             The new state, and metrics as futures: "loss" (sum over the blocks), "accuracy"
             (of the last exit) and per block "block_{i}/loss", its terms and
             "block_{i}/accuracy". Under several processes they cover the process's stages.
+
+        Raises:
+            TypeError, ValueError: what `put` refuses; a state that training has used up, or that
+                does not fit this trainer.
         """
-        stages, metrics = self._engine.run(state.stages, self._single(batch), state.step)
-        return State(state.step + 1, stages), metrics
+        placed = self._single(batch)
+        stages = self._states.take(state)
+        stages, metrics = self._engine.run(stages, placed, state.step, state.since)
+        return self._states.make(state.step + 1, stages, state.since), metrics
 
     def steps(
         self, state: State, batches: Sequence[Batch | PlacedBatch] | PlacedBatch
@@ -281,11 +303,12 @@ class Trainer:
         Raises:
             TypeError, ValueError: what `put` refuses.
         """
-        placed = batches if isinstance(batches, PlacedBatch) else self.put(batches)
+        placed = self._own(batches) if isinstance(batches, PlacedBatch) else self.put(batches)
         if placed.count is None:
             raise TypeError(f"batches is a {type(batches).__name__}: a list of batches is needed")
-        stages, metrics = self._engine.run(state.stages, placed, state.step)
-        return State(state.step + placed.count, stages), metrics
+        stages = self._states.take(state)
+        stages, metrics = self._engine.run(stages, placed, state.step, state.since)
+        return self._states.make(state.step + placed.count, stages, state.since), metrics
 
     def finish(self, state: State) -> State:
         """Applies what a delayed method still has queued; the state stays at the same step.
@@ -295,20 +318,23 @@ class Trainer:
         completed to a step stay in the optimiser's state.
         """
         if not self.schedule.overlapping:
+            self._states.check(state)
             return state
-        stages: Any = state.stages
+        stages: Any = self._states.take(state)
         nothing = self._engine.put([self._spec.split(states.zeros(self._spec.example))])
         for late in range(self.schedule.depth):
-            stages, _ = self._engine.run(stages, nothing, state.step + late, state.step)
+            stages, _ = self._engine.run(stages, nothing, state.step + late, end=state.step)
         since = {"since": np.int32(state.step)}
         stages = tuple(
             values and {**values, **states.place(self.stages[k], self.placements[k], since)}
             for k, values in enumerate(stages)
         )
-        return State(state.step, stages)
+        return self._states.make(state.step, stages, state.step)
 
     def wait(self, state: State) -> None:
         """Blocks until everything that was dispatched has run."""
+        self._states.check(state)
+        self._check_labels.look(wait=True)
         self._engine.wait(state.stages)
 
     def evaluate(self, state: State, data: Iterable[Batch] | Batch) -> dict[str, float]:
@@ -326,6 +352,7 @@ class Trainer:
         Raises:
             ValueError: no examples, or what `put` refuses for another reason than its size.
         """
+        self._states.check(state)
         return self._evaluate(state.stages, data, self.num_classes)
 
     def gather_metrics(self, metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -336,6 +363,10 @@ class Trainer:
         """Floating-point operations of every block, forward and backward, on one microbatch."""
         return build.unit_costs(self._built.units, self._built.carries, self.method.route)
 
+    def block_outputs(self) -> list[Any]:
+        """Shapes of what every block gives for one microbatch."""
+        return list(self._built.outputs)
+
     def measure(
         self, state: State, batch: Batch | PlacedBatch
     ) -> tuple[State, list[tuple[Call, float]]]:
@@ -345,8 +376,9 @@ class Trainer:
             ValueError: the stages are fused (`fuse=False` keeps them apart), or some are in other
                 processes.
         """
-        stages, seconds = self._engine.measure(state.stages, self._single(batch), state.step)
-        return State(state.step + 1, stages), seconds
+        placed = self._single(batch)
+        stages, seconds = self._engine.measure(self._states.take(state), placed, state.step)
+        return self._states.make(state.step + 1, stages, state.since), seconds
 
     def measured_costs(
         self, state: State, batches: Iterable[Batch | PlacedBatch], repeats: int = 10
@@ -372,23 +404,31 @@ class Trainer:
 
     def _single(self, batch: Batch | PlacedBatch) -> PlacedBatch:
         if not isinstance(batch, PlacedBatch):
-            return self._engine.put([self._spec.checked(batch, self.num_classes)])
+            return self._put([self._spec.checked(batch, self._check_labels)])
         if batch.count is not None:
             raise ValueError(f"batch holds a list of {batch.count}: a single batch is needed")
+        return self._own(batch)
+
+    def _own(self, batch: PlacedBatch) -> PlacedBatch:
+        """A placed batch that this trainer can take; ValueError for another's."""
+        if batch.made_for != self._batches_of:
+            raise ValueError("the batch was put by another trainer, which this one differs from")
+        self._check_labels.look()
         return batch
+
+    def _put(self, *batches: Any) -> PlacedBatch:
+        placed = self._engine.put(*batches)
+        return PlacedBatch(placed.parts, placed.count, self._batches_of)
 
     def _load(self, step: int, values: Callable[[int], Any]) -> State:
         """Places the values of this process's stages, one after another."""
         own = (values(k) if p.addressable else None for k, p in enumerate(self.placements))
-        return State(step, self._engine.load(own))
+        stages, since = self._engine.load(own), 0
+        if self.schedule.overlapping:
+            since = max(int(values["since"]) for values in stages if values)
+        return self._states.make(step, stages, since)
 
     @cached_property
     def _metric_names(self) -> list[str]:
         route = self.method.route
         return [name for stage in self.stages for name in states.metric_names(stage, route)]
-
-    def _queues(self, k: int) -> Any:
-        return states.queue_shapes(self.schedule, self.method.route, self.stages, k)
-
-    def _shapes(self, k: int) -> Any:
-        return jax.eval_shape(self.stages[k].initial) | self._queues(k)

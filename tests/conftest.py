@@ -3,6 +3,7 @@
 import gc
 import importlib
 import os
+import secrets
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,6 +21,7 @@ os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPOSITORY / ".cache" / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JDECOUPLE_TOKEN", secrets.token_hex())  # or home would be written to
 gc.set_threshold(100_000, 20, 100)  # tracing makes many small objects: a sixth of the time was this
 
 import jax  # noqa: E402

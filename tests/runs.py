@@ -10,8 +10,10 @@ import functools
 import hashlib
 import json
 import os
+import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -132,6 +134,7 @@ class Server:
         self._folder = folder
         self._count = 0
         self._started: list[Run] = []
+        self.file_limit: int | None = None  # bytes of any file that a run writes
         self._process = subprocess.Popen(
             [sys.executable, TINY],
             stdin=subprocess.PIPE,
@@ -159,7 +162,9 @@ class Server:
         self._count += 1
         for suffix in (".out", ".err"):
             output.with_suffix(suffix).touch()
-        found = self.ask(arguments=arguments, devices=devices, output=str(output))
+        found = self.ask(
+            arguments=arguments, devices=devices, output=str(output), file_limit=self.file_limit
+        )
         return Run(self, found["pid"], output)
 
     def run(self, *arguments: str, devices: int = 1) -> Run:
@@ -296,6 +301,23 @@ def _state(pid: int) -> str:
         return ""
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def connected(port: int) -> socket.socket:
+    """A connection to a port at which somebody will soon listen."""
+    end = time.monotonic() + 300
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port))
+        except ConnectionRefusedError:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+
+
 def _serve() -> None:
     # Everything that a run needs, except JAX's devices: those must not exist before a fork.
     import grain  # noqa: F401
@@ -326,6 +348,9 @@ def _child(request: Mapping[str, Any]) -> None:
     os.dup2(null, 0)
     for number, suffix in ((1, ".out"), (2, ".err")):
         os.dup2(os.open(request["output"] + suffix, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    if (limit := request["file_limit"]) is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     sys.argv = ["train.py", *request["arguments"]]
     command_line.main()
     sys.exit()

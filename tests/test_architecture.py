@@ -19,6 +19,7 @@ MOST_NAMES = 13
 
 LAYERS: dict[str, set[str]] = {
     "_errors": set(),
+    "_files": {"_errors"},
     "data": {"_errors"},
     "optim": {"_errors"},
     "models": {"_errors"},
@@ -26,7 +27,7 @@ LAYERS: dict[str, set[str]] = {
     "methods": {"_errors", "models"},
     "pipeline": {"_errors", "models", "methods", "schedules"},
     "trainer": {"_errors", "models", "methods", "schedules", "pipeline"},
-    "checkpoint": {"_errors", "pipeline"},
+    "checkpoint": {"_errors", "_files", "pipeline"},
 }
 """What each entry of the package may import of the others. `train` may import them all."""
 LAYERS["train"] = set(LAYERS)
@@ -144,6 +145,29 @@ def test_schedules_know_no_jax():
         for edge in imports_of(path)
         if edge.target.split(".")[0] in WITHOUT_JAX
     ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_nothing_runs_without_the_options_of_the_compiler():
+    """`pipeline.mesh.jit` gives them; `jax.jit(...).lower` reads a program that never runs."""
+    wrong = []
+    for path in FILES:
+        nodes = [*ast.walk(ast.parse(path.read_text()))]
+        read = {
+            node.value.func
+            for node in nodes
+            if isinstance(node, ast.Attribute)
+            and node.attr == "lower"
+            and isinstance(node.value, ast.Call)
+        }
+        wrong += [
+            f"{module_name(path)}, line {node.lineno}"
+            for node in nodes
+            if isinstance(node, ast.Attribute)
+            and ast.unparse(node) in ("jax.jit", "jax.pmap", "nnx.jit", "nnx.pmap")
+            and node not in read
+            and module_name(path) != "jdecouple.pipeline.mesh"
+        ]
     assert not wrong, "\n".join(wrong)
 
 

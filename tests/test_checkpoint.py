@@ -142,9 +142,9 @@ def test_bad_input_is_one_line_and_saves_nothing(tmp_path, arguments, error, mes
         assert checkpointer.steps() == [1]
 
 
-@pytest.mark.parametrize("keep", [0, -1, 1.5])
+@pytest.mark.parametrize("keep", [0, -1, 1.5, True])
 def test_keep_is_checked(tmp_path, keep):
-    with pytest.raises(ValueError, match="keep must be a positive integer"):
+    with pytest.raises(ValueError, match="a whole number of at least 1 is needed"):
         Checkpointer(tmp_path, keep=keep)
 
 

@@ -8,7 +8,6 @@ import pytest
 from absl import logging
 from saved_states import assert_same, filled, small_state
 
-from jdecouple import checkpoint
 from jdecouple.checkpoint import Checkpointer, CheckpointError
 
 
@@ -76,7 +75,8 @@ def test_leaf_checksum_names_the_leaf(tmp_path, monkeypatch):
     """Corruption that the checksums of the files cannot see (it happened before the write)."""
     with Checkpointer(tmp_path) as checkpointer:
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, "_item", lambda arrays: {"x": np.zeros(3)})
+            wrong = {"x": np.zeros(3)}
+            patch.setattr("jdecouple.checkpoint.checkpointer._item", lambda arrays: wrong)
             checkpointer.save(1, {"x": np.ones(3)}, {})
         with pytest.raises(CheckpointError, match="leaf x is corrupted"):
             checkpointer.restore({"x": np.ones(3)})

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from ml_collections import ConfigDict
 
+from jdecouple import data
 from jdecouple.train import config as configuration
 
 GOOD = ("good", "fine", "great", "funny")
@@ -58,3 +60,18 @@ def tiny(name: str, **values: Any) -> ConfigDict:
     config.mesh.stages = 1
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in values.items()})
     return config
+
+
+def everything(split):
+    return split.gather(np.arange(len(split)))
+
+
+def text(dataset, split, row):
+    words = everything(getattr(dataset, split))["x"][row]
+    return " ".join(dataset.words[number] for number in words if number)
+
+
+def refused(said, name, kind=ValueError, **options):
+    with pytest.raises(kind, match=said) as error:
+        data.load(name, **options)
+    assert "\n" not in str(error.value)

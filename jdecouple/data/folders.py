@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
 
-from jdecouple._errors import first_line
+from jdecouple.data import images
 from jdecouple.data.splits import (
     CACHE_BYTES,
+    Amount,
     DecodedSource,
+    divide,
     held_out,
-    resize_image,
     stratified_order,
 )
 
@@ -23,10 +23,6 @@ PREFIX = "folder:"
 EXTENSIONS = ("png", "jpg", "jpeg", "bmp", "gif", "webp", "tif", "tiff", "ppm", "pgm")
 TEST_SHARE = 0.2  # of a folder that has no test images of its own
 _VALIDATION = ("val", "validation")
-_GREY = ("1", "L", "LA", "La", "I;16", "I;16B", "I;16L")
-_TRANSPARENT = ("RGBA", "RGBa", "LA", "La", "PA")
-_TOO_DEEP = ("I", "F")  # 32 bits, of which no range is known
-_ORIENTATION, _SIDEWAYS = ExifTags.Base.Orientation, (5, 6, 7, 8)
 _SPLITS = ("train", "test", *_VALIDATION)
 
 Files = list[tuple[str, int]]  # path and label of every image
@@ -36,6 +32,7 @@ def sources(
     name: str,
     *,
     data_dir: str | os.PathLike[str] | None = None,
+    validation: Amount = None,
     image_size: int | None = None,
     cache_bytes: int = CACHE_BYTES,
 ) -> tuple[dict[str, DecodedSource], int, tuple[int, int, int]]:
@@ -50,12 +47,15 @@ def sources(
       split, as with TFDS sets;
     - or `CLASS/...`, of which a fixed stratified fifth is the test split.
 
-    Images may lie at any depth below their class. Hidden files and files that do not end in one of
-    `EXTENSIONS` are passed over. Images are turned as their EXIF data say; transparent ones are
-    laid on white; of 16 bits the upper 8 are used. They are brought to one channel if all are
-    greyscale, else to three; with `image_size` only one image of every class is asked for that.
+    Images may lie at any depth below their class, also in linked folders. Hidden files and files
+    that do not end in one of `EXTENSIONS` are passed over. Images are turned as their EXIF data
+    say; transparent ones are laid on white; of 16 bits the upper 8 are used. They are brought to
+    one channel if all are greyscale, else to three; with `image_size` only one image of every class
+    is asked for that.
 
-    A relative PATH begins at `data_dir`, by default the current folder.
+    The heads of the files that are not trained on are read at once (without `image_size` those of
+    all), so that a bad one does not end a run at its first evaluation. `validation` is that of
+    `load`. A relative PATH begins at `data_dir`, by default the current folder.
 
     The rows of a source are in a fixed order that mixes the classes. Also returns the number of
     classes and the image shape (H, W, C).
@@ -69,11 +69,15 @@ def sources(
     if name == PREFIX or not root.is_dir():
         raise FileNotFoundError(f"data set {name!r}: there is no folder '{root}'")
     classes, splits = _splits(root)
+    parts = divide(name, {split: len(files) for split, files in splits.items()}, validation)
     if image_size is None:
         paths = [path for files in splits.values() for path, _ in files]
     else:
         first_of_class = {label: path for path, label in reversed(splits["train"])}
         paths = [first_of_class[label] for label in sorted(first_of_class)]
+        for split, rows in (parts["validation"], parts["test"]):
+            for row in rows:
+                images.head(splits[split][row][0])
     shape = _image_shape(paths, image_size)
     opened = {
         split: DecodedSource(
@@ -101,10 +105,9 @@ class _Images:
 
     def __getitem__(self, index: int, /) -> dict[str, Any]:
         path, label = self._files[index]
-        image = _decode(path, self._shape[-1])
-        if self._resize:
-            image = resize_image(image, self._shape)
-        elif image.shape != self._shape:
+        height, width, channels = self._shape
+        image = images.decode(path, channels, (height, width) if self._resize else None)
+        if image.shape != self._shape:
             raise ValueError(_other_size(path, image.shape, self._shape))
         return {"image": image, "label": label}
 
@@ -171,10 +174,16 @@ def _labelled(folder: Path, classes: Sequence[str]) -> Files:
 def _annotated(folder: Path, classes: Sequence[str]) -> Files:
     listing, labels = _annotations(folder), {name: label for label, name in enumerate(classes)}
     files = []
-    for number, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = listing.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"'{listing}' is no text in UTF-8 ({error})") from error
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         file, name, *_ = [*line.split("\t"), ""]
+        if {"/", "\\"} & set(file) or file in ("", ".", ".."):
+            raise ValueError(f"'{listing}', line {number}: {file!r} is no name of a file alone")
         path, name = folder / "images" / file, name.strip()
         if name not in labels:
             raise ValueError(f"'{listing}', line {number}: {name!r} is no class of 'train'")
@@ -203,18 +212,37 @@ def _annotations(folder: Path) -> Path:
 
 def _subfolders(folder: Path) -> list[str]:
     with os.scandir(folder) as entries:
-        folders = [entry.name for entry in entries if entry.is_dir()]
+        # A link that leads to itself or nowhere is no folder.
+        folders = [entry.name for entry in entries if os.path.isdir(entry.path)]
     return sorted(name for name in folders if not name.startswith("."))
 
 
 def _images_below(folder: Path) -> list[str]:
-    paths = []
-    for path, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            if not name.startswith(".") and name.lower().rpartition(".")[2] in EXTENSIONS:
-                paths.append(os.path.join(path, name))
+    """Image files at any depth, also behind links.
+
+    No folder is read twice, and none that is above `folder`, wherever links lead.
+    """
+    here, above = (Path(os.path.realpath(path)) for path in (folder, folder.parent))
+    seen = {str(path) for path in (*here.parents, above, *above.parents)}
+    paths, tops = [], [str(folder)]
+    for top in tops:  # which grows: folders behind links come after those without one
+        for path, folders, names in os.walk(top, onerror=_raise):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            real_path = os.path.realpath(path)
+            if real_path in seen:
+                folders.clear()
+                continue
+            seen.add(real_path)
+            inner = [os.path.join(path, name) for name in folders]
+            tops += [link for link in inner if os.path.islink(link)]
+            for name in names:
+                if not name.startswith(".") and name.lower().rpartition(".")[2] in EXTENSIONS:
+                    paths.append(os.path.join(path, name))
     return sorted(paths)
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _mixed(files: Files) -> Files:
@@ -224,46 +252,20 @@ def _mixed(files: Files) -> Files:
 
 def _image_shape(paths: Sequence[str], image_size: int | None) -> tuple[int, int, int]:
     """Reads what the heads of files say of their size and colours."""
-    shape, grey = None, True
+    shape, is_grey = None, True
     for path in paths:
-        try:
-            with Image.open(path) as picture:
-                width, height = picture.size
-                # Other formats would decode the pixels to find their EXIF data.
-                if picture.format == "JPEG" and picture.getexif().get(_ORIENTATION, 1) in _SIDEWAYS:
-                    width, height = height, width
-                grey = grey and picture.mode in _GREY
-        except Exception as error:  # whatever Pillow makes of a broken file
-            raise ValueError(f"'{path}' cannot be read ({first_line(error)})") from error
+        height, width, grey = images.head(path)
+        is_grey = is_grey and grey
         shape = shape or (height, width)
         if image_size is None and shape != (height, width):
             raise ValueError(_other_size(path, (height, width), shape))
     assert shape is not None
     height, width = (image_size, image_size) if image_size else shape
-    return height, width, 1 if grey else 3
+    return height, width, 1 if is_grey else 3
 
 
 def _other_size(path: str, size: Sequence[int], others: Sequence[int]) -> str:
     return (
-        f"'{path}' is {size[1]} x {size[0]} pixels, others are {others[1]} x {others[0]}: "
+        f"{path!r} is {size[1]} x {size[0]} pixels, others are {others[1]} x {others[0]}: "
         "set data.image_size"
     )
-
-
-def _decode(path: str, channels: int) -> np.ndarray:
-    """An image as uint8 [h, w, channels]; channels is 1 or 3."""
-    try:
-        with Image.open(path) as opened:
-            picture = ImageOps.exif_transpose(opened)
-            if picture.mode in _TOO_DEEP:
-                raise ValueError(f"pixels have 32 bits (mode {picture.mode}): 8 or 16 are needed")
-            if picture.mode.startswith("I;16"):
-                picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-            if picture.mode in _TRANSPARENT or "transparency" in picture.info:
-                picture = picture.convert("RGBA")
-                white = Image.new("RGBA", picture.size, "white")
-                picture = Image.alpha_composite(white, picture)
-            pixels = np.asarray(picture.convert("L" if channels == 1 else "RGB"))
-    except Exception as error:  # whatever Pillow makes of a broken file
-        raise ValueError(f"'{path}': {first_line(error)}") from error
-    return pixels.reshape(*pixels.shape[:2], channels)

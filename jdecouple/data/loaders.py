@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jdecouple._errors import require_int
@@ -23,6 +23,8 @@ _LOADERS: dict[str, Callable[..., Dataset]] = {
     "parquet:": sources.table,
 }
 _BUILT_IN = frozenset(_LOADERS)
+_WHERE = ("data_dir", "download")  # of TFDS's sets alone, but for loaders that name them
+_ALWAYS = {"seed", "cache_bytes"}
 _LEAST = {"seed": 0, "image_size": 1, "max_length": 1, "vocabulary_size": 3}
 
 
@@ -50,8 +52,8 @@ def register(name: str, loader: Callable[..., Dataset]) -> None:
     Args:
         name: what the data set is called.
         loader: returns the data set. It is called with the options of `load` that its signature
-            names; `load` refuses `validation`, `image_size` and options for texts that it does not
-            name, and draws the label noise itself.
+            names; `load` refuses any other value than the default of one that it does not name, but
+            for `seed` and `cache_bytes`, and draws the label noise itself.
 
     Raises:
         ValueError: the name is a built-in set's or holds a colon, or the loader needs an argument
@@ -90,6 +92,8 @@ def load(
     max_length: int | None = None,
     vocabulary_size: int | None = None,
     glove: str | os.PathLike[str] | None = None,
+    label_column: str | None = None,
+    text_columns: Sequence[str] | None = None,
 ) -> Dataset:
     """Loads a data set with its fixed training, validation and test splits.
 
@@ -123,7 +127,7 @@ def load(
         image_size: resize images to this many pixels a side (shorter side, then centre crop);
             the size of the synthetic images (32 if None).
         synthetic_size: synthetic examples for training and validation together; the test split
-            has a quarter as many. Other built-in sets ignore this and the next two.
+            has a quarter as many. Other built-in sets refuse this and the next two.
         channels: channels of the synthetic images, 1 or 3.
         num_classes: classes of the synthetic set.
         cache_bytes: decoded TFDS images are kept in memory if those of a split need no more.
@@ -131,6 +135,9 @@ def load(
         vocabulary_size: most words that are told apart, padding and the unknown word included;
             30,000 if None.
         glove: text file of word vectors, see `vocabulary.word_vectors`.
+        label_column: name of the column of labels of CSV and Parquet files; None is the one called
+            `label`, `class`, `target` or the like.
+        text_columns: names of their columns of texts; None is all others.
 
     Raises:
         ValueError: a bad argument, or a set that is unknown, not prepared, empty or without
@@ -150,11 +157,13 @@ def load(
     dataset = loader(**{key: value for key, value in options.items() if key in taken})
     if not isinstance(dataset, Dataset):
         raise TypeError(f"the loader of data set {name!r} returns {dataset!r}: a Dataset is needed")
-    for key in ("validation", "image_size", "max_length", "vocabulary_size", "glove"):
-        if options[key] is not None and key not in taken:
+    own = {*taken, *_ALWAYS, *(() if _registered(name) else _WHERE)}
+    parameters = inspect.signature(load).parameters
+    for key, value in options.items():
+        if key not in own and value != parameters[key].default:
             raise ValueError(
                 f"{key} is {options[key]!r}: data set {name!r} holds {dataset.kind} and takes "
-                f"only: {', '.join(key for key in options if key in taken) or 'no options'}"
+                f"only: {', '.join(key for key in options if key in own - _ALWAYS) or 'no options'}"
             )
     splits = {
         role: dataclasses.replace(getattr(dataset, role), name=role)
@@ -166,11 +175,15 @@ def load(
     return dataclasses.replace(dataset, name=name, **splits)
 
 
+def _registered(name: str) -> Callable[..., Dataset] | None:
+    scheme, colon, _ = name.partition(":")
+    return _LOADERS.get(scheme + colon)
+
+
 def _loader(name: str, data_dir: Any, download: bool) -> Callable[..., Dataset]:
     """The loader of a data set, which its options alone are missing from."""
-    scheme, colon, _ = name.partition(":")
-    if loader := _LOADERS.get(scheme + colon):
-        return functools.partial(loader, name) if colon else loader
+    if loader := _registered(name):
+        return functools.partial(loader, name) if ":" in name else loader
     builder = tfds_sets.prepared(name, data_dir=data_dir, download=download)
     if tfds_texts.holds_texts(builder):
         return functools.partial(texts.dataset, name, *tfds_texts.splits(name, builder))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from jdecouple._errors import require_int
 from jdecouple.data import folders, tables, tfds_images
+from jdecouple.data.images import resize_image
 from jdecouple.data.splits import (
     Amount,
     ArraySource,
@@ -19,7 +20,6 @@ from jdecouple.data.splits import (
     divide,
     held_out,
     hold_out,
-    resize_image,
     stratified_order,
 )
 from jdecouple.data.texts import dataset as text_dataset
@@ -102,7 +102,11 @@ def folder(
 ) -> Dataset:
     """Images in class folders."""
     opened = folders.sources(
-        name, data_dir=data_dir, image_size=image_size, cache_bytes=cache_bytes
+        name,
+        data_dir=data_dir,
+        validation=validation,
+        image_size=image_size,
+        cache_bytes=cache_bytes,
     )
     return _images(name, *opened, validation)
 
@@ -125,10 +129,12 @@ def table(
     max_length: int | None,
     vocabulary_size: int | None,
     glove: Any,
+    label_column: str | None,
+    text_columns: Sequence[str] | None,
 ) -> Dataset:
     """Labelled texts in CSV or Parquet files."""
     options: dict[str, Any] = {"max_length": max_length, "vocabulary_size": vocabulary_size}
-    stored, num_classes = tables.splits(name, data_dir)
+    stored, num_classes = tables.splits(name, data_dir, label_column, text_columns)
     return text_dataset(
         name, stored, num_classes, validation=validation, seed=seed, glove=glove, **options
     )

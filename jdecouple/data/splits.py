@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
-from PIL import Image
 
 from jdecouple._errors import first_line
 from jdecouple.data import augment
+from jdecouple.data.images import resize_image
 
 CACHE_BYTES = 4 << 30
 _FIXED_ORDER_SEED = 0
@@ -296,20 +296,6 @@ def check_finite(images: np.ndarray, name: str, indices: np.ndarray) -> None:
             f"split {name!r}: example {indices[wrong[0, 0]]} has a pixel that is "
             f"{images[tuple(wrong[0])]}: finite pixels are needed"
         )
-
-
-def resize_image(image: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-    """Resizes the shorter side (bilinear, antialiased), then crops the centre: uint8 [H, W, C]."""
-    height, width, channels = shape
-    if image.shape == shape:
-        return image
-    picture = Image.fromarray(image[..., 0] if channels == 1 else image)
-    scale = max(height / picture.height, width / picture.width)
-    wide = max(width, round(picture.width * scale))
-    high = max(height, round(picture.height * scale))
-    left, top = (wide - width) // 2, (high - height) // 2
-    picture = picture.resize((wide, high), Image.Resampling.BILINEAR)
-    return np.asarray(picture.crop((left, top, left + width, top + height))).reshape(shape)
 
 
 def fixed_order(size: int) -> np.ndarray:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jdecouple.data import tfds_sets
+from jdecouple.data import images, tfds_sets
 from jdecouple.data.splits import CACHE_BYTES, DecodedSource
 
 
@@ -17,19 +17,22 @@ def sources(
 
     Also returns the number of classes and the image shape (H, W, C).
     """
-    images, labels = (tfds_sets.keys(builder, kind) for kind in ("Image", "ClassLabel"))
-    if not images or not labels:
+    import tensorflow_datasets as tfds
+
+    image_keys, labels = (tfds_sets.keys(builder, kind) for kind in ("Image", "ClassLabel"))
+    if not image_keys or not labels:
         raise ValueError(
             f"data set {name!r} has the features {sorted(tfds_sets.features(builder))}: an image "
             "and a class label, or a text and one, are needed"
         )
     supervised = builder.info.supervised_keys
     preferred = supervised if isinstance(supervised, tuple) else ()
-    image_key = next((key for key in preferred if key in images), images[0])
+    image_key = next((key for key in preferred if key in image_keys), image_keys[0])
     label_key = next((key for key in preferred if key in labels), labels[0])
     image, label = builder.info.features[image_key], builder.info.features[label_key]
     dtype = np.dtype(image.np_dtype)
     shape = _image_shape(name, image.shape, dtype, image_size)
+    decoders = {key: tfds.decode.make_decoder()(_decode)() for key in image_keys}
     opened = {
         split: DecodedSource(
             records,
@@ -41,9 +44,15 @@ def sources(
             resize=image_size is not None,
             cache_bytes=cache_bytes,
         )
-        for split, records in tfds_sets.records(name, builder).items()
+        for split, records in tfds_sets.records(name, builder, decoders).items()
     }
     return opened, label.num_classes, shape
+
+
+def _decode(encoded: bytes, feature: Any) -> np.ndarray:
+    """Decodes an image as TFDS does, which by itself opens whatever Pillow knows."""
+    images.check(encoded)
+    return feature.decode_example_np(encoded)
 
 
 def _image_shape(

@@ -9,6 +9,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from logging import LogRecord
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ _PREPARE = (
     ".download_and_prepare()"
 )
 _PREPARE_NEEDS = ("tensorflow", "importlib_resources")
+_FILES_AT_ONCE = 16
 
 
 def prepared(
@@ -78,11 +81,15 @@ def keys(builder: Any, kind: str) -> list[str]:
     return [key for key, value in features(builder).items() if isinstance(value, feature_type)]
 
 
-def records(name: str, builder: Any) -> dict[str, Records]:
+def records(name: str, builder: Any, decoders: Any = None) -> dict[str, Records]:
     """Opens those of the splits `train`, `validation` and `test` that a prepared set has.
 
-    Raises ValueError where a split is empty, or its files are missing or cannot be read.
+    `decoders` are TFDS's, by the name of a feature.
+
+    Raises ValueError where a split is empty, or its files are missing, cannot be read, or hold
+    another number of examples than the set's metadata says.
     """
+    logging.get_absl_logger().addFilter(_is_no_advice)
     opened = {}
     for split in ("train", "validation", "test"):
         if split not in builder.info.splits:
@@ -95,10 +102,32 @@ def records(name: str, builder: Any) -> dict[str, Records]:
         if missing:
             raise ValueError(f"{label} lacks the file '{missing[0]}'")
         try:
-            opened[split] = builder.as_data_source(split)
+            with ThreadPoolExecutor(_FILES_AT_ONCE) as threads:
+                counts = list(threads.map(_count, info.filepaths))
+            opened[split] = builder.as_data_source(split, decoders=decoders)
         except Exception as error:
             raise ValueError(f"{label} cannot be read ({first_line(error)})") from error
+        for path, count, wanted in zip(info.filepaths, counts, info.shard_lengths, strict=True):
+            if count != wanted:
+                raise ValueError(
+                    f"{label}: '{path}' holds {count} examples, but dataset_info.json says {wanted}"
+                )
     return opened
+
+
+def _count(path: str | os.PathLike[str]) -> int:
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    reader = ArrayRecordReader(os.fspath(path), options="readahead_buffer_size:0")
+    try:
+        return int(reader.num_records())
+    finally:
+        reader.close()
+
+
+def _is_no_advice(record: LogRecord) -> bool:
+    """Filters out that TFDS would rather decode images with OpenCV, which nothing here needs."""
+    return "OpenCV is not installed" not in str(record.msg)
 
 
 def _builder(name: str, folder: Path | None) -> Any:

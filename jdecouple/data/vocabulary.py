@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -23,9 +24,9 @@ class Vocabulary:
     """Numbers of words: 0 is padding, 1 any word that is not in the vocabulary.
 
     A text is lower-cased, HTML line breaks (`<br>`, `<br />`) become spaces, curled apostrophes
-    straight ones, and what is left falls into words: letters, digits and underscores with the
-    apostrophes between them ("don't"), endings that stand alone ("'s", "'ll"), and runs of every
-    other sign ("...", "-").
+    straight ones, letters and their accents one sign each (Unicode's form NFC), and what is left
+    falls into words: letters, digits and underscores with the apostrophes between them ("don't"),
+    endings that stand alone ("'s", "'ll"), and runs of every other sign ("...", "-").
 
     Args:
         words: the words with the numbers 2, 3, ...
@@ -75,7 +76,7 @@ def word_vectors(path: str | os.PathLike[str], words: Sequence[str], seed: int) 
     A first line of two whole numbers, as word2vec writes it, is passed over.
 
     Args:
-        path: the file, in UTF-8.
+        path: the file, in UTF-8, with or without a byte order mark.
         words: the words of a `Vocabulary`, padding first.
         seed: of the words that the file does not have.
 
@@ -92,7 +93,7 @@ def word_vectors(path: str | os.PathLike[str], words: Sequence[str], seed: int) 
     generator = np.random.Generator(np.random.PCG64(seed))
     vectors: np.ndarray | None = None
     missing = set(rows)
-    with Path(path).expanduser().open(encoding="utf-8", errors="replace") as file:
+    with Path(path).expanduser().open(encoding="utf-8-sig", errors="replace") as file:
         for number, line in enumerate(file, 1):
             values = line.rstrip().split(" ")
             if number == 1 and len(values) == 2 and all(map(str.isdecimal, values)):
@@ -102,7 +103,8 @@ def word_vectors(path: str | os.PathLike[str], words: Sequence[str], seed: int) 
                 vectors = generator.normal(0, _DEVIATION, shape).astype(np.float32)
                 vectors[PADDING] = 0
             where, width = f"glove file '{path}', line {number}", vectors.shape[1]
-            word = " ".join(values[:-width])  # some files have words with spaces
+            # Some files have words with spaces.
+            word = unicodedata.normalize("NFC", " ".join(values[:-width]))
             if len(values) <= width:
                 raise ValueError(
                     f"{where} has {len(values) - 1} numbers: {width} are needed, as in the first"
@@ -130,6 +132,7 @@ def _tokenizer(numbers: dict[str, int]) -> Tokenizer:
     tokenizer.normalizer = normalizers.Sequence(
         [
             normalizers.Lowercase(),
+            normalizers.NFC(),  # behind it: some lower letters are one sign, their capitals two
             normalizers.Replace(_APOSTROPHE, "'"),
             normalizers.Replace(Regex(_BREAK), " "),
         ]

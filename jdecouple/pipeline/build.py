@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Sequence
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +10,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jdecouple._errors import first_line, require_number, require_type
+from jdecouple._errors import first_line, require_int, require_number, require_type
 from jdecouple.methods import Method
 from jdecouple.methods.objectives import BlockInfo
 from jdecouple.methods.routes import Carry, Route, Stage, Synchronous, Unit
@@ -26,11 +25,13 @@ class BuiltModel(NamedTuple):
     Attributes:
         units: every block with its head.
         carries: shapes of the carry that every block receives.
+        outputs: shapes of what every block gives.
         num_classes: width of the logits.
     """
 
     units: tuple[Unit, ...]
     carries: tuple[Carry, ...]
+    outputs: tuple[Any, ...]
     num_classes: int
 
 
@@ -64,8 +65,7 @@ def build_units(
     The key of a head depends on the seed and the block alone, never on the partition.
     """
     objective = method.objective
-    if not isinstance(seed, Integral):
-        raise ValueError(f"seed is {seed!r}: a whole number is needed")
+    require_int(0, 2**32 - 1, seed=seed)  # of which JAX takes the last 32 bits
     if dtype is not None and not _is_floating(dtype):
         raise ValueError(f"dtype is {dtype!r}: a floating-point dtype such as bfloat16 is needed")
     if objective.needs_classifier and model.classifier is None:
@@ -99,7 +99,7 @@ def build_units(
         units.append(unit)
         carries.append(carry)
         carry = {**carry, **unit.head_outputs(features, carry), "x": features}
-    return BuiltModel(tuple(units), tuple(carries), num_classes)
+    return BuiltModel(tuple(units), tuple(carries), tuple(outputs), num_classes)
 
 
 def _num_classes(model: Model, method: Method, given: int | None, features: Any, dtype: Any) -> int:
@@ -191,12 +191,31 @@ def unit_costs(units: Sequence[Unit], carries: Sequence[Carry], route: Route) ->
     return costs
 
 
+def _check_update(optimizer: optax.GradientTransformation, units: Sequence[Unit]) -> None:
+    """Raises ValueError for an optimizer whose update needs more than gradients and weights."""
+
+    def update(params: Any) -> Any:
+        return optimizer.update(params, optimizer.init(params), params)
+
+    try:
+        jax.eval_shape(update, {})  # quick: there is next to nothing to trace
+    except Exception:  # of any kind; it may be the lack of weights
+        params = next(filter(None, (unit.initial()[0] for unit in units)), {})
+        try:
+            jax.eval_shape(update, abstract(params))
+        except Exception as error:
+            raise ValueError(
+                "optimizer cannot step by gradients and weights alone, which is all that a block "
+                f"has for it: {first_line(error)}"
+            ) from error
+
+
 def build_stages(
     built: BuiltModel,
     method: Method,
     boundaries: Sequence[int],
     received: Carry,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation | optax.MultiSteps,
     remat: bool | Sequence[bool],
     clip_norm: float | None,
     **common: Any,
@@ -208,11 +227,17 @@ def build_stages(
 
     Raises:
         TypeError: an optimizer that is none.
-        ValueError: `remat` of another number of stages, or a norm that the method cannot bound.
+        ValueError: an optimizer that needs more than gradients, `remat` of another number of
+            stages, or a norm that the method cannot bound.
     """
+    if isinstance(optimizer, optax.MultiSteps):
+        optimizer = optimizer.gradient_transformation()
     require_type(optax.GradientTransformation, optimizer=optimizer)
+    _check_update(optimizer, built.units)
     num_stages = len(boundaries)
-    remats = [remat] * num_stages if isinstance(remat, bool) else list(remat)
+    remats = [remat] * num_stages if isinstance(remat, bool) else remat
+    if not isinstance(remats, Sequence) or not all(isinstance(each, bool) for each in remats):
+        raise ValueError(f"remat is {remat!r}: True or False is needed, or one of them a stage")
     if len(remats) != num_stages:
         raise ValueError(
             f"remat has {len(remats)} entries: one is needed for each of {num_stages} stages"

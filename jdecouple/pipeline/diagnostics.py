@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jdecouple.methods import Method
 from jdecouple.methods.routes import Carry, Delayed, Stage
 from jdecouple.methods.routes.synchronous import linearize, pull_back
-from jdecouple.pipeline.mesh import StageDevices
-from jdecouple.pipeline.state import State
+from jdecouple.pipeline.mesh import StageDevices, jit
+from jdecouple.pipeline.state import State, or_nan
 from jdecouple.schedules import Call, Costs, Kind
 
 
@@ -68,8 +68,9 @@ class SufficientDirection:
             raise ValueError("the sufficient direction needs all stages in one process")
         self._stages = trainer.stages
         self._route = route
-        self._sharding = trainer.placements[0].replicated
-        self._measure = jax.jit(self._directions)
+        placement = trainer.placements[0]
+        self._sharding = placement.replicated
+        self._measure = jit(self._directions, placement)
 
     def __call__(self, state: State) -> dict[str, jax.Array]:
         """Measures one state.
@@ -83,12 +84,22 @@ class SufficientDirection:
         """
         if "queues" not in state.stages[0]:
             return {}
-        return self._measure(jax.device_put(state.stages, self._sharding), state.step)
+        measured = self._measure(jax.device_put(state.stages, self._sharding), state.step)
+        directions: dict[str, jax.Array] = {}
+        for k, values in enumerate(measured):
+            exists = self._waiting(k, state.step) >= state.since
+            directions |= values if exists else or_nan(False, values)
+        return directions
 
-    def _directions(self, states: tuple, step: jax.Array) -> dict[str, jax.Array]:
-        directions = {}
+    def _waiting(self, k: int, step: Any) -> Any:
+        """Number of the batch that stage `k` replays next."""
+        return step - (len(self._stages) - 1 - k)
+
+    def _directions(self, states: tuple, step: jax.Array) -> list[dict[str, jax.Array]]:
+        """Of every stage but the last; zeros where nothing waits."""
+        directions = []
         for k, stage in enumerate(self._stages[:-1]):
-            batch = step - (len(self._stages) - 1 - k)
+            batch = self._waiting(k, step)
             step_id = jnp.stack([batch, jnp.zeros_like(batch)])
             queues = states[k]["queues"]
             used, _ = self._route.backward(
@@ -101,8 +112,9 @@ class SufficientDirection:
                 "sufficient_direction": product / length,
                 "cosine": product / jnp.sqrt(length * _dot(used, used)),
             }
-            for name, value in values.items():
-                directions[f"stage_{k}/{name}"] = jnp.where(exists, value, jnp.nan)
+            directions.append(
+                {f"stage_{k}/{name}": jnp.where(exists, x, 0) for name, x in values.items()}
+            )
         return directions
 
     def _backpropagate(self, states: tuple, index: int, carry: Carry, step_id: jax.Array) -> Any:

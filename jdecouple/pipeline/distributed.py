@@ -1,5 +1,8 @@
 """Joins the processes of a run."""
 
+import ipaddress
+import os
+import socket
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,6 +28,9 @@ def initialize(
     GPUs bring their own transport (NCCL); elsewhere JAX's socket transport is used.
     Call it before anything touches a device.
 
+    JAX's coordination service, which lets in whoever reaches it, listens on process 0 at
+    `bind_address` of the coordinator's host, unless JAX_COORDINATOR_BIND_ADDRESS names another.
+
     Args:
         coordinator: "host:port" of process 0, the same for all.
         num_processes: processes in the run.
@@ -38,17 +44,20 @@ def initialize(
 
     Raises:
         ValueError: an index out of range, or a coordinator without a port.
+        OSError: on process 0, the coordinator's host has no address.
     """
     if not 0 <= process_id < num_processes:
         raise ValueError(f"process_id is {process_id}: 0 to {num_processes - 1} is allowed")
-    _, _, port = coordinator.rpartition(":")
+    coordinator_host, _, port = coordinator.rpartition(":")
     if not port.isdigit():
         raise ValueError(f"coordinator is {coordinator!r}: 'host:port' is needed")
     if transfer_port is None:
         transfer_port = int(port) + 1 + process_id
-    host = f"[{address}]" if ":" in address else address
-    jax.config.update("jax_cross_host_transfer_socket_address", f"{host}:{transfer_port}")
-    jax.config.update("jax_cross_host_transport_addresses", f"{host}:0")
+    listening = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS")
+    if process_id == 0 and not listening:
+        listening = with_port(bind_address(coordinator_host.strip("[]")), port)
+    jax.config.update("jax_cross_host_transfer_socket_address", with_port(address, transfer_port))
+    jax.config.update("jax_cross_host_transport_addresses", with_port(address, 0))
     # A receiver waits for the sender's first carry, and the sender compiles before that.
     jax.config.update("jax_cross_host_transfer_timeout_seconds", _COMPILE_SECONDS)
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM
@@ -58,7 +67,34 @@ def initialize(
         process_id,
         cluster_detection_method="deactivate" if all_devices else None,
         heartbeat_timeout_seconds=heartbeat_timeout,
+        coordinator_bind_address=listening,
     )
+
+
+def bind_address(host: str) -> str:
+    """Address of this machine at which to listen where others are told `host`: the one it names.
+
+    A machine may have given its own name a loopback address, as Debian does. The others know it by
+    another one, so that it listens on all.
+
+    Raises:
+        OSError: `host` has no address.
+    """
+    try:
+        ipaddress.ip_address(host)
+        return host
+    except ValueError:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    address = str(found[0][4][0])
+    names = [name.partition(".")[0].lower() for name in (host, socket.gethostname())]
+    if ipaddress.ip_address(address).is_loopback and names[0] == names[1] != "localhost":
+        return "::" if socket.has_dualstack_ipv6() else "0.0.0.0"
+    return address
+
+
+def with_port(address: str, port: int | str) -> str:
+    """Joins both with a colon, the address in brackets if the address is one of IPv6."""
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
 def gather_metrics(metrics: Mapping[str, Any], names: Sequence[str]) -> dict[str, float]:
@@ -78,7 +114,7 @@ def gather(values: Mapping[str, float], names: Sequence[str]) -> dict[str, float
 
     `names` are those of all processes, in one order. Scalars that several processes have agree.
     """
-    own = np.array([float(values.get(name, np.nan)) for name in names], np.float32)
+    own = np.array([float(values.get(name, 0)) for name in names], np.float32)
     present = np.array([name in values for name in names])
     if jax.process_count() == 1:
         all_values, held = own[None], present[None]
@@ -87,7 +123,9 @@ def gather(values: Mapping[str, float], names: Sequence[str]) -> dict[str, float
 
         # All have received their carries first: evaluations hung now and then without this.
         get_barrier_sync_fn()(key="jdecouple_gather", timeout_ms=1000 * _COMPILE_SECONDS)
-        all_values, held = multihost_utils.process_allgather((own, present))
+        # As integers, because a nan that is gathered ends the run where `jax_debug_nans` is set.
+        bits, held = multihost_utils.process_allgather((own.view(np.int32), present))
+        all_values = np.asarray(bits).view(np.float32)
     first = held.argmax(axis=0)
     return {
         name: float(all_values[first[i], i]) for i, name in enumerate(names) if held[:, i].any()

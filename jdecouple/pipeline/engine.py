@@ -54,7 +54,7 @@ class Engine(Protocol):
         """
 
     def run(
-        self, states: Any, batch: PlacedBatch, step: int, end: int | None = None
+        self, states: Any, batch: PlacedBatch, step: int, since: int = 0, end: int | None = None
     ) -> tuple[Sequence[Any], Metrics]:
         """Trains on what `put` returned; returns at once, unless too much is in flight.
 
@@ -62,10 +62,12 @@ class Engine(Protocol):
             states: states of all stages; donated.
             batch: one batch or several.
             step: number of the first, from 0.
+            since: number of the first batch in the stages.
             end: number of the first batch that does not exist; None if there is none.
 
         Returns:
-            The new states; the metrics of this process's stages, scalars or arrays [T].
+            The new states; the metrics of this process's stages, scalars or arrays [T], nan where
+            they would be of a batch before `since`.
         """
 
     def measure(
@@ -105,6 +107,8 @@ def make_engine(
     require_one_of(ENGINES, engine=name)
     limit = 2 * num_stages if max_in_flight is None else max_in_flight
     require_int(1, max_in_flight=limit)
+    if not isinstance(fuse, bool | None):
+        raise ValueError(f"fuse is {fuse!r}: True, False or None is needed")
     groups = mesh.device_groups
     placements = tuple(map(StageDevices.on, assign_devices(groups, num_stages)))
     layout = fitting(name, stages, placements, route, schedule=schedule, fuse=fuse, carries=carries)

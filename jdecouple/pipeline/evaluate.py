@@ -3,7 +3,7 @@
 import collections
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,11 +12,11 @@ import numpy as np
 import optax
 
 from jdecouple.methods.routes import Carry, Stage, StageState, add
-from jdecouple.pipeline.batch import check_batch, check_like
+from jdecouple.pipeline.batch import LabelCheck, as_arrays, check_like
 from jdecouple.pipeline.build import abstract
 from jdecouple.pipeline.distributed import gather
 from jdecouple.pipeline.engine import Engine
-from jdecouple.pipeline.mesh import StageDevices, compiler_options
+from jdecouple.pipeline.mesh import StageDevices, jit
 from jdecouple.pipeline.transfer import transfer
 
 Sums = dict[str, jax.Array]
@@ -67,10 +67,7 @@ class Evaluator:
         self._add: Callable = self.add
         if self._fuse:
             placement = self._placements[0]
-            options = compiler_options(placement)
-            self._add = jax.jit(
-                self.add, out_shardings=placement.replicated, compiler_options=options
-            )
+            self._add = jit(self.add, placement, out_shardings=placement.replicated)
 
     def __call__(
         self, states: Sequence[Any], data: Iterable[Mapping] | Mapping, num_classes: int
@@ -84,9 +81,11 @@ class Evaluator:
         count = size = 0
         first = self._placements[0]
         replicas = math.lcm(*(len(placement.devices) for placement in self._placements))
-        for batch in [data] if isinstance(data, Mapping) else data:
-            check_batch(batch, num_classes)
+        check_labels = LabelCheck(num_classes)
+        for given in [data] if isinstance(data, Mapping) else _iterator(data):
+            batch = as_arrays(given)
             check_like(batch, self._example, any_size=True)
+            check_labels(batch["label"])
             examples = len(batch["label"])
             count += examples
             size = max(size, -(-examples // replicas) * replicas)
@@ -99,6 +98,7 @@ class Evaluator:
                 jax.block_until_ready(in_flight.popleft())
         if not count:
             raise ValueError("the data to evaluate on holds no examples")
+        check_labels.look(wait=True)
         own = {
             name: float(total)
             for stage_sums in self.end(states, sums)
@@ -179,7 +179,7 @@ class Evaluator:
                 sums = jax.lax.with_sharding_constraint(sums, placement.replicated)
                 return placement.constrain(carry), sums
 
-            return jax.jit(call, compiler_options=compiler_options(placement))
+            return jit(call, placement)
 
         if self._fuse:
             return [functools.partial(function, stage) for stage in self._stages]
@@ -198,6 +198,14 @@ def call_shapes(function: Callable, stage: Stage, *carries: Any) -> Any:
     """Shapes of what a function of a stage gives for these."""
     call = functools.partial(function, stage, sums=None)
     return jax.eval_shape(call, jax.eval_shape(stage.initial), *carries)
+
+
+def _iterator(data: Any) -> Iterator:
+    try:
+        return iter(data)
+    except TypeError:
+        given = type(data).__name__
+        raise TypeError(f"data is a {given}: batches or one batch are needed") from None
 
 
 def _pad(batch: Mapping, size: int) -> Carry:

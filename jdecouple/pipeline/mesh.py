@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from numbers import Integral
 from typing import Any
@@ -206,9 +206,16 @@ class StageDevices:
         return jax.tree.map(put, tree, shardings if own else jax.tree.map(self.sharding, tree))
 
 
-# By default XLA's library for CPUs takes over convolutions as well, on one thread, and takes the
-# gradient of a filter as a convolution with a window as large as the image. It keeps the products.
-_CPU = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"}
+# XLA's library for CPUs keeps single products. By default it also takes over convolutions, on one
+# thread, and the gradient of a filter as a convolution with a window as large as the image. What
+# is fused to a product or a sum may be wrong in jaxlib 0.10.1 and 0.10.2 (jax issue 39103: the last
+# row of some arrays) and end the process in 0.10.0 to 0.11.0 (39257, 40412).
+_CPU = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
+
+
+def jit(function: Callable, placement: StageDevices, **options: Any) -> Any:
+    """`jax.jit` for calls on the devices of a stage: all that the package runs goes through it."""
+    return jax.jit(function, compiler_options=compiler_options(placement), **options)
 
 
 def compiler_options(placement: StageDevices) -> dict[str, Any] | None:

@@ -54,7 +54,7 @@ def check_num_stages(num_stages: int, num_blocks: int) -> None:
 def first_blocks(boundaries: Sequence[int]) -> tuple[int, ...]:
     """Block indices at which stages begin, checked to be such; a missing leading 0 is added."""
     if not isinstance(boundaries, Sequence) or not all(
-        isinstance(index, Integral) for index in boundaries
+        isinstance(index, Integral) and not isinstance(index, bool) for index in boundaries
     ):
         raise ValueError(f"boundaries {boundaries!r} are no sequence of block indices")
     return tuple(boundaries) if boundaries and boundaries[0] == 0 else (0, *boundaries)

@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -29,10 +31,146 @@ class State:
         stages: state of every stage ("params", "stats", "opt", and with a delayed method "queues");
             None for the stages of other processes. With engine "spmd" the arrays are stacked, and
             cut when a stage is asked for.
+        since: number of the first batch after the stages were last empty, as their states hold it.
     """
 
     step: int
     stages: Sequence[Any]
+    since: int = 0
+
+
+class OwnStates:
+    """The states that a trainer has made, and the check of those that callers give.
+
+    What it has made and nothing has consumed needs no check that costs time in every step.
+
+    Attributes:
+        stages: all stages.
+        placements: devices of each.
+        engine: name of the engine.
+        schedule: the actions of one batch.
+        route: how error reaches the blocks.
+    """
+
+    def __init__(
+        self,
+        stages: tuple[Stage, ...],
+        placements: Sequence[StageDevices],
+        engine: str,
+        schedule: Schedule,
+        route: Route,
+    ):
+        self.stages, self.placements, self.engine = stages, placements, engine
+        self.schedule, self.route = schedule, route
+        self._made: weakref.WeakValueDictionary[int, State] = weakref.WeakValueDictionary()
+
+    @cached_property
+    def shapes(self) -> tuple[Any, ...]:
+        """Shapes of the state of every stage."""
+        return tuple(
+            jax.eval_shape(stage.initial) | self.queues(stage.index) for stage in self.stages
+        )
+
+    def queues(self, index: int) -> Any:
+        """Shapes of what one stage adds to its state, {} where nothing overlaps."""
+        return queue_shapes(self.schedule, self.route, self.stages, index)
+
+    def make(self, step: int, stages: Sequence[Any], since: int = 0) -> State:
+        """A state of what the engine returned."""
+        state = State(step, stages, since)
+        self._made[id(state)] = state
+        return state
+
+    def take(self, state: State) -> Any:
+        """The states of the stages, for a call that consumes them."""
+        self.check(state)
+        self._made.pop(id(state), None)
+        return state.stages
+
+    def check(self, state: State, *, abstract: bool = False) -> None:
+        """Checks a state; with `abstract` its shapes are enough.
+
+        Raises:
+            TypeError: no State.
+            ValueError: one that training has consumed; or another trainer's, of other stages,
+                shapes or devices, or another engine.
+        """
+        if state is not None and self._made.get(id(state)) is state and _is_alive(state):
+            return
+        if not isinstance(state, State):
+            given = type(state).__name__
+            raise TypeError(f"state is a {given}: what trainer.init or trainer.step gave is needed")
+        if any(map(_is_deleted, jax.tree.leaves(state.stages))):
+            raise ValueError(
+                "this state is used up, training has put another in its place: go on with the one "
+                "that was returned (state, metrics = trainer.step(state, batch)), or begin with "
+                "trainer.init()"
+            )
+        if difference := self._difference(state.stages, abstract):
+            raise ValueError(
+                f"this is the state of another trainer: {difference}; from_arrays(state.step, "
+                "other.to_arrays(state)) takes it over where the nets are equal"
+            )
+
+    def _difference(self, found: Any, abstract: bool) -> str | None:
+        """Where a state differs from those that are made here, if anywhere."""
+        count = len(self.placements)
+        engine = "spmd" if hasattr(found, "arrays") else "mpmd"
+        if not isinstance(found, Sequence) or len(found) != count:
+            stages = len(found) if isinstance(found, Sequence) else "no"
+            return f"it has {stages} stages, this one {count}"
+        if not abstract and engine != self.engine:
+            return f"its engine is {engine}, this one's {self.engine}"
+        for k, (shapes, placement) in enumerate(zip(self.shapes, self.placements, strict=True)):
+            if found[k] is None and (abstract or not placement.addressable):
+                continue
+            has, needs = _specs(found[k]), _specs(shapes)
+            for name in [*needs, *has]:
+                one, other = has.get(name, "nothing"), needs.get(name, "nothing")
+                if one != other:
+                    return f"{name} of its stage {k} is {one}, of this one {other}"
+            for leaf in jax.tree.leaves(found[k]):
+                if not abstract and not isinstance(leaf, jax.Array | np.ndarray):
+                    return f"its stage {k} holds shapes, this one arrays"
+                if getattr(leaf, "committed", False) and leaf.devices() != {*placement.devices}:
+                    return f"its stage {k} is on other devices"
+        return None
+
+
+def _is_alive(state: State) -> bool:
+    """Whether no call has consumed a state, judged by one array: a call consumes them all."""
+
+    def first(tree: Any) -> Any:
+        if isinstance(tree, dict):
+            tree = tree.values()
+        elif not isinstance(tree, tuple | list):
+            return tree
+        for child in tree:
+            if (leaf := first(child)) is not None:
+                return leaf
+        return None
+
+    return not _is_deleted(first(getattr(state.stages, "arrays", state.stages)))
+
+
+def _is_deleted(leaf: Any) -> bool:
+    is_deleted = getattr(leaf, "is_deleted", None)
+    return is_deleted is not None and is_deleted()
+
+
+def _specs(tree: Any) -> dict[str, str]:
+    """Dtype and shape of every leaf by name."""
+    return {
+        "/".join(jax.tree_util.keystr((key,), simple=True) for key in path): spec(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def spec(leaf: Any) -> str:
+    """Dtype and shape of an array in JAX's dtypes, such as "float32[3, 4]"."""
+    if not hasattr(leaf, "dtype"):
+        return type(leaf).__name__
+    return f"{jax.dtypes.canonicalize_dtype(leaf.dtype)}{list(leaf.shape)}"
 
 
 def leaf_names(stage: Stage, values: Any) -> list[str]:
@@ -58,6 +196,17 @@ def to_arrays(stages: Sequence[Stage], state: State) -> dict[str, Any]:
         if values is not None
         for name, leaf in zip(leaf_names(stage, values), jax.tree.leaves(values), strict=True)
     }
+
+
+def from_arrays(stage: Stage, shapes: Any, arrays: Mapping[str, Any]) -> Any:
+    """A stage's state of these shapes from arrays by name; ValueError for one that does not fit."""
+    leaves = []
+    for name, shape in zip(leaf_names(stage, shapes), jax.tree.leaves(shapes), strict=True):
+        found = spec(arrays[name]) if name in arrays else "nothing"
+        if found != spec(shape):
+            raise ValueError(f"arrays hold {found} as {name!r}: {spec(shape)} is needed")
+        leaves.append(arrays[name])
+    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
 
 def zeros(shapes: Any) -> Any:
@@ -96,6 +245,16 @@ def modules(
         copies = jax.tree.map(lambda leaf: jnp.asarray(np.array(leaf)), arrays)
         pairs += [unit.modules(*pair) for unit, *pair in zip(stage.units, *copies, strict=True)]
     return pairs
+
+
+def or_nan(exists: Any, values: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Puts nan where a value does not exist.
+
+    Compiled calls return a number there: JAX refuses a nan that comes out of one, where
+    `jax_debug_nans` is set.
+    """
+    with jax.debug_nans(False):
+        return {name: jnp.where(exists, value, jnp.nan) for name, value in values.items()}
 
 
 Queues = dict[str, dict[tuple[int, int], Any]]

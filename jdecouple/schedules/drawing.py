@@ -28,7 +28,7 @@ def draw(spans: Iterable[Span], *, title: str = "") -> Any:
 
     Args:
         spans: the calls, such as `Simulation.spans`.
-        title: heading of the figure.
+        title: heading of the figure, plain text.
 
     Returns:
         A `matplotlib.figure.Figure`; its `savefig` writes a picture.
@@ -65,7 +65,8 @@ def draw(spans: Iterable[Span], *, title: str = "") -> Any:
     ]
     figure.legend(handles=handles, loc="outside upper right", ncols=len(handles), fontsize="small")
     if title:
-        axes.set_title(title, loc="left")
+        plain = title.encode(errors="backslashreplace").decode()
+        axes.set_title(plain, loc="left", parse_math=False)
     return figure
 
 

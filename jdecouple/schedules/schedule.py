@@ -108,8 +108,12 @@ class Schedule:
     @property
     def latency(self) -> int:
         """Iterations between a batch's entry and its end at the last stage."""
-        last = Action(self.num_stages - 1, Kind.FORWARD, 0)
-        return -min(a.microbatch for a in self.actions if a[:2] == last[:2] and a.microbatch <= 0)
+        return self.delay(self.num_stages - 1)
+
+    def delay(self, stage: int) -> int:
+        """Iterations between a batch's entry and its forward at a stage."""
+        forward = stage, Kind.FORWARD
+        return -min(a.microbatch for a in self.actions if a[:2] == forward and a.microbatch <= 0)
 
     @property
     def depth(self) -> int:

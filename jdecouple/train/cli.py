@@ -1,7 +1,10 @@
 """The command line of train.py: flags, one-line errors and exit codes."""
 
+import errno
+import functools
 import inspect
 import logging as python_logging
+import operator
 import os
 import re
 import runpy
@@ -15,8 +18,9 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from jdecouple._errors import first_line
+from jdecouple.checkpoint import CheckpointError
 from jdecouple.train import config as configuration
-from jdecouple.train import hosts, loop
+from jdecouple.train import console, hosts, loop
 from jdecouple.train.config import ConfigError
 from jdecouple.train.options import OWNERS, options
 
@@ -25,11 +29,15 @@ _HOSTS = """Several processes (docs/multi-host.md); SLURM and Open MPI need no f
   --coordinator HOST:PORT   where process 0 waits for the others
   --num_processes N         processes in the run
   --process_index I         number of this one, from 0
-  --transport_address HOST  where the others reach this one; by default as process 0 sees it"""
-_KEY = r"--?(?:no)?config\.([^=]*)"
-_EXPECTED = (ConfigError, loop.NonFiniteError, KeyboardInterrupt)
+  --transport_address HOST  where the others reach this one; by default as process 0 sees it
+On machines without one home, all need the same secret in JDECOUPLE_TOKEN."""
+_KEY = r"--?(?:no)?config\.([^=]*)(?:=(.*))?"
+_EXPECTED = (ConfigError, CheckpointError, loop.NonFiniteError, OSError, KeyboardInterrupt)
+# What ends a run although its input is good.
+_OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EMFILE, errno.ENFILE}
 
 
+@console.lasting()
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs train.py.
 
@@ -37,10 +45,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: the command line, the program first; by default the process's own.
 
     Raises:
-        SystemExit: with code 1 if the training diverged, 2 after bad input, told in one line,
-            130 if Ctrl-C came where there was nothing to save. A run that ends, or that SIGTERM
-            or Ctrl-C stopped after saving, just returns. Of several processes, one that fails
-            ends the others with its code; one that is lost ends them with 3.
+        SystemExit: with code 1 if the training diverged or the disk is full, 2 after bad input,
+            told in one line, 130 if Ctrl-C came where there was nothing to save. A run that ends,
+            or that SIGTERM, SIGHUP or Ctrl-C stopped after saving, just returns. Of several
+            processes, one that fails ends the others with its code; one that is lost ends them
+            with 3.
     """
     _log_in_short()
     try:
@@ -81,8 +90,16 @@ def _ending(error: BaseException) -> tuple[str, int]:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted before anything new could be saved", 130
     if isinstance(error, _EXPECTED):
-        return first_line(error), 2 if isinstance(error, ConfigError) else 1
+        bad_input = isinstance(error, ConfigError) and not _of_the_machine(error)
+        return first_line(error), 2 if bad_input else 1
     return f"{type(error).__name__}: {first_line(error)}", 1
+
+
+def _of_the_machine(error: BaseException | None) -> bool:
+    """Whether an error goes back to one that no other input would avoid, such as a full disk."""
+    if error is None or getattr(error, "errno", None) in _OF_THE_MACHINE:
+        return error is not None
+    return _of_the_machine(error.__cause__)
 
 
 def parse(argv: Sequence[str]) -> tuple[ConfigDict, str]:
@@ -115,24 +132,69 @@ def _typed(
 ) -> tuple[ConfigDict, list[str]]:
     """What the file returned, with a typed key for all that may be set; the overrides left.
 
-    The command line may choose other `names` of the method, model and optimizer. An override that
-    sets an option of the file to None takes it back, whoever's it is.
+    The command line may choose other `names` of the method, model and optimizer. An override by
+    None takes back what the file set, whoever's option it is, and leaves open what is open.
     """
-    config = {**loaded}
+    config, rest = {**loaded}, _joined(rest)
     for section, name in names.items():
-        if not isinstance(config.setdefault(section, {}), Mapping | ConfigDict):
-            continue  # a bad value, which is refused below
-        config[section] = {**config[section]} | ({"name": name} if name else {})
-        for key in config[section].keys() - configuration.default()[section].keys():
-            unset = re.compile(rf"--?config\.{section}\.{key}=None")
-            if any(map(unset.fullmatch, rest)):
-                del config[section][key]
-                rest = [argument for argument in rest if not unset.fullmatch(argument)]
+        given = config.setdefault(section, {})
+        if name and _is_section(given):  # any other value is refused below
+            config[section] = {**given, "name": name}
+    last = {match[1]: match[2] for match in map(_override, rest) if match}
+    unset = {key for key, value in last.items() if value == "None"}
+    done = {key for key in unset if _take_back(config, key)}
     complete = configuration.filled(config, all_options=True)
+    for key in last.keys() - done:
+        kind = configuration.value_type(complete, key)
+        if key in unset and kind is not ConfigDict and _value(complete, key) is None:
+            done.add(key)
+
+    def counts(argument: str) -> bool:
+        match = _override(argument)
+        if not match:
+            return True
+        later = match[2] == "None" and match[1] not in unset  # another value comes later
+        return match[1] not in done and not later
+
+    return complete, list(filter(counts, rest))
+
+
+def _joined(rest: list[str]) -> list[str]:
+    """Arguments in which an override by None is one, as it may be two."""
+    joined: list[str] = []
     for argument in rest:
-        if match := re.match(_KEY, argument):
-            configuration.value_type(complete, match[1])
-    return complete, rest
+        if argument == "None" and joined and re.fullmatch(r"--?config\.[^=]+", joined[-1]):
+            joined[-1] += "=None"
+        else:
+            joined.append(argument)
+    return joined
+
+
+def _override(argument: str) -> re.Match[str] | None:
+    return re.match(_KEY, argument)
+
+
+def _value(config: Any, key: str) -> Any:
+    return functools.reduce(operator.getitem, key.split("."), config)
+
+
+def _take_back(config: dict[str, Any], key: str) -> bool:
+    """Removes a key that is not at its default, out of copies of its sections; whether it is so."""
+    *path, last = key.split(".")
+    defaults = configuration.default()
+    for name in path:
+        if not _is_section(config.get(name)):
+            return False
+        config[name] = {**config[name]}
+        config, defaults = config[name], defaults.get(name) or {}
+    if _is_section(config.get(last, {})) or (last in defaults and config[last] == defaults[last]):
+        return False
+    del config[last]
+    return True
+
+
+def _is_section(value: Any) -> bool:
+    return isinstance(value, Mapping | ConfigDict)
 
 
 def _lists() -> Iterator[str]:
@@ -192,7 +254,8 @@ def _parsed(
             raise ConfigError(first_line(error)) from error
         kind = configuration.value_type(config, match[1])
         wanted = "a section with keys" if kind is ConfigDict else f"a value of type {kind.__name__}"
-        raise ConfigError(f"config.{match[1]} is {match[2]!r}: {wanted} is needed") from error
+        given = configuration.shown(match[2])
+        raise ConfigError(f"config.{match[1]} is {given}: {wanted} is needed") from error
 
 
 def _load(config: str) -> Mapping[str, Any]:
@@ -224,7 +287,7 @@ def _log_in_short() -> None:
 
 def _keep_stdout() -> None:
     """Leaves stdout to Python: the libraries of several processes talk there."""
-    sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
+    sys.stdout = console.Lasting(os.fdopen(os.dup(1), "w", buffering=1))
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.close(null)

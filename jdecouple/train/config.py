@@ -8,12 +8,15 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn, TypeGuard
 
+from flax import traverse_util
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from jdecouple._errors import first_line
 from jdecouple.train.options import OWNERS, options
-from jdecouple.train.rules import RULES, clashes
+from jdecouple.train.rules import MOST, RULES, clashes
+
+_MOST_CHARACTERS = 200  # of a value in a message
 
 
 class ConfigError(ValueError):
@@ -32,6 +35,7 @@ def one_line(section: Any = None, path: str = "config") -> Iterator[None]:
         raise
     except (ValueError, TypeError, OSError, OverflowError) as error:
         text = first_line(error)
+        text = text if len(text) <= 2 * _MOST_CHARACTERS else f"{text[: 2 * _MOST_CHARACTERS]}..."
         key = re.split(r"\W", text, maxsplit=1)[0]
         value = None if section is None else section.get(key)
         known = value is not None and not _is_section(value)
@@ -69,6 +73,8 @@ def default() -> ConfigDict:
                 "max_length": placeholder(int),  # words kept of a text; None: the last bucket, 256
                 "vocabulary_size": placeholder(int),  # None: 30000
                 "glove": placeholder(str),  # text file of word vectors
+                "label_column": placeholder(str),  # of CSV and Parquet files; None: by its name
+                "text_columns": placeholder(tuple),  # None: all others
                 "buckets": placeholder(tuple),  # lengths that batches of texts are padded to
             },
             "optimizer": {
@@ -147,7 +153,7 @@ def filled(config: Mapping[str, Any], *, all_options: bool = False) -> ConfigDic
         name = given.get("name", target.name) if _is_section(given) else target.name
         if name not in registry.names():
             allowed = ", ".join(registry.names())
-            raise ConfigError(f"config.{section}.name is {name!r}: allowed are {allowed}")
+            raise ConfigError(f"config.{section}.name is {shown(name)}: allowed are {allowed}")
         target.name = name
         for key, (kind, _) in options(section, name).items():
             target[key] = placeholder(kind)
@@ -170,20 +176,64 @@ def validate(config: Mapping[str, Any]) -> ConfigDict:
     complete = filled(config)
     for keys, fits, allowed in RULES:
         for key in keys.split():
-            value = functools.reduce(operator.getitem, key.split("."), complete)
+            *path, last = key.split(".")
+            value = functools.reduce(operator.getitem, path, complete).get(last)
             if value is not None and not fits(value):
-                huge = isinstance(value, int) and abs(value) >= 2**64  # of any number of digits
-                shown = "a huge number" if huge else repr(value)
-                raise ConfigError(f"config.{key} is {shown}: {allowed}")
-    for message in clashes(complete):
+                raise ConfigError(f"config.{key} is {shown(value)}: {allowed}")
+    for key, value in traverse_util.flatten_dict(complete.to_dict(), sep=".").items():
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(n, int) and abs(n) > MOST for n in numbers) and key != "seed":
+            raise ConfigError(f"config.{key} is {shown(value)}: at most {MOST} is allowed")
+    for message in clashes(complete, default()):
         raise ConfigError(f"config.{message}")
     return complete
+
+
+def shown(value: Any) -> str:
+    """A value in a message: in Python's words, cut where those are long."""
+    try:
+        text = repr(value)
+    except ValueError:  # more digits than Python writes
+        return "a huge number"
+    if len(text) <= _MOST_CHARACTERS:
+        return text
+    if isinstance(value, int):
+        return "a huge number"
+    return f"{text[:_MOST_CHARACTERS]}... ({len(text)} characters)"
+
+
+# Keys that say where, in which order and how often something is done, and not what is learnt.
+_FREE = (
+    *("log_every", "checkpoint", "profile", "sufficient_direction", "max_in_flight", "remat"),
+    *("mesh", "num_stages", "boundaries", "split", "schedule", "engine", "chunk"),
+)
+
+
+def settings(config: ConfigDict, total_steps: int) -> dict[str, Any]:
+    """What else a complete configuration computes with: values by key, as JSON.
+
+    A run may be continued with other ones, but then it is not what either of them computes.
+    `steps` is the length of the run, whether or not epochs set it.
+    """
+    arguments = options("optimizer", config.optimizer.name).items()
+    optimizer = {key: value for key, (_, value) in arguments} | config.optimizer.to_dict()
+    values = config.to_dict() | {f"optimizer.{key}": value for key, value in optimizer.items()}
+    values["steps"] = total_steps
+    for key in (*identity(config), *_FREE, "optimizer", "epochs"):
+        values.pop(key, None)
+    return json.loads(json.dumps(values, default=repr))
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Key, old and new value of what differs between two `settings`; None where there is none."""
+    pairs = {key: (before.get(key), now.get(key)) for key in {**before, **now}}
+    return [(key, old, new) for key, (old, new) in pairs.items() if old != new]
 
 
 def identity(config: ConfigDict) -> dict[str, Any]:
     """The values that make a run what it is, as JSON; what is left at None does not count.
 
-    A run may be continued with other values of all other keys.
+    A run cannot be continued with others.
     """
     values = {key: config[key] for key in ("batch_size", "seed")}
     values["optimizer.name"] = config.optimizer.name
@@ -224,17 +274,20 @@ def _fill(target: ConfigDict, given: Any, path: str) -> None:
             _unknown_key(target, path, key)
         if _is_section(target[key]):
             if not _is_section(value):
-                raise ConfigError(f"{here} is {value!r}: a section with keys is needed")
+                raise ConfigError(f"{here} is {shown(value)}: a section with keys is needed")
             _fill(target[key], value, here)
             continue
         kind, optional = target.get_type(key), target[key] is None
         if value == "None" and optional:  # as the command line gives it
             value = None
         if (type(value), kind) in ((list, tuple), (int, float)):
-            value = kind(value)
+            with contextlib.suppress(OverflowError):  # a number beyond those of a float
+                value = kind(value)
         fits = isinstance(value, kind) and (kind in (bool, object) or not isinstance(value, bool))
         if not fits and not (value is None and optional):
-            raise ConfigError(f"{here} is {value!r}: a value of type {kind.__name__} is needed")
+            raise ConfigError(
+                f"{here} is {shown(value)}: a value of type {kind.__name__} is needed"
+            )
         target[key] = value
 
 

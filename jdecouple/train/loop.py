@@ -7,22 +7,25 @@ import signal
 import threading
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
 
 from jdecouple import data
-from jdecouple.checkpoint import Checkpointer, Restored
+from jdecouple._files import local_folder
+from jdecouple.checkpoint import Checkpointer
 from jdecouple.pipeline.batch import PlacedBatch
-from jdecouple.train import config as configuration
-from jdecouple.train import hosts, report
-from jdecouple.train.config import ConfigError, one_line
+from jdecouple.train import devices, hosts, report
+from jdecouple.train.config import one_line
+from jdecouple.train.divergence import Range
+from jdecouple.train.lock import only_run
 from jdecouple.train.metrics import Interval, MetricsWriter, Progress, clock, read_metrics
 from jdecouple.train.profile import Profile
+from jdecouple.train.resume import open_metrics, origin, record, restore
 from jdecouple.train.run import Run, build, check_alike
 from jdecouple.trainer import State, Trainer
 
@@ -46,46 +49,54 @@ def train_and_evaluate(
         processes: what `jdecouple.train.hosts.join` returned, where there are several.
 
     Returns:
-        "step"; "finished" (False after SIGTERM or Ctrl-C, which save and return); and, when
+        "step"; "finished" (False after a signal such as Ctrl-C, which saves and returns); and, when
         finished, on the first process, "test" (metrics at the last step),
         "test_at_best_validation" and "best_test" (the papers' figure: the best step by test
-        accuracy, never a result).
+        accuracy, never a result). The last two are left out where `metrics.jsonl` has lost lines.
 
     Raises:
-        ConfigError: bad values or input, in one line; checkpoints are left untouched.
+        ConfigError: bad values or input, or a workdir that another run uses, in one line;
+            checkpoints are left untouched.
         NonFiniteError: the training diverged; the last good checkpoint is kept.
+        CheckpointError: a checkpoint could not be written.
+        OSError: the metrics could not be written, as on a full disk.
     """
-    run, folder = build(config), Path(workdir)
+    with one_line():
+        folder = local_folder(workdir)
+    run = build(config)
     processes = processes or hosts.SingleProcess()
+    if processes.first:
+        devices.announce(run)
     title = f"{run.config.method.name} on {run.config.data.name}"  # of the pictures
     checkpoints = writer = None  # on the first process alone
     with contextlib.ExitStack() as stack:
         with one_line():
             check_alike(run.config, processes)
             if processes.first:
-                checkpoints = stack.enter_context(_open(folder, run))
+                stack.enter_context(only_run(folder))
+                keep = run.config.checkpoint.keep
+                checkpoints = stack.enter_context(Checkpointer(folder / "checkpoints", keep=keep))
                 processes.on_loss(checkpoints.wait)
         interrupt = stack.enter_context(Interrupt())
         with one_line():
             state, start = restore(run, checkpoints, processes)
             if processes.first:
-                report.write_config(folder, run)
-                resume_step = state.step if start else None
-                writer = stack.enter_context(MetricsWriter(folder, resume_step=resume_step))
+                record(folder, run, state.step, start)
+                writer = stack.enter_context(open_metrics(folder, run, state.step, start))
         profile = Profile(run.trainer, folder, run.config.profile, state.step, title)
         loop = Loop(run, checkpoints, writer, interrupt, profile, processes)
         state = loop.train(state, start)
-        if processes.first:
-            report.plot_curves(folder, title=title)
-    result = {"step": state.step, "finished": state.step >= run.total_steps}
-    if checkpoints is None:
+        result = {"step": state.step, "finished": state.step >= run.total_steps}
+        if checkpoints is None or writer is None:
+            return result
+        curves = report.try_plot_curves(folder, title=title)
+        if result["finished"]:
+            with one_line():
+                result |= report.summary(read_metrics(folder), state.step, writer.rows)
+            report.show(result, folder, checkpoints.best_step, curves)
+        else:
+            print(f"stopped at step {state.step} of {run.total_steps}: the same command continues")
         return result
-    if result["finished"]:
-        result |= report.summary(read_metrics(folder))
-        report.show(result, folder, checkpoints.best_step)
-    else:
-        print(f"stopped at step {state.step} of {run.total_steps}: the same command continues")
-    return result
 
 
 @dataclasses.dataclass
@@ -122,12 +133,21 @@ class Loop:
         groups = data.Groups(batches, data.group_sizes(first, run.total_steps, config.chunk, *ends))
         self._saved = first if start else -1
         self._interval = Interval(first, clock(0.0), start and start["means"])
+        self._range = Range(run.trainer.latency, start and start.get("range"))
+        if self._range.suspect is not None:
+            self._warn(f"checkpoint {first} is suspect")
+        if start is None:
+            weights = hosts.gather(self.processes, _weights(run.trainer.to_arrays(state)))
+            self._range.weigh(first, _largest(weights))
         self._pending: list[tuple[range, dict[str, jax.Array]]] = []  # metrics on devices
         with (
             data.Prefetcher(groups, self._put) as prefetcher,
             contextlib.closing(progress),
             contextlib.closing(self.profile) as profile,
         ):
+            if start and start.pop("evaluate", False):  # the process before did not come to it
+                self._extra = start
+                self._evaluate(state, progress)
             while state.step < run.total_steps:
                 since, began = state.step, clock(prefetcher.wait_seconds)
                 with one_line():
@@ -154,9 +174,10 @@ class Loop:
                             share = (number - since) / len(steps)
                             shown = self._log(number, state, began + share * (now - began))
                 progress.update(step, shown)
-                accuracy = self._evaluate(state, progress) if evaluate else None
                 if save:
-                    self._save(state, prefetcher.state, accuracy)
+                    self._save(state, prefetcher.state, evaluate)
+                if evaluate:
+                    self._evaluate(state, progress)
                 if stop:
                     break
         if self.checkpoints is not None:
@@ -198,6 +219,7 @@ class Loop:
                 f"{self._last_good()}"
             )
         self._interval.add(row)
+        self._warn(self._range.add(step, float(row["loss"])))
 
     def _log(self, step: int, state: State, now: np.ndarray) -> dict[str, Any]:
         """Writes the line of the interval that ends here; returns what the console shows."""
@@ -214,8 +236,8 @@ class Loop:
         if self.writer is not None:
             self.writer.write(step, split, values)
 
-    def _evaluate(self, state: State, progress: Progress) -> float | None:
-        """Evaluates validation and test; returns the validation accuracy, if there is one."""
+    def _evaluate(self, state: State, progress: Progress) -> None:
+        """Evaluates validation and test, and writes that into the checkpoint of the state."""
         accuracy, began = None, time.perf_counter()
         size, trainer = self.run.config.batch_size, self.run.trainer
         for split in filter(len, (self.run.dataset.validation, self.run.dataset.test)):
@@ -227,10 +249,12 @@ class Loop:
                 accuracy = values["accuracy"]
             listed = " ".join(f"{value:.2%}" for value in report.exits(values).values())
             progress.print(f"step {state.step} {split.name:10} accuracy per exit: {listed}")
+        if self.checkpoints is not None:
+            self.checkpoints.amend(state.step, self._extra | self._rows(), accuracy)
         self._interval.leave_out(time.perf_counter() - began)
-        return accuracy
 
-    def _save(self, state: State, iterator: Any, accuracy: float | None) -> None:
+    def _save(self, state: State, iterator: Any, evaluate: bool) -> None:
+        """Saves a state; one that is yet to be evaluated says so, and whoever restores it does."""
         if state.step == self._saved:
             return
         self._saved = state.step
@@ -242,88 +266,74 @@ class Loop:
                 raise NonFiniteError(
                     f"{name} is not finite after step {state.step}; {self._last_good()}"
                 )
-        means, own = self._interval.means, identity(self.run)
-        extra = {"iterator": iterator, "means": means, "identity": own}
-        with one_line():
-            self.checkpoints.save(state.step, arrays, extra, accuracy)
+        self._warn(self._range.weigh(state.step, _largest(_weights(arrays))))
+        self._extra = {"iterator": iterator, "means": self._interval.means, **origin(self.run)}
+        self._extra |= {"range": self._range.values, **self._rows()}
+        due = {"evaluate": True} if evaluate else {}
+        spare = self._range.suspect
+        self.checkpoints.save(state.step, arrays, self._extra | due, spare=spare)
 
-    def _last_good(self) -> str:
+    def _rows(self) -> dict[str, int]:
+        return {} if self.writer is None else {"rows": self.writer.rows}
+
+    def _sides(self) -> tuple[list[int], list[int]]:
+        """Steps of the checkpoints that are good, and of those that are suspect."""
         assert self.checkpoints is not None  # the first process finds what is wrong
         self.checkpoints.wait()
-        step = self.checkpoints.latest_step
-        return "no checkpoint was saved" if step is None else f"the last good checkpoint is {step}"
+        steps, suspect = self.checkpoints.steps(), self._range.suspect
+        good = [step for step in steps if suspect is None or step < suspect]
+        return good, steps[len(good) :]
+
+    def _warn(self, reason: str | None) -> None:
+        if reason is not None and self.checkpoints is not None:
+            good, _ = self._sides()
+            last = f"the last good one is {good[-1]}" if good else "there is none before"
+            logging.warning(
+                "%s: checkpoints from step %d on may be spoilt, %s; to go back, stop, move the "
+                "later ones elsewhere and give the same command",
+                *(reason, self._range.suspect, last),
+            )
+
+    def _last_good(self) -> str:
+        """Which checkpoint a diverged run goes on from; the suspect ones are moved away."""
+        assert self.checkpoints is not None
+        good, bad = self._sides()
+        if not good and not bad:
+            return "no checkpoint was saved"
+        text = f"the last good checkpoint is {good[-1]}" if good else "no good checkpoint is left"
+        if bad:
+            with one_line():
+                aside = self.checkpoints.set_aside(bad)
+            text += f" ({', '.join(map(str, bad))}, suspect, moved to {aside.name}/)"
+        goes_on = "goes on from there" if good else "begins anew"
+        return f"{text}; the same command {goes_on}, a lower learning rate may help"
 
 
-def _open(folder: Path, run: Run) -> Checkpointer:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"workdir {str(folder)!r}: {error.strerror}") from error
-    return Checkpointer(folder / "checkpoints", keep=run.config.checkpoint.keep)
+def _weights(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in arrays.items() if "/params/" in name}
 
 
-def restore(
-    run: Run, checkpoints: Checkpointer | None, processes: hosts.MultiProcess
-) -> tuple[State, dict[str, Any] | None]:
-    """The state to begin with, and what the checkpoint says of it.
-
-    The first process, alone with `checkpoints`, sends every other one the arrays of its stages.
-    All call it.
-
-    Raises:
-        ConfigError: they are another run's, or the run is further than it should go.
-    """
-    restored = None if checkpoints is None else _read(run, checkpoints)
-    position = processes.broadcast(restored and [restored.step, restored.extra])
-    if position is None:
-        return run.trainer.init(), None
-    step, extra = position
-    names = list(run.trainer.to_arrays(run.trainer.abstract(addressable=True)))
-    arrays = hosts.scatter(processes, names, restored.arrays if restored else {})
-    return run.trainer.from_arrays(step, arrays), extra
-
-
-def _read(run: Run, checkpoints: Checkpointer) -> Restored | None:
-    own = identity(run)
-    identities = [extra.get("identity", {}) for extra in checkpoints.extras().values()]
-    if identities and own not in identities:
-        configuration.check_identity(own, identities[-1])
-    restored = checkpoints.restore(
-        run.trainer.to_arrays(run.trainer.abstract()),
-        accept=lambda extra: None if extra.get("identity") == own else "it is another run's",
-    )
-    if restored is not None and restored.step > run.total_steps:
-        raise ConfigError(
-            f"the workdir holds step {restored.step}: the configuration ends at {run.total_steps}"
-        )
-    return restored
-
-
-def identity(run: Run) -> dict[str, Any]:
-    """What makes a run what it is; a delayed method also depends on where the stages begin.
-
-    Its queues hold what JAX's differentiation left, in the compute dtype; another version of JAX
-    may lay it out otherwise.
-    """
-    values = configuration.identity(run.config)
-    if run.trainer.schedule.overlapping:
-        values |= {"boundaries": list(run.trainer.boundaries), "dtype": run.config.dtype}
-        values["JAX version"] = jax.__version__
-    return values
+def _largest(arrays: Mapping[str, np.ndarray]) -> float:
+    sizes = (max(float(x.max()), -float(x.min())) for x in arrays.values() if x.size)
+    return max(sizes, default=0.0)
 
 
 class Interrupt:
-    """Context in which the first SIGTERM or SIGINT only sets `requested`.
+    """Context in which the first SIGTERM or SIGINT, and any SIGHUP, only sets `requested`.
 
-    A second one interrupts at once. Outside the main thread, where Python allows no handlers,
-    nothing is changed.
+    A second SIGTERM or SIGINT interrupts at once; of SIGHUP a lost terminal may send several. One
+    that was ignored, as under nohup, stays so. Outside the main thread, where Python allows no
+    handlers, nothing is changed.
     """
 
     requested = False
+    _asked = False
 
     def __enter__(self) -> "Interrupt":
         main = threading.current_thread() is threading.main_thread()
-        numbers = (signal.SIGTERM, signal.SIGINT) if main else ()
+        numbers = [signal.SIGTERM, signal.SIGINT] if main else []
+        if main and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
         self._previous = {number: signal.signal(number, self._handle) for number in numbers}
         return self
 
@@ -332,6 +342,8 @@ class Interrupt:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
+        if number != signal.SIGHUP:
+            if self._asked:
+                raise KeyboardInterrupt
+            self._asked = True
         self.requested = True

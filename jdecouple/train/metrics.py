@@ -12,11 +12,14 @@ from typing import Any
 
 import numpy as np
 import tqdm
+from absl import logging
 
-from jdecouple.train.files import replace
+from jdecouple._files import naming, replace
 
 FILE_NAME = "metrics.jsonl"
 SPLITS = ("train", "validation", "test")
+
+_MOST = sys.float_info.max
 
 Line = dict[str, Any]
 
@@ -65,19 +68,37 @@ class MetricsWriter(contextlib.AbstractContextManager["MetricsWriter"]):
     Args:
         workdir: directory of the run; created if missing.
         resume_step: step that the run goes on from. Lines of later steps and a half-written last
-            line are dropped by an atomic rewrite, all other lines keep their bytes. None: a new
-            run, which starts with an empty file.
+            line are dropped by an atomic rewrite, and damaged ones with a warning; all other lines
+            keep their bytes. None: a new run, which starts with an empty file.
+        evaluated: whether that step has been evaluated; if not, lines about that are dropped too.
+        rows: lines that had been written until then, at least.
+
+    Attributes:
+        rows: lines that were written, in all; `lost` are those that were missing at the start.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: the file cannot be written; one line that names it.
     """
 
-    def __init__(self, workdir: str | os.PathLike[str], *, resume_step: int | None):
-        path = Path(workdir) / FILE_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = b"" if resume_step is None else _until(_read(path), resume_step)
+    def __init__(
+        self,
+        workdir: str | os.PathLike[str],
+        *,
+        resume_step: int | None,
+        evaluated: bool = True,
+        rows: int = 0,
+    ):
+        self._path = path = Path(workdir) / FILE_NAME
+        with naming(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            kept = b"" if resume_step is None else _until(_read(path), resume_step, evaluated)
+        found = kept.count(b"\n")
+        self.rows, self.lost = max(found, rows), max(0, rows - found)
         replace(path, lambda temporary: temporary.write_bytes(kept))
-        self._file = path.open("a", encoding="utf-8")
+        with naming(path):
+            # Unbuffered: what has failed once is not tried again by `close`.
+            flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW
+            self._file = os.fdopen(os.open(path, flags), "ab", buffering=0)
 
     def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
         """Appends ``{"step": step, "split": split, **values}``.
@@ -86,6 +107,7 @@ class MetricsWriter(contextlib.AbstractContextManager["MetricsWriter"]):
 
         Raises:
             ValueError: the split is unknown, or a value is named `step` or `split`.
+            OSError: the disk is full, or the like; one line that names the file.
         """
         if split not in SPLITS:
             raise ValueError(f"split is {split!r}: allowed are {', '.join(SPLITS)}")
@@ -94,8 +116,11 @@ class MetricsWriter(contextlib.AbstractContextManager["MetricsWriter"]):
         numbers = {name: float(value) for name, value in values.items()}
         finite = {name: x if math.isfinite(x) else None for name, x in numbers.items()}
         line = {"step": int(step), "split": split, **finite}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
+        rest = json.dumps(line, allow_nan=False).encode() + b"\n"
+        with naming(self._path):
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        self.rows += 1
 
     def close(self) -> None:
         """Closes the file; may be called again."""
@@ -108,7 +133,7 @@ class MetricsWriter(contextlib.AbstractContextManager["MetricsWriter"]):
 def read_metrics(workdir: str | os.PathLike[str]) -> list[Line]:
     """Returns the lines of ``metrics.jsonl`` in order, without a half-written one; [] without file.
 
-    Values that were not finite are None.
+    Lines that hold no metrics are left out. Values that were not finite are None.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -134,7 +159,7 @@ class Progress:
         self._first: tuple[int, float] | None = None
         self._shown: list[str] = []
         self._bar: Any = None
-        if enabled and sys.stderr.isatty():
+        if enabled and sys.stderr and sys.stderr.isatty():
             self._bar = tqdm.tqdm(
                 total=total_steps,
                 initial=initial,
@@ -191,15 +216,27 @@ def _read(path: Path) -> bytes:
 
 
 def _parse(raw: bytes) -> Line | None:
-    """The object on a line; None if there is none, as on a half-written line."""
+    """The metrics on a line; None if there are none, as on a half-written or damaged line."""
     try:
         line = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return line if isinstance(line, dict) and {"step", "split"} <= line.keys() else None
+    if not isinstance(line, dict) or type(line.get("step")) is not int:
+        return None
+    values = [value for name, value in line.items() if name not in ("step", "split")]
+    numbers = all(x is None or (type(x) in (int, float) and abs(x) <= _MOST) for x in values)
+    return line if numbers and line.get("split") in SPLITS else None
 
 
-def _until(data: bytes, step: int) -> bytes:
-    """Lines of steps up to `step`, byte for byte."""
-    kept = (raw for raw in data.splitlines() if (line := _parse(raw)) and line["step"] <= step)
-    return b"".join(raw + b"\n" for raw in kept)
+def _until(data: bytes, step: int, evaluated: bool) -> bytes:
+    """Lines of steps up to `step`, byte for byte; if not `evaluated`, only "train" ones of it."""
+    kept, damaged = [], []
+    for number, raw in enumerate(data.splitlines(keepends=True), 1):
+        line = _parse(raw)
+        if line is None:
+            damaged += [number] * raw.endswith(b"\n")  # else it was half written
+        elif line["step"] <= step - (not evaluated and line["split"] != "train"):
+            kept.append(raw.rstrip(b"\r\n") + b"\n")
+    if damaged:
+        logging.warning("%s: left out line %s", FILE_NAME, ", ".join(map(str, damaged)))
+    return b"".join(kept)

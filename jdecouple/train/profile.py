@@ -1,6 +1,7 @@
 """Measured timelines: from a trace of JAX's profiler to the calls of a schedule."""
 
 import collections
+import contextlib
 import gzip
 import json
 import os
@@ -9,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from absl import logging
 
+from jdecouple._errors import first_line
 from jdecouple.schedules import Kind, Span, draw
-from jdecouple.train.files import replace
+from jdecouple.train import pictures
 from jdecouple.trainer import State, Trainer
 
-_WARM_UP_STEPS = 10
+WARM_UP_STEPS = 10
 _NAME = re.compile(r"jit_stage(\d+)_([FBS]+)(?:\(.*\))?")
 _MODULES = "XLA Modules"  # the line of a GPU's trace that has an event a call
 
@@ -27,12 +30,13 @@ class Profile:
 
     The workdir gets `profile/`, which TensorBoard and XProf read, and `timeline.png`. The first ten
     steps after `start`, where the run goes on, are not traced, because they compile; nor is any
-    where `steps` is None. The stages of the trainer must be apart (`fuse=False`).
+    where `steps` is None. The stages of the trainer must be apart (`fuse=False`). What fails here
+    is told and ends no training.
     """
 
     def __init__(self, trainer: Trainer, workdir: Path, steps: int | None, start: int, title: str):
         self._trainer, self._workdir, self._title = trainer, workdir, title
-        self._first = start + _WARM_UP_STEPS + 1
+        self._first = start + WARM_UP_STEPS + 1
         self._last = self._first + steps - 1 if steps else 0
         self._tracing = False
 
@@ -42,28 +46,37 @@ class Profile:
             self._trainer.wait(state)
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0
-            jax.profiler.start_trace(self._workdir / "profile", profiler_options=options)
-            self._tracing = True
+            folder = self._workdir / "profile"
+            try:
+                folder.mkdir(exist_ok=True)
+                jax.profiler.start_trace(folder, profiler_options=options)
+            except Exception as error:
+                logging.warning("no timeline: %s", first_line(error))
+            else:
+                self._tracing = True
 
     def after(self, step: int, state: State) -> str | None:
         """Ends the trace if `step` was the last; returns what to tell the user then."""
         if not self._tracing or step < self._last:
             return None
         self._trainer.wait(state)
-        self.close()
         count = step - self._first + 1
-        try:
-            measured = spans(self._workdir / "profile", self._trainer, count, self._first - 1)
-        except ValueError as error:  # no reason to end a training
-            return f"no timeline: {error}"
         title = f"{self._title}, steps {self._first} to {step}".lstrip(", ")
         path = self._workdir / "timeline.png"
-        figure = draw(measured, title=title)
-        replace(path, lambda temporary: figure.savefig(temporary, format="png"))
+        try:
+            self._stop()
+            measured = spans(self._workdir / "profile", self._trainer, count, self._first - 1)
+            pictures.save(draw(measured, title=title), path)
+        except Exception as error:
+            return f"no timeline: {first_line(error)}"
         return f"timeline of steps {self._first} to {step}: {path}"
 
     def close(self) -> None:
         """Ends a trace that has begun."""
+        with contextlib.suppress(Exception):  # nobody will read it
+            self._stop()
+
+    def _stop(self) -> None:
         if self._tracing:
             self._tracing = False
             jax.profiler.stop_trace()

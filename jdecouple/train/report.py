@@ -12,8 +12,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 
-from jdecouple.train.files import replace
+from jdecouple._errors import first_line
+from jdecouple._files import replace
+from jdecouple.train import pictures
 from jdecouple.train.metrics import SPLITS, Line, read_metrics
 from jdecouple.train.run import Run
 from jdecouple.trainer import Trainer
@@ -32,11 +35,15 @@ _MARKERS_UP_TO = 20  # points of a curve
 Series = tuple[list[int], list[float]]
 
 
-def write_config(folder: Path, run: Run) -> None:
-    """Writes `config.json`: the configuration, the versions, the devices, the partition."""
+def write_config(folder: Path, run: Run, history: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Writes `config.json`: the configuration, the versions, the devices, the partition.
+
+    Its `history` says at which step which key of the configuration changed, from what to what.
+    """
     trainer = run.trainer
     content = {
         "config": run.config.to_dict(),
+        "history": list(history),
         "total_steps": run.total_steps,
         "engine": trainer.engine,
         "boundaries": list(trainer.boundaries),
@@ -55,18 +62,37 @@ def parameters(trainer: Trainer) -> int:
     return sum(int(np.prod(leaf.shape)) for name, leaf in leaves.items() if "/params/" in name)
 
 
-def summary(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Test results of a finished run, of all lines of `metrics.jsonl`, chosen three ways.
+def summary(
+    lines: Sequence[Mapping[str, Any]], step: int | None = None, rows: int = 0
+) -> dict[str, Any]:
+    """Test results of a finished run, of the lines of `metrics.jsonl`, chosen three ways.
+
+    Args:
+        lines: all that are there.
+        step: the last of the run; by default that of the last test.
+        rows: lines that should be there. Where some are lost, so may be the best.
 
     Returns:
         "test" at the last step; "test_at_best_validation" at the step with the highest
         validation accuracy (the first of equals), if there was a validation split;
         "best_test" at the step with the highest test accuracy of any exit, as the papers
-        report: not a result, since the test set chose it.
+        report: not a result, since the test set chose it. With lost lines, the first alone.
+
+    Raises:
+        ValueError: there is no test of the last step.
     """
-    tests = {line["step"]: line for line in lines if line["split"] == "test"}
-    validations = [line for line in lines if line["split"] == "validation"]
-    results = {"test": tests[max(tests)]}
+    scored = [line for line in lines if line.get("accuracy") is not None and exits(line)]
+    tests = {line["step"]: line for line in scored if line["split"] == "test"}
+    validations = [line for line in scored if line["split"] == "validation"]
+    last = max(tests, default=None) if step is None else step
+    if last not in tests:
+        raise ValueError(
+            f"metrics.jsonl holds no test accuracy of the last step, {step}: there is no result; "
+            f"to measure it again, move checkpoints/{step} elsewhere and give the same command"
+        )
+    results = {"test": tests[last]}
+    if len(lines) < rows:
+        return results
     if validations:
         best = max(validations, key=lambda line: line["accuracy"])
         results["test_at_best_validation"] = tests[best["step"]]
@@ -74,8 +100,10 @@ def summary(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return results
 
 
-def show(result: Mapping[str, Any], folder: Path, best_step: int | None) -> None:
-    """Prints the closing table."""
+def show(
+    result: Mapping[str, Any], folder: Path, best_step: int | None, curves: Path | None
+) -> None:
+    """Prints the closing table, and where the rest is."""
     labels = {
         "test": "last step",
         "test_at_best_validation": "best validation",
@@ -89,7 +117,10 @@ def show(result: Mapping[str, Any], folder: Path, best_step: int | None) -> None
         value = max(accuracies.values()) if key == "best_test" else line["accuracy"]
         listed = ", ".join(f"{name} {accuracy:.2%}" for name, accuracy in accuracies.items())
         print(f"  {label}: {value:.2%} at step {line['step']} ({listed})")
-    print(f"curves:      {folder / CURVES_NAME}")
+    if "best_test" not in result:
+        print("  best steps: not known, metrics.jsonl has lost lines")
+    if curves is not None:
+        print(f"curves:      {curves}")
     best = "" if best_step is None else f" (best by validation: step {best_step})"
     print(f"checkpoints: {folder / 'checkpoints'}{best}")
 
@@ -99,7 +130,7 @@ def exits(line: Mapping[str, Any]) -> dict[str, float]:
     return {
         name.removesuffix("/accuracy"): value
         for name, value in line.items()
-        if name.startswith("exit_") and name.endswith("/accuracy")
+        if name.startswith("exit_") and name.endswith("/accuracy") and value is not None
     }
 
 
@@ -110,6 +141,15 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def try_plot_curves(workdir: Path, *, title: str) -> Path | None:
+    """As `plot_curves`; None after a warning if that fails, which costs no result."""
+    try:
+        return plot_curves(workdir, title=title)
+    except Exception as error:
+        logging.warning("no %s: %s", CURVES_NAME, first_line(error))
+        return None
+
+
 def plot_curves(
     workdir: str | os.PathLike[str], path: str | os.PathLike[str] | None = None, *, title: str = ""
 ) -> Path:
@@ -117,6 +157,7 @@ def plot_curves(
 
     Colours tell blocks apart, line styles splits. The loss axis is logarithmic where the losses
     span more than two decades. The PNG, by default ``curves.png``, appears atomically; returns it.
+    A title is plain text, whatever characters it has.
     """
     from matplotlib.figure import Figure
 
@@ -127,8 +168,9 @@ def plot_curves(
     _draw_losses(losses, lines)
     _draw_accuracies(accuracies, lines)
     if title:
-        figure.suptitle(title)
-    replace(target, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+        plain = title.encode(errors="backslashreplace").decode()
+        figure.suptitle(plain, parse_math=False)
+    pictures.save(figure, target, dpi=120)
     return target
 
 

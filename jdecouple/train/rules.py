@@ -9,11 +9,22 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 DTYPES = {"float32": None, "bfloat16": jnp.bfloat16}
+MOST = 2**31 - 1  # of whole numbers, but for the seed
+_MOST_PARTS = 4096  # blocks and stages, of which lists are made
+_MOST_WIDTH = 10**6  # as a factor
+
+# Keys of `optimizer` that say how a schedule moves the learning rate, by its name.
+SCHEDULE_KEYS = {
+    "constant": (),
+    "cosine": ("end_learning_rate", "per_epoch"),
+    "step_decay": ("decay_epochs", "decay_factor", "per_epoch"),
+}
 
 
 def _rises(values: tuple, kind: Any, least: int) -> bool:
     numbers = all(isinstance(value, kind) and not isinstance(value, bool) for value in values)
-    return numbers and all(a < b for a, b in itertools.pairwise((least - 1, *values)))
+    rising = numbers and all(a < b for a, b in itertools.pairwise((least - 1, *values)))
+    return rising and all(value < math.inf for value in values)
 
 
 # Keys whose values nothing else refuses, a test, and what is allowed. None passes.
@@ -22,8 +33,8 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("seed", lambda n: 0 <= n < 2**32, f"a whole number from 0 to {2**32 - 1} is needed"),
     (
         "epochs steps eval_every log_every profile checkpoint.every checkpoint.keep",
-        lambda n: 0 < n < 2**31,
-        f"a whole number from 1 to {2**31 - 1} is needed",
+        lambda n: 0 < n <= MOST,
+        f"a whole number from 1 to {MOST} is needed",
     ),
     (
         "optimizer.learning_rate optimizer.decay_factor",
@@ -46,13 +57,23 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda x: _rises(x, (int, float), 0),
         "increasing numbers from 0 on are needed",
     ),
+    ("model.width", lambda x: x < _MOST_WIDTH, f"a number below {_MOST_WIDTH} is needed"),
+    (
+        "model.depth mesh.stages num_stages",
+        lambda n: n <= _MOST_PARTS,
+        f"a whole number of at most {_MOST_PARTS} is needed",
+    ),
     ("boundaries", lambda n: _rises(n, int, 0), "increasing whole numbers from 0 on are needed"),
     ("data.buckets", lambda n: _rises(n, int, 1), "increasing whole numbers from 1 on are needed"),
 )
 
 
-def clashes(config: ConfigDict) -> Iterator[str]:
-    """What there is to say of keys of a complete configuration that exclude each other."""
+def clashes(config: ConfigDict, defaults: ConfigDict) -> Iterator[str]:
+    """What there is to say of keys of a complete configuration that exclude each other.
+
+    A key counts as set where its value is not that of `defaults`.
+    """
+    yield from _rates(config.optimizer, defaults.optimizer)
     mesh, profile = config.mesh, config.profile
     buckets, length = config.data.buckets, config.data.max_length
     cuts = sum(config[key] is not None for key in ("boundaries", "split"))
@@ -76,3 +97,20 @@ def clashes(config: ConfigDict) -> Iterator[str]:
         if config[key] != least:
             reason = f"config.{key} is {config[key]}, which needs batches of one length"
             yield f"data.buckets is set: {reason}: leave it at {least}"
+
+
+def _rates(section: ConfigDict, defaults: ConfigDict) -> Iterator[str]:
+    """What there is to say of keys of the learning rate that its schedule does not read."""
+    known = dict.fromkeys(itertools.chain(*SCHEDULE_KEYS.values()))
+    taken = SCHEDULE_KEYS.get(section.schedule, tuple(known))  # an unknown one is refused later
+    for key in known:
+        if key not in taken and section[key] != defaults[key]:
+            allowed = ", ".join(("learning_rate", *taken))
+            yield f"optimizer.{key} is set, but schedule {section.schedule!r} takes only: {allowed}"
+    if section.schedule == "step_decay" and not section.decay_epochs:
+        yield "optimizer.decay_epochs is (): schedule 'step_decay' needs at least one epoch"
+    if section.schedule == "cosine" and section.end_learning_rate > section.learning_rate:
+        reason = f"at most config.optimizer.learning_rate, {section.learning_rate}, is allowed"
+        yield f"optimizer.end_learning_rate is {section.end_learning_rate}: {reason}"
+    if section.warmup_start != defaults.warmup_start and not section.warmup_epochs:
+        yield "optimizer.warmup_start is set, but config.optimizer.warmup_epochs is 0: set it, too"

@@ -13,12 +13,16 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from jdecouple import data, methods, models, optim
-from jdecouple.pipeline import autoplace, make_mesh
+from jdecouple.methods.objectives.maps import is_map
+from jdecouple.pipeline import Proposal, autoplace, make_mesh
+from jdecouple.pipeline.build import abstract, model_input
 from jdecouple.pipeline.diagnostics import SufficientDirection
 from jdecouple.train import config as configuration
+from jdecouple.train import memory
 from jdecouple.train.config import ConfigError, chosen, one_line
 from jdecouple.train.hosts import MultiProcess
-from jdecouple.train.rules import DTYPES
+from jdecouple.train.profile import WARM_UP_STEPS
+from jdecouple.train.rules import DTYPES, MOST
 from jdecouple.trainer import Trainer
 
 
@@ -34,6 +38,8 @@ class Run:
     diagnose: SufficientDirection | None
     trainer_of: Callable[[Mapping[str, Any]], Trainer]
     """The trainer of a batch: `trainer`, or one like it for texts of another length."""
+    proposal: Proposal | None = None
+    """What `mesh.propose` chose."""
 
 
 def build(config: ConfigDict | Mapping) -> Run:
@@ -46,15 +52,20 @@ def build(config: ConfigDict | Mapping) -> Run:
     with one_line(config.data, "config.data"):
         dataset = _load(config)
         transform = dataset.transform(config.data.augment)
-    with one_line(config.model, "config.model"):
-        model = _model(config, dataset)
     with one_line(config.method, "config.method"):
         method = methods.get(config.method.name, **_method_arguments(config, dataset))
     with one_line(config):
         steps_per_epoch = data.steps_per_epoch(dataset.train, config.batch_size)
+        example = dataset.train.gather(np.arange(config.batch_size))
     total_steps = config.steps or config.epochs * steps_per_epoch
+    _check_length(config, total_steps, method.route.accumulate)
     with one_line(config.optimizer, "config.optimizer"):
         optimizer = _optimizer(config, total_steps, steps_per_epoch, method.route.accumulate)
+    with one_line(config.model, "config.model"):
+        make_model = functools.partial(_model, config, dataset)
+        carry = model_input(abstract(example), transform)
+        memory.check_state(config, make_model, method, optimizer, dataset, carry)
+        model = make_model(nnx.Rngs(config.seed))
     with one_line(config):
         make_trainer = functools.partial(
             Trainer,
@@ -71,26 +82,60 @@ def build(config: ConfigDict | Mapping) -> Run:
             fuse=False if config.profile else None,  # a timeline shows stages
             max_in_flight=config.max_in_flight,
         )
-        example = dataset.train.gather(np.arange(config.batch_size))
         probe = functools.partial(make_trainer, example=example)
         placement = _placement(config, probe, len(model.blocks))
+        proposal = placement.pop("proposal", None)
         placement |= {"schedule": config.schedule, "engine": config.engine}
         make_trainer = functools.partial(make_trainer, **placement)
         trainer = make_trainer(example=example)
         trainer.check_steps(config.chunk)
+        _check_pool(config, trainer)
         diagnose = SufficientDirection(trainer) if config.sufficient_direction else None
     if config.data.buckets:
         check_buckets(trainer)
     check_processes(trainer, config)
     trainer_of = by_length(trainer, example, make_trainer)
     eval_every = config.eval_every or steps_per_epoch
-    return Run(config, dataset, trainer, total_steps, eval_every, diagnose, trainer_of)
+    return Run(config, dataset, trainer, total_steps, eval_every, diagnose, trainer_of, proposal)
+
+
+def _check_length(config: ConfigDict, total_steps: int, accumulate: int) -> None:
+    """Raises ConfigError for a run that is too long to count, or for what it is too short for."""
+    if total_steps > MOST:
+        raise ConfigError(
+            f"config.epochs is {config.epochs}: at most {MOST} steps are allowed, these are "
+            f"{total_steps}"
+        )
+    if accumulate > total_steps:
+        raise ConfigError(
+            f"config.method.accumulate is {accumulate}: the run has {total_steps} step(s), so that "
+            "its optimizer would not step once"
+        )
+    needed = WARM_UP_STEPS + (config.profile or 0)
+    if config.profile and needed > total_steps:
+        raise ConfigError(
+            f"config.profile is {config.profile}: it needs {needed} steps, as the first "
+            f"{WARM_UP_STEPS} are not traced, but the run has {total_steps}"
+        )
+
+
+def _check_pool(config: ConfigDict, trainer: Trainer) -> None:
+    """Raises ConfigError for bins of heads that no feature map of the model has pixels for."""
+    bins = config.method.get("head_pool")
+    if not bins or bins == methods.arguments(config.method.name).get("head_pool"):
+        return
+    maps = [leaf for leaf in trainer.block_outputs() if is_map(leaf)]
+    if bins > (most := max((max(leaf.shape[1:3]) for leaf in maps), default=0)):
+        reason = f"the largest feature map is {most} pixels wide" if maps else "there are no maps"
+        raise ConfigError(
+            f"config.method.head_pool is {bins}: {reason} in model {config.model.name!r}"
+        )
 
 
 def _placement(
     config: ConfigDict, make_trainer: Callable[..., Trainer], num_blocks: int
 ) -> dict[str, Any]:
-    """The Trainer's arguments on stages and devices: as given, or as proposed by simulation."""
+    """The Trainer's arguments on stages and devices: as given, or with the "proposal" of them."""
     section, devices = config.mesh, len(jax.devices())
     boundaries = config.boundaries if config.split is None else config.split
     given = {"num_stages": config.num_stages, "boundaries": boundaries}
@@ -111,12 +156,12 @@ def _placement(
         microbatches=config.microbatches,
         batch_size=config.batch_size,
     )
-    if jax.process_index() == 0:
-        print(f"proposal: {proposal}")
-    return {"boundaries": proposal.boundaries, "mesh": make_mesh(replicas=proposal.replicas)}
+    mesh = make_mesh(replicas=proposal.replicas)
+    return {"boundaries": proposal.boundaries, "mesh": mesh, "proposal": proposal}
 
 
 def _load(config: ConfigDict) -> data.Dataset:
+    memory.check_data(config)
     options = inspect.signature(data.load).parameters
     section = {key: value for key, value in config.data.items() if key in options}
     if config.data.buckets:
@@ -124,15 +169,13 @@ def _load(config: ConfigDict) -> data.Dataset:
     return data.load(**section, seed=config.seed)
 
 
-def _model(config: ConfigDict, dataset: data.Dataset) -> models.Model:
+def _model(config: ConfigDict, dataset: data.Dataset, rngs: nnx.Rngs) -> models.Model:
     name, inputs = config.model.name, dataset.model_arguments()
     what = f"data set {dataset.name!r} holds {dataset.kind}"
     if not _takes(name, inputs):
         fitting = ", ".join(x for x in models.names() if _takes(x, inputs)) or "no model"
         raise ConfigError(f"config.model.name is {name!r}: {what}, which {fitting} read")
-    model = models.get(name)(
-        dataset.num_classes, **inputs, rngs=nnx.Rngs(config.seed), **chosen(config, "model")
-    )
+    model = models.get(name)(dataset.num_classes, **inputs, rngs=rngs, **chosen(config, "model"))
     height, width = getattr(dataset, "image_shape", (0, 0))[:2]
     if height != width and not any(
         isinstance(layer, models.layers.GlobalAveragePool)
@@ -162,7 +205,16 @@ def _method_arguments(config: ConfigDict, dataset: data.Dataset) -> dict[str, An
 
 def _optimizer(config: ConfigDict, total_steps: int, steps_per_epoch: int, accumulate: int) -> Any:
     section = config.optimizer
+    epochs = {"warmup_epochs": (section.warmup_epochs,), "decay_epochs": section.decay_epochs}
+    for key, values in epochs.items():
+        if any(epoch * steps_per_epoch > MOST for epoch in values):
+            most = f"at most {MOST / steps_per_epoch:.0f} epochs are allowed"
+            raise ConfigError(f"config.optimizer.{key} is {section[key]}: {most}")
     boundaries = [round(epoch * steps_per_epoch) for epoch in section.decay_epochs]
+    if boundaries and not boundaries[0]:
+        raise ConfigError(
+            f"config.optimizer.decay_epochs is {section.decay_epochs}: the first is before step 1"
+        )
     arguments = {
         "constant": (),
         "cosine": (section.end_learning_rate, total_steps),

@@ -9,6 +9,7 @@ from PIL import Image
 from test_data import assert_one_line, everything
 
 from jdecouple import data
+from jdecouple.data import folders
 from jdecouple.train.config import ConfigError
 from jdecouple.train.loop import build, train_and_evaluate
 
@@ -126,6 +127,74 @@ class TestLayouts:
         found = load(divided(tmp_path, count=20))
         labels = everything(found.train)["label"]
         assert (np.bincount(labels[:12], minlength=3) >= 3).all()
+
+
+class TestLinks:
+    @pytest.fixture
+    def root(self, tmp_path):
+        """Classes in `set`, and five images more beside it."""
+        for number in range(5):
+            write(tmp_path / "more" / f"m{number}.png", colour=200 + number)
+        return divided(tmp_path / "set")
+
+    def train(self, root):
+        return numbers(load(root, validation=0).train)
+
+    def more(self):
+        return sorted(wanted(6) + [(0, 200 + number) for number in range(5)])
+
+    def test_below_a_class(self, root):
+        (root / "train" / "ant" / "deep").mkdir()
+        (root / "train" / "ant" / "deep" / "more").symlink_to(root.parent / "more")
+        assert self.train(root) == self.more()
+
+    def test_alone_in_a_class(self, root):
+        for path in (root / "train" / "ant").iterdir():
+            path.unlink()
+        (root / "train" / "ant" / "images").symlink_to(root.parent / "more")
+        assert self.train(root) == [row for row in self.more() if row[0] or row[1] >= 200]
+
+    def test_behind_links(self, root):
+        write(root.parent / "third" / "1.png", colour=250)
+        (root.parent / "more" / "third").symlink_to("../third")
+        (root / "train" / "ant" / "more").symlink_to(root.parent / "more")
+        assert self.train(root) == sorted([*self.more(), (0, 250)])
+
+    def test_one_folder_counts_once(self, root):
+        """Under its own name, whatever the links to it are called; so folders can be no bomb."""
+        (root / "train" / "ant" / "z").mkdir()
+        for number in range(30):
+            level = root / "train" / "ant" / "z" / f"{number}"
+            level.mkdir()
+            for name in "ab":
+                (level / name).symlink_to(f"../{number + 1}")
+        (root / "train" / "ant" / "z" / "30").symlink_to(root.parent / "more")
+        assert self.train(root) == self.more()
+        names = [path for path, _ in folders._in_classes(root / "train", CLASSES)]
+        (root / "train" / "ant" / "a").symlink_to("z")
+        assert [path for path, _ in folders._in_classes(root / "train", CLASSES)] == names
+
+    @pytest.mark.parametrize("target", [".", "..", "../..", "../../..", "../bee/../ant", "/"])
+    def test_loops_end(self, root, target):
+        (root / "train" / "ant" / "loop").symlink_to(target)
+        assert self.train(root) == wanted(6)
+
+    def test_a_class_that_leads_above_itself(self, root):
+        (root / "train" / "loop").symlink_to("../train")
+        with pytest.raises(ValueError, match="loop' holds no images"):
+            load(root)
+
+    @pytest.mark.parametrize("target", ["gone", "nowhere"])
+    def test_a_link_to_itself_or_nowhere_is_no_class(self, root, target):
+        (root / "train" / "gone").symlink_to(target)
+        assert self.train(root) == wanted(6)
+
+    @pytest.mark.parametrize("target", ["ant9.png", "nowhere"])
+    def test_a_link_to_itself_or_nowhere_is_no_image(self, root, target):
+        (root / "train" / "ant" / "ant9.png").symlink_to(target)
+        with pytest.raises(ValueError, match=r"ant9\.png") as error:
+            load(root)
+        assert_one_line(error)
 
 
 class TestImages:
@@ -281,6 +350,22 @@ class TestRefused:
         listing.write_text(f"{listing.read_text()}{line}\n")
         self.refused(tmp_path, f"'{listing}'", words)
 
+    @pytest.mark.parametrize("name", ["{outside}", "../../outside.png", "..", "", "a\\b.png"])
+    def test_list_that_leaves_its_folder(self, tmp_path, name):
+        write(tmp_path / "outside.png", mode="RGB")
+        listing = tiny_imagenet(tmp_path) / "val" / "val_annotations.txt"
+        name = name.format(outside=tmp_path / "outside.png")
+        listing.write_text(f"{listing.read_text()}{name}\tant\t0\n")
+        self.refused(tmp_path, f"'{listing}', line 7: {name!r} is no name of a file alone")
+
+    def test_list_in_another_encoding(self, tmp_path):
+        listing = tiny_imagenet(tmp_path) / "val" / "val_annotations.txt"
+        text = listing.read_text()
+        listing.write_bytes(text.encode("utf-8-sig"))
+        assert len(load(tmp_path).test) == 6
+        listing.write_bytes(text.encode("utf-16"))
+        self.refused(tmp_path, f"'{listing}' is no text in UTF-8")
+
     def test_image_that_is_not_listed(self, tmp_path):
         path = write(tiny_imagenet(tmp_path) / "val" / "images" / "more.JPEG")
         self.refused(tmp_path, f"val_annotations.txt' has no line for '{path}'")
@@ -290,9 +375,15 @@ class TestRefused:
         self.refused(tmp_path, "val_annotations.txt' has no image of class 'dog'")
 
 
+def on(root):
+    """Values of a run on a folder; what synthetic images alone read is at its defaults."""
+    values = {"data__name": f"folder:{root}", "batch_size": 4}
+    return {**values, "data__synthetic_size": 4096, "data__channels": 3}
+
+
 def test_a_run_on_a_folder(tmp_path):
     root = divided(tmp_path / "pets", mode="RGB")
-    values = {"data__name": f"folder:{root}", "batch_size": 4, "steps": 2}
+    values = {**on(root), "steps": 2}
     config = runs.cheap(**values)
     result = train_and_evaluate(config, tmp_path / "run")
     assert result["finished"]
@@ -304,7 +395,7 @@ def test_a_run_on_a_folder(tmp_path):
 def test_images_that_are_not_square(tmp_path):
     """Nets with a mean over all pixels read them; others are refused."""
     root = divided(tmp_path / "wide", size=(8, 6), mode="RGB")
-    values = {"data__name": f"folder:{root}", "batch_size": 4, "steps": 1}
+    values = {**on(root), "steps": 1}
     words = ("6 x 8 pixels", "config.data.image_size", "'mlp'")
     config = runs.cheap(**values)
     config.data.image_size = None
@@ -317,7 +408,7 @@ def test_a_broken_file_ends_a_run_with_one_line(tmp_path):
     root = divided(tmp_path / "pets", mode="RGB")
     path = root / "test" / "bee" / "bee3.png"
     path.write_bytes(path.read_bytes()[:-30])
-    values = {"data__name": f"folder:{root}", "batch_size": 4, "steps": 2}
+    values = {**on(root), "steps": 2}
     with pytest.raises(ValueError) as error:
         train_and_evaluate(runs.cheap(**values), tmp_path / "run")
     assert_one_line(error)

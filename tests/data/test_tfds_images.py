@@ -1,4 +1,6 @@
 import importlib.util
+import json
+import logging
 import subprocess
 import sys
 import threading
@@ -105,6 +107,14 @@ class TestPreparedSets:
         second = test.gather(np.array([3, 1, 3]))
         np.testing.assert_array_equal(first["x"], second["x"])
         assert sorted(reads) == ([1, 3] if cache_bytes else [1, 1, 3, 3, 3, 3])
+
+    def test_nothing_is_said_of_opencv(self, tmp_path, caplog):
+        tiny_set(tmp_path)
+        everything(data.load("tiny", data_dir=tmp_path).test)
+        advice = "OpenCV is not installed. We recommend using OpenCV"  # as TFDS says it, once
+        logging.getLogger("absl").warning(advice)
+        logging.getLogger("absl").warning("something else")
+        assert [record.getMessage() for record in caplog.records] == ["something else"]
 
     def test_threads_read_the_same_rows(self, tmp_path):
         arrays = tiny_set(tmp_path, sizes={"train": 300, "test": 4})
@@ -227,6 +237,24 @@ class TestUnreadableSets:
         shard.write_bytes(shard.read_bytes()[:2000])
         self.refused("split 'train'.*cannot be read", "tiny", data_dir=tmp_path)
 
+    @pytest.mark.parametrize("lengths", [[39], [41]])
+    def test_metadata_of_other_files(self, tmp_path, lengths):
+        tiny_set(tmp_path)
+        (info,) = tmp_path.rglob("dataset_info.json")
+        written = json.loads(info.read_text())
+        written["splits"][0]["shardLengths"] = lengths
+        info.write_text(json.dumps(written))
+        said = f"split 'train'.*holds 40 examples, but dataset_info.json says {lengths[0]}"
+        self.refused(said, "tiny", data_dir=tmp_path)
+
+    def test_files_of_two_splits_changed_about(self, tmp_path):
+        tiny_set(tmp_path)
+        train, test = (next(tmp_path.rglob(f"*-{split}.array*")) for split in ("train", "test"))
+        whole = train.read_bytes(), test.read_bytes()
+        train.write_bytes(whole[1])
+        test.write_bytes(whole[0])
+        self.refused("split 'train'.*holds 12 examples, .* says 40", "tiny", data_dir=tmp_path)
+
 
 class TestRealSets:
     @pytest.mark.parametrize(
@@ -276,3 +304,4 @@ print(sorted(name for name in sys.modules if name.split(".")[0] == "tensorflow")
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
+    assert "OpenCV" not in done.stderr

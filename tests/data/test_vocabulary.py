@@ -24,6 +24,7 @@ class TestVocabulary:
             ("'quoted' ``too''", ["'", "quoted", "'", "``", "too", "''"]),
             ("well-known ... ?!", ["well", "-", "known", "...", "?", "!"]),
             ("É 4 [unknown]", ["é", "4", "[", "unknown", "]"]),
+            ("na\u00efve NAI\u0308VE \u01f0 J\u030c", ["na\u00efve"] * 2 + ["\u01f0"] * 2),
         ],
     )
     def test_cleaning(self, text, words):
@@ -60,7 +61,7 @@ class TestVocabulary:
 def glove(tmp_path):
     def write(text):
         path = tmp_path / "vectors.txt"
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
         return path
 
     return write
@@ -93,6 +94,17 @@ class TestWordVectors:
             glove("2 3\nthe 1 2 3\nat the film 4 5 6\nfilm 7 8 9\n"), self.WORDS, 0
         )
         np.testing.assert_array_equal(vectors[[2, 4]], [[1, 2, 3], [7, 8, 9]])
+
+    @pytest.mark.parametrize("first", ["", "2 3\n"])
+    def test_byte_order_mark(self, glove, first):
+        vectors = word_vectors(glove(f"\ufeff{first}the 1 2 3\n"), self.WORDS, 0)
+        np.testing.assert_array_equal(vectors[2], [1, 2, 3])
+
+    def test_a_word_in_either_normal_form(self, glove):
+        words = (*self.WORDS[:2], *words_of("na\u00efve"))
+        for written in ("na\u00efve", "nai\u0308ve"):
+            vectors = word_vectors(glove(f"{written} 1 2 3\n"), words, 0)
+            np.testing.assert_array_equal(vectors[2], [1, 2, 3])
 
     @pytest.mark.parametrize(
         ("text", "said"),

@@ -5,11 +5,14 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
 
 from jdecouple.pipeline import mesh as compiler
 from jdecouple.pipeline.mesh import StageDevices
+
+pytestmark = pytest.mark.usefixtures("optimized")
 
 
 @pytest.fixture
@@ -26,13 +29,23 @@ def convolve(x, kernel):
 
 
 def test_convolutions_stay_with_the_compiler(placement):
-    options = compiler.compiler_options(placement)
-    if options is None:
-        pytest.skip("this version of XLA does not know the options")
     shapes = [jax.ShapeDtypeStruct(each, jnp.float32) for each in ((8, 8, 8, 4), (3, 3, 4, 8))]
-    compiled = jax.jit(convolve, compiler_options=options).lower(*shapes).compile()
+    compiled = compiler.jit(convolve, placement).lower(*shapes).compile()
     assert "convolution(" in compiled.as_text()
     assert "ynn" not in compiled.as_text()
+
+
+def squared_lengths(rows, matrix):
+    """What jaxlib 0.10.1 and 0.10.2 may fuse, and get wrong in the last row (jax issue 39103)."""
+    return jax.vmap(lambda row: jnp.sum((matrix @ row) ** 2))(rows)
+
+
+@pytest.mark.parametrize(("dtype", "count"), [(np.float32, 32_769), (np.float64, 16_385)])
+def test_products_and_sums_are_right(placement, dtype, count):
+    rows = np.outer(np.arange(count), [1, 0, 0]).astype(dtype)
+    with jax.enable_x64(True):
+        found = compiler.jit(squared_lengths, placement)(rows, np.eye(3, dtype=dtype))
+    np.testing.assert_allclose(found, np.arange(count, dtype=np.float64) ** 2, rtol=1e-6)
 
 
 def test_an_unknown_option_is_not_given(placement, monkeypatch):

@@ -39,6 +39,12 @@ def texts(figure) -> list[str]:
     return [text.get_text() for text in figure.axes[0].texts]
 
 
+@pytest.mark.parametrize("title", ["$a_to_$b", "$x_{y$", "csv:caf\udce9.csv"])
+def test_a_title_is_plain_text(tmp_path, title):
+    figure = drawn(simulate(build("1f1b", 1, 1), COSTS).spans, tmp_path / "x.png", title=title)
+    assert figure.axes[0].get_title(loc="left") == title.replace("\udce9", "\\udce9")
+
+
 def test_picture_of_a_schedule(tmp_path):
     spans = simulate(build("1f1b", 4, 8), COSTS).spans
     figure = drawn(spans, tmp_path / "1f1b.png", title="1f1b, K = 4")

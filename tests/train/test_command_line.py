@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import runs
+from flax.traverse_util import flatten_dict
 from runs import arguments, fingerprint
 from runs import finished_here as finished
 from tfds_writer import png, write_image_set
@@ -79,7 +80,13 @@ def workdir():
         ({"method": "bp"}, "config.method is 'bp': a section with keys is needed"),
         ({"batch_size": "abc"}, "config.batch_size is 'abc': a value of type int is needed"),
         ({"batch_size": 1.5}, "config.batch_size is '1.5': a value of type int is needed"),
-        ({"steps": "None"}, "config.steps is 'None': a value of type int is needed"),
+        ({"seed": "None"}, "config.seed is 'None': a value of type int is needed"),
+        ({"mesh": "None"}, "config.mesh is 'None': a section with keys is needed"),
+        ({"bogus": "None"}, "unknown key config.bogus: allowed are batch_size, boundaries"),
+        ({"model__width": "None"}, "config.model.width is set, but model 'mlp' takes only: hidden"),
+        ({"batch_size": "1" * 5000}, "config.batch_size is '1111"),
+        ({"optimizer__learning_rate": "1" * 5000}, "config.optimizer.learning_rate is inf: a fin"),
+        ({"boundaries": f"(0,{'1' * 5000})"}, "config.boundaries is '(0,1111"),
         ({"optimizer__learning_rate": "fast"}, "config.optimizer.learning_rate is 'fast': a value"),
         ({"model__batch_norm": "maybe"}, "config.model.batch_norm is 'maybe': a value of type boo"),
         *[({key: 0}, said.format(key.replace("__", "."))) for key, said in SIZES.items()],
@@ -307,11 +314,44 @@ def test_image_too_small_for_the_model(refused, workdir):
     assert "image_size is 8: 4 poolings need at least 16" in message
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "inf"])
-def test_bad_width(refused, workdir, value):
+def parsed(*overrides):
+    """The configuration of a command line that begins with settings of runs.TINY, as a dict."""
+    config, _ = command_line.parse(["train.py", *arguments("w"), *overrides])
+    return flatten_dict(config.to_dict(), sep=".")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "changed"),
+    [
+        (["--config.steps=None"], {}),  # open anyway
+        (["--config.method.alpha=None"], {}),
+        (["--config.model.activation", "None"], {}),
+        (["--config.boundaries=(0,1)", "--config.boundaries=None"], {}),
+        (["--config.checkpoint.every=None"], {"checkpoint.every": None}),
+        (["--config.data.image_size", "None"], {"data.image_size": None}),
+        (["--config.epochs=None", "--config.batch_size=None"], {"epochs": 1, "batch_size": 128}),
+        (["--config.optimizer.schedule=None"], {"optimizer.schedule": "cosine"}),
+        (["--config.epochs=None", "--config.epochs=2"], {"epochs": 2}),
+        (["--config.epochs=2", "--config.epochs=None"], {"epochs": 1}),
+        (["--config.steps=None", "--config.steps", "2"], {"steps": 2}),
+    ],
+)
+def test_none_takes_back(overrides, changed):
+    """What is open stays so, and what the file set gets its default."""
+    assert parsed(*overrides) == {**parsed(), **changed}
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        *[(value, "a finite number above 0 is needed") for value in ("0", "-1")],
+        ("inf", "config.model.width is inf: a number below 1000000 is needed"),
+    ],
+)
+def test_bad_width(refused, workdir, value, said):
     config = f"{VISION}:synthetic,vgg8,bp"
     message = refused(*arguments(workdir, config, data__image_size=16, model__width=value))
-    assert "a finite number above 0 is needed" in message
+    assert said in message
 
 
 @pytest.mark.parametrize(

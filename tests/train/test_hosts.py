@@ -5,8 +5,8 @@ One run that ends as it should and one that is refused are fast; the others are 
 
 import atexit
 import functools
+import os
 import signal
-import socket
 import tempfile
 import time
 from pathlib import Path
@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 import runs
 from runs import arguments, assert_same_run, copy, delayed, final_arrays, finished, lines, server
+
+from jdecouple.train.lock import only_run
 
 DEINFOREG = {"mesh__stages": 2}
 FDG = {**delayed("fdg"), "mesh__stages": 2}
@@ -35,9 +37,7 @@ def start_each(
     folder: Path, own: list[dict[str, Any]], devices: int = 1, **values
 ) -> list[runs.Run]:
     """Processes with values of their own; each is given a folder, the first alone uses it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = runs.free_port()
     return server().start_together(
         [
             [
@@ -221,6 +221,31 @@ class TestSignals:
         assert_same_run(folder, whole(**DEINFOREG))
 
 
+def listening(pid: int) -> list[str]:
+    """Addresses at which a process listens, in hexadecimal as Linux has them."""
+    own = {os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir()}
+    rows = [
+        row.split()
+        for table in ("tcp", "tcp6")
+        for row in Path(f"/proc/net/{table}").read_text().splitlines()[1:]
+    ]
+    return [
+        row[1].partition(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in own
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="Linux tells who listens")
+def test_nothing_listens_but_on_loopback(tmp_path):
+    processes = start(tmp_path / "run", 2, **DEINFOREG, epochs=1000)
+    runs.wait_for(reached(2, tmp_path / "run"), processes[0])
+    found = [listening(process.pid) for process in processes]
+    processes[0].signal(signal.SIGTERM)
+    end(processes)
+    assert all(found)
+    assert {address[-8:] for each in found for address in each} == {"0100007F"}
+
+
 class TestRefused:
     @pytest.mark.slow
     def test_another_run_in_the_workdir(self, tmp_path):
@@ -231,6 +256,15 @@ class TestRefused:
         assert_one_line(first, f"error: {told}")
         assert_one_line(second, "error: process 0 (", told)
         assert runs.fingerprint(folder) == before
+
+    @pytest.mark.slow
+    def test_another_run_that_uses_the_workdir(self, tmp_path):
+        with only_run(tmp_path / "run"):
+            first, second = end(start(tmp_path / "run", 2, **DEINFOREG), code=2)
+            assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+        told = f"is in use by another run, process {os.getpid()} on "
+        assert_one_line(first, "error: workdir ", told)
+        assert_one_line(second, "error: process 0 (", told)
 
     def test_processes_with_other_configurations(self, tmp_path):
         commands = [{"seed": 0}, {"seed": 1}]

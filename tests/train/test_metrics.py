@@ -8,7 +8,8 @@ import re
 import numpy as np
 import pytest
 
-from jdecouple.train import files, metrics
+from jdecouple import _files
+from jdecouple.train import metrics
 from jdecouple.train.metrics import MetricsWriter, Progress, read_metrics
 
 
@@ -92,7 +93,7 @@ def test_killed_rewrite_leaves_the_old_file(tmp_path, monkeypatch):
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(files.os, "replace", killed)
+    monkeypatch.setattr(_files.os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         MetricsWriter(tmp_path, resume_step=5)
     assert path.read_bytes() == before

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
+from runs import connected, free_port
 
 from jdecouple.train import cli as command_line
 from jdecouple.train.hosts import MultiProcess, ProcessSpec, detect_cluster, exchange, join
@@ -121,23 +122,6 @@ def test_bad_flags(flags, said, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def connected(port: int) -> socket.socket:
-    """A connection to a port at which somebody will soon listen."""
-    end = time.monotonic() + 300
-    while True:
-        try:
-            return socket.create_connection(("127.0.0.1", port))
-        except ConnectionRefusedError:
-            assert time.monotonic() < end
-            time.sleep(0.01)
-
-
 class TestJoin:
     """What keeps processes from meeting; how they meet, tests/train/test_hosts.py shows."""
 
@@ -152,7 +136,7 @@ class TestJoin:
     def test_a_port_that_is_taken(self):
         with socket.create_server(("", 0)) as taken:
             port = taken.getsockname()[1]
-            with pytest.raises(ValueError, match=f"^process 0 cannot wait at port {port} "):
+            with pytest.raises(ValueError, match=f"^process 0 cannot wait at 127.0.0.1:{port}: "):
                 join(ProcessSpec(f"127.0.0.1:{port}", 2, 0), patience=5)
 
     @pytest.mark.parametrize(

@@ -119,6 +119,29 @@ def test_trace_of_gpus(tmp_path):
     ]
 
 
+class Idle:
+    """A trainer that has nothing to wait for."""
+
+    def wait(self, state):
+        pass
+
+
+def test_what_cannot_be_written_is_told_and_raises_nothing(tmp_path, monkeypatch, caplog):
+    """A folder for a file, and a file for a folder."""
+    monkeypatch.setattr(profile, "spans", lambda *_: [Span(0, 0, (F,), (0,), 0, 0.0, 1.0)])
+    (tmp_path / "timeline.png").mkdir()
+    traced = profile.Profile(Idle(), tmp_path, 1, 0, "$a")
+    traced.before(11, None)
+    told = traced.after(11, None)
+    assert told == f"no timeline: cannot write {tmp_path / 'timeline.png'}: Is a directory"
+    (tmp_path / "file").mkdir()
+    (tmp_path / "file" / "profile").touch()
+    traced = profile.Profile(Idle(), tmp_path / "file", 1, 0, "$a")
+    traced.before(11, None)
+    assert traced.after(11, None) is None
+    assert caplog.messages[-1].startswith("no timeline: [Errno 17] File exists: ")
+
+
 # --- In a run ------------------------------------------------------------------------------------
 
 
@@ -148,12 +171,13 @@ def test_run_draws_the_steps_after_the_first_ten(tmp_path, capsys, monkeypatch):
     }
 
 
-@pytest.mark.parametrize("steps", [10, pytest.param(12, marks=pytest.mark.slow)])
-def test_run_that_ends_before_its_profile(tmp_path, steps):
-    result = train_and_evaluate(config(profile=3, steps=steps), tmp_path)
+@pytest.mark.parametrize("steps", [14, pytest.param(16, marks=pytest.mark.slow)])
+def test_run_that_goes_on_and_ends_before_its_profile(tmp_path, steps):
+    train_and_evaluate(config(steps=4), tmp_path)
+    result = train_and_evaluate(config(profile=3, steps=steps), tmp_path)  # 15 to 17
     assert result["finished"]
     assert not (tmp_path / "timeline.png").exists()
-    assert (tmp_path / "profile").exists() == (steps > 10)
+    assert (tmp_path / "profile").exists() == (steps > 14)
     jax.profiler.start_trace(tmp_path / "another")  # none is left open
     jax.profiler.stop_trace()
 

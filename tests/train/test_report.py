@@ -67,6 +67,15 @@ def test_curves_of_an_empty_run_go_where_told(tmp_path):
     assert os.listdir(tmp_path) == ["other.png"]
 
 
+@pytest.mark.parametrize(
+    "title", ["$a_to_$b", "$x_{y$", "csv:caf\udce9.csv", "\U0001f40c 猫", "a\nb"]
+)
+def test_a_title_is_plain_text(tmp_path, monkeypatch, recwarn, title):
+    _, figure, _ = axes_of(monkeypatch, tmp_path, title=title)
+    assert figure.get_suptitle() == title.replace("\udce9", "\\udce9")
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
+
+
 def test_curves_leave_pyplot_alone(tmp_path):
     import sys
 

@@ -208,7 +208,7 @@ class TestDelayed:
 
 @pytest.mark.slow
 def test_stopped_by_signals(tmp_path):
-    for number, step in ((signal.SIGTERM, 5), (signal.SIGINT, 14)):
+    for number, step in ((signal.SIGTERM, 5), (signal.SIGINT, 14), (signal.SIGHUP, 20)):
         run = server().start(*arguments(tmp_path))
         runs.wait_for(lambda step=step: reached(step)(tmp_path), run)
         run.signal(number)
@@ -282,8 +282,29 @@ class TestInterrupt:
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)
 
+    def test_a_lost_terminal_asks_and_never_interrupts(self):
+        with Interrupt() as interrupt:
+            for _ in range(3):  # one from the shell, one from the system
+                signal.raise_signal(signal.SIGHUP)
+                assert interrupt.requested
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGHUP)
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGTERM)
+
+    def test_under_nohup_a_lost_terminal_is_nothing(self):
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        try:
+            with Interrupt() as interrupt:
+                signal.raise_signal(signal.SIGHUP)
+                assert not interrupt.requested
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        finally:
+            signal.signal(signal.SIGHUP, before)
+
     def test_handlers_are_put_back(self):
-        before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        before = [signal.getsignal(number) for number in numbers]
         with Interrupt():
-            assert signal.getsignal(signal.SIGTERM) != before[0]
-        assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+            assert not set(before) & {signal.getsignal(number) for number in numbers}
+        assert [signal.getsignal(number) for number in numbers] == before

@@ -13,9 +13,8 @@ from absl import flags
 from runs import arguments, cheap, finished, lines, server, tiny
 
 from jdecouple import data
-from jdecouple.checkpoint import Checkpointer
+from jdecouple.checkpoint import Checkpointer, CheckpointError
 from jdecouple.train import cli as command_line
-from jdecouple.train.config import ConfigError
 from jdecouple.train.loop import NonFiniteError, build, train_and_evaluate
 from jdecouple.trainer import Trainer
 
@@ -249,7 +248,7 @@ def test_checkpoints_that_cannot_be_written_are_told_in_one_line(tmp_path, monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("orbax.checkpoint.CheckpointManager.save", full)
-    with pytest.raises(ConfigError, match=r"checkpoint 4 could not be written.*No space left"):
+    with pytest.raises(CheckpointError, match=r"checkpoint 4 could not be written.*No space left"):
         train_and_evaluate(cheap(), tmp_path)
 
 

@@ -11,9 +11,10 @@ import numpy as np
 
 from jdecouple.methods.routes import Carry, Metrics, StageState
 from jdecouple.pipeline.batch import PlacedBatch
+from jdecouple.pipeline.mesh import jit
 from jdecouple.pipeline.mpmd.executor import Executor
 from jdecouple.pipeline.mpmd.multi_step import MultiStep
-from jdecouple.pipeline.state import place_states
+from jdecouple.pipeline.state import or_nan, place_states
 from jdecouple.pipeline.transfer import crosses, transfer
 from jdecouple.schedules import Call
 
@@ -34,6 +35,7 @@ class MpmdEngine:
         self.multi_step = executor.fuse or executor.route.local or len(executor.stages) == 1
         self._executor = executor
         self._several = MultiStep(executor)
+        self._stacked = jit(_stacked, self.placements[0])
         self._in_flight: collections.deque[list[jax.Array]] = collections.deque()
 
     def load(self, states: Iterable[StageState | None]) -> States:
@@ -55,7 +57,7 @@ class MpmdEngine:
         return PlacedBatch(tuple(map(self._several.stack, zip(*given, strict=True))), count)
 
     def run(
-        self, states: States, batch: PlacedBatch, step: int, end: int | None = None
+        self, states: States, batch: PlacedBatch, step: int, since: int = 0, end: int | None = None
     ) -> tuple[States, Metrics]:
         """Dispatches one batch or several, and returns at once unless too many are in flight."""
         while len(self._in_flight) >= self.max_in_flight:
@@ -68,8 +70,13 @@ class MpmdEngine:
         losses = [metrics["loss"] for metrics in stage_metrics if metrics]
         self._in_flight.append(losses + self._credits(stage_metrics, count))
         merged: Metrics = {}
-        for metrics in filter(None, stage_metrics):
-            merged |= _stacked(metrics) if batch.count == 1 else metrics
+        for k, metrics in enumerate(stage_metrics):
+            if metrics:
+                metrics = self._stacked(metrics) if batch.count == 1 else metrics
+                exists = step - self.schedule.delay(k) + np.arange(count) >= since
+                if not exists.all():
+                    metrics = or_nan(exists[0] if batch.count is None else exists, metrics)
+                merged |= metrics
         return states, merged
 
     def measure(
@@ -103,7 +110,6 @@ class MpmdEngine:
         return [loss for loss in received if loss is not None]
 
 
-@jax.jit
 def _stacked(metrics: Metrics) -> Metrics:
     """Metrics of one batch as arrays [1]."""
     return {name: jnp.expand_dims(value, 0) for name, value in metrics.items()}

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdecouple.methods.routes import Accumulated, Carry, Metrics, Route, Stage
-from jdecouple.pipeline.mesh import StageDevices, compiler_options
+from jdecouple.pipeline.mesh import StageDevices, jit
 from jdecouple.pipeline.mpmd.stage_fns import (
     compile_stage_fn,
     make_norm_fn,
@@ -215,8 +215,7 @@ class Executor:
                 constrain(metrics, placement.replicated),
             )
 
-        options = compiler_options(self.placements[0])
-        return jax.jit(iteration, donate_argnums=(0, 1), compiler_options=options)
+        return jit(iteration, self.placements[0], donate_argnums=(0, 1))
 
     @cached_property
     def _taken(self) -> dict[str, set]:

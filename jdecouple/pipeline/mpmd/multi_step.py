@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdecouple.methods.routes import Carry, Metrics, StageState
-from jdecouple.pipeline.mesh import StageDevices, compiler_options
+from jdecouple.pipeline.mesh import StageDevices, jit
 from jdecouple.pipeline.mpmd.executor import Executor, without_loss
 from jdecouple.pipeline.transfer import crosses, transfer
 
@@ -74,7 +74,7 @@ class MultiStep:
             stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
             return self._placements[0].constrain(stacked)
 
-        return jax.jit(stack)
+        return jit(stack, self._placements[0])
 
     @cached_property
     def _scans(self) -> list[Any]:
@@ -103,7 +103,7 @@ class MultiStep:
             return state, placement.constrain(carries), metrics
 
         chunk.__name__ = name
-        return jax.jit(chunk, donate_argnums=0, compiler_options=compiler_options(placement))
+        return jit(chunk, placement, donate_argnums=0)
 
     def _all_stages(self, states: tuple, parts: Sequence[Carry], step: Any) -> tuple:
         """One batch through all stages."""

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jdecouple.methods.routes import Accumulated, Carry, Route, Stage, StageState, add
-from jdecouple.pipeline.mesh import StageDevices, compiler_options
+from jdecouple.pipeline.mesh import StageDevices, jit
 from jdecouple.pipeline.transfer import pack, unpack
 from jdecouple.schedules import Call, Kind
 
@@ -50,7 +50,7 @@ def stage_step(
         step_id = step_ids[number]
         if kind is Kind.FORWARD:
             stats, metrics, residuals, out["carry"] = route.forward(stage, state, carry, step_id)
-            sums = add(sums, _if_exists(step_id, state, metrics, dict.fromkeys(metrics, jnp.nan)))
+            sums = add(sums, _if_exists(step_id, state, metrics, dict.fromkeys(metrics, 0)))
             state = {**state, "stats": _if_exists(step_id, state, stats, state["stats"])}
             out["state"] = {**out.get("state", {}), "stats": state["stats"]}
             out["residuals"] = residuals
@@ -151,7 +151,7 @@ def compile_stage_fn(
     """
     constrain = jax.lax.with_sharding_constraint
     if not kinds:  # a norm
-        return jax.jit(function, out_shardings=placement.replicated)
+        return jit(function, placement, out_shardings=placement.replicated)
 
     def constrained(*arguments: Any) -> dict[str, Any]:
         out = function(*arguments)
@@ -170,5 +170,4 @@ def compile_stage_fn(
     donated: tuple[int, ...] = (0,) if Kind.STEP in kinds else (1,)
     if Kind.STEP in kinds and kinds[-1] is Kind.FORWARD:
         donated = (0, 2)  # the new residuals take the place of the old
-    options = compiler_options(placement)
-    return jax.jit(constrained, donate_argnums=donated, compiler_options=options)
+    return jit(constrained, placement, donate_argnums=donated)

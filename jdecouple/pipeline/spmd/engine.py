@@ -57,10 +57,15 @@ class SpmdEngine:
         return PlacedBatch(tuple(parts), count)
 
     def run(
-        self, states: ShardedState, batch: PlacedBatch, step: int, end: int | None = None
+        self,
+        states: ShardedState,
+        batch: PlacedBatch,
+        step: int,
+        since: int = 0,
+        end: int | None = None,
     ) -> tuple[ShardedState, Metrics]:
         """Dispatches one call, and returns at once unless too many batches are in flight."""
-        del end  # no batch is left in a queue
+        del since, end  # no batch is left in a queue
         count = batch.count or 1
         while len(self._in_flight) > 1 and (
             count + sum(size for size, _ in self._in_flight) > self.max_in_flight

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jdecouple.methods.routes import Carry, Metrics, Route
-from jdecouple.pipeline.mesh import compiler_options
+from jdecouple.pipeline.mesh import jit
 from jdecouple.pipeline.spmd.device_group import DeviceGroup, Slots
 from jdecouple.pipeline.spmd.sharded_state import Arrays, Layout
 from jdecouple.pipeline.state import metric_names
@@ -55,7 +55,10 @@ class Program:
             batch = batches[0]
             if len(batches) > 1:
                 batch = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *batches)
-            return train(arrays, self._constrain(batch, None, None, "data"), step)
+            # Scalars are stacked as [1], and optimisers may branch on them.
+            blocks = jax.tree.map(_reshape, arrays, self._layout.slot_shapes)
+            blocks, table = train(blocks, self._constrain(batch, None, None, "data"), step)
+            return jax.tree.map(_reshape, blocks, arrays), table
 
         sharded = jax.shard_map(
             spmd,
@@ -66,12 +69,8 @@ class Program:
             check_vma=False,
         )
         replicated = NamedSharding(self._layout.mesh, PartitionSpec())
-        return jax.jit(
-            sharded,
-            donate_argnums=0,
-            out_shardings=(self._layout.sharding, replicated),
-            compiler_options=compiler_options(self._layout.placements[0]),
-        )
+        shardings = self._layout.sharding, replicated
+        return jit(sharded, self._layout.placements[0], donate_argnums=0, out_shardings=shardings)
 
     @cached_property
     def metrics(self) -> Callable:
@@ -87,7 +86,7 @@ class Program:
                 for name, (group, column) in self._columns.items()
             }
 
-        return jax.jit(metrics, static_argnums=1)
+        return jit(metrics, self._layout.placements[0], static_argnums=1)
 
     # --- The routes -------------------------------------------------------------------------------
 
@@ -147,7 +146,8 @@ class Program:
             squared = None
             if self._clips:
                 squared = jax.lax.psum(jax.lax.switch(own, norms, gradients), "stage")
-                line = line.at[-1].set(jnp.sqrt(squared).astype(line.dtype))
+                norm = jnp.sqrt(squared).astype(line.dtype)
+                line = jnp.concatenate([line[:-1], norm[None]])
             arrays = jax.lax.switch(own, steps, {**arrays, "stats": stats}, gradients, squared)
             return self._constrain(arrays), line
 
@@ -246,7 +246,8 @@ class Program:
     def _line(self, metrics: Metrics) -> jax.Array:
         """Metrics of a device group as a line of the table."""
         values = [metrics[name] for name in sorted(metrics)]
-        return jnp.zeros(self._width, jnp.float32).at[: len(values)].set(jnp.stack(values))
+        # A padding, as `.at[].set` crashes the compiler of jaxlib 0.11 inside `shard_map`.
+        return jnp.pad(jnp.stack(values), (0, self._width - len(values)))
 
     @cached_property
     def _columns(self) -> dict[str, tuple[int, int]]:
@@ -299,3 +300,7 @@ class Program:
             pattern, first = known[key]
             self._pattern_of.append(pattern)
             self._shifts.append(start - first)
+
+
+def _reshape(array: jax.Array, like: Any) -> jax.Array:
+    return array.reshape(like.shape)

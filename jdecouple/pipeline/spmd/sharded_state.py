@@ -80,6 +80,15 @@ class Layout:
                 owners.append((group, tuple(slots)))
         return tuple(owners)
 
+    @cached_property
+    def slot_shapes(self) -> Arrays:
+        """Shapes of the state of the block in every slot."""
+        shapes: Arrays = {part: {} for part in PARTS}
+        for (_, slots), state in zip(self.owner, self.shapes, strict=True):
+            for part in PARTS:
+                shapes[part] |= zip(slots, state[part], strict=True)
+        return shapes
+
     def stack(self, states: Sequence[StageState]) -> "ShardedState":
         """Stacks placed states of all stages, whose memory it takes over."""
         arrays: Arrays = {}

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from jdecouple._errors import first_line
 from jdecouple.train.hosts.link import Link, Message
 
 LOST = 3  # exit code where another process has gone
@@ -153,28 +154,34 @@ class MultiProcess:
                 if index not in self._left:
                     self._lose(index)
                 return
-            match message.kind:
-                case "data":
-                    self._data[index].put(message)
-                case "end":
-                    line, code = message.value
-                    self._end(line, code, told_by=index)
-                case "leave":
-                    with self._changed:
-                        self._left.add(index)
-                        self._changed.notify_all()
-                case "stop":
-                    self._ask_all()
-                case "how far":
-                    with self._changed:
-                        self._querying, begun = True, self._begun
-                    self._send(index, Message("so far", begun))
-                case "so far":
-                    self._know(index, message.value)
-                case "until":
-                    with self._changed:
-                        self._stop_at = message.value
-                        self._changed.notify_all()
+            self._take(index, message)
+
+    def _take(self, index: int, message: Message) -> None:
+        match message:
+            case Message("data"):
+                self._data[index].put(message)
+            case Message("end", [str(line), int(code)]) if 0 < code < 256:
+                self._end(line, code, told_by=index)
+            case Message("leave"):
+                with self._changed:
+                    self._left.add(index)
+                    self._changed.notify_all()
+            case Message("stop"):
+                self._ask_all()
+            case Message("how far"):
+                with self._changed:
+                    self._querying, begun = True, self._begun
+                self._send(index, Message("so far", begun))
+            case Message("so far", int(begun)):
+                self._know(index, begun)
+            case Message("until", int(step)):
+                with self._changed:
+                    self._stop_at = step
+                    self._changed.notify_all()
+            case Message("alive"):
+                pass
+            case _:  # no process of this program sends that
+                self._lose(index)
 
     def _ask_all(self) -> None:
         with self._changed:
@@ -221,7 +228,7 @@ class MultiProcess:
         """Ends this process, whatever its main thread is doing; does not return."""
         with self._ending:
             self._tell_all(Message("end", [line, code]), _GRACE, but=told_by)
-            print(f"error: {line}", file=sys.stderr, flush=True)
+            print(f"error: {first_line(line)}", file=sys.stderr, flush=True)
             farewell = threading.Thread(target=self._finish, daemon=True)
             farewell.start()
             farewell.join(_FAREWELL)

@@ -69,10 +69,11 @@ class Link:
         try:
             kind, value, specs = json.loads(self._read(bytearray(length)))
             arrays = [np.empty(shape, jnp.dtype(dtype)) for dtype, shape in specs]
-        except (ValueError, TypeError) as error:
+            buffers = [_bytes(array) for array in arrays]
+        except (ValueError, TypeError, RecursionError, MemoryError) as error:
             raise OSError("no message of this program") from error
-        for array in arrays:
-            self._read(_bytes(array))
+        for buffer in buffers:
+            self._read(buffer)
         return Message(kind, value, arrays)
 
     def _read(self, buffer: Any) -> Any:

@@ -1,11 +1,4 @@
-"""Checkpoints of a run: asynchronous, atomic, verified on the way back.
-
-A checkpoint is one directory, ``<directory>/<step>``, that Orbax writes under a temporary name and
-renames when it is complete:
-
-- ``state`` is an Orbax PyTree item: a flat dict of arrays, whose names are percent-escaped.
-- ``info`` is JSON with a CRC-32: step, metric, extra; dtype, shape and CRC-32 of every array.
-"""
+"""The class that saves and restores checkpoints, and the document that each of them has."""
 
 import contextlib
 import functools
@@ -13,11 +6,11 @@ import itertools
 import json
 import operator
 import os
+import secrets
 import shutil
-import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
@@ -26,12 +19,14 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
-from etils import epath
 
-from jdecouple._errors import first_line
+from jdecouple._errors import first_line, require_int
+from jdecouple._files import local_folder, replace
+from jdecouple.checkpoint.orbax_setup import UNFINISHED, plain, process_alone, quiet
 
 FORMAT = 1
 _DELETED = ".deleted"
+_STATE_FILES = ("manifest.ocdbt", "_METADATA")  # without which nobody can read it
 _escaped = functools.partial(quote, safe="")
 
 Accept = Callable[[dict[str, Any]], str | None]
@@ -71,28 +66,28 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
         read_only: only restore: nothing is created, cleaned, moved or deleted.
 
     Raises:
-        ValueError: `keep` is not positive.
+        ValueError: `keep` is not positive, or `directory` is on another machine (``gs://``).
         CheckpointError: the directory cannot be written.
     """
 
     def __init__(
         self, directory: str | os.PathLike[str], *, keep: int = 3, read_only: bool = False
     ):
-        if not isinstance(keep, int) or keep < 1:
-            raise ValueError(f"keep must be a positive integer, got {keep!r}")
-        self.directory = Path(directory).absolute()
-        self._keep, self._policy = keep, _AllBut()
+        require_int(1, keep=keep)
+        self.directory = local_folder(directory).absolute()
+        self._keep = keep
+        self._spare: int | None = None
         self._refused: set[int] = set()
         self._pending: int | None = None
+        self._amendment: tuple[int, dict[str, Any]] | None = None
         self._manager: Any = None
-        # Orbax reports each save at INFO; what fails reaches the caller as a CheckpointError.
-        logging.get_absl_logger().addFilter(_is_not_orbax)
-        sys.unraisablehook = _without_late_reads
+        self._place = contextlib.ExitStack()
+        quiet()
         if not read_only:
             with _one_line(f"cannot write checkpoints to {self.directory}"):
                 self.directory.mkdir(parents=True, exist_ok=True)
                 tempfile.TemporaryFile(dir=self.directory).close()
-            self._open_manager()
+                self._open_manager()
 
     def steps(self) -> list[int]:
         """The steps on disk in rising order, without unfinished and refused ones."""
@@ -115,7 +110,13 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
         return {step: document["extra"] for step, document in self._documents().items()}
 
     def save(
-        self, step: int, arrays: Mapping[str, Any], extra: Any, metric: float | None = None
+        self,
+        step: int,
+        arrays: Mapping[str, Any],
+        extra: Any,
+        metric: float | None = None,
+        *,
+        spare: int | None = None,
     ) -> None:
         """Copies `arrays` to host memory and writes them in the background, after the last save.
 
@@ -126,57 +127,74 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
             arrays: name to NumPy or JAX array that this process can read; one must have elements.
             extra: small dict that `json` can write.
             metric: score of this state, higher is better; None or NaN never counts as best.
+            spare: a step; the last checkpoint before it is kept, too.
 
         Raises:
             CheckpointError: `step` is not new, the directory is open for reading only, or this or
                 the previous save could not be written.
         """
-        if self._manager is None:
-            raise CheckpointError(f"{self.directory} is open for reading only")
+        self._require_writable()
         step = operator.index(step)
-        metric = None if metric is None or np.isnan(metric) else float(metric)
         on_host = jax.device_get(dict(arrays))  # may share the device's memory
         copies = {name: np.array(array, order="C") for name, array in on_host.items()}
         document = {
             "format": FORMAT,
             "step": step,
-            "metric": metric,
-            "extra": json.loads(json.dumps(extra)),
+            **_score(extra, metric),
             "leaves": {_escaped(name): [_spec(x), _crc(x)] for name, x in copies.items()},
         }
         self.wait()
-        if self._refused:
-            self._set_refused_aside()
-        latest = self.latest_step
+        with _one_line(self._failure(step)):
+            if self._refused:
+                self._set_refused_aside()
+            latest = self.latest_step
         if step <= (-1 if latest is None else latest):
             raise CheckpointError(
                 f"step {step} is not after the latest checkpoint, {latest}, in {self.directory}"
             )
-        documents = self._documents() | {step: document}
-        kept = {*sorted(documents)[-self._keep :], _best(documents)}
-        self._policy.superseded = documents.keys() - kept
-        self._pending = step
-        info = {"document": document, "crc32": _document_crc(document)}
         args = ocp.args.Composite(
-            state=ocp.args.StandardSave(_item(copies)), info=ocp.args.JsonSave(info)
+            state=ocp.args.StandardSave(_item(copies)), info=ocp.args.JsonSave(_info(document))
         )
-        self._guarded(lambda: self._manager.save(step, args=args, force=True))
+        self._pending, self._spare = step, spare
+        self._guarded(step, lambda: self._manager.save(step, args=args, force=True))
+
+    def amend(self, step: int, extra: Any, metric: float | None = None) -> None:
+        """Gives a saved checkpoint another `extra` and `metric`, both at once or not at all.
+
+        While that checkpoint is being written this does not wait, and the next call does it.
+
+        Raises:
+            CheckpointError: the directory is open for reading only, or a save failed.
+        """
+        self._require_writable()
+        self._amendment = step, _score(extra, metric)
+        if self._pending is None or not self._manager.is_saving_in_progress():
+            self.wait()
 
     def wait(self) -> None:
         """Blocks until the save in flight is on disk and superseded checkpoints are gone."""
         if self._pending is not None:
-            self._guarded(self._manager.wait_until_finished)
-            self._pending = None
-            shutil.rmtree(self.directory / _DELETED, ignore_errors=True)
+            self._guarded(self._pending, self._finish)
+        if self._amendment is not None:
+            (step, changes), self._amendment = self._amendment, None
+            self._guarded(step, lambda: self._amend(step, changes))
+
+    def set_aside(self, steps: Iterable[int]) -> Path:
+        """Moves checkpoints to ``<directory>_refused``, from which nothing is restored; returns it.
+
+        Raises:
+            CheckpointError: they cannot be moved.
+        """
+        self.wait()
+        self._refused |= {*steps}
+        return self._set_refused_aside()
 
     def close(self) -> None:
         """Waits for the save in flight and releases the directory; may be called again."""
         try:
             self.wait()
         finally:
-            manager, self._manager = self._manager, None
-            if manager is not None:
-                manager.close()
+            self._close_manager()
 
     def __exit__(self, *exception: object) -> None:
         self.close()
@@ -236,30 +254,74 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
                 documents[step] = _read_document(self.directory / str(step))
         return documents
 
+    def _require_writable(self) -> None:
+        if self._manager is None:
+            raise CheckpointError(f"{self.directory} is closed or open for reading only")
+
+    def _finish(self) -> None:
+        """Waits for the save in flight, looks whether all of it is there, deletes older ones."""
+        assert self._pending is not None
+        self._manager.wait_until_finished()
+        checkpoint = self.directory / str(self._pending)
+        try:
+            _read_document(checkpoint)
+            for name in _STATE_FILES:
+                if not (checkpoint / "state" / name).stat().st_size:
+                    raise OSError(f"state/{name} is empty")
+        except (_RefusedError, OSError) as error:
+            self._delete(self._pending)
+            raise OSError(f"it was not whole: {first_line(error)}") from error
+        self._pending = None
+        self._delete_superseded()
+
+    def _amend(self, step: int, changes: dict[str, Any]) -> None:
+        checkpoint = self.directory / str(step)
+        text = json.dumps(_info(_read_document(checkpoint) | changes))
+        replace(checkpoint / "info" / "metadata", lambda temporary: temporary.write_text(text))
+        self._delete_superseded()
+
+    def _delete_superseded(self) -> None:
+        documents = self._documents()
+        kept = {*sorted(documents)[-self._keep :], _best(documents)}
+        if self._spare is not None:
+            kept.add(max((step for step in documents if step < self._spare), default=None))
+        for step in sorted(documents.keys() - kept):
+            self._delete(step)
+
+    def _delete(self, step: int) -> None:
+        """Deletes a checkpoint; renamed first, so that a kill never leaves half of one."""
+        doomed = self.directory / f"{_DELETED}.{step}.{secrets.token_hex(8)}"
+        os.rename(self.directory / str(step), doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+    def _close_manager(self) -> None:
+        manager, self._manager = self._manager, None
+        with self._place:
+            if manager is not None:
+                manager.close()
+
     def _open_manager(self) -> None:
         """Makes a fresh Orbax manager, of this process alone; cleans what dead saves left."""
-        if self._manager is not None:
-            with contextlib.suppress(Exception):  # what failed has been told
-                self._manager.close()
-        shutil.rmtree(self.directory / _DELETED, ignore_errors=True)
-        alone = _process_alone()
+        with contextlib.suppress(Exception):  # what failed has been told
+            self._close_manager()
+        for path in self.directory.iterdir():
+            if path.is_symlink():
+                continue
+            if path.name.startswith(_DELETED) or UNFINISHED in path.name:
+                shutil.rmtree(path, ignore_errors=True)
+        place = self._place.enter_context(plain(self.directory))
+        alone = process_alone()
         handlers = {
             "state": ocp.StandardCheckpointHandler(multiprocessing_options=alone),
             "info": ocp.JsonCheckpointHandler(multiprocessing_options=alone),
         }
         options = ocp.CheckpointManagerOptions(
             create=False,
-            cleanup_tmp_directories=True,
             lightweight_initialize=True,
             save_root_metadata=False,
-            # A rename is atomic: a kill never leaves half a checkpoint under its step.
-            todelete_subdir=_DELETED,
             multiprocessing_options=alone,
-            preservation_policy=self._policy,
         )
-        self._manager = ocp.CheckpointManager(
-            self.directory, options=options, item_handlers=handlers
-        )
+        self._manager = ocp.CheckpointManager(place, options=options, item_handlers=handlers)
 
     def _load(self, step: int, template: Mapping[str, Any], accept: Accept) -> Restored:
         """Reads one checkpoint and compares it with what was saved and with what is expected."""
@@ -275,11 +337,11 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
             if was != wanted:
                 raise _RefusedError(f"leaf {name} is {was}, expected {wanted}")
         arrays = {name: np.empty(array.shape, array.dtype) for name, array in template.items()}
-        handler = ocp.StandardCheckpointHandler(multiprocessing_options=_process_alone())
-        state = epath.Path(self.directory) / str(step) / "state"
+        handler = ocp.StandardCheckpointHandler(multiprocessing_options=process_alone())
         try:
-            with contextlib.closing(handler):
-                stored = handler.restore(state, args=ocp.args.StandardRestore(_item(arrays)))
+            with contextlib.closing(handler), plain(self.directory) as place:
+                state, args = place / str(step) / "state", ocp.args.StandardRestore(_item(arrays))
+                stored = handler.restore(state, args=args)
         except Exception as error:  # Orbax and TensorStore raise many kinds on damaged files.
             raise _RefusedError(f"unreadable ({_told(error)})") from error
         arrays |= {unquote(name): array for name, array in stored.items()}
@@ -288,18 +350,20 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
                 raise _RefusedError(f"leaf {name} is corrupted")
         return Restored(step, arrays, document["extra"])
 
-    def _guarded(self, action: Callable[[], object]) -> None:
-        """Runs an Orbax call; a failure drops the save in flight and starts a fresh manager."""
+    def _guarded(self, step: int, action: Callable[[], object]) -> None:
+        """Runs what writes a checkpoint; a failure drops it and starts a fresh manager."""
         try:
             action()
         except Exception as error:
-            step, self._pending = self._pending, None
-            self._open_manager()
-            raise CheckpointError(
-                f"checkpoint {step} could not be written to {self.directory}: {_told(error)}"
-            ) from error
+            self._pending = self._amendment = None
+            with contextlib.suppress(OSError):  # one line says what is wrong
+                self._open_manager()
+            raise CheckpointError(f"{self._failure(step)}: {_told(error)}") from error
 
-    def _set_refused_aside(self) -> None:
+    def _failure(self, step: int) -> str:
+        return f"checkpoint {step} could not be written to {self.directory}"
+
+    def _set_refused_aside(self) -> Path:
         aside = self.directory.with_name(self.directory.name + "_refused")
         with _one_line(f"cannot move refused checkpoints to {aside}"):
             aside.mkdir(exist_ok=True)
@@ -309,19 +373,7 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
                 os.rename(self.directory / str(step), free)
         self._refused.clear()
         self._open_manager()
-
-
-class _AllBut:
-    """Orbax preservation policy: all but what the last save has superseded.
-
-    Orbax's `LatestN` counts and deletes directories of other programs; its `BestN` reads metrics
-    from a file that these checkpoints do not have.
-    """
-
-    superseded: Set[int] = frozenset()
-
-    def should_preserve(self, checkpoints: Sequence[Any], **context: Any) -> list[bool]:
-        return [checkpoint.step not in self.superseded for checkpoint in checkpoints]
+        return aside
 
 
 def _best(documents: Mapping[int, dict[str, Any]]) -> int | None:
@@ -333,6 +385,16 @@ def _best(documents: Mapping[int, dict[str, Any]]) -> int | None:
 def _item(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """What Orbax holds of `arrays`: it takes none without elements."""
     return {_escaped(name): array for name, array in arrays.items() if array.size}
+
+
+def _score(extra: Any, metric: float | None) -> dict[str, Any]:
+    """What of a document may be amended."""
+    metric = None if metric is None or np.isnan(metric) else float(metric)
+    return {"metric": metric, "extra": json.loads(json.dumps(extra))}
+
+
+def _info(document: dict[str, Any]) -> dict[str, Any]:
+    return {"document": document, "crc32": _document_crc(document)}
 
 
 def _read_document(checkpoint: Path) -> dict[str, Any]:
@@ -349,14 +411,6 @@ def _read_document(checkpoint: Path) -> dict[str, Any]:
     if document["format"] != FORMAT:
         raise _RefusedError(f"format {document['format']}, this program reads {FORMAT}")
     return document
-
-
-def _process_alone() -> Any:
-    """Returns Orbax options under which this process waits for no other."""
-    own = jax.process_index()
-    return ocp.options.MultiprocessingOptions(
-        primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"jdecouple_{own}"
-    )
 
 
 def _spec(array: Any) -> str:  # such as "float32[3,4]"
@@ -380,14 +434,4 @@ def _one_line(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise CheckpointError(f"{what}: {error.strerror}") from error
-
-
-def _is_not_orbax(record: Any) -> bool:
-    return f"{os.sep}orbax{os.sep}" not in record.pathname or logging.level_debug()
-
-
-def _without_late_reads(unraisable: Any, hook: Any = sys.unraisablehook) -> None:
-    """Leaves out what TensorStore tells of other reads after one of them has failed."""
-    if "Event loop is closed" not in str(unraisable.exc_value):
-        hook(unraisable)
+        raise CheckpointError(f"{what}: {error.strerror or first_line(error)}") from error

@@ -1,0 +1,92 @@
+"""What a run computes on: its first line, and a warning of a GPU that it leaves alone."""
+
+import collections
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+
+import jax
+
+from jdecouple.train.run import Run
+
+_PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin")
+
+
+def announce(run: Run) -> None:
+    """Prints what runs on what; on stderr, if that is so, that a GPU is not used."""
+    trainer = run.trainer
+    used = {device for placement in trainer.placements for device in placement.devices}
+    kinds = collections.Counter(device.device_kind for device in used)
+    parts = {
+        "model": run.config.model.name,
+        "method": run.config.method.name,
+        "stages": len(trainer.stages),
+        "devices": ", ".join(f"{count} x {kind}" for kind, count in sorted(kinds.items())),
+        "dtype": run.config.dtype,
+    }
+    print(" | ".join(f"{name} {value}" for name, value in parts.items()), flush=True)
+    if run.proposal is not None:
+        print(f"proposal: {run.proposal}")
+    if jax.default_backend() == "cpu" and not cpu_is_meant():
+        warning = unused_gpu(nvidia_devices(), cuda_plugins(), metadata.version("jaxlib"))
+        if warning:
+            print(f"WARNING: {warning}", file=sys.stderr, flush=True)
+
+
+def cpu_is_meant() -> bool:
+    """Whether the environment or the program asked for the CPU, or hid the GPUs."""
+    options = jax.config.values
+    asked = options["jax_platforms"] or options["jax_platform_name"]
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    return hidden or (asked or "").split(",")[0] == "cpu"
+
+
+def nvidia_devices(root: Path = Path("/")) -> list[str]:
+    """What the driver of NVIDIA shows of each GPU of this machine."""
+    found = [*root.glob("dev/nvidia[0-9]*"), *root.glob("proc/driver/nvidia/gpus/*")]
+    return sorted(map(str, found))
+
+
+def cuda_plugins() -> dict[str, str]:
+    """Versions of the installed plugins that bring CUDA to JAX; none of them is imported."""
+    found = {}
+    for name in _PLUGINS:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def unused_gpu(devices: Sequence[str], plugins: Mapping[str, str], jaxlib: str) -> str | None:
+    """Why JAX computes on the CPU although there is a GPU, or seems to be, and the remedy.
+
+    A plugin without a GPU is no reason to warn if it fits jaxlib: images are made for both.
+
+    >>> print(unused_gpu([], {"jax-cuda12-plugin": "0.7.2"}, "0.10.2").split(":")[0])
+    jax-cuda12-plugin 0.7.2 does not fit jaxlib 0.10.2
+    >>> unused_gpu([], {"jax-cuda12-plugin": "0.10.2"}, "0.10.2") is None
+    True
+    """
+    fitting = [name for name, version in plugins.items() if _release(version) == _release(jaxlib)]
+    others = [f"{name} {version}" for name, version in plugins.items() if name not in fitting]
+    if not fitting and others:
+        reason = f"{' and '.join(others)} does not fit jaxlib {jaxlib}"
+    elif not devices:
+        return None
+    elif fitting:
+        reason = f"{devices[0]} is present, but {fitting[0]} cannot use it (see nvidia-smi)"
+    else:
+        reason = f"{devices[0]} is present, but JAX has no CUDA plugin"
+    names = sorted({name.split("-")[1] for name in plugins} or {"cuda12", "cuda13"})
+    remedy = " or ".join(f'pip install -U "jax[{name}]"' for name in names)
+    return (
+        f"{reason}: this run uses the CPU, not a GPU. Remedy: {remedy}. "
+        "JAX_PLATFORMS=cpu says that the CPU is meant"
+    )
+
+
+def _release(version: str) -> list[str]:
+    return version.split("+")[0].split(".")[:3]

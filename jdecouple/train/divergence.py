@@ -1,0 +1,96 @@
+"""When a run has left its own range: which of its checkpoints may already be spoilt."""
+
+from typing import Any
+
+# The rows of metrics that make the first range.
+LEAST = 20
+# How far above the range rows must be, in widths of it and added up while each is above.
+FAR = 20.0
+# How much larger the largest weight may be than at any checkpoint before, or than 1.
+GROWTH = 100.0
+# The share of a row in the level of the losses, and of the way back to it that must be gone.
+_RATE, _BACK = 1 / 20, 0.9
+
+
+class Range:
+    """The range of a run's losses and weights, and from which step on states are suspect.
+
+    The range of the losses is that of all rows so far, at least as wide as its upper end is far
+    from 0. A row above it counts by how many widths; once rows in succession come to 20, all states
+    since before the first of them are suspect. The upper end rises with each, so that one outlier
+    or a start that is not smooth does not; a loss that triples with every step takes ten.
+    Suspicion ends when the level, a running mean over about 20 rows in which none counts for more
+    than the upper end, has come back by nine tenths to what it was. The first 20 rows only make
+    the range.
+
+    A state is suspect, too, whose largest weight is 100 times that of the initial state and all
+    checkpoints before, and above 100: its loss may be infinite at once.
+
+    Args:
+        latency: by how many steps metrics are late, and a weight may have been spoilt before.
+        values: `values` of the range that a checkpoint holds; None for a new run.
+
+    Attributes:
+        values: all that it knows, as JSON.
+    """
+
+    def __init__(self, latency: int, values: dict[str, Any] | None = None):
+        self._latency = latency
+        self.values: dict[str, Any] = values or {
+            "rows": 0,
+            "low": 0.0,
+            "high": 0.0,
+            "level": 0.0,
+            "weight": None,
+            "above": 0.0,
+            "first": None,
+            "usual": 0.0,
+            "suspect": None,
+        }
+
+    @property
+    def suspect(self) -> int | None:
+        """The first step whose state is suspect; None where none is."""
+        return self.values["suspect"]
+
+    def add(self, step: int, loss: float) -> str | None:
+        """Takes in the finite loss of a step; returns what to say where suspicion begins."""
+        of = self.values
+        of["rows"] += 1
+        if of["rows"] == 1:
+            of |= {"low": loss, "high": loss, "level": loss}
+        before, width = of["high"], max(of["high"] - of["low"], abs(of["high"]))
+        of["level"] += _RATE * (min(loss, before) - of["level"])
+        if of["suspect"] is not None:
+            back = of["level"] - of["usual"] <= (1 - _BACK) * (before - of["usual"])
+            if back and loss <= before:
+                of |= {"suspect": None, "weight": None}
+            return None
+        of["low"] = min(of["low"], loss)
+        if of["rows"] <= LEAST or loss <= before:
+            of |= {"above": 0.0, "high": max(before, loss)}
+            return None
+        if of["above"] == 0:
+            of |= {"first": step, "usual": of["level"]}
+        of["above"] += (loss - before) / width if width else 0.0
+        if of["above"] < FAR:
+            of["high"] = loss
+            return None
+        # The loss of a step is that of the state before it.
+        self._begin(of["first"] - 1 - self._latency)
+        return f"the loss of step {step} is {loss:.3g}, far above the run's own range"
+
+    def weigh(self, step: int, largest: float) -> str | None:
+        """Takes in the largest weight of a state; returns what to say as `add` does."""
+        before = self.values["weight"]
+        if self.suspect is not None:
+            return None
+        if before is not None and largest > GROWTH * max(before, 1.0):
+            self.values["usual"] = self.values["level"]
+            self._begin(step)
+            return f"the largest weight after step {step} is {largest:.3g}, it was {before:.3g}"
+        self.values["weight"] = max(before or 0.0, largest)
+        return None
+
+    def _begin(self, step: int) -> None:
+        self.values |= {"suspect": max(step, 0), "level": self.values["high"], "above": 0.0}

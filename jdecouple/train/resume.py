@@ -1,0 +1,170 @@
+"""Going on with what a workdir holds: its last checkpoint, and what has changed since."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import logging
+
+from jdecouple._errors import first_line
+from jdecouple.checkpoint import Checkpointer, CheckpointError, Restored
+from jdecouple.train import config as configuration
+from jdecouple.train import hosts, report
+from jdecouple.train.config import ConfigError
+from jdecouple.train.metrics import MetricsWriter
+from jdecouple.train.run import Run
+from jdecouple.trainer import State
+
+
+def restore(
+    run: Run, checkpoints: Checkpointer | None, processes: hosts.MultiProcess
+) -> tuple[State, dict[str, Any] | None]:
+    """The state to begin with, and what the checkpoint says of it.
+
+    The first process, alone with `checkpoints`, sends every other one the arrays of its stages.
+    All call it.
+
+    Raises:
+        ConfigError: they are another run's, or the run is further than it should go.
+    """
+    restored = None if checkpoints is None else _read(run, checkpoints)
+    position = processes.broadcast(restored and [restored.step, restored.extra])
+    if position is None:
+        return run.trainer.init(), None
+    step, extra = position
+    names = list(run.trainer.to_arrays(run.trainer.abstract(addressable=True)))
+    arrays = hosts.scatter(processes, names, restored.arrays if restored else {})
+    return run.trainer.from_arrays(step, arrays), extra
+
+
+def _read(run: Run, checkpoints: Checkpointer) -> Restored | None:
+    own = identity(run)
+    extras = checkpoints.extras()
+    identities = [extra.get("identity", {}) for extra in extras.values()]
+    if identities and own not in identities:
+        configuration.check_identity(own, identities[-1])
+    last = max((step for step in extras if extras[step].get("identity") == own), default=0)
+    changed = _changed(run, extras.get(last, {}).get("settings"))
+    _check_ended(run, last, changed)
+    try:
+        restored = checkpoints.restore(
+            run.trainer.to_arrays(run.trainer.abstract()),
+            accept=lambda extra: None if extra.get("identity") == own else "it is another run's",
+        )
+    except CheckpointError as error:  # as where the optimiser's state has other parts
+        if not changed:
+            raise
+        raise ConfigError(f"{first_line(error)}; it was trained with {_listed(changed)}") from error
+    if restored is not None and restored.step > run.total_steps:
+        raise ConfigError(
+            f"the workdir holds step {restored.step}: the configuration ends at {run.total_steps}"
+        )
+    return restored
+
+
+def _changed(run: Run, before: Mapping[str, Any] | None) -> list[tuple[str, Any, Any]]:
+    """Key, old and new value of what is not as in earlier settings, where these are known."""
+    return configuration.changes(before, origin(run)["settings"]) if before else []
+
+
+def _listed(changed: Iterable[tuple[str, Any, Any]]) -> str:
+    return ", ".join(f"config.{key} = {old} (now {new})" for key, old, new in changed)
+
+
+def _check_ended(run: Run, step: int, changed: Sequence[tuple[str, Any, Any]]) -> None:
+    """Raises ConfigError where other keys have trained all that there is to train."""
+    if changed and step == run.total_steps:
+        raise ConfigError(
+            f"the workdir holds step {step}, where this configuration ends, trained with "
+            f"{_listed(changed)}: choose another workdir, the same values, or more config.steps"
+        )
+
+
+def origin(run: Run) -> dict[str, Any]:
+    """What a checkpoint keeps of the configuration that it comes from."""
+    settings = configuration.settings(run.config, run.total_steps)
+    return {"identity": identity(run), "settings": settings}
+
+
+def identity(run: Run) -> dict[str, Any]:
+    """What makes a run what it is; a delayed method also depends on where the stages begin.
+
+    Its queues hold what JAX's differentiation left, in the compute dtype; another version of JAX
+    may lay it out otherwise.
+    """
+    values = configuration.identity(run.config)
+    if run.trainer.schedule.overlapping:
+        values |= {"boundaries": list(run.trainer.boundaries), "dtype": run.config.dtype}
+        values["JAX version"] = jax.__version__
+    return values
+
+
+def record(folder: Path, run: Run, step: int, start: Mapping[str, Any] | None) -> None:
+    """Tells which keys change where a run goes on, and keeps that in `config.json`.
+
+    A run that has nothing left to train leaves a sound `config.json` as it is.
+
+    Args:
+        folder: the workdir.
+        run: what is to be trained.
+        step: where it begins.
+        start: what the checkpoint of `step` says beside its arrays; None for a new run.
+
+    Raises:
+        ConfigError: nothing is left to train, and other keys have trained what is there.
+    """
+    history: list[Mapping[str, Any]] = []
+    if start is not None:
+        path = folder / "config.json"
+        try:
+            written = _written(path)
+        except (OSError, ValueError, RecursionError) as error:
+            written = {}
+            reason = error.strerror if isinstance(error, OSError) else first_line(error)
+            logging.warning("%s (%s) is written anew: its history is lost", path, reason)
+        changed = _changed(run, start.get("settings") or written.get("settings"))
+        _check_ended(run, step, changed)
+        if written and step == run.total_steps:
+            return
+        for key, old, new in changed:
+            print(f"config.{key} is {new} from step {step} on, {old} before")
+        # What came later, or at this step, has trained nothing that is left.
+        history += [change for change in written.get("history", ()) if change["step"] < step]
+        names = ("step", "key", "old", "new")
+        history += [dict(zip(names, (step, *change), strict=True)) for change in changed]
+    report.write_config(folder, run, history)
+
+
+def open_metrics(
+    folder: Path, run: Run, step: int, start: Mapping[str, Any] | None
+) -> MetricsWriter:
+    """The writer of the metrics from `step` on; a line tells of earlier ones that are lost."""
+    if start is None:
+        return MetricsWriter(folder, resume_step=None)
+    rows, evaluated = start.get("rows", 0), not start.get("evaluate")
+    writer = MetricsWriter(folder, resume_step=step, evaluated=evaluated, rows=rows)
+    if writer.lost and step < run.total_steps:  # else the closing table tells
+        logging.warning(
+            "metrics.jsonl has lost %d of the %d lines until step %d: the best steps will not be "
+            "known at the end",
+            *(writer.lost, writer.rows, step),
+        )
+    return writer
+
+
+def _written(path: Path) -> dict[str, Any]:
+    """The history and the settings that a `config.json` holds.
+
+    Raises:
+        OSError, ValueError, RecursionError: it cannot be read, or is none.
+    """
+    content = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        config = configuration.filled(content["config"])
+        settings = configuration.settings(config, content["total_steps"])
+        history = [{**change, "step": int(change["step"])} for change in content.get("history", ())]
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"no configuration of a run: {type(error).__name__}") from error
+    return {"settings": settings, "history": history}
