@@ -50,6 +50,7 @@ import statistics
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from importlib import metadata
 from typing import Any
 
 import rows as row_specs
@@ -284,6 +285,8 @@ def main() -> int:
     output = options.pop("output")
     options["rows"] = [str(row) for row in rows]
     setup = runner.describe(devices=kinds)
+    if any(row.engine == TORCH for row in rows):
+        setup["versions"]["torch"] = metadata.version("torch")
     measured = measure(rows, options, pinned=not kinds)
     results = compare(measured, options["steps"])
     text = "\n".join([report(options, measured, results), *notes])

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch_nets
 import worker
-from peers_torch import WholeUnit, tensors
+from peers_torch import WholeUnit, configure, tensors
 from rows import TORCH_SCHEDULES
 from torch import nn
 from torch.nn import functional as F
@@ -153,7 +153,7 @@ class Run:
 
 def main() -> None:
     jax.config.update("jax_platforms", "cpu")  # it only draws the weights
-    torch.set_num_threads(max(1, len(worker.cores())))
+    configure("cuda" if CUDA else "cpu", max(1, len(worker.cores())), "tf32")
     worker.serve(initialize, Run)
     if dist.is_initialized():
         dist.destroy_process_group()

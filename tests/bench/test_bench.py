@@ -130,7 +130,9 @@ def test_throughput_of_pytorch(tmp_path):
     rows = ["--place=processes", "--rows", "torch:ddp,D=2", *pipelines]
     done = bench("throughput.py", *TINY, *rows, f"--output={output}")
     assert done.returncode == 0, done.stderr
-    results = json.loads(output.read_text())["results"]
+    measured = json.loads(output.read_text())
+    assert "torch" in measured["setup"]["versions"]
+    results = measured["results"]
     assert [result["row"] for result in results] == ["bp", "torch", *rows[2:]]
     for result in results:
         assert result["first_loss"] == pytest.approx(results[0]["first_loss"], rel=1e-3)
