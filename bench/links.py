@@ -166,6 +166,8 @@ def parse() -> tuple[Namespace, list[Row]]:
         rows = [row_specs.parse(text) for text in options.rows]
         for row in rows:
             row.check(options.depth, options.batch)
+            if row.engine == row_specs.TORCH:
+                raise ValueError(f"row '{row}': PyTorch's rows are those of throughput.py")
             if (row.groups, row.data) != (2, 1):
                 raise ValueError(f"row '{row}': two stages on two devices are needed, K=2")
     except ValueError as error:

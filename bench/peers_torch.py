@@ -1,43 +1,24 @@
-"""The peer of `peers.py`: VGG-8 under DeInfoReg or BP, in plain PyTorch.
+"""The peer of `peers.py`: any net of `torch_nets.py` under DeInfoReg or BP, in plain PyTorch.
 
-Written from docs/methods.md as one would write it in PyTorch: NCHW, the formulas as they stand,
-autograd, and for the compiled peer `torch.compile` of each block with its loss (of the whole net
-under BP, whose error crosses all blocks).
+Written from docs/methods.md as one would write it in PyTorch: the formulas as they stand, autograd,
+and for the compiled peer `torch.compile` of each block with its loss (of the whole net under BP,
+whose error crosses all blocks).
 """
 
+import contextlib
 import functools
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+import torch_nets
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch_nets import perceptron, states, summary
 
 ALPHA = 0.001  # weight of the cross-entropy in DeInfoReg's loss
-
-
-def vgg_block(layout: Sequence[int | str], channels: int) -> nn.Sequential:
-    """Convolution, BatchNorm, ReLU for a number of channels; 2x2 pooling for "M"."""
-    stack: list[nn.Module] = []
-    for item in layout:
-        if isinstance(item, str):
-            stack.append(nn.MaxPool2d(2))
-            continue
-        stack += [nn.Conv2d(channels, item, 3, padding=1, bias=False), nn.BatchNorm2d(item)]
-        stack.append(nn.ReLU())
-        channels = item
-    return nn.Sequential(*stack)
-
-
-def projector(size: int, widths: Sequence[int]) -> nn.Sequential:
-    """Flatten, then dense layers with BatchNorm and ReLU between them."""
-    stack: list[nn.Module] = [nn.Flatten()]
-    for before, after in itertools.pairwise((size, *widths)):
-        if len(stack) > 1:
-            stack += [nn.BatchNorm1d(before), nn.ReLU()]
-        stack.append(nn.Linear(before, after))
-    return nn.Sequential(*stack)
+COMPILED_VARIANTS = 64  # of one function: blocks of other shapes count as such, by default 8 may
 
 
 def similarity(x: Tensor) -> Tensor:
@@ -49,7 +30,7 @@ def similarity(x: Tensor) -> Tensor:
 def information_regularization(z: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """Sum of DeInfoReg's three terms for the projector's output `z` `[batch, dim]`."""
     batch, dim = z.shape
-    z = F.normalize(z, dim=1)
+    z = F.normalize(z.float(), dim=1)
     centred = z - z.mean(0)
     variance = F.relu(1 - torch.sqrt(centred.var(0) + 1e-7)).mean() / batch
     wanted = similarity(F.one_hot(labels, num_classes).to(z.dtype))
@@ -60,38 +41,48 @@ def information_regularization(z: Tensor, labels: Tensor, num_classes: int) -> T
 
 
 class LocalUnit(nn.Module):
-    """A block with DeInfoReg's head: output and loss."""
+    """A block with DeInfoReg's head: what the next block reads, and the loss.
 
-    def __init__(self, block: nn.Module, size: int, widths: Sequence[int], num_classes: int):
+    A block that only embeds has no cross-entropy.
+    """
+
+    def __init__(
+        self, block: nn.Module, shape: Sequence[int], widths: Sequence[int], num_classes: int
+    ):
         super().__init__()
         self.block = block
-        self.projector = projector(size, widths)
-        self.classifier = nn.Sequential(
-            nn.BatchNorm1d(widths[-1]), nn.ReLU(), nn.Linear(widths[-1], num_classes)
-        )
+        self.projector = perceptron(shape, widths)
+        self.classifier = None
+        if not getattr(block, "is_embedding", False):
+            norm, readout = nn.BatchNorm1d(widths[-1]), torch_nets.dense(widths[-1], num_classes)
+            self.classifier = nn.Sequential(norm, nn.ReLU(), readout)
         self.num_classes = num_classes
 
     def forward(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The block's output, and DeInfoReg's loss."""
-        x = self.block(x)
-        z = self.projector(x)
-        loss = information_regularization(z, labels, self.num_classes)
-        return x, loss + ALPHA * F.cross_entropy(self.classifier(z), labels)
+        output = self.block(x)
+        z = self.projector(summary(output))
+        with torch.autocast(x.device.type, enabled=False):
+            loss = information_regularization(z, labels, self.num_classes)
+        if self.classifier is not None:
+            loss = loss + ALPHA * F.cross_entropy(self.classifier(z).float(), labels)
+        return states(output), loss
 
 
 class WholeUnit(nn.Module):
     """All blocks and the classifier under cross-entropy."""
 
-    def __init__(self, blocks: Iterable[nn.Module], size: int, num_classes: int):
+    def __init__(self, blocks: Iterable[nn.Module], classifier: nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
-        self.classifier = nn.Sequential(nn.Flatten(), nn.Linear(size, num_classes))
+        self.classifier = classifier
 
     def forward(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The last block's output, and the cross-entropy."""
+        """What the last block hands on, and the cross-entropy."""
+        output: Any = x
         for block in self.blocks:
-            x = block(x)
-        return x, F.cross_entropy(self.classifier(x), labels)
+            output = block(states(output))
+        return states(output), F.cross_entropy(self.classifier(summary(output)).float(), labels)
 
 
 class Lars(torch.optim.Optimizer):
@@ -122,15 +113,15 @@ class Lars(torch.optim.Optimizer):
 
 
 class Peer:
-    """A net with its optimiser, and a batch ("x" NHWC and "label", NumPy) that is on the device.
+    """A net with its optimiser, and a batch ("x" and "label", NumPy) that is on the device.
 
-    `blocks` are layouts, channels and "M" for pooling, `widths` those of the projector.
+    `net` is a name of `torch_nets.BUILDERS` with its options, `widths` are those of the projector.
     """
 
     def __init__(
         self,
         method: str,
-        blocks: Sequence[Sequence[int | str]],
+        net: tuple[str, Mapping[str, Any]],
         widths: Sequence[int],
         batch: Mapping[str, np.ndarray],
         *,
@@ -138,50 +129,33 @@ class Peer:
         learning_rate: float,
         device: str,
         compiled: bool,
+        precision: str = "float32",
     ):
-        self._x = torch.tensor(batch["x"]).permute(0, 3, 1, 2).contiguous().to(device)
-        self._labels = torch.tensor(batch["label"]).long().to(device)
-        self._cuda = device == "cuda"
-        _, channels, pixels, _ = self._x.shape
-        self._blocks, self._maps = [], []
-        for layout in blocks:
-            self._blocks.append(vgg_block(layout, channels))
-            channels = [item for item in layout if isinstance(item, int)][-1]
-            pixels >>= list(layout).count("M")
-            self._maps.append((pixels, pixels, channels))
-        sizes = [int(np.prod(shape)) for shape in self._maps]
+        self._x, self._labels = (values.to(device) for values in tensors(batch))
+        self._device, self._half = device, precision == "bfloat16"
+        name, options = net
+        blocks, classifier = torch_nets.BUILDERS[name](num_classes, **options)
         local = method == "deinforeg"
-        self._units: list[nn.Module] = (
-            [LocalUnit(*x, widths, num_classes) for x in zip(self._blocks, sizes, strict=True)]
-            if local
-            else [WholeUnit(self._blocks, sizes[-1], num_classes)]
-        )
-        params = [p for unit in self._units for p in unit.to(device).parameters()]
+        units: list[nn.Module] = [WholeUnit(blocks, classifier)]
+        if local:
+            shapes, output = [], self._x[:2].cpu()
+            with torch.no_grad():
+                for block in blocks:
+                    output = block(states(output))
+                    shapes.append(summary(output).shape[1:])
+            units = [LocalUnit(*x, widths, num_classes) for x in zip(blocks, shapes, strict=True)]
+        # Under BP the head belongs to the last block.
+        first = len(blocks) - len(units)
+        self._modules = {f"block_{i}/block": block for i, block in enumerate(blocks)}
+        self._modules |= {f"block_{first + i}/head": unit for i, unit in enumerate(units)}
+        params = [p for x in units for p in x.to(device).parameters() if p.requires_grad]
         sgd = functools.partial(torch.optim.SGD, momentum=0.9)
         self._optimizer: torch.optim.Optimizer = (Lars if local else sgd)(params, learning_rate)
-        self._calls = [torch.compile(unit) if compiled else unit for unit in self._units]
+        self._calls = [torch.compile(unit) if compiled else unit for unit in units]
 
-    @torch.no_grad()
     def load(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Takes over weights by the names and in the layouts of `jdecouple.Trainer.to_arrays`."""
-        for name, value in arrays.items():
-            owner, kind, *path = name.split("/")
-            if kind != "params":
-                continue
-            part, index, what = (name for name in path if name not in ("head", "layers"))
-            number = int(owner.removeprefix("block_"))
-            unit = self._units[min(number, len(self._units) - 1)]
-            stack = self._blocks[number] if part == "block" else unit.get_submodule(part)
-            layer, follows = stack[int(index)], stack[int(index) - 1]
-            target = layer.bias if what == "bias" else layer.weight
-            if isinstance(layer, nn.Conv2d):
-                value = value.transpose(3, 2, 0, 1)
-            elif what == "kernel" and isinstance(follows, nn.Flatten):  # of CHW, not of HWC
-                maps = value.reshape(*self._maps[number], -1)
-                value = maps.transpose(3, 2, 0, 1).reshape(target.shape)
-            elif what == "kernel":
-                value = value.T
-            target.copy_(torch.tensor(value))
+        """Takes over weights of ours, see `torch_nets.load`."""
+        torch_nets.load(self._modules, arrays)
 
     def run(self, steps: int) -> float:
         """Trains on the batch; waits for the device and returns the last step's loss."""
@@ -189,19 +163,34 @@ class Peer:
             self._optimizer.zero_grad()
             x, losses = self._x, []
             for call in self._calls:
-                x, loss = call(x.detach(), self._labels)
+                with self._autocast():
+                    x, loss = call(x.detach(), self._labels)
                 loss.backward()
                 losses.append(loss.detach())
             self._optimizer.step()
-        if self._cuda:
+        if self._device == "cuda":
             torch.cuda.synchronize()
         return float(sum(losses))
 
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        if not self._half:
+            return contextlib.nullcontext()
+        return torch.autocast(self._device, torch.bfloat16)
 
-def configure(device: str, threads: int) -> None:
-    """Settings that make PyTorch compute as JAX does by default."""
+
+def tensors(batch: Mapping[str, np.ndarray]) -> tuple[Tensor, Tensor]:
+    """Inputs and labels of a batch of ours; images become NCHW."""
+    x, labels = torch.tensor(batch["x"]), torch.tensor(batch["label"]).long()
+    if x.ndim == 4:
+        x = x.permute(0, 3, 1, 2).contiguous()
+    return (x if x.is_floating_point() else x.long()), labels
+
+
+def configure(device: str, threads: int, precision: str) -> None:
+    """Settings that make PyTorch compute as JAX does."""
     torch.set_num_threads(threads)
-    if device == "cuda":  # XLA multiplies in TF32 and tries convolution algorithms out
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.allow_tf32 = True
+    torch._dynamo.config.cache_size_limit = COMPILED_VARIANTS
+    if device == "cuda":  # XLA tries convolution algorithms out
+        torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")
+        torch.backends.cudnn.allow_tf32 = precision != "float32"
         torch.backends.cudnn.benchmark = True

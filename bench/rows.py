@@ -12,6 +12,16 @@ from jdecouple.schedules import Costs, Kind, Schedule, simulate
 
 COUNTS = {"K": "stages", "D": "data", "M": "microbatches", "T": "chunk"}
 TOGETHER, APART, SPMD = "together", "apart", "spmd"
+TORCH = "torch"  # method and engine of the rows of PyTorch
+# What they run: settings that are taken, and the class in `torch.distributed.pipelining`, if any.
+TORCH_SCHEDULES: dict[str, tuple[tuple[str, ...], str]] = {
+    "eager": ((), ""),
+    "compiled": ((), ""),
+    "ddp": (("data",), ""),
+    "gpipe": (("stages", "microbatches"), "ScheduleGPipe"),
+    "1f1b": (("stages", "microbatches"), "Schedule1F1B"),
+    "zero_bubble": (("stages", "microbatches"), "ScheduleInterleavedZeroBubble"),
+}
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -107,14 +117,61 @@ class Row:
         fuse = False if self.place == APART else None
         return {name: getattr(self, name) for name in names} | {"groups": self.groups, "fuse": fuse}
 
+    @property
+    def usual(self) -> str:
+        """The schedule that the text leaves out."""
+        return methods.get(self.method).route.schedules[0]
+
     def __str__(self) -> str:
-        usual = self.schedule == methods.get(self.method).route.schedules[0]
+        usual = self.schedule == self.usual
         counts = [f"{key}={getattr(self, name)}" for key, name in COUNTS.items()]
         words = [word for word in (self.place, SPMD * (self.engine == SPMD)) if word]
         head = self.method if usual else f"{self.method}:{self.schedule}"
         return ",".join([head, *(text for text in counts if not text.endswith("=1")), *words])
 
     __repr__ = __str__
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class TorchRow(Row):
+    """BP in PyTorch, a process a device."""
+
+    method: str = TORCH
+    schedule: str = "eager"
+    engine: str = TORCH
+
+    usual = "eager"
+
+    @property
+    def groups(self) -> int:
+        """Every stage has a device."""
+        return self.stages
+
+    @property
+    def reference(self) -> Row:
+        """PyTorch on one device, eager."""
+        return TorchRow()
+
+    def twin(self, rows: Sequence[Row]) -> Row | None:
+        """Nothing is compared to the last bit."""
+        return None
+
+    def check(self, depth: int, batch: int) -> None:
+        """Raises ValueError if the net or the batch does not fit, or the schedule takes less."""
+        super().check(depth, batch)
+        takes, in_pipelining = TORCH_SCHEDULES[self.schedule]
+        if other := [key for key, x in COUNTS.items() if getattr(self, x) > 1 and x not in takes]:
+            raise ValueError(f"row '{self}': {self.schedule} takes no {other[0]}")
+        if self.place:
+            raise ValueError(f"row '{self}': PyTorch's rows take no {self.place}")
+        if in_pipelining and (self.stages < 2 or self.microbatches % self.stages):
+            raise ValueError(f"row '{self}': K of at least 2 and a multiple of it as M are needed")
+
+    def ideal(self, batches: int) -> float:
+        """Speed over one device of equal stages; zero bubble fills all but a third of a bubble."""
+        bubble = (self.stages - 1) * (1.0 if self.schedule == "zero_bubble" else 3.0)
+        work = 3.0 * self.microbatches
+        return self.devices * work / (work + bubble)
 
 
 BP = Row("bp", "sequential")
@@ -125,7 +182,8 @@ def parse(text: str) -> Row:
     head, *settings = text.split(",")
     method, _, schedule = head.partition(":")
     try:
-        allowed = methods.get(method).route.schedules
+        ours = method != TORCH
+        allowed = methods.get(method).route.schedules if ours else tuple(TORCH_SCHEDULES)
         if schedule and schedule not in allowed:
             raise ValueError(f"method {method} runs on {', '.join(allowed)}, not on {schedule!r}")
         values: dict[str, Any] = {}
@@ -133,17 +191,17 @@ def parse(text: str) -> Row:
             key, _, value = setting.partition("=")
             if setting in (TOGETHER, APART):
                 values["place"] = setting
-            elif setting == SPMD:
+            elif setting == SPMD and ours:
                 values["engine"] = SPMD
             elif key in COUNTS and value.isdigit() and int(value) >= 1:
                 values[COUNTS[key]] = int(value)
             else:
                 counts = "K=, D=, M=, T= with a count of at least 1"
                 raise ValueError(f"{setting!r} is none of {counts}, {TOGETHER}, {APART}, {SPMD}")
-        row = Row(method, schedule or allowed[0], **values)
+        row = (Row if ours else TorchRow)(method, schedule or allowed[0], **values)
         if row.place and row.data > 1:
             raise ValueError(f"{row.place} means one device, D is {row.data}")
-        _ = row.plan
+        _ = ours and row.plan
     except ValueError as error:
         raise ValueError(f"row {text!r}: {error}") from None
     return row

@@ -23,7 +23,7 @@ Columns = dict[str, Callable[[Any], Any]]  # text of a result, by heading
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 OTHERS_SHARE = 0.02  # of the machine that others take, beyond which a measurement is not valid
-WORKER = Path(__file__).with_name("worker.py")
+WORKER, TORCH_WORKER = (Path(__file__).with_name(x) for x in ("worker.py", "torch_worker.py"))
 STOP_SECONDS = 30
 LINK_BYTES, LINK_REPEATS = 2**20, 20
 # glibc would give every large array's pages back when it is freed and fault them in again for the
@@ -188,9 +188,11 @@ class Processes(contextlib.AbstractContextManager):
 
     Args:
         cores: the core of each process, which then has one CPU device; None is one process that
-            is not pinned and has the devices that JAX finds.
+            is not pinned and has the devices that JAX finds, or `size` of another worker.
         addresses: arguments of `distributed.initialize` for each of several, by default local.
         prefixes: words before the command of each process, by default none.
+        worker: script that the processes run.
+        size: number of processes that are not pinned.
     """
 
     def __init__(
@@ -198,16 +200,19 @@ class Processes(contextlib.AbstractContextManager):
         cores: Sequence[int] | None,
         addresses: Sequence[dict[str, Any]] | None = None,
         prefixes: Sequence[Sequence[str]] = (),
+        *,
+        worker: Path = WORKER,
+        size: int = 1,
     ):
         self._pinned = cores is not None
-        size = len(cores) if cores else 1
+        size = len(cores) if cores else size
         arguments = (addresses or distributed_arguments(size)) if size > 1 else [None]
         environment = {**os.environ, **(ON_CPU if self._pinned else ON_DEVICES)}
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self._processes: list[Any] = []
         for index, argument in enumerate(arguments):
             prefix = prefixes[index] if prefixes else ()
-            command = [*prefix, sys.executable, WORKER, json.dumps(argument)]
+            command = [*prefix, sys.executable, worker, json.dumps(argument)]
             with pinned(cores[index : index + 1] if cores else ()):
                 self._processes.append(subprocess.Popen(command, env=environment, **pipes))
 

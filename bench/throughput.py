@@ -10,6 +10,11 @@ of each, M microbatches, T batches a call; `together` has all stages on one devi
 program. All rows train the same net of equal blocks on the same global batches, which are on the
 devices beforehand. BP on one device and every row's method on one device are added as references.
 
+Rows of PyTorch train the same net by BP from the same weights, a process a device, under Gloo or,
+on GPUs, NCCL: `torch`, `torch:compiled`, `torch:ddp,D=2` and, by `torch.distributed.pipelining`,
+`torch:gpipe,K=2,M=4`, `torch:1f1b,K=2,M=4` and `torch:zero_bubble,K=2,M=4`. They are left out, with
+a line that says so, where they cannot run: pip install 'jdecouple[bench]' brings PyTorch.
+
 Every row has processes of its own, which live from beginning to end. The rows take turns: each
 trains a segment of N batches while the others idle. A segment lasts from the first dispatch until
 all work is done, so that stages fill and drain once a segment.
@@ -31,7 +36,8 @@ Columns, as medians (lowest to highest) over the segments:
 
 A second table compares rows that compute the same: with T batches a call or another engine, and
 with the stages on one device. Where pinned processes and `apart` do not end with losses and state
-that are equal to the last bit, the exit code is 1.
+that are equal to the last bit, the exit code is 1; so it is where a row of PyTorch whose losses are
+BP's begins its first segment with another one (by more than 1e-3, relative; 1e-2 in bfloat16).
 
 `--dispatch N` adds what a stage and batch cost the host with nothing in flight, medians of N calls:
 until the call returns, and until its batches are trained on. For it `--model arrays` is a net of
@@ -44,16 +50,18 @@ import statistics
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from importlib import metadata
 from typing import Any
 
 import rows as row_specs
 import runner
-from rows import APART, BP, Row
+from rows import APART, BP, TORCH, Row
 from runner import Columns, Processes, Spread
 
 ROWS = (
     *("bp:gpipe,K=2,M=4", "bp:1f1b,K=2,M=4", "deinforeg,K=2", "scpl,K=2"),
-    *("fdg,K=2", "ddg,K=2", "fr,K=2"),
+    *("fdg,K=2", "ddg,K=2", "fr,K=2", "bp,D=2", "torch:compiled", "torch:ddp,D=2"),
+    *("torch:gpipe,K=2,M=4", "torch:1f1b,K=2,M=4", "torch:zero_bubble,K=2,M=4"),
 )
 SIZES = {
     "mlp": {"hidden": 1024, "depth": 10, "batch": 256},
@@ -62,6 +70,7 @@ SIZES = {
 }
 WARM_UP_BATCHES = 3
 COST_BATCHES = 5
+TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-2}  # of PyTorch's losses
 
 
 def measure(rows: Sequence[Row], options: dict[str, Any], pinned: bool) -> dict[str, Any]:
@@ -72,18 +81,23 @@ def measure(rows: Sequence[Row], options: dict[str, Any], pinned: bool) -> dict[
     simulated = [r for r in rows if r.groups > 1 and r.data == 1 and r.engine == "mpmd"]
     with contextlib.ExitStack() as stack:
 
-        def start(size: int) -> Processes:
-            return stack.enter_context(Processes(cores and cores[:size]))
+        def start(row: Row) -> Processes:
+            worker = runner.TORCH_WORKER if row.engine == TORCH else runner.WORKER
+            size = row.devices if row.engine == TORCH else 1
+            group = Processes(cores and cores[: row.devices], worker=worker, size=size)
+            return stack.enter_context(group)
 
-        processes = {row: start(row.devices) for row in rows}
-        alone: Any = start(1) if simulated else None
+        processes = {row: start(row) for row in rows}
+        alone: Any = start(BP) if simulated else None
         for row, group in processes.items():
             group.ask("build", "row", net | row.options())
             results[row]["compile"] = group.segment("row", 1)["seconds"]
             group.segment("row", WARM_UP_BATCHES)
         for row in simulated:
             alone.ask("build", str(row), net | row.alone.options())
-        pairs = [group for row, group in processes.items() if pinned and row.devices > 1]
+        pairs = [
+            processes[row] for row in rows if pinned and row.devices > 1 and row.engine != TORCH
+        ]
         link = pairs[0].link() if pairs else {}
 
         def train(row: Row) -> dict[str, Any]:
@@ -92,7 +106,8 @@ def measure(rows: Sequence[Row], options: dict[str, Any], pinned: bool) -> dict[
 
         arms = {row: functools.partial(train, row) for row in rows}
         for row, segments in runner.turns(arms, options["repeats"]).items():
-            group, samples = processes[row], options["dispatch"]
+            group = processes[row]
+            samples = options["dispatch"] if row.engine != TORCH else 0
             results[row]["segments"] = segments
             results[row]["digest"] = runner.union(group.ask("digest", "row"))
             results[row]["dispatch"] = group.ask("dispatch", "row", samples)[0] if samples else {}
@@ -116,6 +131,7 @@ def compare(measured: dict[str, Any], steps: int) -> list[dict[str, Any]]:
                 "processor_ms": [statistics.median(values) for values in processor],
                 "ratio_to_bp": runner.ratios(segments_of[BP], segments),
                 "ratio_to_method": runner.ratios(segments_of[row.reference], segments),
+                "first_loss": sum(losses[0] for losses in segments[0]["losses"].values()),
                 "ideal": row.ideal(steps),
                 "simulated_ms": simulated,
                 "simulated_error": simulated and simulated / ms.median - 1,
@@ -155,9 +171,9 @@ COLUMNS: Columns = {
     "compile s": lambda r: f"{r['compile_seconds']:.1f}",
 }
 DISPATCH_COLUMNS: Columns = {
-    "arrays of a stage": lambda r: r["arrays"],
-    "dispatched us": lambda r: f"{r['dispatched']:.0f}",
-    "done us": lambda r: f"{r['done']:.0f}",
+    "arrays of a stage": lambda r: r.get("arrays", ""),
+    "dispatched us": lambda r: f"{r['dispatched']:.0f}" if "dispatched" in r else "",
+    "done us": lambda r: f"{r['done']:.0f}" if "done" in r else "",
 }
 EQUAL = {True: "equal", False: "differ", None: "not compared"}
 TWIN_COLUMNS: Columns = {
@@ -181,8 +197,53 @@ def report(options: dict[str, Any], measured: dict[str, Any], results: list[dict
     return "\n".join([*texts, *runner.others_note(segments)])
 
 
-def parse() -> tuple[Namespace, list[Row], list[str]]:
-    """Options, rows with their references, and the kinds of JAX's devices; none for processes."""
+def differing(rows: Sequence[Row], results: list[dict[str, Any]], options: dict) -> list[str]:
+    """Rows of PyTorch that do not compute what BP does, though they should."""
+    losses = {row: result["first_loss"] for row, result in zip(rows, results, strict=True)}
+    # Statistics of BatchNorm, which VGG has, are those of a microbatch or replica.
+    alike = [
+        r for r in rows if r.engine == TORCH and (options["model"] == "mlp" or r == r.reference)
+    ]
+    tolerance = TOLERANCE[options["dtype"]]
+    return [str(row) for row in alike if not abs(losses[row] / losses[BP] - 1) <= tolerance]
+
+
+def obstacle(row: Row, options: Namespace, kinds: Sequence[str]) -> str:
+    """Why a row of PyTorch cannot run here; nothing if it can, or is ours."""
+    if row.engine != TORCH:
+        return ""
+    if options.model == "arrays":
+        return "PyTorch has no net of arrays here"
+    if kinds and not (kinds[0].startswith(("gpu", "cuda")) and len(kinds) >= row.devices):
+        return "pinned processes or a GPU for each of its devices are needed"
+    try:
+        import torch
+        from torch.distributed import pipelining
+    except ImportError:
+        return "PyTorch is not installed: pip install 'jdecouple[bench]'"
+    name = row_specs.TORCH_SCHEDULES[row.schedule][1]
+    return (
+        "" if hasattr(pipelining, name or "Schedule1F1B") else f"torch {torch.__version__} lacks it"
+    )
+
+
+def runnable(
+    rows: Sequence[Row], options: Namespace, kinds: Sequence[str]
+) -> tuple[list[Row], list[str]]:
+    """The rows that can run here, and a line for each reason why others cannot."""
+    obstacles = {row: obstacle(row, options, kinds) for row in rows}
+    left_out: dict[str, list[str]] = {}
+    for row, reason in obstacles.items():
+        left_out.setdefault(reason, []).append(f"`{row}`")
+    kept = [row for row, reason in obstacles.items() if not reason]
+    return kept, [f"- Left out: {', '.join(left_out[x])}: {x}." for x in left_out if x]
+
+
+def parse() -> tuple[Namespace, list[Row], list[str], list[str]]:
+    """Options, rows with their references, lines on those left out, and the kinds of JAX's devices.
+
+    There are no kinds for pinned processes.
+    """
     parser = runner.flags(__doc__)
     runner.net_flags(parser, SIZES, rows=ROWS)
     parser.add_argument("--place", choices=("processes", "devices"))
@@ -205,27 +266,30 @@ def parse() -> tuple[Namespace, list[Row], list[str]]:
                 kinds = process.ask("devices")[0]
         if options.place is None and all(kind.startswith("cpu") for kind in kinds):
             kinds = []
+        rows, notes = runnable(rows, options, kinds)
         if len(kinds) == 1:
             rows = [row.together() for row in rows]
-        had, needed = len(kinds or runner.cores()), max(row.devices for row in rows)
+        had, needed = len(kinds or runner.cores()), max((row.devices for row in rows), default=1)
         if needed > had:
             what = "devices" if kinds else "cores"
             raise ValueError(f"the rows need {needed} {what}, {had} can be had")
     except ValueError as error:
         parser.error(str(error))
     options.place = "devices" if kinds else "processes"
-    return options, row_specs.with_references(rows), kinds
+    return options, row_specs.with_references(rows), notes, kinds
 
 
 def main() -> int:
-    arguments, rows, kinds = parse()
+    arguments, rows, notes, kinds = parse()
     options = vars(arguments)
     output = options.pop("output")
     options["rows"] = [str(row) for row in rows]
     setup = runner.describe(devices=kinds)
+    if any(row.engine == TORCH for row in rows):
+        setup["versions"]["torch"] = metadata.version("torch")
     measured = measure(rows, options, pinned=not kinds)
     results = compare(measured, options["steps"])
-    text = report(options, measured, results)
+    text = "\n".join([report(options, measured, results), *notes])
     for result in measured["rows"].values():  # these are compared, and long
         del result["digest"]
         for segment in result["segments"]:
@@ -233,6 +297,9 @@ def main() -> int:
     measured["rows"] = {str(row): result for row, result in measured["rows"].items()}
     runner.publish(setup, text, output, options=options, **measured, results=results)
     apart = [x for x, row in zip(results, rows, strict=True) if row.place == APART]
+    if wrong := differing(rows, results, options):
+        print(f"the losses of {', '.join(wrong)} are not those of bp", file=sys.stderr)
+        return 1
     return int(not kinds and any(result.get("equal_to_twin") is False for result in apart))
 
 

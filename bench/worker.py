@@ -18,13 +18,14 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from runner import cores
 
 import jdecouple as jd
 from jdecouple.pipeline import distributed
@@ -101,6 +102,18 @@ def build_model(name: str, hidden: int, depth: int) -> tuple[jd.Model, tuple[int
     return model, (IMAGE_SIZE, IMAGE_SIZE, hidden)
 
 
+def build_batches(size: int, shape: tuple[int, ...]) -> list[dict[str, np.ndarray]]:
+    """The distinct batches of a run."""
+    rng = np.random.default_rng(0)
+    return [
+        {
+            "x": rng.normal(size=(size, *shape)).astype(np.float32),
+            "label": rng.integers(0, NUM_CLASSES, size).astype(np.int32),
+        }
+        for _ in range(DISTINCT_BATCHES)
+    ]
+
+
 def build_method(name: str, head: int) -> jd.methods.Method:
     """A method; its projectors, if it has any, are a dense layer to `head` features, or nothing."""
     none: dict[str, dict] = {"deinforeg": {"projector": "identity", "mode": "unmerge"}}
@@ -118,14 +131,7 @@ class Run:
     def __init__(self, options: dict[str, Any]):
         name, depth, stages = options["model"], options["depth"], options["stages"]
         model, shape = build_model(name, options["hidden"], depth)
-        rng = np.random.default_rng(0)
-        self._batches = [
-            {
-                "x": rng.normal(size=(options["batch"], *shape)).astype(np.float32),
-                "label": rng.integers(0, NUM_CLASSES, options["batch"]).astype(np.int32),
-            }
-            for _ in range(DISTINCT_BATCHES)
-        ]
+        self._batches = build_batches(options["batch"], shape)
         self._trainer = trainer = jd.Trainer(
             model,
             build_method(options["method"], options["head"]),
@@ -174,7 +180,7 @@ class Run:
                 for name in history[0]
                 if name.endswith("/loss")
             },
-            "cores": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [],
+            "cores": cores(),
             "state": max(state_bytes.values()),
             "peak": max(stats.get("peak_bytes_in_use", 0) for stats in in_use) or None,
         }
@@ -238,30 +244,34 @@ def link(sizes: list[int], repeats: int) -> list[float]:
     return medians
 
 
-def answer(runs: dict[str, Run], command: str, *arguments: Any) -> Any:
-    """Does one command; `runs` are those begun so far."""
-    if command == "devices":
-        return [f"{device.platform}: {device.device_kind}" for device in jax.devices()]
-    if command == "link":
-        return link(*arguments)
+def devices() -> list[str]:
+    """Kinds of all devices."""
+    return [f"{device.platform}: {device.device_kind}" for device in jax.devices()]
+
+
+def answer(runs: dict[str, Any], make: Callable[..., Any], command: str, *arguments: Any) -> Any:
+    """Does one command; `runs` are those begun so far, `make` begins one."""
+    if command in ("devices", "link"):
+        return {"devices": devices, "link": link}[command](*arguments)
     name, *others = arguments
     if command == "build":
-        runs[name] = Run(*others)
+        runs[name] = make(*others)
         return None
     return getattr(runs[name], command)(*others)
 
 
-def main() -> None:
+def serve(initialize: Callable[..., Any], make: Callable[..., Any]) -> None:
+    """Answers commands until there are no more."""
     # Whatever else prints on standard output goes to standard error.
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     arguments = json.loads(sys.argv[1])
     if arguments:
-        distributed.initialize(**arguments)
-    runs: dict[str, Run] = {}
+        initialize(**arguments)
+    runs: dict[str, Any] = {}
     for line in sys.stdin:
-        print(json.dumps(answer(runs, *json.loads(line))), file=replies, flush=True)
+        print(json.dumps(answer(runs, make, *json.loads(line))), file=replies, flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    serve(distributed.initialize, Run)

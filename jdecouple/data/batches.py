@@ -5,12 +5,15 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
-import grain
 import numpy as np
 
 from jdecouple._errors import require_int
 from jdecouple.data.splits import Split
+
+if TYPE_CHECKING:
+    import grain
 
 Batch = dict[str, np.ndarray]
 # The examples of all batches of an epoch, and the lengths that their texts are padded to.
@@ -93,6 +96,8 @@ def train_batches(
         rows, lengths = plan(epoch)
         batch = _gather(split, rows[step], share)
         return batch if lengths is None else {**batch, "x": batch["x"][:, : lengths[step]]}
+
+    import grain  # training on batches of one's own works without it
 
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     iterator = iter(grain.MapDataset.range(sys.maxsize).map(read).to_iter_dataset(options))

@@ -120,6 +120,51 @@ def test_throughput_of_processes(tmp_path):
     assert apart["ratio_to_twin"]["low"] > 0
 
 
+@TWO_CORES
+@pytest.mark.slow
+def test_throughput_of_pytorch(tmp_path):
+    """All its rows but the compiled one train as BP does: a loss that differs is exit code 1."""
+    pytest.importorskip("torch")
+    output = tmp_path / "torch.json"
+    pipelines = [f"torch:{name},K=2,M=2" for name in ("gpipe", "1f1b", "zero_bubble")]
+    rows = ["--place=processes", "--rows", "torch:ddp,D=2", *pipelines]
+    done = bench("throughput.py", *TINY, *rows, f"--output={output}")
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(output.read_text())
+    assert "torch" in measured["setup"]["versions"]
+    results = measured["results"]
+    assert [result["row"] for result in results] == ["bp", "torch", *rows[2:]]
+    for result in results:
+        assert result["first_loss"] == pytest.approx(results[0]["first_loss"], rel=1e-3)
+        assert result["ratio_to_bp"]["low"] > 0
+    alone, replica, *parts = results[1:]
+    assert replica["state_bytes"] == alone["state_bytes"]
+    assert all(part["state_bytes"] < alone["state_bytes"] for part in parts)
+
+
+def test_rows_of_pytorch_that_cannot_run(benchmark, monkeypatch):
+    rows, throughput = benchmark("rows"), benchmark("throughput")
+    given = [rows.parse(text) for text in ("bp", "torch", "torch:ddp,D=2")]
+    for model, kinds, reason in [
+        ("mlp", [], "PyTorch is not installed: pip install 'jdecouple[bench]'"),
+        ("mlp", ["cpu: cpu"] * 2, "pinned processes or a GPU for each of its devices are needed"),
+        ("arrays", [], "PyTorch has no net of arrays here"),
+    ]:
+        monkeypatch.setitem(sys.modules, "torch", None)  # its import fails
+        kept, notes = throughput.runnable(given, argparse.Namespace(model=model), kinds)
+        assert kept == given[:1]
+        assert notes == [f"- Left out: `torch`, `torch:ddp,D=2`: {reason}."]
+
+
+def test_losses_of_pytorch_that_differ(benchmark):
+    rows, throughput = benchmark("rows"), benchmark("throughput")
+    table = [rows.parse(text) for text in ("bp", "torch", "torch:1f1b,K=2,M=4")]
+    results = [{"first_loss": loss} for loss in (2.0, 2.001, 2.01)]
+    options = {"model": "mlp", "dtype": "float32"}
+    assert throughput.differing(table, results, options) == ["torch:1f1b,K=2,M=4"]
+    assert not throughput.differing(table, results, options | {"model": "vgg"})
+
+
 @pytest.mark.slow
 def test_throughput_of_devices(tmp_path):
     """Engines and dispatch, on devices that the CPU is made to look like."""
@@ -165,6 +210,10 @@ def test_engines():
         ("fr,K=2,together", 1, 1, "fr,K=2,together"),
         ("scpl,K=2,apart", 1, 1, "scpl"),
         ("scpl,K=2,T=5,spmd", 2, 2 * 10 / 11, "scpl"),
+        ("torch", 1, 1, "torch"),
+        ("torch:ddp,D=2", 2, 2, "torch"),
+        ("torch:1f1b,K=2,M=4", 2, 1.6, "torch"),
+        ("torch:zero_bubble,K=2,M=4", 2, 2 * 12 / 13, "torch"),
     ],
 )
 def test_rows(benchmark, text, devices, ideal, reference):
@@ -183,6 +232,8 @@ def test_rows(benchmark, text, devices, ideal, reference):
         ("bp:gpipe,K=0", "'K=0' is none"),
         ("fdg,K=2,M=2", "schedule delayed takes 1"),
         ("bp,D=2,together", "D is 2"),
+        ("torch:dual", "method torch runs on eager, compiled, ddp"),
+        ("torch,spmd", "'spmd' is none of"),
     ],
 )
 def test_bad_rows(benchmark, text, words):
@@ -228,6 +279,9 @@ def test_simulation_of_a_row_takes_medians(benchmark):
         (["--rows", "bp:gpipe,M=3"], "--batch 256 is no multiple of M x D"),
         (["--rows", "scpl,T=3"], "--steps 40 is no multiple of T"),
         (["--place=processes", "--rows", "bp,D=256"], "the rows need 256 cores"),
+        (["--rows", "torch:ddp,K=2"], "row 'torch:ddp,K=2': ddp takes no K"),
+        (["--rows", "torch:1f1b,K=2,M=1"], "K of at least 2 and a multiple of it as M are needed"),
+        (["--rows", "torch:compiled,together"], "PyTorch's rows take no together"),
         (["--repeats=0"], "--repeats: 0 is no number of at least 1"),
     ],
 )
