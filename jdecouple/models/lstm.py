@@ -8,7 +8,7 @@ from flax import nnx
 from flax.nnx import initializers
 
 from jdecouple._errors import require_int, require_one_of
-from jdecouple.models import layers, rows
+from jdecouple.models import layers
 from jdecouple.models.base import Model
 from jdecouple.models.sequence import (
     Embedding,
@@ -67,87 +67,23 @@ class BidirectionalLSTM(nnx.Module):
         h = self.drop(h)
         both = jnp.stack([h, h[:, ::-1]])  # [direction, batch, time, features]
         real = jnp.stack([mask, mask[:, ::-1]]).transpose(2, 0, 1)[..., None] > 0
-        gates = jnp.einsum("dbti,dig->tdbg", both, self.kernel[...])
-        bias = [rows.broadcast_rows(bias, gates[:, 0].shape) for bias in self.bias[...]]
-        gates = gates + jnp.stack(bias, 1)
-        states = recurrence(gates, real, self.recurrent[...])
-        last = states[-1]
+        gates = jnp.einsum("dbti,dig->tdbg", both, self.kernel[...]) + self.bias[...][:, None]
+        recurrent = self.recurrent[...]
+
+        def step(state: tuple, inputs: tuple) -> tuple[tuple, jax.Array]:
+            h, c = state
+            gates, real = inputs
+            gates = gates + jnp.einsum("dbh,dhg->dbg", h, recurrent)
+            into, forget, cell, out = jnp.split(gates, 4, axis=-1)
+            new_c = nnx.sigmoid(forget) * c + nnx.sigmoid(into) * jnp.tanh(cell)
+            h = jnp.where(real, nnx.sigmoid(out) * jnp.tanh(new_c), h)
+            return (h, jnp.where(real, new_c, c)), h
+
+        zeros = jnp.zeros((*gates.shape[1:3], recurrent.shape[1]), gates.dtype)
+        (last, _), states = jax.lax.scan(step, (zeros, zeros), (gates, real))
         ahead, back = states[:, 0], states[::-1, 1]
         merged = (ahead + back) / 2 if self.merge == "mean" else jnp.concatenate([ahead, back], -1)
         return sequence(merged.transpose(1, 0, 2), mask, last.mean(0))
-
-
-@jax.custom_vjp
-def recurrence(gates: jax.Array, real: jax.Array, recurrent: jax.Array) -> jax.Array:
-    """States of LSTMs in several directions, which stand still where nothing is real.
-
-    The gradient of the recurrent weights is one product over all steps, behind the backward scan.
-
-    Args:
-        gates: what inputs and biases add to the gates, `[time, direction, batch, 4 hidden]`, in
-            the order input, forget, cell, output.
-        real: `[time, direction, batch, 1]`, whether a position counts.
-        recurrent: weights `[direction, hidden, 4 hidden]`.
-
-    Returns:
-        `[time, direction, batch, hidden]`; the states begin at zero.
-    """
-    return _recurrence_fwd(gates, real, recurrent)[0]
-
-
-def _times(x: jax.Array, weights: jax.Array) -> jax.Array:
-    """`x` `[direction, batch, n]` times `weights` `[direction, n, m]`, a product a direction."""
-    return jnp.stack([x[index] @ weights[index] for index in range(weights.shape[0])])
-
-
-def _recurrence_fwd(gates, real, recurrent):  # type: ignore[no-untyped-def]
-    def step(state: tuple, inputs: tuple) -> tuple[tuple, tuple]:
-        h, c = state
-        gates, real = inputs
-        into, forget, cell, out = jnp.split(gates + _times(h, recurrent), 4, axis=-1)
-        into, forget, out = (nnx.sigmoid(gate) for gate in (into, forget, out))
-        cell = jnp.tanh(cell)
-        c = jnp.where(real, forget * c + into * cell, c)
-        h = jnp.where(real, out * jnp.tanh(c), h)
-        return (h, c), (h, c, jnp.concatenate([into, forget, cell, out], -1))
-
-    zeros = jnp.zeros((*gates.shape[1:3], recurrent.shape[1]), gates.dtype)
-    _, (states, cells, active) = jax.lax.scan(step, (zeros, zeros), (gates, real))
-    return states, (states, cells, active, real, recurrent)
-
-
-def _recurrence_bwd(residuals, cotangent):  # type: ignore[no-untyped-def]
-    states, cells, active, real, recurrent = residuals
-    transposed = recurrent.transpose(0, 2, 1)
-    earlier = [jnp.concatenate([jnp.zeros_like(x[:1]), x[:-1]]) for x in (states, cells)]
-
-    def step(errors: tuple, inputs: tuple) -> tuple[tuple, jax.Array]:
-        grad_h, grad_c = errors
-        error, c_before, c, active, real = inputs
-        into, forget, cell, out = jnp.split(active, 4, axis=-1)
-        grad_h = grad_h + error
-        squashed = jnp.tanh(c)
-        inner = grad_c + grad_h * out * (1 - squashed * squashed)
-        parts = [
-            inner * cell * into * (1 - into),
-            inner * c_before * forget * (1 - forget),
-            inner * into * (1 - cell * cell),
-            grad_h * squashed * out * (1 - out),
-        ]
-        gates = jnp.where(real, jnp.concatenate(parts, -1), 0)
-        grad_h = jnp.where(real, 0, grad_h) + _times(gates, transposed)
-        return (grad_h, jnp.where(real, inner * forget, grad_c)), gates
-
-    zeros = jnp.zeros_like(states[0])
-    inputs = (cotangent, earlier[1], cells, active, real)
-    _, gates = jax.lax.scan(step, (zeros, zeros), inputs, reverse=True)
-    flat = [
-        x.transpose(1, 0, 2, 3).reshape(x.shape[1], -1, x.shape[-1]) for x in (earlier[0], gates)
-    ]
-    return gates, None, _times(flat[0].transpose(0, 2, 1), flat[1])
-
-
-recurrence.defvjp(_recurrence_fwd, _recurrence_bwd)
 
 
 def lstm(
