@@ -279,6 +279,8 @@ def _load(config: str) -> Mapping[str, Any]:
 def _log_in_short() -> None:
     """Lets libraries say warnings and errors only, each a plain line on stderr."""
     logging.set_verbosity(logging.WARNING)
+    for handler in [*python_logging.root.handlers]:  # importing Orbax may leave one
+        python_logging.root.removeHandler(handler)
     logging.use_absl_handler()
     logging.get_absl_handler().setFormatter(python_logging.Formatter("%(levelname)s: %(message)s"))
     if not flags.FLAGS.is_parsed():

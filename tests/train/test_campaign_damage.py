@@ -68,7 +68,7 @@ def test_every_file_of_a_checkpoint(tmp_path, values):
                 np.testing.assert_array_equal(restored.arrays[name], array, name, strict=True)
             file.write_bytes(sound)
     print(f"{len(files)} files in {len(DAMAGES)} ways: {refused} refused, none restored wrongly")
-    assert refused > len(files)
+    assert refused >= len(files)
 
 
 # --- Inputs that are no inputs -----------------------------------------------------------------
