@@ -55,7 +55,7 @@ class Linear(nnx.Linear):
     On `[batch, length, features]` XLA's CPU backend would copy both operands of a gradient.
     """
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]
         """`[..., in_features] -> [..., out_features]`."""
         y = x.reshape(-1, x.shape[-1]) @ self.kernel[...]
         return _add_bias(y, self.bias).reshape(*x.shape[:-1], -1)
@@ -64,10 +64,11 @@ class Linear(nnx.Linear):
 class Conv(nnx.Conv):
     """Convolution over NHWC, whose bias has a sum over rows as its gradient."""
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]
         """`[batch, height, width, in_features] -> [batch, height, width, out_features]`."""
         x, kernel = self.promote_dtype((x, self.kernel[...]))
-        strides, padding = (self.strides,) * 2, [(self.padding,) * 2] * 2
+        strides: Any = (self.strides,) * 2
+        padding: Any = [(self.padding,) * 2] * 2
         y = jax.lax.conv_general_dilated(
             x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
@@ -149,7 +150,7 @@ class BatchNorm(nnx.BatchNorm):
             dtype = jnp.promote_types(param_dtype, jnp.float32)
             statistic.set_value(statistic.get_value().astype(dtype))
 
-    def __call__(self, x: jax.Array, use_running_average: bool | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, use_running_average: bool | None = None) -> jax.Array:  # type: ignore[override]
         """Normalises `x` of shape `[batch, ..., num_features]`."""
         assert self.scale is not None
         assert self.bias is not None

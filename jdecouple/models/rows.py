@@ -83,7 +83,7 @@ def batch_norm(
     return _batch_norm_fwd(x, scale, bias, epsilon)[0]
 
 
-def _batch_norm_fwd(x, scale, bias, epsilon):  # type: ignore[no-untyped-def]
+def _batch_norm_fwd(x, scale, bias, epsilon):
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     wide = x.astype(dtype)
     mean = mean_rows(wide)
@@ -94,7 +94,7 @@ def _batch_norm_fwd(x, scale, bias, epsilon):  # type: ignore[no-untyped-def]
     return (y, mean, variance), (x, mean, root, scale)
 
 
-def _batch_norm_bwd(epsilon, residuals, cotangents):  # type: ignore[no-untyped-def]
+def _batch_norm_bwd(epsilon, residuals, cotangents):
     x, mean, root, scale = residuals
     cotangent = cotangents[0].astype(mean.dtype)
     centred = x.astype(mean.dtype) - mean
