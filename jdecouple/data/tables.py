@@ -113,8 +113,8 @@ def _columns(label: Any, texts: Any) -> Columns:
     if label is not None and not isinstance(label, str):
         raise ValueError(f"label_column is {label!r}: the name of a column is needed")
     if texts is not None:
-        listed = isinstance(texts, list | tuple) and all(isinstance(each, str) for each in texts)
-        if not listed or not texts or len({plain(each) for each in texts}) < len(texts):
+        listed = isinstance(texts, list | tuple) and all(isinstance(name, str) for name in texts)
+        if not listed or not texts or len({plain(name) for name in texts}) < len(texts):
             raise ValueError(f"text_columns is {texts!r}: different names of columns are needed")
         if label is not None and plain(label) in map(plain, texts):
             raise ValueError(f"text_columns is {texts!r}: {label!r} is label_column")
@@ -162,7 +162,7 @@ def _check_labels(table: Table) -> None:
     for label in counts:
         value = number(label) if isinstance(label, str) else label
         if value is not None and (other := written.setdefault(value, label)) is not label:
-            places = [table.place(table.labels.index(each)) for each in (other, label)]
+            places = [table.place(table.labels.index(text)) for text in (other, label)]
             raise ValueError(
                 f"labels {other!r} ({places[0]}) and {label!r} ({places[1]}) are one number: write "
                 "each label in one way"

@@ -1,7 +1,7 @@
 """Sums over leading axes, and operations whose gradients are such sums.
 
-XLA's CPU backend takes a reduction over the leading axes of an array one column at a time; as a
-product with a row of ones it is many times as fast. On other devices they are plain sums.
+On CPUs such a sum is a product with a row of ones, which XLA runs many times as fast there as a
+reduction. On other devices it is a plain sum.
 """
 
 import functools

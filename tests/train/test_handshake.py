@@ -200,6 +200,21 @@ SAID = {
 }
 
 
+def first_of(count):
+    """Process 0 waits for the others in a thread: its port, the lines that end it, the thread."""
+    port, told = free_port(), []
+
+    def wait():
+        try:
+            join(ProcessSpec(f"127.0.0.1:{port}", count, 0), patience=60)
+        except ValueError as error:
+            told.append(str(error))
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return port, told, thread
+
+
 class TestStrangers:
     def test_none_is_let_in_or_keeps_others_out(self, door):
         """The last one drips: the time is that of the whole handshake."""
@@ -272,16 +287,7 @@ class TestStrangers:
     @pytest.mark.parametrize("index", [7, 2, -1, float("inf"), True, None, "1", 1.5, [1]])
     def test_an_index_that_is_none(self, index):
         """Whoever knows the token is told, as all are."""
-        port, told = free_port(), []
-
-        def wait():
-            try:
-                join(ProcessSpec(f"127.0.0.1:{port}", 2, 0), patience=60)
-            except ValueError as error:
-                told.append(str(error))
-
-        thread = threading.Thread(target=wait)
-        thread.start()
+        port, told, thread = first_of(2)
         with connected(port) as other:
             introduce(other, shared_token(os.environ), {**HELLO, "index": index, "name": "x"})
             answer = Link(other).receive()
@@ -293,16 +299,7 @@ class TestStrangers:
 
 def test_one_that_goes_before_all_have_come():
     """The others are told, without a traceback."""
-    port, told = free_port(), []
-
-    def wait():
-        try:
-            join(ProcessSpec(f"127.0.0.1:{port}", 3, 0), patience=60)
-        except ValueError as error:
-            told.append(str(error))
-
-    thread = threading.Thread(target=wait)
-    thread.start()
+    port, told, thread = first_of(3)
     token, hello = shared_token(os.environ), {**HELLO, "num_processes": 3, "name": "x"}
     with connected(port) as first:
         introduce(first, token, hello)

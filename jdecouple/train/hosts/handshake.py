@@ -53,14 +53,14 @@ def accept(
         while (now := time.monotonic()) < end:
             until = min([end, *(its.until for its in pending.values())])
             ready = wait([server, *pending], max(0.0, until - now))
-            for connection in [each for each in (server, *pending) if each in ready]:
+            for connection in [own for own in (server, *pending) if own in ready]:
                 if connection is server:
                     _begin(server, pending)
                 elif hello := _continue(connection, pending, token):
                     connection.setblocking(True)
                     yield connection, hello
             now = time.monotonic()
-            late = [each for each, its in pending.items() if its.until <= now]
+            late = [one for one, its in pending.items() if its.until <= now]
             for connection in late or [*pending][:-_MOST]:
                 del pending[connection]
                 connection.close()
