@@ -1,6 +1,7 @@
 """Everything that is to be measured on a GPU: steps with a limit each, 8 minutes in all.
 
     bench/gpu.sh OUT [DATA]
+    bench/gpu.sh OUT DATA --steps training peers-128-tf32 --seconds 200
     TINY=1 bench/gpu.sh OUT [DATA]
 
 OUT is a folder for results, as JSON and as Markdown, of every step and of all together (`gpu.json`,
@@ -17,9 +18,11 @@ A step that fails, lacks something or runs out of time is told of, and the other
 code is then 1, unless all that went wrong is that something is not there. What does not measure
 time runs first and at once, and so does all compilation of the peers, which fills the caches.
 
-TINY makes all sizes tiny and runs on the CPU, without the limit in all.
+`--steps` takes some steps only, `--seconds` changes the limit in all. TINY makes all sizes tiny and
+runs on the CPU, without the limit in all.
 """
 
+import argparse
 import importlib.util
 import json
 import os
@@ -35,9 +38,9 @@ from typing import NamedTuple
 BENCH = Path(__file__).resolve().parent
 SECONDS, FIRST_SECONDS = 460, 200  # of all steps, and of those that measure no time
 LEAST = 5  # seconds with which a step is still begun
-AT_ONCE = 3
+AT_ONCE = 6
 # The slowest precision comes last; a segment of a large batch has fewer steps.
-PRECISIONS, STEPS_OF = ("tf32", "bfloat16", "float32"), {1024: 2, 128: 10}
+PRECISIONS, STEPS_OF = ("tf32", "bfloat16", "float32"), {1024: 3, 128: 20}
 MISSING = 77  # exit code of a step that lacks something
 
 
@@ -66,12 +69,12 @@ def peers(tiny: bool) -> list[Step]:
         sizes = ["--width=0.0625", "--projector=16-8", "--repeats=1", "--peers=eager"]
         chosen = [("float32", 4, ["vgg8", "resnet18"]), ("bfloat16", 4, ["vgg8"])]
     else:
-        sizes = ["--width=1", "--projector=2048-2048-2048", "--repeats=3", "--device=cuda"]
+        sizes = ["--width=1", "--projector=2048-2048-2048", "--repeats=5", "--device=cuda"]
         chosen = [(x, size, ["vgg8", "resnet18"]) for x in PRECISIONS for size in STEPS_OF]
     return [
         Step(
             f"peers-{batch}-{precision}",
-            60,
+            80,
             [
                 *("peers.py", *sizes, f"--steps={STEPS_OF.get(batch, 1)}", f"--batch={batch}"),
                 *(f"--precision={precision}", "--nets", *nets),
@@ -95,7 +98,7 @@ def steps(data: str, tiny: bool) -> tuple[list[Step], list[Step]]:
     ]
     first = [
         Step("correct", 90, ["gpu_correct.py"]),
-        Step("memory", 150, ["gpu_memory.py", *small]),
+        Step("memory", 150, ["gpu_memory.py", *(small or ["--batch=1024"])]),
         *([] if tiny else compiling),
     ]
     most, *others = peers(tiny)
@@ -162,15 +165,21 @@ def publish(outcomes: Sequence[Outcome], folder: Path) -> None:
     (folder / "gpu.md").write_text("\n".join(texts) + "\n")
 
 
+def parse(tiny: bool) -> argparse.Namespace:
+    names = [step.name for group in steps("", tiny) for step in group]
+    parser = argparse.ArgumentParser(prog="bench/gpu.sh", description="Measures all on a GPU.")
+    parser.add_argument("output", type=Path, help="folder for results")
+    parser.add_argument("data", nargs="?", default="", help="folder with CIFAR-10")
+    parser.add_argument("--steps", nargs="+", choices=names, default=names, metavar="STEP")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of all steps")
+    return parser.parse_args()
+
+
 def main() -> int:
-    if len(sys.argv) not in (2, 3) or sys.argv[1].startswith("-"):
-        print("error: bench/gpu.sh OUT [DATA]", file=sys.stderr)
-        return 2
-    folder, data = Path(sys.argv[1]).resolve(), sys.argv[2] if len(sys.argv) > 2 else ""
+    start, tiny = time.monotonic(), bool(os.environ.get("TINY"))
+    options, slow = parse(tiny), 20.0 if tiny else 1.0
+    folder = options.output.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    tiny = bool(os.environ.get("TINY"))
-    slow = 20.0 if tiny else 1.0
-    start = time.monotonic()
     if tiny:
         os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -178,12 +187,13 @@ def main() -> int:
         os.environ.setdefault(name, str(folder / "cache" / part))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     outcomes: list[Outcome] = []
-    plans = (1 if tiny else AT_ONCE, FIRST_SECONDS), (1, SECONDS)
-    for group, (at_once, seconds) in zip(steps(data, tiny), plans, strict=True):
+    limits = min(FIRST_SECONDS, options.seconds), options.seconds
+    plans = zip(steps(options.data, tiny), (1 if tiny else AT_ONCE, 1), limits, strict=True)
+    for group, at_once, seconds in plans:
         with ThreadPoolExecutor(at_once) as pool:
             end = start + seconds * slow
-            running = [pool.submit(run, step, folder, end, slow) for step in group]
-            for future in running:
+            wanted = [step for step in group if step.name in options.steps]
+            for future in [pool.submit(run, step, folder, end, slow) for step in wanted]:
                 outcomes.append(future.result())
                 print(told(outcomes[-1]), flush=True)
                 publish(outcomes, folder)
