@@ -9,14 +9,15 @@ OUT is a folder for results, as JSON and as Markdown, of every step and of all t
 or as the archive of its authors unpacks (`cifar-10-batches-py`). No network is used.
 
     correct     losses of the golden vectors in float32, and engines against one another
-    memory      peak of every method on ResNet-18 by the device's own statistics
-    dispatch    what a call costs the host
     training    accuracy of deinforeg and bp on CIFAR-10 after equal times
+    dispatch    what a call costs the host
+    memory      peak of every method on ResNet-18 by the device's own statistics
     peers       VGG-8 and ResNet-18 beside PyTorch, by batch and precision
 
-A step that fails, lacks something or runs out of time is told of, and the others go on; the exit
-code is then 1, unless all that went wrong is that something is not there. What does not measure
-time runs first and at once, and so does all compilation of the peers, which fills the caches.
+Steps come one after another: compilers at work beside each other took a whole H100's memory. A step
+that fails, lacks something or runs out of time is told of, and the others go on; what it measured
+so far is kept. The exit code is then 1, unless all that went wrong is that something is not there.
+Nothing compiled, 8 minutes suffice for the steps up to the first of the peers.
 
 `--steps` takes some steps only, `--seconds` changes the limit in all. TINY makes all sizes tiny and
 runs on the CPU, without the limit in all.
@@ -31,16 +32,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 BENCH = Path(__file__).resolve().parent
-SECONDS, FIRST_SECONDS = 460, 200  # of all steps, and of those that measure no time
+SECONDS = 460  # of all steps
 LEAST = 5  # seconds with which a step is still begun
-AT_ONCE = 6
-# The slowest precision comes last; a segment of a large batch has fewer steps.
-PRECISIONS, STEPS_OF = ("tf32", "bfloat16", "float32"), {1024: 3, 128: 20}
+PRECISIONS = "tf32", "bfloat16", "float32"
+STEPS_OF = {128: 20, 1024: 3}  # steps of a segment, by batch
 MISSING = 77  # exit code of a step that lacks something
 
 
@@ -51,7 +50,6 @@ class Step(NamedTuple):
     seconds: float
     words: Sequence[str]
     needs: Sequence[str] = ()  # modules
-    measures: bool = True  # has results
 
 
 class Outcome(NamedTuple):
@@ -64,17 +62,17 @@ class Outcome(NamedTuple):
 
 
 def peers(tiny: bool) -> list[Step]:
-    """The steps of the peers; large batches, of which few fit at once, between small ones."""
+    """The steps of the peers, the most telling first."""
     if tiny:
         sizes = ["--width=0.0625", "--projector=16-8", "--repeats=1", "--peers=eager"]
         chosen = [("float32", 4, ["vgg8", "resnet18"]), ("bfloat16", 4, ["vgg8"])]
     else:
         sizes = ["--width=1", "--projector=2048-2048-2048", "--repeats=5", "--device=cuda"]
-        chosen = [(x, size, ["vgg8", "resnet18"]) for x in PRECISIONS for size in STEPS_OF]
+        chosen = [(x, size, ["vgg8", "resnet18"]) for size in STEPS_OF for x in PRECISIONS]
     return [
         Step(
             f"peers-{batch}-{precision}",
-            80,
+            200,
             [
                 *("peers.py", *sizes, f"--steps={STEPS_OF.get(batch, 1)}", f"--batch={batch}"),
                 *(f"--precision={precision}", "--nets", *nets),
@@ -85,30 +83,19 @@ def peers(tiny: bool) -> list[Step]:
     ]
 
 
-def steps(data: str, tiny: bool) -> tuple[list[Step], list[Step]]:
-    """Steps that may run at once, and those that are timed."""
+def steps(data: str, tiny: bool) -> list[Step]:
+    """All steps in their order."""
     small = ["--tiny"] if tiny else []
     calls = ["--hidden=16", "--dispatch=5"] if tiny else ["--hidden=64", "--dispatch=100"]
     calls += ["--model=arrays", "--depth=2", "--batch=8", "--head=0", "--steps=4", "--repeats=2"]
     rows = ["deinforeg,K=2,together", "deinforeg,K=2,apart", "deinforeg,K=2,together,spmd"]
-    once = ["--steps=1", "--repeats=1"]
-    compiling = [
-        Step(f"compile-{step.name}", 150, [*step.words, *once], step.needs, measures=False)
-        for step in peers(tiny)
-    ]
-    first = [
-        Step("correct", 90, ["gpu_correct.py"]),
-        Step("memory", 150, ["gpu_memory.py", *(small or ["--batch=1024"])]),
-        *([] if tiny else compiling),
-    ]
-    most, *others = peers(tiny)
-    timed = [
-        most,
+    return [
+        Step("correct", 120, ["gpu_correct.py"]),
+        Step("training", 120, ["gpu_train.py", *([data] if data else []), *small]),
         Step("dispatch", 60, ["throughput.py", *calls, "--place=devices", "--rows", *rows]),
-        Step("training", 90, ["gpu_train.py", *([data] if data else []), *small]),
-        *others,
+        Step("memory", 200, ["gpu_memory.py", *(small or ["--batch=1024"])]),
+        *peers(tiny),
     ]
-    return first, timed
 
 
 def run(step: Step, folder: Path, deadline: float, slow: float) -> Outcome:
@@ -123,8 +110,7 @@ def run(step: Step, folder: Path, deadline: float, slow: float) -> Outcome:
     if limit < LEAST:
         return Outcome(step.name, "late", "not begun: no time was left", 0.0)
     script, *words = step.words
-    words += [f"--output={results}"] if step.measures else []
-    command = [sys.executable, BENCH / script, *words]
+    command = [sys.executable, BENCH / script, *words, f"--output={results}"]
     printed = results.with_suffix(".txt")
     with printed.open("w") as output:
         process = subprocess.Popen(
@@ -166,7 +152,7 @@ def publish(outcomes: Sequence[Outcome], folder: Path) -> None:
 
 
 def parse(tiny: bool) -> argparse.Namespace:
-    names = [step.name for group in steps("", tiny) for step in group]
+    names = [step.name for step in steps("", tiny)]
     parser = argparse.ArgumentParser(prog="bench/gpu.sh", description="Measures all on a GPU.")
     parser.add_argument("output", type=Path, help="folder for results")
     parser.add_argument("data", nargs="?", default="", help="folder with CIFAR-10")
@@ -187,16 +173,11 @@ def main() -> int:
         os.environ.setdefault(name, str(folder / "cache" / part))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     outcomes: list[Outcome] = []
-    limits = min(FIRST_SECONDS, options.seconds), options.seconds
-    plans = zip(steps(options.data, tiny), (1 if tiny else AT_ONCE, 1), limits, strict=True)
-    for group, at_once, seconds in plans:
-        with ThreadPoolExecutor(at_once) as pool:
-            end = start + seconds * slow
-            wanted = [step for step in group if step.name in options.steps]
-            for future in [pool.submit(run, step, folder, end, slow) for step in wanted]:
-                outcomes.append(future.result())
-                print(told(outcomes[-1]), flush=True)
-                publish(outcomes, folder)
+    for step in steps(options.data, tiny):
+        if step.name in options.steps:
+            outcomes.append(run(step, folder, start + options.seconds * slow, slow))
+            print(told(outcomes[-1]), flush=True)
+            publish(outcomes, folder)
     return int(any(outcome.state in ("failed", "late") for outcome in outcomes))
 
 

@@ -98,11 +98,13 @@ def main() -> int:
         print(json.dumps(measure(options.one, options)))
         return 0
     words = [f"--{x}={getattr(options, x)}" for x in ("width", "batch", "stages")]
+    results: list[dict[str, Any]] = []
     with ThreadPoolExecutor(options.at_once) as pool:
-        results = list(pool.map(lambda name: in_process(name, words), options.methods))
-    kinds = [x["device"] for x in results if "device" in x][:1]
-    text = f"ResNet-18, {' '.join(words)}\n\n{runner.columns(COLUMNS, results)}"
-    runner.publish(runner.describe(devices=kinds), text, options.output, results=results)
+        for result in pool.map(lambda name: in_process(name, words), options.methods):
+            results.append(result)  # published at once, as this process may be stopped
+            kinds = [x["device"] for x in results if "device" in x][:1]
+            text = f"ResNet-18, {' '.join(words)}\n\n{runner.columns(COLUMNS, results)}"
+            runner.publish(runner.describe(devices=kinds), text, options.output, results=results)
     if failed := [f"{x['method']}: {x['error']}" for x in results if "error" in x]:
         print("; ".join(failed), file=sys.stderr)
     return int(bool(failed))

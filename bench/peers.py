@@ -24,6 +24,7 @@ Needs PyTorch: pip install 'jdecouple[bench]'.
 """
 
 import functools
+import itertools
 import os
 import re
 import sys
@@ -210,14 +211,11 @@ def main() -> int:
     configure(device, options["threads"], options["precision"])
     setup = runner.describe(devices=[jax.devices()[0].device_kind])
     setup["versions"]["torch"] = metadata.version("torch")
-    results = [
-        result
-        for name in options["nets"]
-        for method in options["methods"]
-        for result in measure(name, method, options)
-    ]
-    text = f"{runner.options_line(options, 'peers.py')}\n{runner.columns(COLUMNS, results)}"
-    runner.publish(setup, text, output, options=options, results=results)
+    results: list[dict[str, Any]] = []
+    for name, method in itertools.product(options["nets"], options["methods"]):
+        results += measure(name, method, options)
+        text = f"{runner.options_line(options, 'peers.py')}\n{runner.columns(COLUMNS, results)}"
+        runner.publish(setup, text, output, options=options, results=results)
     if agree(results, tolerance):
         return 0
     print("the first losses differ: the set-ups do not do the same work", file=sys.stderr)
