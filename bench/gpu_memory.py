@@ -47,7 +47,7 @@ def measure(name: str, options: Namespace) -> dict[str, Any]:
         mesh=jd.make_mesh(devices=jax.devices()[:1]),
         example=batch,
         num_classes=worker.NUM_CLASSES,
-        remat=name == REMAT,
+        remat="stages" if name == REMAT else "auto",
     )
     training = worker.Repeated(trainer, batch)
     training.run(STEPS)

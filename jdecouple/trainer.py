@@ -78,7 +78,7 @@ class Trainer:
         transform: Transform | None = None,
         dtype: Any = None,
         clip_norm: float | None = None,
-        remat: bool | Sequence[bool] = False,
+        remat: str | Sequence[str] = "auto",
         fuse: bool | None = None,
         max_in_flight: int | None = None,
         engine: str = "mpmd",
@@ -106,8 +106,10 @@ class Trainer:
                 statistics and losses keep theirs. None leaves everything as it is.
             clip_norm: bound on the norm of the gradient of all blocks (synchronous methods; for
                 others, `optax.clip_by_global_norm` in the optimizer clips each block).
-            remat: keep the input of a stage alone, and repeat its forward in the backward; or a
-                bool for every stage.
+            remat: what a forward keeps for its backward: "none" (all that differentiation asks
+                for), "elementwise" (results of products and convolutions), "blocks" or "stages"
+                (inputs), "offload" (as "elementwise", on the host); or one of these a stage.
+                "auto" is "elementwise" where activations wait, "none" elsewhere.
             fuse: compile all stages into one call; by default where they share their devices.
             max_in_flight: batches, or lists of them, that may be unfinished; by default 2K.
             engine: "mpmd" compiles calls for every stage; "spmd" one program for all, which needs

@@ -24,6 +24,7 @@ from flax import nnx
 
 from jdecouple._errors import require_number, require_one_of
 from jdecouple.models import rows
+from jdecouple.models.kept import keep, keep_small
 
 INITS = ("flax", "torch", "he")
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -57,7 +58,7 @@ class Linear(nnx.Linear):
 
     def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]
         """`[..., in_features] -> [..., out_features]`."""
-        y = x.reshape(-1, x.shape[-1]) @ self.kernel[...]
+        y = keep(x.reshape(-1, x.shape[-1]) @ self.kernel[...])
         return _add_bias(y, self.bias).reshape(*x.shape[:-1], -1)
 
 
@@ -72,7 +73,7 @@ class Conv(nnx.Conv):
         y = jax.lax.conv_general_dilated(
             x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
-        return _add_bias(y, self.bias)
+        return _add_bias(keep(y), self.bias)
 
 
 def _add_bias(y: jax.Array, bias: nnx.Param | None) -> jax.Array:
@@ -253,7 +254,7 @@ def _max_pool_fwd(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     for number, corner in enumerate(others, start=1):
         first = jnp.where(corner > largest, jnp.uint8(number), first)
         largest = jnp.maximum(largest, corner)
-    return largest, first
+    return largest, keep_small(first)
 
 
 def _max_pool_bwd(first: jax.Array, cotangent: jax.Array) -> tuple[jax.Array]:

@@ -9,6 +9,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from jdecouple.models.kept import keep_small
+
 
 @jax.custom_vjp
 def sum_rows(x: jax.Array) -> jax.Array:
@@ -88,7 +90,7 @@ def _batch_norm_fwd(x, scale, bias, epsilon):
     wide = x.astype(dtype)
     mean = mean_rows(wide)
     variance = jnp.maximum(mean_rows(wide * wide) - mean * mean, 0)
-    root = jax.lax.rsqrt(variance + epsilon)
+    mean, root = keep_small(mean), keep_small(jax.lax.rsqrt(variance + epsilon))
     factor = scale * root
     y = (wide * factor + (bias - mean * factor)).astype(jnp.result_type(x, scale))
     return (y, mean, variance), (x, mean, root, scale)

@@ -13,7 +13,7 @@ from flax import nnx
 from jdecouple._errors import first_line, require_int, require_number, require_type
 from jdecouple.methods import Method
 from jdecouple.methods.objectives import BlockInfo
-from jdecouple.methods.routes import Carry, Route, Stage, Synchronous, Unit
+from jdecouple.methods.routes import REMATS, Carry, Route, Stage, Synchronous, Unit
 from jdecouple.methods.routes.stage import Transform
 from jdecouple.models import Model
 from jdecouple.pipeline.partition import balance, check_boundaries, check_num_stages
@@ -210,13 +210,39 @@ def _check_update(optimizer: optax.GradientTransformation, units: Sequence[Unit]
             ) from error
 
 
+def _remats(remat: Any, method: Method, num_stages: int) -> list[str]:
+    """What every stage keeps, from what the user asks for."""
+    allowed = ("auto", *REMATS)
+    asked = [remat] * num_stages if isinstance(remat, str) else remat
+    if not isinstance(asked, list | tuple) or not all(value in allowed for value in asked):
+        raise ValueError(
+            f"remat is {remat!r}: {', '.join(allowed)} are allowed, or one of them a stage"
+        )
+    if len(asked) != num_stages:
+        raise ValueError(
+            f"remat has {len(asked)} entries: one is needed for each of {num_stages} stages"
+        )
+    route = method.route
+    chosen = [
+        route.automatic_remat(k, num_stages) if value == "auto" else value
+        for k, value in enumerate(asked)
+    ]
+    for k, value in enumerate(chosen[:-1]):
+        if value not in route.remats:
+            raise ValueError(
+                f"remat is {value!r} in stage {k}, whose activations wait for {method.name}: "
+                f"{', '.join(route.remats)} are allowed"
+            )
+    return chosen
+
+
 def build_stages(
     built: BuiltModel,
     method: Method,
     boundaries: Sequence[int],
     received: Carry,
     optimizer: optax.GradientTransformation | optax.MultiSteps,
-    remat: bool | Sequence[bool],
+    remat: str | Sequence[str],
     clip_norm: float | None,
     **common: Any,
 ) -> tuple[Stage, ...]:
@@ -235,13 +261,7 @@ def build_stages(
     require_type(optax.GradientTransformation, optimizer=optimizer)
     _check_update(optimizer, built.units)
     num_stages = len(boundaries)
-    remats = [remat] * num_stages if isinstance(remat, bool) else remat
-    if not isinstance(remats, Sequence) or not all(isinstance(each, bool) for each in remats):
-        raise ValueError(f"remat is {remat!r}: True or False is needed, or one of them a stage")
-    if len(remats) != num_stages:
-        raise ValueError(
-            f"remat has {len(remats)} entries: one is needed for each of {num_stages} stages"
-        )
+    remats = _remats(remat, method, num_stages)
     if clip_norm is not None:
         require_number(positive=True, clip_norm=clip_norm)
         if not isinstance(method.route, Synchronous):

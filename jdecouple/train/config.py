@@ -112,7 +112,7 @@ def default() -> ConfigDict:
             "sufficient_direction": False,  # measure it with every line of the log (fr)
             "dtype": "float32",
             "clip_norm": placeholder(float),  # bound on the gradient's norm (synchronous methods)
-            "remat": False,  # keep inputs of stages alone, repeat the forward in the backward
+            "remat": "auto",  # what a forward keeps: none, elementwise, blocks, stages, offload
             "seed": 0,
         }
     ).lock()

@@ -1,9 +1,10 @@
 """What the stages of delayed methods keep in memory: live buffers, counted.
 
-A stage of FDG holds 2(K-1-k) linearisations (activations, and weights of forward time), one of DDG
-K-1-k, and one of Features Replay K-1-k inputs.
+A stage of FDG holds 2(K-1-k) linearisations (inputs, results of products, and weights of forward
+time), one of DDG K-1-k, and one of Features Replay K-1-k inputs.
 """
 
+import functools
 import gc
 from typing import Any
 
@@ -47,13 +48,14 @@ class Block(nnx.Module):
         return nnx.tanh(self.second(nnx.tanh(self.first(x))))
 
 
-def trainer(name: str, **options: Any) -> jd.Trainer:
+def trainer(name: str, remat: str = "auto", **options: Any) -> jd.Trainer:
     rngs = nnx.Rngs(0)
     model = jd.Model([Block(rngs) for _ in range(STAGES)], nnx.Linear(WIDTH, 3, rngs=rngs))
     method = nets.method(name, **options)
     # Not the default device, on which other arrays of the tests live.
     mesh = jd.make_mesh(STAGES, devices=jax.devices()[1:])
-    return jd.Trainer(model, method, jd.optim.sgd(0.1), mesh=mesh, example=DATA[0])
+    optimizer = jd.optim.sgd(0.1)
+    return jd.Trainer(model, method, optimizer, mesh=mesh, example=DATA[0], remat=remat)
 
 
 def size(tree: Any) -> int:
@@ -64,6 +66,7 @@ def linearization(*, first: bool) -> int:
     """Bytes that the backward of one block needs, by JAX's differentiation outside the engine."""
     definition, params = nnx.split(Block(nnx.Rngs(0)))
 
+    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable)
     def run(params, x):
         return nnx.merge(definition, params)(x)
 
@@ -101,11 +104,19 @@ def test_a_stage_holds_what_the_formula_says(name):
 
 def test_current_weights_are_not_kept():
     """Of a linearisation only the activations wait; the weights are those of the moment."""
-    states = [trainer("fdg", current_weights=flag).init() for flag in (False, True)]
+    states = [trainer("fdg", "none", current_weights=flag).init() for flag in (False, True)]
     for k in range(STAGES - 1):
         kept, current = (size(state.stages[k]["queues"]["residuals"]) for state in states)
         matrices = (1 if k == 0 else 2) * WIDTH * WIDTH * 4
         assert kept - current == HELD["fdg"](k) * matrices
+
+
+@pytest.mark.parametrize(
+    ("remat", "options"), [("stages", {"current_weights": True}), ("offload", {})]
+)
+def test_what_cannot_wait_in_a_queue(remat, options):
+    told = f"remat is '{remat}' in stage 0", "wait for fdg", "none"
+    nets.assert_clear(ValueError, told, lambda: trainer("fdg", remat, **options))
 
 
 def test_constants_are_not_kept():
@@ -114,7 +125,12 @@ def test_constants_are_not_kept():
     blocks = [nnx.Sequential(nnx.Linear(WIDTH, WIDTH, rngs=rngs), nnx.relu) for _ in range(STAGES)]
     model = jd.Model(blocks, nnx.Linear(WIDTH, 3, rngs=rngs))
     trained = jd.Trainer(
-        model, nets.method("fdg"), jd.optim.sgd(0.1), num_stages=STAGES, example=DATA[0]
+        model,
+        nets.method("fdg"),
+        jd.optim.sgd(0.1),
+        num_stages=STAGES,
+        example=DATA[0],
+        remat="none",
     )
     (first, *_) = trained.init().stages[1]["queues"]["residuals"]
     kinds = sorted((str(leaf.dtype), leaf.shape) for leaf in first)

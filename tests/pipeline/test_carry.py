@@ -88,10 +88,10 @@ def assert_equal(found: tuple, wanted: tuple) -> None:
 @pytest.mark.parametrize(
     ("stages", "remat"),
     [
-        (2, False),
-        (4, True),
-        pytest.param(2, True, marks=pytest.mark.slow),
-        pytest.param(4, False, marks=pytest.mark.slow),
+        (2, "none"),
+        (4, "stages"),
+        pytest.param(2, "blocks", marks=pytest.mark.slow),
+        pytest.param(4, "elementwise", marks=pytest.mark.slow),
     ],
 )
 def test_stages_apart_equal_one_stage(name, stages, remat):

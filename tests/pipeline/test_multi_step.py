@@ -114,7 +114,7 @@ def test_fused_stages_are_those_of_single_steps(name):
         pytest.param("bp", 1, {"fuse": False}, marks=pytest.mark.slow),
         pytest.param("fdg", 1, {"fuse": False}, marks=pytest.mark.slow),
         ("scpl", 2, {"fuse": False, "microbatches": 2}),
-        pytest.param("scpl", 2, {"remat": True}, marks=pytest.mark.slow),
+        pytest.param("scpl", 2, {"remat": "stages"}, marks=pytest.mark.slow),
     ],
     ids=["clipped gpipe", "one stage", "one stage of fdg", "microbatches", "rematerialised"],
 )

@@ -87,7 +87,7 @@ def test_a_delayed_method_with_one_stage_is_backpropagation(name):
 @SLOW
 def test_remat_and_microbatches_carry_sequences():
     wanted = reference("bp", "transformer")
-    for options in ({"remat": True}, {"microbatches": 2, "schedule": "gpipe"}):
+    for options in ({"remat": "stages"}, {"microbatches": 2, "schedule": "gpipe"}):
         found = run(build("bp", "transformer", 2, **options), "transformer")
         assert nets.largest_error(found[0], wanted[0]) < 1e-12
 

@@ -97,7 +97,7 @@ def test_more_stages_than_device_groups():
 
 
 @pytest.mark.parametrize(
-    "options", [{"clip_norm": 2.0}, pytest.param({"remat": True}, marks=pytest.mark.slow)]
+    "options", [{"clip_norm": 2.0}, pytest.param({"remat": "stages"}, marks=pytest.mark.slow)]
 )
 def test_options_of_the_synchronous_route(options):
     check("bp", "dropout", 2, 1, 5, microbatches=2, **options)
@@ -111,7 +111,7 @@ def test_options_of_the_synchronous_route(options):
 
 @pytest.mark.slow
 def test_rematerialised_stages_of_a_local_route():
-    check("deinforeg", "dropout", 2, 1, 5, remat=(True, False), boundaries=(2,))
+    check("deinforeg", "dropout", 2, 1, 5, remat=("stages", "none"), boundaries=(2,))
 
 
 # --- The state -----------------------------------------------------------------------------------
@@ -257,7 +257,7 @@ def test_metrics_are_scalars_of_a_step_and_arrays_of_a_list():
 def test_weights_are_kept_once_for_all_ticks():
     """And with `remat` activations inside a stage not at all."""
     kept = []
-    for remat in (False, True):
+    for remat in ("none", "stages"):
         trainer = build("bp", "mlp", 2, microbatches=4, remat=remat)
         carries = trainer.put(setting("mlp")[1][0]).parts
         states = trainer.init().stages.arrays

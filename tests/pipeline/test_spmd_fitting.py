@@ -99,7 +99,7 @@ def test_other_blocks_are_named(make, words):
         ({"schedule": "1f1b"}, ("gpipe", "1f1b")),
         ({"schedule": "sequential"}, ("gpipe", "sequential")),
         ({"fuse": False}, ("fuse=False",)),
-        ({"remat": (True, False)}, ("all", "[True, False]")),
+        ({"remat": ("stages", "none")}, ("all", "['stages', 'none']")),
         ({"mesh": jd.make_mesh(replicas=(2, 1))}, ("replicas", "2, 1")),
         ({"engine": "fast"}, ("fast", "mpmd, spmd, auto")),
         ({"mesh": jd.pipeline.StageMesh(((ONE,), (OTHER,), (ONE,)))}, ("row of devices",)),

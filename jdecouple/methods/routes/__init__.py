@@ -2,12 +2,14 @@
 
 from jdecouple.methods.routes.delayed import Delayed
 from jdecouple.methods.routes.local import Local
+from jdecouple.methods.routes.remat import REMATS, repeated
 from jdecouple.methods.routes.route import Route, Staleness
 from jdecouple.methods.routes.stage import Accumulated, Metrics, Stage, StageState, add
 from jdecouple.methods.routes.synchronous import Synchronous
 from jdecouple.methods.routes.unit import Carry, Unit
 
 __all__ = [
+    "REMATS",
     "Accumulated",
     "Carry",
     "Delayed",
@@ -20,4 +22,5 @@ __all__ = [
     "Synchronous",
     "Unit",
     "add",
+    "repeated",
 ]

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from jdecouple._errors import require_int, require_number
+from jdecouple.methods.routes.remat import REMATS
 from jdecouple.methods.routes.route import Forward, Route, Staleness
 from jdecouple.methods.routes.stage import Stage, StageState
 from jdecouple.methods.routes.synchronous import linearize, pull_back
@@ -107,6 +108,18 @@ class Delayed(Route):
         if self.beta != 1:
             cotangent = jax.tree.map(lambda leaf: self.beta * leaf, cotangent)
         return pull_back(linearized, cotangent)
+
+    @property
+    def remats(self) -> tuple[str, ...]:
+        """A queue is on the device, and with current weights activations cannot be repeated."""
+        if self.replay:
+            return REMATS
+        return ("none",) if self.current_weights else ("none", "elementwise", "blocks", "stages")
+
+    def automatic_remat(self, stage: int, num_stages: int) -> str:
+        """Activations wait in a queue, with the weights of their time to repeat others by."""
+        waits = stage < num_stages - 1 and not self.replay and not self.current_weights
+        return "elementwise" if waits else "none"
 
     def optimizer(
         self, stage: int, optimizer: optax.GradientTransformation

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from jdecouple.methods.routes.remat import repeated
 from jdecouple.methods.routes.route import Forward, Route
 from jdecouple.methods.routes.stage import (
     Metrics,
@@ -40,8 +41,8 @@ class Local(Route):
                 outputs = unit.train(params, stats, carry, stage.key(unit, step_id))
                 return outputs[1].loss, outputs
 
-            if stage.remat:
-                loss = jax.checkpoint(loss)
+            if stage.remat != "none":
+                loss = repeated(loss, stage.remat)
             _, pullback, (features, output, new_stats) = jax.vjp(loss, params, has_aux=True)
             moved.append(new_stats)
             residuals.append((pullback, output.loss))

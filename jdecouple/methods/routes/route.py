@@ -6,6 +6,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import optax
 
+from jdecouple.methods.routes.remat import REMATS
 from jdecouple.methods.routes.stage import Metrics, Stage, StageState
 from jdecouple.methods.routes.unit import Carry
 
@@ -59,6 +60,15 @@ class Route(abc.ABC):
         on the last stage), `step_id` is [batch, microbatch] of the forward. Returns gradients of
         the units' parameters, and the error for the stage below.
         """
+
+    @property
+    def remats(self) -> tuple[str, ...]:
+        """What a forward whose backward is to come may keep."""
+        return REMATS
+
+    def automatic_remat(self, stage: int, num_stages: int) -> str:
+        """The one of `REMATS` that stage number `stage` has unless another is asked for."""
+        return "none"
 
     def optimizer(
         self, stage: int, optimizer: optax.GradientTransformation

@@ -38,7 +38,7 @@ class Stage:
         num_microbatches: M; gradients and metrics are means over it.
         transform: augmentation, run by the first stage alone.
         clip_norm: bound on the norm of the gradient of all stages together; None clips nothing.
-        remat: whether a forward keeps its input alone, and the backward repeats it.
+        remat: what a forward keeps for its backward, one of `REMATS`.
         carry: shapes of the carry that the stage receives, one microbatch.
     """
 
@@ -50,13 +50,26 @@ class Stage:
     num_microbatches: int
     transform: Transform | None
     clip_norm: float | None
-    remat: bool
+    remat: str
     carry: Carry
 
     @property
     def is_last(self) -> bool:
         """Whether the model ends here."""
         return self.index == self.num_stages - 1
+
+    def parts(self) -> list["Stage"]:
+        """A stage for every unit, as if each lived alone."""
+        last = [unit is self.units[-1] and self.is_last for unit in self.units]
+        return [
+            dataclasses.replace(
+                self,
+                index=unit.index,
+                num_stages=unit.index + (1 if is_last else 2),
+                units=(unit,),
+            )
+            for unit, is_last in zip(self.units, last, strict=True)
+        ]
 
     def initial(self) -> StageState:
         """Fresh state: weights of the modules, optimiser states of the units."""

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from jdecouple.methods.routes.remat import repeated
 from jdecouple.methods.routes.route import Forward, Route
 from jdecouple.methods.routes.stage import (
     Metrics,
@@ -27,6 +28,10 @@ class Synchronous(Route):
     """
 
     schedules: ClassVar[tuple[str, ...]] = ("sequential", "gpipe", "1f1b", "interleaved_1f1b")
+
+    def automatic_remat(self, stage: int, num_stages: int) -> str:
+        """Residuals wait, while later blocks and microbatches go forward, in every stage."""
+        return "elementwise"
 
     def forward(self, stage: Stage, state: StageState, carry: Carry, step_id: jax.Array) -> Forward:
         """Forward of the whole stage; the residuals hold its vector-Jacobian product."""
@@ -52,7 +57,8 @@ def advance(
     metrics: Metrics = {}
     for unit, unit_params, unit_stats in zip(stage.units, params, stats, strict=True):
         key = stage.key(unit, step_id)
-        features, output, new_stats = unit.train(unit_params, unit_stats, carry, key)
+        train = repeated(unit.train, "blocks") if stage.remat == "blocks" else unit.train
+        features, output, new_stats = train(unit_params, unit_stats, carry, key)
         moved.append(new_stats)
         if output is not None:
             loss = loss + output.loss
@@ -72,8 +78,8 @@ def linearize(
         sent, loss, stats, metrics = advance(stage, params, state["stats"], received, step_id)
         return (None if stage.is_last else sent["x"], loss), (stats, metrics, sent)
 
-    if stage.remat:
-        run = jax.checkpoint(run)
+    if stage.remat not in ("none", "blocks"):
+        run = repeated(run, stage.remat)
     if stage.index:
         result = jax.vjp(run, state["params"], carry["x"], has_aux=True)
     else:  # the input of the model, which may be integers, gets no gradient

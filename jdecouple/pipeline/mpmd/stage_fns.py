@@ -6,10 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jdecouple.methods.routes import Accumulated, Carry, Route, Stage, StageState, add
+from jdecouple.methods.routes import Accumulated, Carry, Metrics, Route, Stage, StageState, add
 from jdecouple.pipeline.mesh import StageDevices, jit
 from jdecouple.pipeline.transfer import pack, unpack
 from jdecouple.schedules import Call, Kind
+
+TRAINING = (Kind.FORWARD, Kind.BACKWARD, Kind.STEP)
 
 
 def stage_step(
@@ -42,6 +44,25 @@ def stage_step(
     Returns:
         What changed: "state", "accumulated", "residuals", "carry", "cotangent", "metrics".
     """
+    if route.local and kinds == TRAINING and accumulated is None:
+        return _in_turn(stage, route, state, carry, step_ids)
+    return _stage_step(
+        stage, route, kinds, state, accumulated, residuals, carry, cotangent, step_ids, squared_norm
+    )
+
+
+def _stage_step(
+    stage: Stage,
+    route: Route,
+    kinds: tuple[Kind, ...],
+    state: StageState,
+    accumulated: Accumulated | None,
+    residuals: Any,
+    carry: Any,
+    cotangent: Any,
+    step_ids: jax.Array,
+    squared_norm: jax.Array | None = None,
+) -> dict[str, Any]:
     out: dict[str, Any] = {}
     gradients: Any
     sums: Any
@@ -71,6 +92,46 @@ def stage_step(
     if stage.is_last:
         out.pop("carry", None)
     return out
+
+
+def _in_turn(
+    stage: Stage, route: Route, state: StageState, carry: Any, step_ids: jax.Array
+) -> dict[str, Any]:
+    """Forward, backward and step of one unit after the other.
+
+    What a unit keeps is free again before the next begins.
+    """
+    units, shared = ("params", "stats", "opt"), {k: v for k, v in state.items() if k == "since"}
+    changed: dict[str, list] = {name: [] for name in units}
+    metrics: Metrics = {}
+    for number, part in enumerate(stage.parts()):
+        own = {name: (state[name][number],) for name in units}
+        out = _stage_step(
+            part, route, TRAINING, {**shared, **own}, None, None, carry, None, step_ids
+        )
+        for name in units:
+            changed[name] += out["state"][name]
+        metrics |= out["metrics"]
+        if "carry" in out:
+            carry = after(out["state"], out["carry"])
+    result = {"state": {**shared, **{k: tuple(v) for k, v in changed.items()}}, "metrics": metrics}
+    return result if stage.is_last else {**result, "carry": carry}
+
+
+def after(first: Any, tree: Any) -> Any:
+    """`tree`, which the compiler can use once all of `first` is computed.
+
+    It has to be told by data: an `optimization_barrier` is gone before XLA orders operations.
+    """
+    signs = [
+        jax.lax.bitcast_convert_type(leaf.ravel()[0].astype(jnp.float32), jnp.uint32) >> 31
+        for leaf in jax.tree.leaves(first)
+        if leaf.size and jnp.issubdtype(leaf.dtype, jnp.floating)
+    ]
+    if not signs:
+        return tree
+    never = sum(signs) > len(signs)
+    return jax.tree.map(lambda leaf: jnp.where(never, jnp.zeros_like(leaf), leaf), tree)
 
 
 def _if_exists(step_id: jax.Array, state: StageState, new: Any, old: Any) -> Any:

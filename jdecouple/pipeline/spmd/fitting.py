@@ -60,9 +60,7 @@ def _misfit(
         return f"is always one call: given fuse={fuse}"
     remat = [stage.remat for stage in stages]
     if not route.local and len(set(remat)) > 1:
-        return (
-            f"repeats the forwards of all stages of {schedule_of(route)} or of none: given {remat}"
-        )
+        return f"keeps the same of all stages of {schedule_of(route)}: given remat {remat}"
     if not all(placement.fully_addressable for placement in placements):
         return "needs all devices in one process"
     groups = list(dict.fromkeys(placement.devices for placement in placements))

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jdecouple.methods.routes import Carry, Metrics, Route
+from jdecouple.methods.routes import Carry, Metrics, Route, repeated
 from jdecouple.pipeline.mesh import jit
 from jdecouple.pipeline.spmd.device_group import DeviceGroup, Slots
 from jdecouple.pipeline.spmd.sharded_state import Arrays, Layout
@@ -189,9 +189,7 @@ class Program:
 
         # Without remat this keeps what would be kept anyhow; but the weights once, instead of a
         # copy for every tick.
-        everything = jax.checkpoint_policies.everything_saveable
-        policy = None if self._layout.stages[0].remat else everything
-        one = jax.checkpoint(one, policy=policy, prevent_cse=False)
+        one = repeated(one, self._layout.stages[0].remat, prevent_cse=False)
 
         def tick(loop: tuple, time: jax.Array) -> tuple:
             stats, received, total, sums = loop
