@@ -124,8 +124,9 @@ class SufficientDirection:
             _, _, linearized, carry = linearize(stage, state, carry, step_id)
             linearizations.append(linearized)
         error = None
-        for linearized in reversed(linearizations[index:]):
-            gradients, error = pull_back(linearized, error)
+        pairs = [*zip(self._stages, linearizations, strict=True)]
+        for stage, linearized in reversed(pairs[index:]):
+            gradients, error = pull_back(stage, linearized, error)
         return gradients
 
 

@@ -208,20 +208,22 @@ class TestDelayed:
 
 @pytest.mark.slow
 def test_stopped_by_signals(tmp_path):
-    longer, total = {"epochs": 9}, 3 * TOTAL  # a signal may come some steps late
-    for number, step in ((signal.SIGTERM, 5), (signal.SIGINT, 14), (signal.SIGHUP, 20)):
-        run = server().start(*arguments(tmp_path, **longer))
+    numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # pytest under nohup, as are its runs
+        numbers.pop()
+    for number, step in zip(numbers, (5, 14, 20), strict=False):
+        run = server().start(*arguments(tmp_path))
         runs.wait_for(lambda step=step: reached(step)(tmp_path), run)
         run.signal(number)
         assert run.wait().returncode == 0, run.stderr
         stopped = latest(tmp_path)
-        assert step <= stopped < total
-        assert f"stopped at step {stopped} of {total}" in run.stdout
+        assert step <= stopped < TOTAL
+        assert f"stopped at step {stopped} of {TOTAL}" in run.stdout
         assert "the same command continues" in run.stdout
         assert max(line["step"] for line in lines(tmp_path)) == stopped
         assert (tmp_path / "curves.png").is_file()
-    assert f"continuing from step {stopped} of {total}" in go_on(tmp_path, **longer).stdout
-    assert_same_run(tmp_path, finished(**longer))
+    assert f"continuing from step {stopped} of {TOTAL}" in go_on(tmp_path).stdout
+    assert_same_run(tmp_path, finished())
 
 
 def truncate(checkpoint: Path) -> None:

@@ -2,6 +2,7 @@
 
 from jdecouple.methods.routes.delayed import Delayed
 from jdecouple.methods.routes.local import Local
+from jdecouple.methods.routes.ordering import after
 from jdecouple.methods.routes.remat import REMATS, repeated
 from jdecouple.methods.routes.route import Route, Staleness
 from jdecouple.methods.routes.stage import Accumulated, Metrics, Stage, StageState, add
@@ -22,5 +23,6 @@ __all__ = [
     "Synchronous",
     "Unit",
     "add",
+    "after",
     "repeated",
 ]

@@ -100,14 +100,14 @@ class Delayed(Route):
     ) -> tuple[Any, Any]:
         """Pulls a late error back, and adds the stage's own losses if it has any."""
         if stage.is_last:
-            return pull_back(residuals, None)
+            return pull_back(stage, residuals, None)
         if self.replay:
             linearized = linearize(stage, state, residuals, step_id)[2]
         else:
             linearized = self._restored(stage, state, residuals)
         if self.beta != 1:
             cotangent = jax.tree.map(lambda leaf: self.beta * leaf, cotangent)
-        return pull_back(linearized, cotangent)
+        return pull_back(stage, linearized, cotangent)
 
     @property
     def remats(self) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from jdecouple.methods.routes.ordering import after
 from jdecouple.methods.routes.remat import repeated
 from jdecouple.methods.routes.route import Forward, Route
 from jdecouple.methods.routes.stage import (
@@ -55,4 +56,9 @@ class Local(Route):
         self, stage: Stage, state: StageState, residuals: Any, cotangent: Any, step_id: jax.Array
     ) -> tuple[Any, Any]:
         """Gradient of every unit's own loss; nothing is sent back."""
-        return tuple(pullback(jnp.ones_like(loss))[0] for pullback, loss in residuals), None
+        gradients = []
+        for pullback, loss in residuals:
+            if stage.remat != "none":
+                pullback = after(loss, pullback)
+            gradients.append(pullback(jnp.ones_like(loss))[0])
+        return tuple(gradients), None

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from jdecouple.methods.routes.ordering import after
 from jdecouple.methods.routes.remat import repeated
 from jdecouple.methods.routes.route import Forward, Route
 from jdecouple.methods.routes.stage import (
@@ -41,7 +42,7 @@ class Synchronous(Route):
         self, stage: Stage, state: StageState, residuals: Any, cotangent: Any, step_id: jax.Array
     ) -> tuple[Any, Any]:
         """Pulls the error of the stage above, and of the stage's own losses, back."""
-        return pull_back(residuals, cotangent)
+        return pull_back(stage, residuals, cotangent)
 
 
 def advance(
@@ -89,8 +90,12 @@ def linearize(
     return stats, metrics, (pullback, loss), sent
 
 
-def pull_back(linearized: tuple[Callable, jax.Array], cotangent: Any) -> tuple[Any, Any]:
+def pull_back(
+    stage: Stage, linearized: tuple[Callable, jax.Array], cotangent: Any
+) -> tuple[Any, Any]:
     """Gradients of the units' parameters, and of the input (None on the first stage)."""
     pullback, loss = linearized
+    if stage.remat != "none":  # what is repeated must not be kept from the forward instead
+        pullback = after((cotangent, loss), pullback)
     gradients, *back = pullback((cotangent, jnp.ones_like(loss)))
     return gradients, back[0] if back else None

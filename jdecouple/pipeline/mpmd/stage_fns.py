@@ -6,7 +6,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jdecouple.methods.routes import Accumulated, Carry, Metrics, Route, Stage, StageState, add
+from jdecouple.methods.routes import (
+    Accumulated,
+    Carry,
+    Metrics,
+    Route,
+    Stage,
+    StageState,
+    add,
+    after,
+)
 from jdecouple.pipeline.mesh import StageDevices, jit
 from jdecouple.pipeline.transfer import pack, unpack
 from jdecouple.schedules import Call, Kind
@@ -116,22 +125,6 @@ def _in_turn(
             carry = after(out["state"], out["carry"])
     result = {"state": {**shared, **{k: tuple(v) for k, v in changed.items()}}, "metrics": metrics}
     return result if stage.is_last else {**result, "carry": carry}
-
-
-def after(first: Any, tree: Any) -> Any:
-    """`tree`, which the compiler can use once all of `first` is computed.
-
-    It has to be told by data: an `optimization_barrier` is gone before XLA orders operations.
-    """
-    signs = [
-        jax.lax.bitcast_convert_type(leaf.ravel()[0].astype(jnp.float32), jnp.uint32) >> 31
-        for leaf in jax.tree.leaves(first)
-        if leaf.size and jnp.issubdtype(leaf.dtype, jnp.floating)
-    ]
-    if not signs:
-        return tree
-    never = sum(signs) > len(signs)
-    return jax.tree.map(lambda leaf: jnp.where(never, jnp.zeros_like(leaf), leaf), tree)
 
 
 def _if_exists(step_id: jax.Array, state: StageState, new: Any, old: Any) -> Any:
