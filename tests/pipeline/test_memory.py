@@ -1,0 +1,75 @@
+"""Temporary memory of compiled steps, by XLA's own count."""
+
+import functools
+from typing import Any
+
+import jax
+import nets
+import numpy as np
+import pytest
+from flax import nnx
+
+import jdecouple as jd
+from jdecouple.methods.routes.ordering import after
+
+BATCH = 32
+IMAGES = {
+    "x": np.random.default_rng(0).normal(size=(BATCH, 16, 16, 3)).astype(np.float32),
+    "label": np.arange(BATCH, dtype=np.int32) % 10,
+}
+BLOCKS = "8,8,8,M|16,16|16,16|16,16"
+
+
+@functools.cache
+def temporaries(name: str, **options: Any) -> list[int]:
+    """Bytes of every compiled call of a step beside what it takes and gives."""
+    trainer = jd.Trainer(
+        jd.models.vgg(10, blocks=BLOCKS, image_size=16, rngs=nnx.Rngs(0)),
+        nets.method(name),
+        jd.optim.sgd(0.1, momentum=0.9),
+        mesh=jd.make_mesh(devices=jax.devices()[:1]),
+        example=IMAGES,
+        **options,
+    )
+    executor, state = trainer._engine._executor, trainer.init()
+    parts = trainer.put(IMAGES).parts
+    ids = executor.step_ids(executor.calls, 0)
+    if executor.fuse:
+        lowered = [executor._fused.lower(tuple(state.stages), dict(EMPTY), parts, ids)]
+    else:
+        carries = [parts[0], *(stage.carry for stage in trainer.stages[1:])]
+        calls = zip(executor.calls, state.stages, carries, strict=True)
+        lowered = [
+            executor._compiled[call.stage, call.kinds].lower(
+                own, None, None, carry, None, ids[:3], None
+            )
+            for call, own, carry in calls
+        ]
+    return [call.compile().memory_analysis().temp_size_in_bytes for call in lowered]
+
+
+EMPTY: dict[str, dict] = {"carries": {}, "residuals": {}, "errors": {}}
+
+
+@pytest.mark.parametrize("name", nets.marked(("greedy_exit", "deinforeg", "dgl"), ("greedy_exit",)))
+def test_a_local_program_needs_what_its_largest_block_does(name):
+    apart = temporaries(name, num_stages=4, fuse=False)
+    message = BATCH * 8 * 8 * 8 * 4  # from the first block, the largest
+    assert max(apart) == apart[0]
+    for stages in (1, 4):
+        (together,) = temporaries(name, num_stages=stages, fuse=True)
+        assert together <= 1.1 * (apart[0] + message)
+
+
+def test_backpropagation_needs_more_unless_it_repeats():
+    (bp,), (blocks,) = (temporaries("bp", remat=remat) for remat in ("none", "blocks"))
+    (local,) = temporaries("greedy_exit", num_stages=1, fuse=True)
+    assert max(blocks, local) < 0.9 * bp
+
+
+def test_order_is_told_and_changes_nothing():
+    first = {"a": np.float32([-1, 2]), "b": np.float32([-np.inf]), "c": np.int32([3])}
+    tree = {"x": np.float32([np.nan, -0.0, 3]), "n": np.int32([7])}
+    found = jax.jit(after)(first, tree)
+    for key, array in tree.items():
+        assert found[key].tobytes() == array.tobytes()
