@@ -1,0 +1,162 @@
+"""Memory and time of a training step in one program, by method and number of modules.
+
+    python bench/memory.py --nets resnet110 vgg8 --modules 1 2 4 8 16 --output runs/memory.json
+    python bench/memory.py --nets resnet110 --rows bp bp,blocks greedy_exit --limit 1024
+
+A module is a run of equal numbers of blocks, each of which has its own loss under a local method. A
+row is METHOD or METHOD,REMAT. "Temporaries" are what the compiled program needs beside the state
+and the batch, by XLA's own count; "of bp" is their share of backpropagation's in the same net.
+`--limit` finds the largest batch, in steps of 8, whose whole memory is at most so many MiB.
+`--repeats` also times steps, turn by turn; by default nothing runs.
+"""
+
+import functools
+import itertools
+import sys
+from argparse import Namespace
+from typing import Any
+
+import jax
+import numpy as np
+import runner
+from flax import nnx
+from runner import Columns, Spread
+from worker import Repeated, timed
+
+import jdecouple as jd
+
+MIB = 2**20
+IMAGE_SIZE, NUM_CLASSES = 32, 10
+NETS = {
+    "resnet110": lambda width, rngs: jd.models.resnet(10, depth=110, width=width, rngs=rngs),
+    "resnet20": lambda width, rngs: jd.models.resnet(10, depth=20, width=width, rngs=rngs),
+    "vgg8": lambda width, rngs: jd.models.vgg8(10, width=width, rngs=rngs),
+}
+ROWS = ("bp", "bp,blocks", "greedy_exit", "early_exit", "dgl", "predsim", "infopro", "deinforeg")
+NOTHING: dict[str, dict] = {"carries": {}, "residuals": {}, "errors": {}}
+
+
+def modules(model: jd.Model, count: int) -> jd.Model:
+    """The model with its blocks in `count` runs."""
+    groups = np.array_split(np.arange(len(model.blocks)), count)
+    blocks = [nnx.Sequential(*(model.blocks[i] for i in group)) for group in groups]
+    return jd.Model(blocks, model.classifier)
+
+
+def build(row: str, net: str, count: int, batch: int, options: Namespace) -> tuple[Any, dict]:
+    """A trainer whose step is one program, and a batch."""
+    name, _, remat = row.partition(",")
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(batch, IMAGE_SIZE, IMAGE_SIZE, 3)).astype(np.float32)
+    data = {"x": x, "label": rng.integers(0, NUM_CLASSES, batch).astype(np.int32)}
+    own = {"image_mean": (0.5,) * 3, "image_std": (0.5,) * 3}
+    own |= {"projector": options.projector, "head_pool": options.head_pool}
+    arguments = jd.methods.arguments(name)
+    model = NETS[net](options.width, nnx.Rngs(0))
+    trainer = jd.Trainer(
+        modules(model, count) if count else model,
+        jd.methods.get(name, **{key: own[key] for key in own if key in arguments}),
+        jd.optim.sgd(0.01, momentum=0.9),
+        mesh=jd.make_mesh(devices=jax.devices()[:1]),
+        example=data,
+        num_classes=NUM_CLASSES,
+        remat=remat or "auto",
+    )
+    return trainer, data
+
+
+def analysis(row: str, net: str, count: int, batch: int, options: Namespace) -> dict[str, float]:
+    """Bytes of the compiled step: "temporaries", and the "whole" of it."""
+    trainer, data = build(row, net, count, batch, options)
+    executor, parts = trainer._engine._executor, trainer.put(data).parts
+    ids = executor.step_ids(executor.calls, 0)
+    states = tuple(trainer.init().stages)
+    found = executor._fused.lower(states, NOTHING, parts, ids).compile().memory_analysis()
+    whole = found.temp_size_in_bytes + found.argument_size_in_bytes + found.output_size_in_bytes
+    whole -= found.alias_size_in_bytes
+    return {"temporaries": found.temp_size_in_bytes, "whole": whole}
+
+
+def largest_batch(limit: float, whole: Any) -> int:
+    """Largest batch, in steps of 8, for which `whole(batch)` is at most `limit`."""
+    low, high = whole(64), whole(128)
+    batch = (
+        int(64 + 64 * (limit - low) / (high - low)) // 8 * 8
+    )  # memory is linear, but for padding
+    while batch > 8 and whole(batch) > limit:
+        batch -= 8
+    while whole(batch + 8) <= limit:
+        batch += 8
+    return batch
+
+
+def measure(net: str, options: Namespace) -> list[dict[str, Any]]:
+    """All rows of a net; those of one module are those of the whole net."""
+    results = []
+    for row, count in itertools.product(options.rows, options.modules):
+        has_modules = row.partition(",")[0] != "bp"
+        if not has_modules and count != options.modules[0]:
+            continue
+        count = count if has_modules else 0
+        found = functools.partial(analysis, row, net, count, options=options)
+        result: dict[str, Any] = {"net": net, "row": row, "modules": count or ""}
+        result |= found(options.batch)
+        if options.limit:
+            whole = functools.cache(lambda batch, found=found: found(batch)["whole"])
+            result["largest_batch"] = largest_batch(options.limit * MIB, whole)
+        results.append(result)
+        print(result, file=sys.stderr, flush=True)
+    if options.repeats:
+        arms: dict[int, Any] = {}
+        for number, result in enumerate(results):
+            count = result["modules"] or 0
+            training = Repeated(*build(result["row"], net, count, options.batch, options))
+            training.run(1)
+            arms[number] = functools.partial(timed, training, 1)
+        segments = runner.turns(arms, options.repeats)
+        for number, result in enumerate(results):
+            result["ms"] = Spread.of(x["ms"] for x in segments[number])
+            result["ratio"] = runner.ratios(segments[number], segments[0])
+    for result in results:
+        result["of_bp"] = result["temporaries"] / results[0]["temporaries"]
+    return results
+
+
+COLUMNS: Columns = {
+    "net": lambda r: r["net"],
+    "row": lambda r: f"`{r['row']}`",
+    "modules": lambda r: r["modules"],
+    "temporaries MiB": lambda r: f"{r['temporaries'] / MIB:.0f}",
+    "of the first row's": lambda r: f"{r['of_bp']:.2f}",
+    "whole MiB": lambda r: f"{r['whole'] / MIB:.0f}",
+    "largest batch": lambda r: r.get("largest_batch", ""),
+    "ms a step": lambda r: r["ms"].show() if "ms" in r else "",
+    "x the first row's": lambda r: r["ratio"].show(2) if "ratio" in r else "",
+}
+
+
+def main() -> int:
+    parser = runner.flags(__doc__)
+    parser.add_argument("--nets", nargs="+", choices=tuple(NETS), default=["resnet20"])
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), metavar="ROW")
+    parser.add_argument("--modules", nargs="+", type=runner.count, default=[1, 2, 4, 8, 16])
+    parser.add_argument("--width", type=runner.at_least(0.01), default=1.0, help="of channels")
+    parser.add_argument("--batch", type=runner.count, default=128)
+    parser.add_argument("--projector", default="512-512-512", help="of deinforeg")
+    parser.add_argument("--head-pool", type=runner.count, default=4, help="of its map")
+    parser.add_argument("--limit", type=runner.at_least(1), help="MiB")
+    parser.add_argument("--repeats", type=int, default=0, help="timed steps of every row")
+    options = parser.parse_args()
+    setup = runner.describe(devices=[jax.devices()[0].device_kind])
+    results: list[dict[str, Any]] = []
+    for net in options.nets:
+        results += measure(net, options)
+        text = f"{runner.options_line(vars(options) | {'output': None}, 'memory.py')}\n"
+        runner.publish(
+            setup, text + runner.columns(COLUMNS, results), options.output, results=results
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
