@@ -25,6 +25,7 @@ def old_config(method: str, steps: int = 4) -> ConfigDict:
     config.method.name = method
     if method == "fdg":
         config.num_stages = 2
+        config.remat = "none"  # the one value that there was
     else:
         config.method.projector = "8-4"
     config.model.name = "mlp"
@@ -59,6 +60,15 @@ def test_every_array_is_restored(method):
     restored = checkpoints.restore(trainer.to_arrays(trainer.abstract()))
     assert restored.step == checkpoints.best_step == 4
     assert all(np.any(array) for name, array in restored.arrays.items() if "kernel" in name)
+
+
+def test_queues_hold_what_remat_says(tmp_path):
+    shutil.copytree(OLD / "fdg", tmp_path / "old")
+    config = old_config("fdg", 8)
+    config.remat = "auto"
+    told = "JAX version|remat = None, now elementwise, elementwise"
+    with pytest.raises(ConfigError, match=told):
+        train_and_evaluate(config, tmp_path / "old")
 
 
 @pytest.mark.parametrize("method", METHODS)

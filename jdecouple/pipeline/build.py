@@ -223,10 +223,7 @@ def _remats(remat: Any, method: Method, num_stages: int) -> list[str]:
             f"remat has {len(asked)} entries: one is needed for each of {num_stages} stages"
         )
     route = method.route
-    chosen = [
-        route.automatic_remat(k, num_stages) if value == "auto" else value
-        for k, value in enumerate(asked)
-    ]
+    chosen = [route.automatic_remat if value == "auto" else value for value in asked]
     for k, value in enumerate(chosen[:-1]):
         if value not in route.remats:
             raise ValueError(

@@ -98,6 +98,10 @@ def identity(run: Run) -> dict[str, Any]:
     if run.trainer.schedule.overlapping:
         values |= {"boundaries": list(run.trainer.boundaries), "dtype": run.config.dtype}
         values["JAX version"] = jax.__version__
+        remats = [stage.remat for stage in run.trainer.stages]
+        # Version 0.1.0 knew no other value, and did not write it.
+        if set(remats) != {"none"} and not getattr(run.trainer.method.route, "replay", False):
+            values["remat"] = ", ".join(remats)
     return values
 
 

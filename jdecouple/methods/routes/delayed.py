@@ -116,11 +116,6 @@ class Delayed(Route):
             return REMATS
         return ("none",) if self.current_weights else ("none", "elementwise", "blocks", "stages")
 
-    def automatic_remat(self, stage: int, num_stages: int) -> str:
-        """Activations wait in a queue, with the weights of their time to repeat others by."""
-        waits = stage < num_stages - 1 and not self.replay and not self.current_weights
-        return "elementwise" if waits else "none"
-
     def optimizer(
         self, stage: int, optimizer: optax.GradientTransformation
     ) -> optax.GradientTransformation:

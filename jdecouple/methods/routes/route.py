@@ -66,9 +66,10 @@ class Route(abc.ABC):
         """What a forward whose backward is to come may keep."""
         return REMATS
 
-    def automatic_remat(self, stage: int, num_stages: int) -> str:
-        """The one of `REMATS` that stage number `stage` has unless another is asked for."""
-        return "none"
+    @property
+    def automatic_remat(self) -> str:
+        """The one of `remats` that a stage has unless another is asked for."""
+        return "elementwise" if "elementwise" in self.remats else "none"
 
     def optimizer(
         self, stage: int, optimizer: optax.GradientTransformation

@@ -30,10 +30,6 @@ class Synchronous(Route):
 
     schedules: ClassVar[tuple[str, ...]] = ("sequential", "gpipe", "1f1b", "interleaved_1f1b")
 
-    def automatic_remat(self, stage: int, num_stages: int) -> str:
-        """Residuals wait, while later blocks and microbatches go forward, in every stage."""
-        return "elementwise"
-
     def forward(self, stage: Stage, state: StageState, carry: Carry, step_id: jax.Array) -> Forward:
         """Forward of the whole stage; the residuals hold its vector-Jacobian product."""
         return linearize(stage, state, carry, step_id)
