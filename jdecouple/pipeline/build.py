@@ -15,6 +15,7 @@ from jdecouple.methods import Method
 from jdecouple.methods.objectives import BlockInfo
 from jdecouple.methods.routes import REMATS, Carry, Route, Stage, Synchronous, Unit
 from jdecouple.methods.routes.stage import Transform
+from jdecouple.methods.routes.unit import share_traces
 from jdecouple.models import Model
 from jdecouple.pipeline.partition import balance, check_boundaries, check_num_stages
 
@@ -99,7 +100,7 @@ def build_units(
         units.append(unit)
         carries.append(carry)
         carry = {**carry, **unit.head_outputs(features, carry), "x": features}
-    return BuiltModel(tuple(units), tuple(carries), tuple(outputs), num_classes)
+    return BuiltModel(share_traces(units), tuple(carries), tuple(outputs), num_classes)
 
 
 def _num_classes(model: Model, method: Method, given: int | None, features: Any, dtype: Any) -> int:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import os
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from numbers import Integral
@@ -215,6 +216,11 @@ _CPU = {
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
     "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
 }
+# Lets several GPUs sum some gradients while they compute others. XLA has it off, NVIDIA's images on
+# (docs.nvidia.com/jax-toolbox/environment-variables); a program of one GPU has no use for it.
+_GPUS = {"xla_gpu_enable_latency_hiding_scheduler": "True"}
+_OPTIONS = {("cpu", False): _CPU, ("cpu", True): _CPU, ("gpu", True): _GPUS}
+"""By the platform, and whether a program is one of several devices."""
 
 
 def jit(function: Callable, placement: StageDevices, **options: Any) -> Any:
@@ -224,15 +230,20 @@ def jit(function: Callable, placement: StageDevices, **options: Any) -> Any:
 
 def compiler_options(placement: StageDevices) -> dict[str, Any] | None:
     """`compiler_options` of `jax.jit` for calls on the devices of a stage, or None."""
-    return _CPU if placement.devices[0].platform == "cpu" and _known() else None
+    return _known(placement.devices[0].platform, len(placement.devices) > 1)
 
 
 @functools.cache
-def _known() -> bool:
-    """Whether this version of XLA knows the options: it refuses what it does not know."""
+def _known(platform: str, several: bool) -> dict[str, Any] | None:
+    """The options that XLA_FLAGS does not set; None if there are none, or XLA refuses one."""
+    given = os.environ.get("XLA_FLAGS", "")
+    table = _OPTIONS.get((platform, several), {})
+    options = {name: value for name, value in table.items() if name not in given}
+    if not options:
+        return None
     try:
-        with jax.default_device(jax.local_devices(backend="cpu")[0]):
-            jax.jit(lambda: 0, compiler_options=_CPU).lower().compile()
+        with jax.default_device(jax.local_devices(backend=platform)[0]):
+            jax.jit(lambda: 0, compiler_options=options).lower().compile()
     except jax.errors.JaxRuntimeError:
-        return False
-    return True
+        return None
+    return options

@@ -20,11 +20,14 @@ from ml_collections import ConfigDict, config_flags
 from jdecouple._errors import first_line
 from jdecouple.checkpoint import CheckpointError
 from jdecouple.train import config as configuration
-from jdecouple.train import console, hosts, loop
+from jdecouple.train import console, hosts, loop, programs
 from jdecouple.train.config import ConfigError
 from jdecouple.train.options import OWNERS, options
 
-_USAGE = "usage: python train.py --config FILE[:ARGUMENT] --workdir FOLDER [--config.KEY=VALUE ...]"
+_USAGE = (
+    "usage: python train.py --config FILE[:ARGUMENT] --workdir FOLDER [--nocache] "
+    "[--config.KEY=VALUE ...]"
+)
 _HOSTS = """Several processes (docs/multi-host.md); SLURM and Open MPI need no flags:
   --coordinator HOST:PORT   where process 0 waits for the others
   --num_processes N         processes in the run
@@ -58,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if spec := parse_process_spec(argv):
             _train_among(spec, config, workdir)
         else:
+            if _own_flags(argv)[0].cache:
+                programs.keep()
             loop.train_and_evaluate(config, workdir)
     except _EXPECTED as error:
         line, code = _ending(error)
@@ -237,6 +242,7 @@ def _own_flags(argv: Sequence[str]) -> tuple[flags.FlagValues, str, list[str]]:
     for name in ("num_processes", "process_index"):
         flags.DEFINE_integer(name, None, "", flag_values=given)
     flags.DEFINE_bool("help", False, "", flag_values=given)
+    flags.DEFINE_bool("cache", True, "", flag_values=given)
     program, *rest = _parsed(given, argv)
     return given, program, rest
 

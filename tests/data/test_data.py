@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from jdecouple import data
+from jdecouple.data import sources
 
 
 def examples(count, shape=(6, 5, 3), num_classes=4, seed=0):
@@ -50,6 +51,14 @@ class TestDigits:
         pixels = data.load("digits").train.gather(np.arange(1000))["x"] / 255
         assert digits.mean[0] == pytest.approx(pixels.mean())
         assert digits.std[0] == pytest.approx(pixels.std())
+
+    def test_they_are_those_of_scikit_learn(self, monkeypatch):
+        """Whether its file is read, or it has none where it was."""
+        found = sources._bundled_digits()
+        monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
+        for mine, wanted in zip(found, sources._bundled_digits(), strict=True):
+            np.testing.assert_array_equal(mine, wanted)
+            assert mine.dtype == wanted.dtype
 
     def test_image_size_enlarges(self):
         large = data.load("digits", image_size=32)

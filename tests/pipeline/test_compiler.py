@@ -49,10 +49,25 @@ def test_products_and_sums_are_right(placement, dtype, count):
 
 
 def test_an_unknown_option_is_not_given(placement, monkeypatch):
-    monkeypatch.setattr(compiler, "_CPU", {"xla_cpu_no_such_option": "1"})
+    monkeypatch.setitem(compiler._OPTIONS, ("cpu", False), {"xla_cpu_no_such_option": "1"})
     assert compiler.compiler_options(placement) is None
 
 
-def test_other_platforms_get_none(placement):
-    gpu = types.SimpleNamespace(platform="gpu")
-    assert compiler.compiler_options(dataclasses.replace(placement, devices=(gpu,))) is None
+def test_what_the_user_sets_is_not_given(placement, monkeypatch):
+    assert compiler.compiler_options(placement) == compiler._CPU
+    compiler._known.cache_clear()
+    monkeypatch.setenv("XLA_FLAGS", f"--{next(iter(compiler._CPU))}=LIBRARY_FUSION_TYPE_INVALID")
+    assert compiler.compiler_options(placement) is None
+
+
+def test_several_gpus_hide_what_they_send(placement, monkeypatch):
+    def on(platform, count):
+        devices = (types.SimpleNamespace(platform=platform),) * count
+        return compiler.compiler_options(dataclasses.replace(placement, devices=devices))
+
+    # No GPU is here to ask: any option of one is known to every XLA.
+    asked = lambda backend: jax.devices()[:1]  # noqa: E731
+    monkeypatch.setattr(compiler.jax, "local_devices", asked)
+    assert on("gpu", 1) is on("tpu", 1) is on("tpu", 2) is None
+    assert on("cpu", 1) == on("cpu", 2) == compiler._CPU
+    assert on("gpu", 2) == compiler._GPUS

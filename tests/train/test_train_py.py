@@ -91,3 +91,16 @@ def test_train_py_with_bad_input(tmp_path):
     assert done.stderr.startswith("error: config.model.name is 'resnet999'")
     assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.slow
+def test_a_second_run_compiles_nothing(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    counts = []
+    for number in range(2):
+        done = python("train.py", *runs.arguments(tmp_path / str(number)))
+        assert done.returncode == 0, done.stderr
+        counts.append(len(list((tmp_path / "cache/jdecouple/xla").glob("*-cache"))))
+    assert 0 < counts[0] == counts[1]
+    runs.assert_same_run(tmp_path / "0", tmp_path / "1")

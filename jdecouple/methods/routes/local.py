@@ -39,7 +39,7 @@ class Local(Route):
         for unit, params, stats in zip(stage.units, state["params"], state["stats"], strict=True):
 
             def loss(params, unit=unit, stats=stats, carry=carry):
-                outputs = unit.train(params, stats, carry, stage.key(unit, step_id))
+                outputs = unit.train_inline(params, stats, carry, stage.key(unit, step_id))
                 return outputs[1].loss, outputs
 
             if stage.remat != "none":

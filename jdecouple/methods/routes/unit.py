@@ -1,7 +1,7 @@
 """A block with its head as pure functions over flat dicts of arrays."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ from jdecouple.methods.objectives import Descending, HeadOutput
 
 Arrays = dict[str, jax.Array]
 Carry = dict[str, Any]
+Train = Callable[..., tuple[Any, HeadOutput | None, Arrays]]
 
 
 class _Pair(nnx.Module):
@@ -45,6 +46,7 @@ class Unit:
     _paths: dict[str, tuple]
     _keys: dict[tuple, nnx.Variable]
     _definitions: dict[bool, nnx.GraphDef]
+    _shared: Train | None = None
 
     @classmethod
     def build(cls, index: int, block: nnx.Module, head: nnx.Module | None, dtype: Any) -> "Unit":
@@ -82,6 +84,15 @@ class Unit:
         """Whether another unit is made of equal modules, whatever their arrays."""
         return self._definitions == other._definitions
 
+    def same_program(self, other: "Unit") -> bool:
+        """Whether another unit computes the same from arrays of the same shapes."""
+        try:
+            same = self.same_definition(other)
+        except (TypeError, ValueError):  # modules that hold arrays which are no variables
+            return False
+        shapes, others = (jax.eval_shape(unit.initial) for unit in (self, other))
+        return same and self.dtype == other.dtype and shapes == others
+
     def initial(self) -> tuple[Arrays, Arrays]:
         """Initial parameters and statistics, as the modules carry them."""
         return (
@@ -106,6 +117,11 @@ class Unit:
             for name, variable in self.stats.items()
         }
         return features, output, new_stats
+
+    @property
+    def train_inline(self) -> Train:
+        """`train` for traced arguments, traced once for all units that share it."""
+        return self._shared or self.train
 
     def head_outputs(self, features: Any, carry: Carry) -> Carry:
         """Shapes of what the head writes into the carry, from the shapes of what it reads.
@@ -165,6 +181,32 @@ class Unit:
             for name in templates
         ]
         return nnx.merge(self._definitions[train], nnx.from_flat_state([*flat, *streams.items()]))
+
+
+def share_traces(units: Sequence[Unit]) -> tuple[Unit, ...]:
+    """Lets neighbouring units of one program share what JAX traces and differentiates of it.
+
+    The operations are those of `Unit.train`, in its order: the compiler sees no difference.
+    """
+    runs: list[list[Unit]] = []
+    for unit in units:
+        if runs and runs[-1][0].same_program(unit):
+            runs[-1].append(unit)
+        else:
+            runs.append([unit])
+    return tuple(
+        unit if len(run) == 1 else dataclasses.replace(unit, _shared=shared)
+        for run, shared in zip(runs, (_inlined(first) for first, *_ in runs), strict=True)
+        for unit in run
+    )
+
+
+def _inlined(unit: Unit) -> Train:
+    def train(*arguments: Any) -> tuple[Any, HeadOutput | None, Arrays]:
+        features, output, stats = unit.train(*arguments)
+        return features, output and output._replace(carry=dict(output.carry)), stats
+
+    return jax.jit(train, inline=True)
 
 
 def _cast(tree: Any, dtype: Any) -> Any:
