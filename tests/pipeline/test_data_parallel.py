@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import nets
 import numpy as np
 import pytest
+import sequence_nets
 
 import jdecouple as jd
 from jdecouple.pipeline.state import take_queues
@@ -71,3 +72,13 @@ def test_gradients_are_summed_in_few_calls_and_as_the_weights_lie(name):
     buckets = [[shape for shape in shapes if shape in kernels] for _, shapes in sums(text)]
     assert sorted(itertools.chain(*buckets)) == sorted(kernels)
     assert len(list(filter(None, buckets))) == (2 if name == "deinforeg" else 1)  # one a loss
+
+
+def test_a_recurrence_sums_its_gradient_once():
+    batch = sequence_nets.batches("lstm", 1)[0]
+    model = sequence_nets.model("lstm", param_dtype=jnp.float64)
+    mesh = jd.make_mesh(1, 2, devices=jax.devices()[:2])
+    trained = jd.Trainer(model, nets.method("bp"), jd.optim.sgd(0.1), mesh=mesh, example=batch)
+    found = sums(compiled(trained, batch))
+    assert {where for where, _ in found} == {"ENTRY"}
+    assert "2,8,32" in [shape for _, shapes in found for shape in shapes]
