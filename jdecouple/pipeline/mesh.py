@@ -211,6 +211,9 @@ class StageDevices:
 # is fused to a product or a sum may be wrong in jaxlib 0.10.1 and 0.10.2 (jax issue 39103: the last
 # row of some arrays) and end the process in 0.10.0 to 0.11.0 (39257, 40412).
 _CPU = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
+# Between processes one sum of all gradients would wait for the last of them, and the update for
+# all. One by one they are on their way while the backward goes on, in as many messages.
+_CPU_PROCESSES = {**_CPU, "xla_disable_hlo_passes": "cpu-all-reduce-combiner"}
 
 
 def jit(function: Callable, placement: StageDevices, **options: Any) -> Any:
@@ -220,7 +223,9 @@ def jit(function: Callable, placement: StageDevices, **options: Any) -> Any:
 
 def compiler_options(placement: StageDevices) -> dict[str, Any] | None:
     """`compiler_options` of `jax.jit` for calls on the devices of a stage, or None."""
-    return _CPU if placement.devices[0].platform == "cpu" and _known() else None
+    if placement.devices[0].platform != "cpu" or not _known():
+        return None
+    return _CPU if len(placement.processes) == 1 else _CPU_PROCESSES
 
 
 @functools.cache
@@ -228,7 +233,7 @@ def _known() -> bool:
     """Whether this version of XLA knows the options: it refuses what it does not know."""
     try:
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
-            jax.jit(lambda: 0, compiler_options=_CPU).lower().compile()
+            jax.jit(lambda: 0, compiler_options=_CPU_PROCESSES).lower().compile()
     except jax.errors.JaxRuntimeError:
         return False
     return True

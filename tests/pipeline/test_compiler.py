@@ -49,10 +49,30 @@ def test_products_and_sums_are_right(placement, dtype, count):
 
 
 def test_an_unknown_option_is_not_given(placement, monkeypatch):
-    monkeypatch.setattr(compiler, "_CPU", {"xla_cpu_no_such_option": "1"})
+    monkeypatch.setattr(compiler, "_CPU_PROCESSES", {"xla_cpu_no_such_option": "1"})
     assert compiler.compiler_options(placement) is None
 
 
 def test_other_platforms_get_none(placement):
     gpu = types.SimpleNamespace(platform="gpu")
     assert compiler.compiler_options(dataclasses.replace(placement, devices=(gpu,))) is None
+
+
+def test_between_processes_gradients_are_summed_one_by_one(placement):
+    """So that they are under way while the backward goes on; one sum would wait for the last."""
+    pair = StageDevices.on(tuple(jax.devices()[:2]))
+    other = types.SimpleNamespace(platform="cpu", process_index=1)
+    apart = compiler.compiler_options(
+        dataclasses.replace(placement, devices=(*pair.devices, other))
+    )
+    x = jax.device_put(jnp.ones((4, 3)), pair.batched)
+
+    def gradients(kernels, x):
+        return jax.grad(lambda kernels: jnp.sum((x @ kernels[0]) @ kernels[1]))(kernels)
+
+    counts = []
+    for options in (compiler.compiler_options(pair), apart):
+        function = jax.jit(gradients, compiler_options=options, out_shardings=pair.replicated)
+        text = function.lower([jnp.ones((3, 3))] * 2, x).compile().as_text()
+        counts.append(text.count(" all-reduce("))
+    assert counts == [1, 2]
