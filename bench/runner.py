@@ -27,8 +27,10 @@ WORKER, TORCH_WORKER = (Path(__file__).with_name(x) for x in ("worker.py", "torc
 STOP_SECONDS = 30
 LINK_BYTES, LINK_REPEATS = 2**20, 20
 # glibc would give every large array's pages back when it is freed and fault them in again for the
-# next: up to a third of a call's time, and more the more arrays come and go.
+# next: up to a third of a call's time, and more the more arrays come and go. It still would, in any
+# thread that has an arena of its own, whatever the other three say.
 KEEP_MEMORY = {
+    "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TOP_PAD_": str(2**28),
     "MALLOC_TRIM_THRESHOLD_": str(2**33),

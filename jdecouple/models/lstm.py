@@ -8,7 +8,7 @@ from flax import nnx
 from flax.nnx import initializers
 
 from jdecouple._errors import require_int, require_one_of
-from jdecouple.models import layers
+from jdecouple.models import layers, rows
 from jdecouple.models.base import Model
 from jdecouple.models.sequence import (
     Embedding,
@@ -67,23 +67,61 @@ class BidirectionalLSTM(nnx.Module):
         h = self.drop(h)
         both = jnp.stack([h, h[:, ::-1]])  # [direction, batch, time, features]
         real = jnp.stack([mask, mask[:, ::-1]]).transpose(2, 0, 1)[..., None] > 0
-        gates = jnp.einsum("dbti,dig->tdbg", both, self.kernel[...]) + self.bias[...][:, None]
-        recurrent = self.recurrent[...]
-
-        def step(state: tuple, inputs: tuple) -> tuple[tuple, jax.Array]:
-            h, c = state
-            gates, real = inputs
-            gates = gates + jnp.einsum("dbh,dhg->dbg", h, recurrent)
-            into, forget, cell, out = jnp.split(gates, 4, axis=-1)
-            new_c = nnx.sigmoid(forget) * c + nnx.sigmoid(into) * jnp.tanh(cell)
-            h = jnp.where(real, nnx.sigmoid(out) * jnp.tanh(new_c), h)
-            return (h, jnp.where(real, new_c, c)), h
-
-        zeros = jnp.zeros((*gates.shape[1:3], recurrent.shape[1]), gates.dtype)
-        (last, _), states = jax.lax.scan(step, (zeros, zeros), (gates, real))
+        flat = both.reshape(2, -1, both.shape[-1])
+        gates = rows.multiply_rows(flat, self.kernel[...]) + self.bias[...][:, None]
+        gates = gates.reshape(*both.shape[:-1], -1).transpose(2, 0, 1, 3)
+        states = recurrence(gates, real, self.recurrent[...])
+        last = states[-1]
         ahead, back = states[:, 0], states[::-1, 1]
         merged = (ahead + back) / 2 if self.merge == "mean" else jnp.concatenate([ahead, back], -1)
         return sequence(merged.transpose(1, 0, 2), mask, last.mean(0))
+
+
+@jax.custom_vjp
+def recurrence(gates: jax.Array, real: jax.Array, recurrent: jax.Array) -> jax.Array:
+    """States of LSTMs in several directions, which stand still where nothing is real.
+
+    The gradient of the recurrent weights is one product behind the backward scan. Inside the scan
+    the devices that share a batch would have to sum their parts of it at every step.
+
+    Args:
+        gates: what inputs and biases add to the gates, `[time, direction, batch, 4 hidden]`.
+        real: `[time, direction, batch, 1]`, whether a position counts.
+        recurrent: weights `[direction, hidden, 4 hidden]`.
+
+    Returns:
+        `[time, direction, batch, hidden]`; the states before the first are zero.
+    """
+    return _scan(gates, real, recurrent)
+
+
+def _scan(gates: jax.Array, real: jax.Array, recurrent: jax.Array) -> jax.Array:
+    def step(state: tuple, inputs: tuple) -> tuple[tuple, jax.Array]:
+        h, c = state
+        gates, real = inputs
+        gates = gates + jnp.einsum("dbh,dhg->dbg", h, recurrent)
+        into, forget, cell, out = jnp.split(gates, 4, axis=-1)
+        new_c = nnx.sigmoid(forget) * c + nnx.sigmoid(into) * jnp.tanh(cell)
+        h = jnp.where(real, nnx.sigmoid(out) * jnp.tanh(new_c), h)
+        return (h, jnp.where(real, new_c, c)), h
+
+    zeros = jnp.zeros((*gates.shape[1:3], recurrent.shape[1]), gates.dtype)
+    return jax.lax.scan(step, (zeros, zeros), (gates, real))[1]
+
+
+def _recurrence_fwd(gates: jax.Array, real: jax.Array, recurrent: jax.Array) -> tuple:
+    states, pullback = jax.vjp(lambda gates: _scan(gates, real, recurrent), gates)
+    return states, (pullback, states)
+
+
+def _recurrence_bwd(residuals: tuple, cotangent: jax.Array) -> tuple:
+    pullback, states = residuals
+    (gates,) = pullback(cotangent)
+    before = jnp.concatenate([jnp.zeros_like(states[:1]), states[:-1]])
+    return gates, None, jnp.einsum("tdbh,tdbg->dhg", before, gates)
+
+
+recurrence.defvjp(_recurrence_fwd, _recurrence_bwd)
 
 
 def lstm(

@@ -216,11 +216,20 @@ _CPU = {
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
     "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
 }
+# Between processes one sum of all gradients would wait for the last of them, and the update for
+# all. One by one they are on their way while the backward goes on, in as many messages.
+_CPU_PROCESSES = {**_CPU, "xla_disable_hlo_passes": "cpu-all-reduce-combiner"}
 # Lets several GPUs sum some gradients while they compute others. XLA has it off, NVIDIA's images on
 # (docs.nvidia.com/jax-toolbox/environment-variables); a program of one GPU has no use for it.
 _GPUS = {"xla_gpu_enable_latency_hiding_scheduler": "True"}
-_OPTIONS = {("cpu", False): _CPU, ("cpu", True): _CPU, ("gpu", True): _GPUS}
-"""By the platform, and whether a program is one of several devices."""
+_OPTIONS = {
+    ("cpu", "device"): _CPU,
+    ("cpu", "devices"): _CPU,
+    ("cpu", "processes"): _CPU_PROCESSES,
+    ("gpu", "devices"): _GPUS,
+    ("gpu", "processes"): _GPUS,
+}
+"""By the platform, and by what a program spans."""
 
 
 def jit(function: Callable, placement: StageDevices, **options: Any) -> Any:
@@ -230,14 +239,16 @@ def jit(function: Callable, placement: StageDevices, **options: Any) -> Any:
 
 def compiler_options(placement: StageDevices) -> dict[str, Any] | None:
     """`compiler_options` of `jax.jit` for calls on the devices of a stage, or None."""
-    return _known(placement.devices[0].platform, len(placement.devices) > 1)
+    several = len(placement.devices) > 1
+    span = "processes" if len(placement.processes) > 1 else "devices" if several else "device"
+    return _known(placement.devices[0].platform, span)
 
 
 @functools.cache
-def _known(platform: str, several: bool) -> dict[str, Any] | None:
+def _known(platform: str, span: str) -> dict[str, Any] | None:
     """The options that XLA_FLAGS does not set; None if there are none, or XLA refuses one."""
     given = os.environ.get("XLA_FLAGS", "")
-    table = _OPTIONS.get((platform, several), {})
+    table = _OPTIONS.get((platform, span), {})
     options = {name: value for name, value in table.items() if name not in given}
     if not options:
         return None

@@ -54,3 +54,20 @@ def test_bfloat16_is_summed_in_float32():
     np.testing.assert_array_equal(rows.sum_rows(x), 4096)
     gradient = jax.grad(lambda x: rows.sum_rows(x).sum())(x)
     assert gradient.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("lead", [(), (2,)])
+def test_a_product_and_its_gradient(lead, x64):
+    x, kernel = (jnp.asarray(RNG.normal(size=(*lead, *size))) for size in ((7, 4), (4, 3)))
+    error = jnp.asarray(RNG.normal(size=(*lead, 7, 3)))
+    wanted, pull_wanted = jax.vjp(jnp.matmul, x, kernel)
+    found, pull = jax.vjp(rows.multiply_rows, x, kernel)
+    np.testing.assert_array_equal(found, wanted)
+    for one, other in zip(pull(error), pull_wanted(error), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-13)
+
+
+def test_a_product_of_two_dtypes():
+    x, kernel = jnp.ones((2, 3), jnp.bfloat16), jnp.ones((3, 4))
+    y, pull = jax.vjp(rows.multiply_rows, x, kernel)
+    assert [y.dtype, *(each.dtype for each in pull(y))] == [jnp.float32, jnp.bfloat16, jnp.float32]

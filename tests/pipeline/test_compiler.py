@@ -49,20 +49,21 @@ def test_products_and_sums_are_right(placement, dtype, count):
 
 
 def test_an_unknown_option_is_not_given(placement, monkeypatch):
-    monkeypatch.setitem(compiler._OPTIONS, ("cpu", False), {"xla_cpu_no_such_option": "1"})
+    monkeypatch.setitem(compiler._OPTIONS, ("cpu", "device"), {"xla_cpu_no_such_option": "1"})
     assert compiler.compiler_options(placement) is None
 
 
 def test_what_the_user_sets_is_not_given(placement, monkeypatch):
     assert compiler.compiler_options(placement) == compiler._CPU
     compiler._known.cache_clear()
-    monkeypatch.setenv("XLA_FLAGS", f"--{next(iter(compiler._CPU))}=LIBRARY_FUSION_TYPE_INVALID")
-    assert compiler.compiler_options(placement) is None
+    first, *others = compiler._CPU
+    monkeypatch.setenv("XLA_FLAGS", f"--{first}=LIBRARY_FUSION_TYPE_INVALID")
+    assert [*compiler.compiler_options(placement)] == others
 
 
 def test_several_gpus_hide_what_they_send(placement, monkeypatch):
     def on(platform, count):
-        devices = (types.SimpleNamespace(platform=platform),) * count
+        devices = (types.SimpleNamespace(platform=platform, process_index=0),) * count
         return compiler.compiler_options(dataclasses.replace(placement, devices=devices))
 
     # No GPU is here to ask: any option of one is known to every XLA.
@@ -71,3 +72,23 @@ def test_several_gpus_hide_what_they_send(placement, monkeypatch):
     assert on("gpu", 1) is on("tpu", 1) is on("tpu", 2) is None
     assert on("cpu", 1) == on("cpu", 2) == compiler._CPU
     assert on("gpu", 2) == compiler._GPUS
+
+
+def test_between_processes_gradients_are_summed_one_by_one(placement):
+    """So that they are under way while the backward goes on; one sum would wait for the last."""
+    pair = StageDevices.on(tuple(jax.devices()[:2]))
+    other = types.SimpleNamespace(platform="cpu", process_index=1)
+    apart = compiler.compiler_options(
+        dataclasses.replace(placement, devices=(*pair.devices, other))
+    )
+    x = jax.device_put(jnp.ones((4, 3)), pair.batched)
+
+    def gradients(kernels, x):
+        return jax.grad(lambda kernels: jnp.sum((x @ kernels[0]) @ kernels[1]))(kernels)
+
+    counts = []
+    for options in (compiler.compiler_options(pair), apart):
+        function = jax.jit(gradients, compiler_options=options, out_shardings=pair.replicated)
+        text = function.lower([jnp.ones((3, 3))] * 2, x).compile().as_text()
+        counts.append(text.count(" all-reduce("))
+    assert counts == [1, 2]
