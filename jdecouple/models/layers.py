@@ -58,7 +58,7 @@ class Linear(nnx.Linear):
 
     def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]
         """`[..., in_features] -> [..., out_features]`."""
-        y = keep(rows.multiply_rows(x.reshape(-1, x.shape[-1]), self.kernel[...]))
+        y = keep(x.reshape(-1, x.shape[-1]) @ self.kernel[...])
         return _add_bias(y, self.bias).reshape(*x.shape[:-1], -1)
 
 

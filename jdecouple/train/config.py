@@ -277,6 +277,8 @@ def _fill(target: ConfigDict, given: Any, path: str) -> None:
                 raise ConfigError(f"{here} is {shown(value)}: a section with keys is needed")
             _fill(target[key], value, here)
             continue
+        if here == "config.remat" and isinstance(value, bool):  # what version 0.1.0 wrote
+            value = "stages" if value else "none"
         kind, optional = target.get_type(key), target[key] is None
         if value == "None" and optional:  # as the command line gives it
             value = None

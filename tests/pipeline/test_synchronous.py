@@ -156,7 +156,8 @@ def live_microbatches(schedule: str, stages: int, microbatches: int, **options: 
         [Block(size, width, rngs) for size, width in itertools.pairwise(sizes)],
         nnx.Linear(WIDTHS[-1], nets.CLASSES, param_dtype=jnp.float64, rngs=rngs),
     )
-    trainer = build(stages, microbatches, schedule=schedule, model=model, **options)
+    options = {"schedule": schedule, "model": model, "remat": "none", **options}
+    trainer = build(stages, microbatches, **options)
     state, _ = trainer.step(trainer.init(), DATA[0])
     trainer.wait(state)
     engine = trainer._engine._executor

@@ -31,6 +31,11 @@ class Local(Route):
     local: ClassVar[bool] = True
     schedules: ClassVar[tuple[str, ...]] = ("local",)
 
+    @property
+    def automatic_remat(self) -> str:
+        """The backward of a unit follows its forward at once."""
+        return "none"
+
     def forward(self, stage: Stage, state: StageState, carry: Carry, step_id: jax.Array) -> Forward:
         """Forward of every unit with its loss; the residuals hold its backward."""
         carry = stage.prepare(carry, step_id, True)
