@@ -23,7 +23,7 @@ def build_trainer(name: str, **options) -> jd.Trainer:
     ("name", "options"),
     [
         ("greedy_exit", {}),
-        pytest.param("deinforeg", {"remat": True}, marks=pytest.mark.slow),
+        pytest.param("deinforeg", {"remat": "stages"}, marks=pytest.mark.slow),
         pytest.param("dgl", {"num_classes": nets.CLASSES}, marks=pytest.mark.slow),
         pytest.param("al", {"microbatches": 2}, marks=pytest.mark.slow),
     ],

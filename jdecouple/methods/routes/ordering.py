@@ -31,6 +31,8 @@ def _by_data(first: Any, tree: Any) -> Any:
 
     def bound(leaf: jax.Array) -> jax.Array:
         is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
-        return jnp.where(never, jnp.zeros((), leaf.dtype), leaf) if is_float else leaf
+        if not is_float or jax.typeof(leaf).memory_space != jax.typeof(never).memory_space:
+            return leaf  # what waits on the host comes back when it is used
+        return jnp.where(never, jnp.zeros((), leaf.dtype), leaf)
 
     return jax.tree.map(bound, tree)

@@ -122,7 +122,7 @@ def _in_turn(
             changed[name] += out["state"][name]
         metrics |= out["metrics"]
         if "carry" in out:
-            carry = after(out["state"], out["carry"])
+            carry = {**out["carry"], "x": after(out["state"], out["carry"]["x"])}
     result = {"state": {**shared, **{k: tuple(v) for k, v in changed.items()}}, "metrics": metrics}
     return result if stage.is_last else {**result, "carry": carry}
 
