@@ -150,7 +150,10 @@ def main() -> int:
     setup = runner.describe(devices=[jax.devices()[0].device_kind])
     results: list[dict[str, Any]] = []
     for net in options.nets:
-        results += measure(net, options)
+        try:
+            results += measure(net, options)
+        except ValueError as error:  # no such method or remat, or more modules than blocks
+            parser.error(str(error))
         text = f"{runner.options_line(vars(options) | {'output': None}, 'memory.py')}\n"
         runner.publish(
             setup, text + runner.columns(COLUMNS, results), options.output, results=results

@@ -211,7 +211,7 @@ class StageDevices:
 # thread, and the gradient of a filter as a convolution with a window as large as the image. What
 # is fused to a product or a sum may be wrong in jaxlib 0.10.1 and 0.10.2 (jax issue 39103: the last
 # row of some arrays) and end the process in 0.10.0 to 0.11.0 (39257, 40412).
-# The order of operations that needs the least memory costs no time and halves what a step takes.
+# The order of operations that needs the least memory takes no more time (bench/RESULTS.md).
 _CPU = {
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
     "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",

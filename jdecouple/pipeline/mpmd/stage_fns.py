@@ -53,25 +53,6 @@ def stage_step(
     Returns:
         What changed: "state", "accumulated", "residuals", "carry", "cotangent", "metrics".
     """
-    if route.local and kinds == TRAINING and accumulated is None:
-        return _in_turn(stage, route, state, carry, step_ids)
-    return _stage_step(
-        stage, route, kinds, state, accumulated, residuals, carry, cotangent, step_ids, squared_norm
-    )
-
-
-def _stage_step(
-    stage: Stage,
-    route: Route,
-    kinds: tuple[Kind, ...],
-    state: StageState,
-    accumulated: Accumulated | None,
-    residuals: Any,
-    carry: Any,
-    cotangent: Any,
-    step_ids: jax.Array,
-    squared_norm: jax.Array | None = None,
-) -> dict[str, Any]:
     out: dict[str, Any] = {}
     gradients: Any
     sums: Any
@@ -104,9 +85,17 @@ def _stage_step(
 
 
 def _in_turn(
-    stage: Stage, route: Route, state: StageState, carry: Any, step_ids: jax.Array
+    stage: Stage,
+    route: Route,
+    state: StageState,
+    _accumulated: None,
+    _residuals: None,
+    carry: Any,
+    _cotangent: None,
+    step_ids: jax.Array,
+    _squared_norm: None = None,
 ) -> dict[str, Any]:
-    """Forward, backward and step of one unit after the other.
+    """As `stage_step` of `TRAINING` by a local route, but one unit after the other.
 
     What a unit keeps is free again before the next begins.
     """
@@ -115,7 +104,7 @@ def _in_turn(
     metrics: Metrics = {}
     for number, part in enumerate(stage.parts()):
         own = {name: (state[name][number],) for name in units}
-        out = _stage_step(
+        out = stage_step(
             part, route, TRAINING, {**shared, **own}, None, None, carry, None, step_ids
         )
         for name in units:
@@ -168,6 +157,8 @@ def make_norm_fn(stage: Stage) -> Any:
 def make_stage_fn(stage: Stage, route: Route, kinds: tuple[Kind, ...]) -> Any:
     """`stage_step` of one stage and these actions; its name tells both in a profile."""
     function: Any = functools.partial(stage_step, stage, route, kinds)
+    if route.local and kinds == TRAINING and stage.num_microbatches == 1:
+        function = functools.partial(_in_turn, stage, route)
     function.__name__ = f"stage{stage.index}_" + "".join(kind.value for kind in kinds)
     return function
 
