@@ -26,8 +26,8 @@ LAYERS: dict[str, set[str]] = {
     "schedules": {"_errors"},
     "methods": {"_errors", "models"},
     "pipeline": {"_errors", "models", "methods", "schedules"},
-    "trainer": {"_errors", "models", "methods", "schedules", "pipeline"},
     "checkpoint": {"_errors", "_files", "pipeline"},
+    "trainer": {"_errors", "models", "methods", "schedules", "pipeline", "checkpoint"},
 }
 """What each entry of the package may import of the others. `train` may import them all."""
 LAYERS["train"] = set(LAYERS)
