@@ -77,7 +77,7 @@ def check_numbers(
         TypeError: They are no numbers.
         ValueError: One is not allowed.
     """
-    if isinstance(values, np.ndarray):
+    if hasattr(values, "tolist"):  # an array, or a number of one
         values = values.tolist()
     many = isinstance(values, list | tuple)
     listed = tuple(values) if many else (values,)
@@ -93,6 +93,44 @@ def check_numbers(
             kind = "finite numbers above 0" if positive else "finite numbers"
             raise ValueError(f"{name} hold {number}: {kind}{' or inf' * never} are needed")
     return tuple(map(float, listed)) if many else float(values)
+
+
+def scaled(logits: np.ndarray, temperatures: Any) -> np.ndarray:
+    """Checked logits `[exits, n, classes]`, each exit's divided by its temperature, in float32.
+
+    Raises:
+        TypeError: A temperature is no number.
+        ValueError: A temperature is not above 0, they are of another number of exits, or a
+            quotient is beyond float32.
+    """
+    divisors = check_numbers("temperatures", temperatures, positive=True)
+    if isinstance(divisors, tuple) and len(divisors) != len(logits):
+        raise ValueError(
+            f"there are {len(divisors)} temperatures: one is needed for each of {len(logits)} exits"
+        )
+    with np.errstate(over="ignore"):  # the next lines tell
+        quotients = logits / np.reshape(np.asarray(divisors, np.float32), (-1, 1, 1))
+    if not np.isfinite(quotients).all():
+        raise ValueError(
+            f"logits up to {np.abs(logits).max()} are beyond float32 when divided by the "
+            f"temperature {np.min(divisors)}: higher temperatures are needed"
+        )
+    return quotients
+
+
+def log_probabilities(logits: np.ndarray) -> np.ndarray:
+    """Log-softmax over the last axis, in float64."""
+    shifted = logits - np.max(logits, axis=-1, keepdims=True).astype(np.float64)
+    return shifted - np.log(np.sum(np.exp(shifted), axis=-1, keepdims=True))
+
+
+def losses(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Negative log likelihood `[exits, n]` of the labels `[n]` under logits `[exits, n, classes]`.
+
+    Both are checked already.
+    """
+    every = np.arange(len(labels))
+    return -log_probabilities(logits)[:, every, labels]
 
 
 def _array(values: Any, name: str, kind: Any) -> np.ndarray:

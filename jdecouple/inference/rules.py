@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdecouple._errors import require_int, require_one_of, require_type
-from jdecouple.inference.logits import check_logits, check_numbers
+from jdecouple.inference.logits import check_logits, check_numbers, scaled
 
 NAMES = ("cosine", "confidence", "entropy", "margin")
 
@@ -187,7 +187,7 @@ def exits(rule: Rule, logits: np.ndarray) -> np.ndarray:
     require_type(Rule, rule=rule)
     logits = check_logits(logits)
     rule = rule.for_exits(len(logits))
-    return first_leaving(scores(rule, logits), rule)
+    return first_leaving(scores(rule, logits), np.asarray(rule.thresholds), rule.patience)
 
 
 def scores(rule: Rule, logits: np.ndarray) -> np.ndarray:
@@ -195,21 +195,19 @@ def scores(rule: Rule, logits: np.ndarray) -> np.ndarray:
 
     The thresholds of the rule, which is one for these exits, are not looked at.
     """
-    scaled = logits / np.reshape(np.asarray(rule.temperatures, np.float32), (-1, 1, 1))
-    before = [None, *scaled[:-1]]
-    early = [score(rule.name, *pair) for pair in zip(scaled[:-1], before[:-1], strict=True)]
+    now = scaled(logits, rule.temperatures)
+    early = [score(rule.name, now[k], now[k - 1] if k else None) for k in range(len(now) - 1)]
     last = np.full(logits.shape[1], math.inf, np.float32)
     return np.stack([*map(np.asarray, early), last])
 
 
-def first_leaving(scores: np.ndarray, rule: Rule) -> np.ndarray:
-    """Index of the exit `[n]` that every example leaves at, from the scores `[exits, n]`."""
+def first_leaving(scores: np.ndarray, thresholds: np.ndarray, patience: int) -> np.ndarray:
+    """Index of the exit `[n]` that every example leaves at, from scores `[exits, n]`."""
     last = len(scores) - 1
     left = np.full(scores.shape[1], last)
     streak = np.zeros_like(left)
-    thresholds = np.broadcast_to(np.asarray(rule.thresholds, np.float32), len(scores))
-    for exit in range(last):
-        leaves, streak = leave(scores[exit], thresholds[exit], streak, rule.patience)
+    for exit, threshold in enumerate(thresholds[:last].astype(np.float32)):
+        leaves, streak = leave(scores[exit], threshold, streak, patience)
         left[leaves & (left == last)] = exit
     return left
 
