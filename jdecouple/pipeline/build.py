@@ -1,7 +1,7 @@
 """From a model and a method to the units and the stages of a run."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -186,10 +186,15 @@ def unit_costs(units: Sequence[Unit], carries: Sequence[Carry], route: Route) ->
             argnums = 0 if route.local or unit.index == 0 else (0, 1)
             return jax.grad(loss, argnums, has_aux=True)(params, carry["x"])
 
-        lowered = jax.jit(work).lower(*abstract(unit.initial()), carry)
-        analysis = lowered.cost_analysis() or lowered.compile().cost_analysis() or {}
-        costs.append(float(analysis.get("flops", 0.0)))
+        costs.append(flops(work, *abstract(unit.initial()), carry))
     return costs
+
+
+def flops(function: Callable, *shapes: Any) -> float:
+    """Floating-point operations of a call, by XLA's analysis."""
+    lowered = jax.jit(function).lower(*shapes)
+    analysis = lowered.cost_analysis() or lowered.compile().cost_analysis() or {}
+    return float(analysis.get("flops", 0.0))
 
 
 def _check_update(optimizer: optax.GradientTransformation, units: Sequence[Unit]) -> None:
