@@ -326,8 +326,9 @@ class Trainer:
         Raises:
             TypeError, ValueError: what `put` refuses.
         """
-        is_placed = isinstance(batches, PlacedBatch)
-        placed = self._intake.own(batches) if is_placed else self.put(batches)
+        placed = (
+            self._intake.own(batches) if isinstance(batches, PlacedBatch) else self.put(batches)
+        )
         if placed.count is None:
             raise TypeError(f"batches is a {type(batches).__name__}: a list of batches is needed")
         stages = self._states.take(state)

@@ -44,13 +44,13 @@ class Evaluator:
         in_flight: collections.deque[list[jax.Array]] = collections.deque()
         count = 0
         for answer in predictor.forward(states, self._labelled(data, check_labels)):
-            count += answer.count
+            count += answer.size
             for exit in answer.exits:
-                if exit.index not in sums:
+                if exit.block not in sums:
                     nothing = np.zeros(len(METRICS), np.float32)
-                    sums[exit.index] = exit.placement.place(nothing, exit.placement.replicated)
+                    sums[exit.block] = exit.placement.place(nothing, exit.placement.replicated)
                 add = _adder(exit.placement)
-                sums[exit.index] = add(sums[exit.index], exit.logits, exit.labels)
+                sums[exit.block] = add(sums[exit.block], exit.logits, exit.labels)
             in_flight.append([*sums.values()])
             if len(in_flight) > predictor.max_in_flight:
                 jax.block_until_ready(in_flight.popleft())

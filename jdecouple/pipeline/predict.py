@@ -28,29 +28,29 @@ class Exit(NamedTuple):
     """What an exit answers to a batch.
 
     Attributes:
-        index: of its block; of an answer that has come down, of the last block.
+        block: index of its block; of an answer that has come down, of the last block.
         placement: where it lies.
         logits: `[batch, classes]`.
         labels: "label" and "weight" `[batch]`.
     """
 
-    index: int
+    block: int
     placement: StageDevices
     logits: jax.Array
     labels: Carry
 
 
 class Answer(NamedTuple):
-    """What all exits of this process answer to a batch, of which `count` rows are examples."""
+    """What all exits of this process answer to a batch, whose first `size` rows are examples."""
 
-    count: int
+    size: int
     exits: list[Exit]
 
 
 class _AtTop(NamedTuple):
     """A batch that has passed all blocks and has yet to come down, with its labels."""
 
-    count: int
+    size: int
     target: Any
     labels: Carry | None
     shapes: Shapes | None
@@ -94,8 +94,9 @@ class Predictor:
             example: shapes of a batch with its labels, which every batch then has to be like.
             max_in_flight: batches that may be unfinished; by default two for each stage.
         """
-        default = StageDevices.on(tuple(jnp.zeros(()).devices())) if placements is None else None
-        self.placements = tuple(placements or [default] * len(units))
+        if placements is None:
+            placements = [StageDevices.on(tuple(jnp.zeros(()).devices()))] * len(units)
+        self.placements = tuple(placements)
         self.example = None if example is None else abstract(dict(example))
         self.max_in_flight = max_in_flight or 2 * len(units)
         self.replicas = math.lcm(*(len(placement.devices) for placement in self.placements))
@@ -153,11 +154,11 @@ class Predictor:
         def read(answer: Answer) -> None:
             for exit in answer.exits:
                 values, own = _on_host(exit.logits)
-                rows[exit.index].append(values[: answer.count])
-                held[exit.index].append(own[: answer.count])
+                rows[exit.block].append(values[: answer.size])
+                held[exit.block].append(own[: answer.size])
 
         for answer in self.forward(states, self.inputs(data), size):
-            count += answer.count
+            count += answer.size
             for exit in answer.exits:
                 exit.logits.copy_to_host_async()
             in_flight.append(answer)
@@ -167,13 +168,13 @@ class Predictor:
             raise ValueError("the data to predict holds no examples")
         for answer in in_flight:
             read(answer)
-        whole = {index: np.concatenate(parts) for index, parts in rows.items()}
+        whole = {block: np.concatenate(parts) for block, parts in rows.items()}
         if not self.one_process:
-            for index, shape in self.shapes(self.example).logits.items():
+            for block, shape in self.shapes(self.example).logits.items():
                 nothing = np.zeros((count, *shape.shape[1:]), _host_dtype(shape.dtype))
-                own = np.concatenate(held[index]) if index in whole else np.zeros(count, bool)
-                whole[index] = gather_rows(whole.get(index, nothing), own)
-        return np.stack([whole[index] for index in sorted(whole)])
+                own = np.concatenate(held[block]) if block in whole else np.zeros(count, bool)
+                whole[block] = gather_rows(whole.get(block, nothing), own)
+        return np.stack([whole[block] for block in sorted(whole)])
 
     def forward(self, states: States, batches: Iterable[Carry], size: int = 1) -> Iterator[Answer]:
         """Dispatches batches of arrays with "label", each when it is asked for.
@@ -263,9 +264,9 @@ class Predictor:
             if batch.shapes is not None:
                 jax.block_until_ready(target)
         if batch.labels is None:
-            return Answer(batch.count, [])
+            return Answer(batch.size, [])
         last = self._units[-1][-1].index
-        return Answer(batch.count, [Exit(last, self.placements[0], target, batch.labels)])
+        return Answer(batch.size, [Exit(last, self.placements[0], target, batch.labels)])
 
     def _down(self, leg: Leg, states: States, target: Any) -> Any:
         for call, (stage, slot) in zip(reversed(leg.down), reversed(leg.slots), strict=True):
