@@ -79,7 +79,7 @@ def write_evaluation(
         shares["shares"] = leaving.tolist()
     matrix = tables.confusion(answers.argmax(axis=-1), labels, len(names))
     (answered,) = tables.of_exits(answers[None], labels, numbers[-1:])
-    content = {
+    content: dict[str, Any] = {
         "examples": len(labels),
         "answers": title,
         "accuracy": answered["accuracy"],
@@ -164,7 +164,7 @@ def write_calibration(
         }
         for k in range(len(logits))
     ]
-    content = {
+    content: dict[str, Any] = {
         "rule": rule.to_json(),
         "examples": len(labels),
         "accuracy": found.accuracy,

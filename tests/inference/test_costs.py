@@ -1,5 +1,7 @@
 """Operations and seconds of an answer at every exit."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from jdecouple.inference import costs
 from jdecouple.pipeline import build
 
 
+@functools.cache
 def built(name: str, **options) -> build.BuiltModel:
     (batch,) = batches(1)
     carry = build.abstract(batch)
@@ -47,7 +50,7 @@ def test_operations_of_an_answer_that_comes_down():
 
 
 def test_operations_do_not_depend_on_the_batch():
-    model = built("deinforeg")
+    model = built("dgl", depth=3)
     doubled = [
         {"x": jax.ShapeDtypeStruct((32, *carry["x"].shape[1:]), jnp.float32)}
         for carry in model.carries

@@ -18,6 +18,7 @@ LOGITS = (2 * np.eye(CLASSES)[LABELS] + RNG.normal(size=(EXITS, COUNT, CLASSES))
 LOGITS[..., 1] -= 99  # which is never predicted
 NAMES = ["cat", "dog, big", "$x^2", "ünï\ncode"]
 COSTS = [1.0, 2.0, 3.0]
+SLOW = pytest.mark.slow
 
 
 def rows(path) -> list[dict]:
@@ -146,7 +147,7 @@ def test_a_calibration_in_a_folder(tmp_path):
 
 @pytest.mark.parametrize(
     "classes",
-    [2, pytest.param(30, marks=pytest.mark.slow), pytest.param(120, marks=pytest.mark.slow)],
+    [2, pytest.param(30, marks=SLOW), pytest.param(120, marks=SLOW)],
 )
 def test_a_confusion_matrix_of_any_size_is_drawn(tmp_path, classes):
     labels = np.arange(200) % classes
@@ -156,9 +157,7 @@ def test_a_confusion_matrix_of_any_size_is_drawn(tmp_path, classes):
     assert is_picture(tmp_path / "confusion.png")
 
 
-@pytest.mark.parametrize(
-    "shape", [(5, 4), pytest.param((5, 4, 1), marks=pytest.mark.slow), (5, 4, 4)]
-)
+@pytest.mark.parametrize("shape", [(5, 4), pytest.param((5, 4, 1), marks=SLOW), (5, 4, 4)])
 def test_images_of_any_kind_are_drawn(tmp_path, shape):
     images = RNG.normal(size=(COUNT, *shape))
     worst = tables.worst(LOGITS[0], LABELS, NAMES, 8)
