@@ -131,8 +131,12 @@ def test_an_evaluation_of_another_exit_and_of_a_rule(tmp_path):
 def test_a_calibration_in_a_folder(tmp_path):
     heat = calibration.temperatures(LOGITS, LABELS)
     rule = calibration.choose("margin", LOGITS, LABELS, COSTS, cost=2, temperatures=heat)
-    found = reports.write_calibration(tmp_path, rule, LOGITS, LABELS, COSTS, exits=(0, 2, 4))
-    assert Rule.from_json(json.loads((tmp_path / "exits.json").read_text())) == rule
+    found = reports.write_calibration(
+        tmp_path, rule, LOGITS, LABELS, COSTS, exits=(0, 2, 4), about={"step": 9}
+    )
+    kept = json.loads((tmp_path / "exits.json").read_text())
+    assert Rule.from_json(kept.pop("rule")) == rule
+    assert kept == {"step": 9}
     assert json.loads((tmp_path / "calibration.json").read_text()) == found
     assert is_picture(tmp_path / "accuracy_cost.png")
     assert found["cost"] <= 2
