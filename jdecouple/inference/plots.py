@@ -78,7 +78,7 @@ def worst(rows: Sequence[Row], images: Any, path: Path, title: str) -> None:
         axes.set_axis_off()
     for axes, row in zip(grid, rows, strict=False):
         axes.imshow(_shown(images[row["index"]]), cmap="gray", vmin=0, vmax=1)
-        answer = f"{plain(row['prediction'])} {row['probability']:.0%}"
+        answer = f"{plain(row['prediction'])} ({row['probability']:.0%})"
         text = f"{row['index']}: {plain(row['label'])}\n→ {answer}"
         axes.set_title(text, fontsize=8, parse_math=False)
     figure.suptitle(plain(title, None), parse_math=False)

@@ -79,7 +79,7 @@ def write_evaluation(
         shares["shares"] = leaving.tolist()
     matrix = tables.confusion(answers.argmax(axis=-1), labels, len(names))
     (answered,) = tables.of_exits(answers[None], labels, numbers[-1:])
-    content = {
+    content: dict[str, Any] = {
         "examples": len(labels),
         "answers": title,
         "accuracy": answered["accuracy"],
@@ -114,13 +114,15 @@ def write_calibration(
     *,
     cost_name: str = "floating-point operations an example",
     exits: Sequence[int] | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Writes a rule, and what it answers and costs on labelled examples.
 
-    The folder, made if need be, gets ``exits.json`` (the rule, for `Rule.from_json`),
-    ``calibration.csv`` (a row an exit), ``curves.csv`` and ``accuracy_cost.png`` (accuracy against
-    mean cost of all rules, of each exit alone and of the mean of the logits so far), and
-    ``calibration.json``, which holds what is returned. Each appears whole or not at all.
+    The folder, made if need be, gets ``exits.json`` (under "rule" what `Rule.from_json` reads, and
+    what `about` holds), ``calibration.csv`` (a row an exit), ``curves.csv`` and
+    ``accuracy_cost.png`` (accuracy against mean cost of all rules, of each exit alone and of the
+    mean of the logits so far), and ``calibration.json``, which holds what is returned. Each appears
+    whole or not at all.
 
     Args:
         folder: Where to.
@@ -130,6 +132,7 @@ def write_calibration(
         costs: Of answering at each exit, that of the exits before it included, `[exits]`.
         cost_name: What a cost is, with its unit.
         exits: Number of every exit, such as `trainer.exits`; by default 0 and up.
+        about: What tells later which network the rule is of, such as its step: for JSON.
 
     Returns:
         What JSON can hold: "rule"; "examples", their "accuracy" and mean "cost" under the rule;
@@ -164,7 +167,7 @@ def write_calibration(
         }
         for k in range(len(logits))
     ]
-    content = {
+    content: dict[str, Any] = {
         "rule": rule.to_json(),
         "examples": len(labels),
         "accuracy": found.accuracy,
@@ -174,7 +177,7 @@ def write_calibration(
         "curves": {name: points.tolist() for name, points in curves.items()},
     }
     path = _made(folder)
-    _write_json(path / "exits.json", content["rule"])
+    _write_json(path / "exits.json", {"rule": content["rule"], **(about or {})})
     _write_json(path / "calibration.json", content)
     points = [[name, *point] for name, curve in content["curves"].items() for point in curve]
     tables.write_lines(path / "curves.csv", [["name", "cost", "accuracy"], *points])

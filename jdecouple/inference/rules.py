@@ -239,7 +239,9 @@ def _cosine(logits: jax.Array, previous: jax.Array | None) -> jax.Array:
 def _unit_length(values: jax.Array) -> jax.Array:
     """Rows of length 1; the largest entry is divided out first, since squares may overflow."""
     largest = jnp.max(jnp.abs(values), axis=-1, keepdims=True)
-    values = values / jnp.where(largest > 0, largest, 1)
+    # XLA multiplies by the reciprocal, which it takes for 0 where it is subnormal.
+    factor = jnp.where(largest > 1, 0.125, 1.0)
+    values = values * factor / jnp.where(largest > 0, largest * factor, 1)
     length = jnp.linalg.norm(values, axis=-1, keepdims=True)
     return values / jnp.where(length > 0, length, 1)
 

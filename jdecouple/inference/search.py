@@ -108,8 +108,8 @@ def grid(scores: np.ndarray, levels: int = LEVELS) -> np.ndarray:
     Nothing exceeds the first; all finite scores exceed the last. Each lies between two scores if a
     float32 does, and else at the lower one.
 
-    >>> grid(np.array([0.0, 1.0, 2.0, 3.0]), 2)
-    array([ inf,  1.5, -0.001], dtype=float32)
+    >>> [float(f"{value:.3f}") for value in grid(np.array([0.0, 1.0, 2.0, 3.0]), 2)]
+    [inf, 1.5, -0.001]
     """
     thresholds = np.full(levels + 1, np.inf, np.float32)
     finite = np.sort(scores[np.isfinite(scores)].astype(np.float32))[::-1]

@@ -1,19 +1,15 @@
-"""Tables, pictures and costs of what was trained."""
+"""What exits answer, as tables and pictures."""
 
 import csv
 import json
 import math
 import os
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from nets import batches, method, mlp
 
-from jdecouple.inference import calibration, costs, plots, reports, rules, tables
+from jdecouple.inference import calibration, plots, reports, rules, tables
 from jdecouple.inference.rules import Rule
-from jdecouple.pipeline import build
 
 EXITS, COUNT, CLASSES = 3, 60, 4
 RNG = np.random.default_rng(0)
@@ -22,6 +18,7 @@ LOGITS = (2 * np.eye(CLASSES)[LABELS] + RNG.normal(size=(EXITS, COUNT, CLASSES))
 LOGITS[..., 1] -= 99  # which is never predicted
 NAMES = ["cat", "dog, big", "$x^2", "ünï\ncode"]
 COSTS = [1.0, 2.0, 3.0]
+SLOW = pytest.mark.slow
 
 
 def rows(path) -> list[dict]:
@@ -51,6 +48,7 @@ def test_classes_by_hand():
     ]
 
 
+@pytest.mark.slow
 def test_classes_are_as_scikit_learn_has_them():
     from sklearn.metrics import precision_recall_fscore_support
 
@@ -133,8 +131,12 @@ def test_an_evaluation_of_another_exit_and_of_a_rule(tmp_path):
 def test_a_calibration_in_a_folder(tmp_path):
     heat = calibration.temperatures(LOGITS, LABELS)
     rule = calibration.choose("margin", LOGITS, LABELS, COSTS, cost=2, temperatures=heat)
-    found = reports.write_calibration(tmp_path, rule, LOGITS, LABELS, COSTS, exits=(0, 2, 4))
-    assert Rule.from_json(json.loads((tmp_path / "exits.json").read_text())) == rule
+    found = reports.write_calibration(
+        tmp_path, rule, LOGITS, LABELS, COSTS, exits=(0, 2, 4), about={"step": 9}
+    )
+    kept = json.loads((tmp_path / "exits.json").read_text())
+    assert Rule.from_json(kept.pop("rule")) == rule
+    assert kept == {"step": 9}
     assert json.loads((tmp_path / "calibration.json").read_text()) == found
     assert is_picture(tmp_path / "accuracy_cost.png")
     assert found["cost"] <= 2
@@ -147,7 +149,10 @@ def test_a_calibration_in_a_folder(tmp_path):
     }
 
 
-@pytest.mark.parametrize("classes", [2, 10, 30, 120])
+@pytest.mark.parametrize(
+    "classes",
+    [2, pytest.param(30, marks=SLOW), pytest.param(120, marks=SLOW)],
+)
 def test_a_confusion_matrix_of_any_size_is_drawn(tmp_path, classes):
     labels = np.arange(200) % classes
     matrix = tables.confusion(np.roll(labels, 7), labels, classes)
@@ -156,7 +161,7 @@ def test_a_confusion_matrix_of_any_size_is_drawn(tmp_path, classes):
     assert is_picture(tmp_path / "confusion.png")
 
 
-@pytest.mark.parametrize("shape", [(5, 4), (5, 4, 1), (5, 4, 4)])
+@pytest.mark.parametrize("shape", [(5, 4), pytest.param((5, 4, 1), marks=SLOW), (5, 4, 4)])
 def test_images_of_any_kind_are_drawn(tmp_path, shape):
     images = RNG.normal(size=(COUNT, *shape))
     worst = tables.worst(LOGITS[0], LABELS, NAMES, 8)
@@ -191,75 +196,3 @@ def test_a_folder_that_cannot_be_made(tmp_path):
         reports.write_evaluation(tmp_path / "file", LOGITS, LABELS)
     assert "\n" not in str(error.value)
     assert os.listdir(tmp_path) == ["file"]
-
-
-# --- costs ----------------------------------------------------------------------------------------
-
-
-def built(name: str, **options) -> build.BuiltModel:
-    (batch,) = batches(1)
-    carry = build.abstract(batch)
-    return build.build_units(mlp(**options), method(name), carry, None, 0, None)
-
-
-def products(unit, *parts: str) -> int:
-    """Two operations for every weight of the dense layers under these names."""
-    values = {name: variable.get_value() for name, variable in unit.params.items()}
-    return sum(2 * v.size for name, v in values.items() if v.ndim == 2 and name.startswith(parts))
-
-
-def test_operations_are_two_for_every_weight_and_little_more():
-    model = built("dgl", depth=3)
-    found = costs.flops_by_exit(model.units, model.carries)
-    wanted = np.cumsum([products(unit, "block", "head") for unit in model.units])
-    np.testing.assert_allclose(found, wanted, rtol=0.1)
-    assert (found >= wanted).all()
-
-
-def test_operations_of_one_exit_at_the_end():
-    model = built("bp")
-    (found,) = costs.flops_by_exit(model.units, model.carries)
-    wanted = sum(products(unit, "block", "head") for unit in model.units)
-    assert wanted <= found <= 1.1 * wanted
-
-
-def test_operations_of_an_answer_that_comes_down():
-    """The blocks, the bridge of the last, and the decoders of all."""
-    model = built("al")
-    (found,) = costs.flops_by_exit(model.units, model.carries)
-    wanted = sum(products(unit, "block", "head/decoder") for unit in model.units)
-    wanted += products(model.units[-1], "head/bridge")
-    assert wanted <= found <= 1.1 * wanted
-
-
-def test_operations_do_not_depend_on_the_batch():
-    model = built("deinforeg")
-    doubled = [
-        {"x": jax.ShapeDtypeStruct((32, *carry["x"].shape[1:]), jnp.float32)}
-        for carry in model.carries
-    ]
-    one, two = (costs.flops_by_exit(model.units, c) for c in (model.carries, doubled))
-    assert len(one) == len(model.units)
-    np.testing.assert_allclose(one, two, rtol=0.02)
-
-
-def test_seconds_are_medians_of_all_but_the_first_call(monkeypatch):
-    """On a clock that every call moves by what it takes: long at first, and once by chance."""
-    takes = {0: [90, 1, 1, 8], 1: [90, 9, 3, 3], 2: [90, 2, 2, 2]}
-    now, calls = [0.0], []
-    monkeypatch.setattr("time.perf_counter", lambda: now[0])
-
-    def answer(exit: int) -> jax.Array:
-        now[0] += takes[exit][calls.count(exit)]
-        calls.append(exit)
-        return jnp.zeros(1)
-
-    found = costs.seconds_by_exit(answer, 3, 10, runs=3)
-    assert calls == [0, 1, 2] * 4
-    np.testing.assert_allclose(found, [0.1, 0.3, 0.3])
-
-
-@pytest.mark.parametrize("bad", [{"exits": 0}, {"examples": 0}, {"runs": 0}])
-def test_seconds_of_nothing_are_refused(bad):
-    with pytest.raises(ValueError, match="is 0: a whole number of at least 1 is needed"):
-        costs.seconds_by_exit(print, **{"exits": 1, "examples": 1, **bad})

@@ -12,7 +12,7 @@ import pytest
 from jdecouple.inference import rules
 from jdecouple.inference.rules import Rule
 
-EXITS, COUNT, CLASSES = 4, 64, 5
+EXITS, COUNT, CLASSES = 6, 64, 5
 RNG = np.random.default_rng(0)
 TRUTH = RNG.normal(size=(1, COUNT, CLASSES))
 LOGITS = np.cumsum(TRUTH + RNG.normal(size=(EXITS, COUNT, CLASSES)), axis=0).astype(np.float32)
@@ -77,7 +77,7 @@ def test_exits_are_the_rule(name, patience):
 @EACH
 def test_thresholds_and_temperatures_belong_to_their_exit(name):
     low = THRESHOLDS[name]
-    rule = Rule(name, (low, math.inf, low - 0.1, 0), temperatures=(0.5, 1, 2, 3))
+    rule = Rule(name, (low, math.inf, low - 0.1, 0, 9, 9), temperatures=(0.5, 1, 2, 3, 1, 1))
     left = rules.exits(rule, LOGITS)
     assert left.tolist() == leaves_at(rule, LOGITS)
     assert 1 not in left
@@ -195,10 +195,10 @@ def test_json_there_and_back(rule):
         ),
         (lambda: rules.exits("cosine", LOGITS), "rule is a str: a jdecouple Rule is needed"),
         (lambda: rules.exits(Rule("cosine", 1), LOGITS[0]), r"logits have shape \[64, 5\]"),
-        (lambda: rules.exits(Rule("cosine", 1), LOGITS[..., :1]), r"logits have shape \[4, 64, 1"),
+        (lambda: rules.exits(Rule("cosine", 1), LOGITS[..., :1]), r"logits have shape \[6, 64, 1"),
         (lambda: rules.exits(Rule("cosine", 1), LOGITS > 0), "logits are of dtype bool: numbers"),
         (lambda: rules.exits(Rule("cosine", 1), [[[1, 2], [1]]]), "logits are rows of unequal"),
-        (lambda: rules.score("margin", LOGITS), r"logits have shape \[4, 64, 5\]: \[n, classes\]"),
+        (lambda: rules.score("margin", LOGITS), r"logits have shape \[6, 64, 5\]: \[n, classes\]"),
         (lambda: rules.score("cosine", LOGITS[0], LOGITS[0, :9]), r"and \[9, 5\] at the exit befo"),
     ],
 )
