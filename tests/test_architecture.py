@@ -41,7 +41,8 @@ LAYERS: dict[str, set[str]] = {
 }
 """What each entry of the package may import of the others. `train` may import them all."""
 LAYERS["train"] = set(LAYERS)
-LAYERS["__init__"] = set(LAYERS) - {"train"}
+LAYERS["__main__"] = {"train"}
+LAYERS["__init__"] = set(LAYERS) - {"train", "__main__"}
 
 WITHOUT_JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "chex", "grain"}
 
