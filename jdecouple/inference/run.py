@@ -224,7 +224,7 @@ class Run:
     def export(
         self,
         folder: str | os.PathLike[str],
-        exit: int | None = None,
+        exit: int | str | None = None,
         batch_size: int | None = None,
         **options: Any,
     ) -> Path:
@@ -232,14 +232,16 @@ class Run:
 
         Args:
             folder: a new or an empty one.
-            exit: number of the exit to end at, by default the last.
+            exit: number of the exit to end at, by default the last; or "all".
             batch_size: the only number of inputs, by default any.
             **options: other arguments of `export.export`.
         """
         from jdecouple.inference.export import export  # whose packages nothing else needs
 
         shape, dtype = self.inputs.example
-        about = {"class_names": self.class_names, "step": self.step}
+        known = self.description.to_json()
+        about = {key: known[key] for key in ("class_names", "model", "method")}
+        about["inputs"] = {"kind": self.inputs.kind, **dataclasses.asdict(self.inputs)}
         return export(
             folder,
             self.units,
@@ -249,7 +251,7 @@ class Run:
             transform=self.inputs.transform("none"),
             exit=exit,
             batch_size=batch_size,
-            about=about | {"inputs": self.inputs.to_json()},
+            about={**about, "step": self.step},
             **options,
         )
 

@@ -215,6 +215,8 @@ class TestCommands:
         assert run(capsys, "export", workdir, folder, "--exit=0").strip() == str(folder)
         content = json.loads((folder / "model.json").read_text())
         assert (content["exit"], content["class_names"]) == (0, [*"0123456789"])
+        assert content["inputs"]["image_shape"] == [8, 8, 1]
+        assert content["method"]["name"] == "early_exit"
         refused(capsys, "exported is there", "export", workdir, folder)
 
 
