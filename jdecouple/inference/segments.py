@@ -92,7 +92,7 @@ class Segments:
         for step in self._steps[number]:
             if step.leg != here:
                 source, target = (self._legs[leg].placement for leg in (here, step.leg))
-                rows, here = transfer(rows, None, source, target), step.leg
+                rows, here = transfer(rows, None, source, target, named=True), step.leg
             changed, logits = self._calls[step.unit](*self._arrays[step.unit], rows.carry)
             rows = rows._replace(carry={**rows.carry, **changed})
             if step.exit is not None and step.exit != self.stops[-1]:

@@ -240,7 +240,8 @@ class Predictor:
         for number, leg in enumerate(self.legs):
             if number:
                 received = shapes and shapes.carries[number]
-                carry = transfer(carry, received, self.legs[number - 1].placement, leg.placement)
+                before = self.legs[number - 1].placement
+                carry = transfer(carry, received, before, leg.placement, named=True)
             if carry is None or not leg.placement.addressable:
                 continue
             for unit, call, (stage, slot) in zip(leg.units, leg.up, leg.slots, strict=True):
@@ -258,7 +259,7 @@ class Predictor:
             if number + 1 < len(legs):
                 received = batch.shapes and batch.shapes.targets[number]
                 above, here = legs[number + 1].placement, legs[number].placement
-                target = transfer(target, received, above, here)
+                target = transfer(target, received, above, here, named=True)
                 if here.addressable:
                     target = self._down(legs[number], states, target)
             if batch.shapes is not None:

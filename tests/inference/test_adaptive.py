@@ -7,11 +7,11 @@ import jax
 import nets
 import numpy as np
 import pytest
-from jdecouple.inference.rules import Rule
 
 import jdecouple as jd
 from jdecouple.inference import rules
 from jdecouple.inference.adaptive import AdaptivePredictor
+from jdecouple.inference.rules import Rule
 
 COUNT = 150
 X = np.concatenate([batch["x"] for batch in nets.batches(10)])[:COUNT]
@@ -49,7 +49,7 @@ def predictor(stages: int, size: int, name: str, patience: int) -> AdaptivePredi
 
 
 @pytest.mark.parametrize("stages", [1, 3])
-@pytest.mark.parametrize("size", [1, 7, 128])
+@pytest.mark.parametrize("size", nets.marked((1, 7, 128), fast=(7,)))
 def test_examples_leave_where_a_plain_reading_says(stages, size):
     for name, patience in RULES:
         wanted = rules.exits(rule(name, patience), logits())
@@ -61,7 +61,7 @@ def test_examples_leave_where_a_plain_reading_says(stages, size):
         np.testing.assert_allclose(answers.logits, own, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("stages", [1, 3])
+@pytest.mark.parametrize("stages", nets.marked((1, 3), fast=(3,)))
 def test_nothing_is_compiled_after_the_warm_up(stages, caplog):
     early = predictor(stages, 7, "cosine", 1)
     jax.clear_caches()
@@ -126,6 +126,7 @@ def test_the_temperature_is_what_calibration_says():
     np.testing.assert_array_equal(early.predict({"x": X}).exits, rules.exits(hot, logits()))
 
 
+@pytest.mark.slow
 def test_replicas_round_the_sizes_up():
     trainer = nets.build("greedy_exit", model=nets.mlp(depth=4), mesh=jd.make_mesh(2, 2))
     state = trainer.init()
