@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from jdecouple import data, methods, models, optim, pipeline, schedules
+from jdecouple import data, growth, methods, models, optim, pipeline, schedules
 from jdecouple.methods import objectives, routes
 from jdecouple.models import Model
 from jdecouple.pipeline import diagnostics, make_mesh
@@ -19,6 +19,7 @@ __all__ = [
     "__version__",
     "data",
     "diagnostics",
+    "growth",
     "make_mesh",
     "methods",
     "models",

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "jdecouple"
 MOST_LINES = 450
-MOST_NAMES = 13
+MOST_NAMES = 16
 
 LAYERS: dict[str, set[str]] = {
     "_errors": set(),
@@ -28,6 +28,7 @@ LAYERS: dict[str, set[str]] = {
     "pipeline": {"_errors", "models", "methods", "schedules"},
     "trainer": {"_errors", "models", "methods", "schedules", "pipeline"},
     "checkpoint": {"_errors", "_files", "pipeline"},
+    "growth": {"_errors", "models", "methods", "pipeline", "trainer"},
 }
 """What each entry of the package may import of the others. `train` may import them all."""
 LAYERS["train"] = set(LAYERS)
