@@ -55,12 +55,14 @@ class Split:
         source: where rows are read.
         indices: int64 [n], the rows of the source that belong to the split.
         overrides: int32 [n] or None; a value >= 0 replaces the label of that row (label noise).
+        parts: lengths that a text is cut into, see `cut`; () leaves inputs whole.
     """
 
     name: str
     source: Source
     indices: np.ndarray
     overrides: np.ndarray | None = None
+    parts: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -69,7 +71,7 @@ class Split:
         """Reads the examples at `indices`, integers [n] in any order, of this split.
 
         Returns:
-            `x`, as of the source, and `label`, int32 [n].
+            `x`, as of the source (or, cut into parts, `x`, `x_1`, ...), and `label`, int32 [n].
 
         Raises:
             ValueError: an example cannot be decoded, or a label or pixel is out of range.
@@ -78,7 +80,7 @@ class Split:
         if self.overrides is not None:
             replacements = self.overrides[indices]
             labels = np.where(replacements >= 0, replacements, labels)
-        return {"x": inputs, "label": labels}
+        return {**cut(inputs, self.parts), "label": labels}
 
     @property
     def lengths(self) -> np.ndarray:
@@ -90,6 +92,20 @@ class Split:
         if not hasattr(self.source, "lengths"):
             raise ValueError(f"the {self.name} split has no lengths: its examples are no texts")
         return self.source.lengths[self.indices]
+
+
+def cut(inputs: np.ndarray, parts: Sequence[int]) -> dict[str, np.ndarray]:
+    """Inputs [n, length] as a batch's entries `x`, `x_1`, ... of these lengths in turn.
+
+    >>> {name: x.tolist() for name, x in cut(np.array([[1, 2, 3, 4, 5]]), (2, 3)).items()}
+    {'x': [[1, 2]], 'x_1': [[3, 4, 5]]}
+
+    Without any lengths `x` is all.
+    """
+    if not parts:
+        return {"x": inputs}
+    pieces = np.split(inputs, np.cumsum(parts)[:-1], axis=1)
+    return {f"x_{i}" if i else "x": piece for i, piece in enumerate(pieces)}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
