@@ -30,6 +30,7 @@ _STATE_FILES = ("manifest.ocdbt", "_METADATA")  # without which nobody can read 
 _escaped = functools.partial(quote, safe="")
 
 Accept = Callable[[dict[str, Any]], str | None]
+Template = Mapping[str, Any]
 
 
 class CheckpointError(ValueError):
@@ -201,7 +202,7 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
 
     def restore(
         self,
-        template: Mapping[str, Any],
+        template: Template | Callable[[int], Template],
         step: int | None = None,
         *,
         accept: Accept = lambda extra: None,
@@ -234,7 +235,8 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
                 last = next(reversed(refused.items()))
                 logging.warning("checkpoint %d refused: %s; trying %d", *last, candidate)
             try:
-                restored = self._load(candidate, template, accept)
+                wanted = template(candidate) if callable(template) else template
+                restored = self._load(candidate, wanted, accept)
             except _RefusedError as error:
                 refused[candidate] = str(error)
             else:
@@ -323,7 +325,7 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
         )
         self._manager = ocp.CheckpointManager(place, options=options, item_handlers=handlers)
 
-    def _load(self, step: int, template: Mapping[str, Any], accept: Accept) -> Restored:
+    def _load(self, step: int, template: Template, accept: Accept) -> Restored:
         """Reads one checkpoint and compares it with what was saved and with what is expected."""
         document = _read_document(self.directory / str(step))
         if document["step"] != step:
