@@ -12,7 +12,9 @@ Command:   python train.py --config configs/growing.py:glue/sst2,lstm,deinforeg 
            or step by step, with the same workdir: the first with --config.epochs=10, which ends
            before the net grows, the second without.
 Hardware:  a GPU at full width (not measured yet); a CPU for less.
-Expected:  EXPECTED
+Expected:  measured on a CPU, hidden 64, flax's initial weights, 2 + 2 epochs, seed 0, accuracy on
+           SST-2's own validation split: 75.9 % after the first step (exit 2), 77.6 % after the
+           second (exit 4; exit 2 as before).
 """
 
 from jdecouple.train.config import named

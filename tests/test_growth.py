@@ -15,7 +15,14 @@ from jdecouple.methods.routes import Stage
 from jdecouple.pipeline.mpmd.stage_fns import TRAINING, make_stage_fn
 
 LOCAL = [name for name in jd.methods.names() if nets.method(name).route.local]
-METHODS = pytest.mark.parametrize("name", nets.marked(LOCAL, ("deinforeg", "al", "infopro")))
+METHODS = pytest.mark.parametrize("name", nets.marked(LOCAL, ("deinforeg", "al")))
+
+
+PIPELINES = {
+    "apart": {"num_stages": 4, "fuse": False},
+    "microbatches": {"num_stages": 2, "mesh": jd.make_mesh(2), "microbatches": 2},
+    "replicas": {"boundaries": (0, 2), "mesh": jd.make_mesh(2, 2)},
+}
 
 
 @functools.cache
@@ -70,7 +77,7 @@ def test_frozen_blocks_stay_as_they_are(name):
         assert {key: found[key] for key in exits} == pytest.approx({k: scores[k] for k in exits})
 
 
-@METHODS
+@pytest.mark.parametrize("name", nets.marked(LOCAL, ("deinforeg",)))
 def test_a_grown_model_learns_on(name):
     """What the first blocks could not tell apart, more of them do not tell apart worse."""
     x = np.random.default_rng(3).normal(size=(64, nets.FEATURES)).astype(np.float32)
@@ -129,18 +136,10 @@ def test_blocks_that_train_on_do_so_as_if_nothing_had_grown(name):
     assert {"block_0/loss", "block_1/loss", "block_2/loss", "block_3/loss"} <= metrics[0].keys()
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"num_stages": 4, "fuse": False},
-        {"num_stages": 2, "mesh": jd.make_mesh(2), "microbatches": 2},
-        {"boundaries": (0, 2), "mesh": jd.make_mesh(2, 2)},
-    ],
-    ids=["apart", "microbatches", "replicas"],
-)
-def test_frozen_stages_in_every_pipeline(options):
+@pytest.mark.parametrize("pipeline", nets.marked(PIPELINES, ("apart",)))
+def test_frozen_stages_in_every_pipeline(pipeline):
     """A stage of frozen blocks alone is one of a forward alone; the numbers are the same."""
-    data = nets.batches()
+    data, options = nets.batches(), PIPELINES[pipeline]
     micro = {"microbatches": options.get("microbatches", 1)}
     trainer, state = trained("infopro", **micro)
     one, alone = grown(trainer, state)
@@ -154,6 +153,7 @@ def test_frozen_stages_in_every_pipeline(options):
     assert nets.same_bits(of_blocks(arrays, (0, 1)), old)
 
 
+@pytest.mark.slow
 def test_several_batches_in_one_call():
     data = nets.batches()
     trainer, state = trained("deinforeg", num_stages=2, fuse=False)
@@ -202,6 +202,7 @@ def test_balance_knows_what_is_frozen():
     assert trainer.boundaries == (0, 3)
 
 
+@pytest.mark.slow
 def test_a_frozen_block_thaws_with_a_fresh_optimiser_state():
     trainer, state = trained("greedy_exit")
     trainer, state = grown(trainer, state)
@@ -309,6 +310,7 @@ def test_a_block_reads_an_entry_that_others_never_see(name):
         assert nets.same_bits(of_blocks(one, (0, 1)), of_blocks(other, (0, 1)))
 
 
+@pytest.mark.slow
 def test_a_grown_block_reads_what_the_old_ones_never_saw():
     data = side_batches()
     trainer = nets.build("deinforeg", model=first(), example=data[0])

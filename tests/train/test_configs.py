@@ -131,7 +131,7 @@ def test_two_steps_of_texts(tmp_path, texts, argument):
     assert_trained(config, tmp_path, [1, 2])
 
 
-@pytest.mark.parametrize("argument", nets.marked(GROWING, GROWING[:1]))
+@pytest.mark.parametrize("argument", nets.marked(GROWING, ()))
 def test_texts_in_two_steps(tmp_path, texts, argument):
     config = load("growing", argument)
     parts = config.data.parts
