@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from jdecouple import data, inference, methods, models, optim, pipeline, schedules
+from jdecouple import data, growth, inference, methods, models, optim, pipeline, schedules
 from jdecouple.inference.load import load
 from jdecouple.methods import objectives, routes
 from jdecouple.models import Model
@@ -20,6 +20,7 @@ __all__ = [
     "__version__",
     "data",
     "diagnostics",
+    "growth",
     "inference",
     "load",
     "make_mesh",

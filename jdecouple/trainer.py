@@ -30,6 +30,7 @@ from jdecouple.pipeline.state import State
 from jdecouple.schedules import Call, Costs
 
 Batch = Mapping[str, Any]
+_OWN = ("self", "model", "example", "num_classes")  # arguments that another trainer has anew
 
 
 class Trainer:
@@ -84,6 +85,7 @@ class Trainer:
         fuse: bool | None = None,
         max_in_flight: int | None = None,
         engine: str = "mpmd",
+        frozen: Sequence[int] = (),
     ):
         """Places the stages and prepares their functions; compiles at the first step.
 
@@ -117,11 +119,15 @@ class Trainer:
             engine: "mpmd" compiles calls for every stage; "spmd" one program for all, which needs
                 equal blocks between the first and the last, and a local method or `gpipe`; "auto"
                 takes "spmd" where it fits and there are devices for two stages.
+            frozen: indices of blocks that are not trained, of a local method: they cost an
+                evaluation forward, have no metrics and no optimiser state.
 
         Raises:
             TypeError: an argument of a wrong type.
             ValueError: values that do not fit, or a method that needs what the model lacks.
         """
+        options = dict(locals())
+        self._options = {key: value for key, value in options.items() if key not in _OWN}
         require_type(Model, model=model)
         require_type(Method, method=method)
         sizes = {"num_stages": num_stages, "num_classes": num_classes}
@@ -137,7 +143,9 @@ class Trainer:
         spec = BatchSpec(shapes, microbatches, stage_mesh.shape["data"])
         received = spec.split(shapes)[0]
         carry = build.model_input(received, transform)
-        built = self._built = build.build_units(model, method, carry, num_classes, seed, dtype)
+        built = self._built = build.build_units(
+            model, method, carry, num_classes, seed, dtype, frozen
+        )
         check_labels(arrays["label"], built.num_classes)
         self.model, self.method, self.microbatches = model, method, microbatches
         self.num_classes = built.num_classes
@@ -158,6 +166,11 @@ class Trainer:
         self._states = states.OwnStates(
             self.stages, self.placements, self.engine, self.schedule, method.route
         )
+
+    def like(self, model: Model, **changes: Any) -> "Trainer":
+        """A trainer of another model with the arguments of this one, but for `changes`."""
+        options = {**self._options, "example": self._intake.spec.example}
+        return Trainer(model, **{**options, "num_classes": self.num_classes, **changes})
 
     def init(self) -> State:
         """Initial state: the weights of the model's blocks and of the heads, step 0.

@@ -28,6 +28,7 @@ LAYERS: dict[str, set[str]] = {
     "pipeline": {"_errors", "models", "methods", "schedules"},
     "checkpoint": {"_errors", "_files", "pipeline"},
     "trainer": {"_errors", "models", "methods", "schedules", "pipeline", "checkpoint"},
+    "growth": {"_errors", "models", "methods", "pipeline", "trainer"},
     "inference": {
         "_errors",
         "_files",
@@ -37,6 +38,7 @@ LAYERS: dict[str, set[str]] = {
         "pipeline",
         "trainer",
         "checkpoint",
+        "growth",
     },
 }
 """What each entry of the package may import of the others. `train` may import them all."""

@@ -39,6 +39,7 @@ _DELETED = ".deleted"
 _STATE_FILES = ("manifest.ocdbt", "_METADATA")  # without which nobody can read it
 
 Accept = Callable[[dict[str, Any]], str | None]
+Template = Mapping[str, Any]
 
 
 class CheckpointError(ValueError):
@@ -206,7 +207,7 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
 
     def restore(
         self,
-        template: Mapping[str, Any],
+        template: Template | Callable[[int], Template],
         step: int | None = None,
         *,
         accept: Accept = lambda extra: None,
@@ -233,7 +234,8 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
                 last = next(reversed(refused.items()))
                 logging.warning("checkpoint %d refused: %s; trying %d", *last, candidate)
             try:
-                restored = self._load(candidate, template, accept)
+                wanted = template(candidate) if callable(template) else template
+                restored = self._load(candidate, wanted, accept)
             except RefusedError as error:
                 refused[candidate] = str(error)
             else:
@@ -346,7 +348,7 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
         )
         self._manager = ocp.CheckpointManager(place, options=options, item_handlers=handlers)
 
-    def _load(self, step: int, template: Mapping[str, Any], accept: Accept) -> Restored:
+    def _load(self, step: int, template: Template, accept: Accept) -> Restored:
         """Reads one checkpoint and compares it with what was saved and with what is expected."""
         document = self._document(step)
         if reason := accept(document["extra"]):

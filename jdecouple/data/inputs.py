@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import itertools
 import json
 import os
 import zlib
@@ -56,6 +57,15 @@ class ImageInputs:
     def method_arguments(self) -> dict[str, Any]:
         """What a method of `jdecouple.methods` may ask for of the inputs."""
         return {"image_mean": self.mean, "image_std": self.std}
+
+    @property
+    def prepare(self) -> Callable[..., Any]:
+        """`(batch, keys, train) -> batch` from what `encode` gives to what evaluation reads."""
+        return self.transform("none")
+
+    def join(self, batch: Mapping[str, Any]) -> Any:
+        """What `encode` takes, from a batch of the data set."""
+        return batch["x"]
 
     def transform(self, name: str) -> Callable[..., Any]:
         """The augmentation of this name for the Trainer; ValueError if there is none."""
@@ -136,12 +146,14 @@ class TextInputs:
         words: the word of every number; 0 is padding, 1 stands for unknown words.
         max_length: words of the longest text; shorter ones are padded to it.
         embedding_width: width of the vectors that the words began with, if they were given.
+        parts: words of the parts that texts are cut into; () leaves them whole.
     """
 
     kind: ClassVar[str] = "texts"
     words: tuple[str, ...]
     max_length: int
     embedding_width: int | None = None
+    parts: tuple[int, ...] = ()
 
     @property
     def example(self) -> tuple[tuple[int, ...], str]:
@@ -154,13 +166,27 @@ class TextInputs:
         embeddings = None if width is None else np.zeros((size, width), np.float32)
         return {
             "vocabulary_size": size,
-            "max_length": self.max_length,
+            "max_length": max(self.parts, default=self.max_length),
             "embeddings": embeddings,
         }
 
     def method_arguments(self) -> dict[str, Any]:
         """What a method of `jdecouple.methods` may ask for of the inputs: nothing."""
         return {}
+
+    @property
+    def prepare(self) -> Callable[..., Any] | None:
+        """`(batch, keys, train) -> batch` from what `encode` gives to what evaluation reads."""
+        if not self.parts:
+            return None
+        return lambda batch, keys, train: {**batch, **cut(batch["x"], self.parts)}
+
+    def join(self, batch: Mapping[str, Any]) -> Any:
+        """What `encode` takes, from a batch of the data set."""
+        if not self.parts:
+            return batch["x"]
+        names = cut(np.zeros((0, 0)), self.parts)
+        return np.concatenate([np.asarray(batch[name]) for name in names], axis=1)
 
     def transform(self, name: str) -> None:
         """The augmentation of this name for the Trainer; ValueError but for "none"."""
@@ -228,11 +254,25 @@ class TextInputs:
         """What `from_json` reads; the words are packed, as a checkpoint's info is read often."""
         packed = base64.b64encode(zlib.compress(json.dumps(self.words).encode())).decode()
         width = self.embedding_width
-        sizes = {"max_length": self.max_length, "embedding_width": width}
+        sizes = {"max_length": self.max_length, "embedding_width": width, "parts": self.parts}
         return {"kind": self.kind, "words": packed, **sizes}
 
 
 Inputs = ImageInputs | TextInputs
+
+
+def cut(inputs: Any, parts: Sequence[int]) -> dict[str, Any]:
+    """Inputs [n, length] as a batch's entries `x`, `x_1`, ... of these lengths in turn.
+
+    >>> {name: x.tolist() for name, x in cut(np.array([[1, 2, 3, 4, 5]]), (2, 3)).items()}
+    {'x': [[1, 2]], 'x_1': [[3, 4, 5]]}
+
+    Without any lengths `x` is all.
+    """
+    if not parts:
+        return {"x": inputs}
+    cuts = itertools.pairwise(itertools.accumulate(parts, initial=0))
+    return {f"x_{i}" if i else "x": inputs[:, a:b] for i, (a, b) in enumerate(cuts)}
 
 
 def from_json(value: Mapping[str, Any]) -> Inputs:

@@ -145,9 +145,11 @@ def table(
     glove: Any,
     label_column: str | None,
     text_columns: Sequence[str] | None,
+    parts: Sequence[int] | None,
 ) -> Dataset:
     """Labelled texts in CSV or Parquet files."""
     options: dict[str, Any] = {"max_length": max_length, "vocabulary_size": vocabulary_size}
+    options["parts"] = parts
     stored, class_names = tables.splits(name, data_dir, label_column, text_columns)
     return text_dataset(
         name, stored, class_names, validation=validation, seed=seed, glove=glove, **options

@@ -11,7 +11,7 @@ import numpy as np
 
 from jdecouple._errors import first_line
 from jdecouple.data.images import resize_image
-from jdecouple.data.inputs import ImageInputs, Inputs
+from jdecouple.data.inputs import ImageInputs, Inputs, cut
 
 CACHE_BYTES = 4 << 30
 _FIXED_ORDER_SEED = 0
@@ -55,12 +55,14 @@ class Split:
         source: where rows are read.
         indices: int64 [n], the rows of the source that belong to the split.
         overrides: int32 [n] or None; a value >= 0 replaces the label of that row (label noise).
+        parts: lengths that a text is cut into, see `inputs.cut`; () leaves inputs whole.
     """
 
     name: str
     source: Source
     indices: np.ndarray
     overrides: np.ndarray | None = None
+    parts: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -69,7 +71,7 @@ class Split:
         """Reads the examples at `indices`, integers [n] in any order, of this split.
 
         Returns:
-            `x`, as of the source, and `label`, int32 [n].
+            `x`, as of the source (or, cut into parts, `x`, `x_1`, ...), and `label`, int32 [n].
 
         Raises:
             ValueError: an example cannot be decoded, or a label or pixel is out of range.
@@ -78,7 +80,7 @@ class Split:
         if self.overrides is not None:
             replacements = self.overrides[indices]
             labels = np.where(replacements >= 0, replacements, labels)
-        return {"x": inputs, "label": labels}
+        return {**cut(inputs, self.parts), "label": labels}
 
     @property
     def lengths(self) -> np.ndarray:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jdecouple._errors import require_int
 from jdecouple.data.inputs import TextInputs
 from jdecouple.data.splits import Amount, Dataset, Split, check_labels, divide
 from jdecouple.data.vocabulary import Vocabulary, padded, word_vectors
@@ -32,18 +33,20 @@ class TextDataset(Dataset):
         words: the word of every number; 0 is padding, 1 stands for unknown words.
         max_length: words of the longest text; shorter ones are padded to it.
         embeddings: initial vectors of the words, float32 [len(words), width], or None.
+        parts: words of the parts that texts are cut into; () leaves them whole.
     """
 
     kind = "texts"
     words: tuple[str, ...]
     max_length: int
     embeddings: np.ndarray | None
+    parts: tuple[int, ...] = ()
 
     @property
     def inputs(self) -> TextInputs:
         """See `Dataset.inputs`."""
         width = None if self.embeddings is None else self.embeddings.shape[1]
-        return TextInputs(self.words, self.max_length, width)
+        return TextInputs(self.words, self.max_length, width, self.parts)
 
     def model_arguments(self) -> dict[str, Any]:
         """See `Dataset.model_arguments`."""
@@ -87,24 +90,41 @@ def dataset(
     max_length: int | None,
     vocabulary_size: int | None,
     glove: str | os.PathLike[str] | None,
+    parts: Sequence[int] | None = None,
 ) -> TextDataset:
     """Makes a data set of stored texts; its vocabulary is that of its training split alone."""
-    max_length = MAX_LENGTH if max_length is None else max_length
+    lengths = _parts(parts, max_length)
+    max_length = sum(lengths) or max_length or MAX_LENGTH
     sizes = {split: len(texts.labels) for split, texts in stored.items()}
-    parts = divide(name, sizes, validation)
-    split, rows = parts["train"]
+    roles = divide(name, sizes, validation)
+    split, rows = roles["train"]
     texts = (stored[split].texts[row] for row in rows)
     vocabulary = Vocabulary.of(texts, vocabulary_size or VOCABULARY_SIZE)
     sources = {
         split: TextSource(stored[split], vocabulary, max_length, len(class_names), split)
-        for split in sorted({split for split, _ in parts.values()})
+        for split in sorted({split for split, _ in roles.values()})
     }
     return TextDataset(
         name,
-        **{role: Split(role, sources[split], rows) for role, (split, rows) in parts.items()},
+        **{
+            role: Split(role, sources[split], rows, parts=lengths)
+            for role, (split, rows) in roles.items()
+        },
         num_classes=len(class_names),
         class_names=tuple(class_names),
         words=vocabulary.words,
         max_length=max_length,
         embeddings=None if glove is None else word_vectors(glove, vocabulary.words, seed),
+        parts=lengths,
     )
+
+
+def _parts(parts: Sequence[int] | None, max_length: int | None) -> tuple[int, ...]:
+    """Lengths of parts, checked; () without any."""
+    if parts is None:
+        return ()
+    for length in parts:
+        require_int(1, parts=length)
+    if max_length not in (None, total := sum(parts)):
+        raise ValueError(f"parts is {tuple(parts)}: max_length must be their sum, {total}, or None")
+    return tuple(parts)

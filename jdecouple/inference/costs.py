@@ -30,7 +30,8 @@ def flops_by_exit(units: Sequence[Unit], carries: Sequence[Carry]) -> np.ndarray
     """
     costs, total, features = [], 0.0, None
     for unit, carry in zip(units, carries, strict=True):
-        arguments = (*abstract(unit.initial()), {"x": carry["x"]})
+        read = {name: carry[name] for name in ("x", *unit.inputs)}
+        arguments = (*abstract(unit.initial()), read)
         total += flops(unit.evaluate, *arguments)
         features, logits = jax.eval_shape(unit.evaluate, *arguments)
         if logits is not None:

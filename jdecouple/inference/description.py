@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jdecouple import methods, models
+from jdecouple import growth, methods, models
 from jdecouple.data.inputs import Inputs, from_json
 from jdecouple.methods import Method
 from jdecouple.pipeline import build
@@ -46,6 +46,8 @@ class Description:
         dtype: compute dtype, None for that of the weights.
         boundaries: index of the first block of every stage.
         batch_size: examples of a batch in evaluation.
+        growth: numbers of blocks that the model has in turn, () where it does not grow.
+        num_blocks: that of now, where it grows.
     """
 
     inputs: Inputs
@@ -56,6 +58,8 @@ class Description:
     dtype: str | None
     boundaries: tuple[int, ...]
     batch_size: int
+    growth: tuple[int, ...] = ()
+    num_blocks: int | None = None
 
     def build(self) -> Network:
         """Builds the network.
@@ -68,8 +72,10 @@ class Description:
         rngs = nnx.Rngs(self.seed)
         num_classes = len(self.class_names)
         model = models.get(name)(num_classes, **inputs.model_arguments(), **options, rngs=rngs)
-        transform = inputs.transform("none")
-        carry = build.model_input(build.abstract(self.example()), transform)
+        carry = build.model_input(build.abstract(self.example()), inputs.prepare)
+        if self.growth:
+            phases = growth.phases(model, method, self.growth, carry, num_classes, seed=self.seed)
+            model = next(phase for phase in phases if len(phase.blocks) == self.num_blocks)
         dtype = None if self.dtype is None else jnp.dtype(self.dtype)
         built = build.build_units(model, method, carry, num_classes, self.seed, dtype)
         return Network(model, method, built)

@@ -119,7 +119,7 @@ class Run:
         return Predictor(
             [self.units[a:b] for a, b in self._cuts],
             self.placements,
-            transform=self.inputs.transform("none"),
+            transform=self.inputs.prepare,
             seed=self.description.seed,
             example=example,
         )
@@ -180,7 +180,7 @@ class Run:
         def batches() -> Iterator[Mapping[str, Any]]:
             for batch in _batches(data, size):
                 labels.append(np.asarray(as_arrays(batch)["label"]))
-                yield {"x": self.inputs.encode(batch["x"])}
+                yield {"x": self.inputs.encode(self.inputs.join(batch))}
 
         given = batches()
         if (first := next(given, None)) is None:
@@ -248,7 +248,7 @@ class Run:
             self.params,
             self.stats,
             jax.ShapeDtypeStruct(shape, dtype),
-            transform=self.inputs.transform("none"),
+            transform=self.inputs.prepare,
             exit=exit,
             batch_size=batch_size,
             about={**about, "step": self.step},
@@ -273,8 +273,8 @@ class Run:
 
     def transform(self, x: Any) -> jax.Array:
         """What the first block reads, of what `inputs.encode` takes."""
-        batch, transform = {"x": jnp.asarray(self.inputs.encode(x))}, self.inputs.transform("none")
-        return (transform(batch, None, False) if transform else batch)["x"]
+        batch, prepare = {"x": jnp.asarray(self.inputs.encode(x))}, self.inputs.prepare
+        return (prepare(batch, None, False) if prepare else batch)["x"]
 
     def _index(self, exit: int | None) -> int:
         chosen = self.exits[-1] if exit is None else exit

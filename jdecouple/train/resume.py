@@ -38,12 +38,13 @@ def restore(
     """
     restored = None if checkpoints is None else _read(run, checkpoints)
     position = processes.broadcast(restored and [restored.step, restored.extra])
+    step, extra = position or (0, None)
+    trainer = run.at(step).trainer
     if position is None:
-        return run.trainer.init(), None
-    step, extra = position
-    names = list(run.trainer.to_arrays(run.trainer.abstract(addressable=True)))
+        return trainer.init(), None
+    names = list(trainer.to_arrays(trainer.abstract(addressable=True)))
     arrays = hosts.scatter(processes, names, restored.arrays if restored else {})
-    return run.trainer.from_arrays(step, arrays), extra
+    return trainer.from_arrays(step, arrays), extra
 
 
 def _read(run: Run, checkpoints: Checkpointer) -> Restored | None:
@@ -55,9 +56,14 @@ def _read(run: Run, checkpoints: Checkpointer) -> Restored | None:
     last = max((step for step in extras if extras[step].get("identity") == own), default=0)
     changed = _changed(run, extras.get(last, {}).get("settings"))
     _check_ended(run, last, changed)
+
+    def template(step: int) -> dict[str, Any]:
+        trainer = run.at(step).trainer
+        return trainer.to_arrays(trainer.abstract())
+
     try:
         restored = checkpoints.restore(
-            run.trainer.to_arrays(run.trainer.abstract()),
+            template,
             accept=lambda extra: None if extra.get("identity") == own else "it is another run's",
         )
     except CheckpointError as error:  # as where the optimiser's state has other parts
@@ -92,7 +98,8 @@ def _check_ended(run: Run, step: int, changed: Sequence[tuple[str, Any, Any]]) -
 def origin(run: Run) -> dict[str, Any]:
     """What a checkpoint keeps of the configuration that it comes from."""
     settings = configuration.settings(run.config, run.total_steps)
-    return {"identity": identity(run), "settings": settings}
+    count = len(run.trainer.model.blocks)
+    return {"identity": identity(run), "settings": settings, "num_blocks": count}
 
 
 def describe(run: Run) -> dict[str, Any]:
@@ -113,6 +120,8 @@ def describe(run: Run) -> dict[str, Any]:
         dtype=None if DTYPES[config.dtype] is None else config.dtype,
         boundaries=run.trainer.boundaries,
         batch_size=config.batch_size,
+        growth=config.growth.blocks or (),
+        num_blocks=len(run.trainer.model.blocks) if config.growth.blocks else None,
     ).to_json()
 
 

@@ -43,6 +43,22 @@ RUNS: dict[str, dict[str, Any]] = {
     # Codes of the labels travel up with the message; in evaluation the answer comes down.
     "al": {"method": "al", "model": "four_blocks", "stages": 4, "steps": 8},
     "al_chunk": {"method": "al", "model": "two_blocks", "stages": 2, "steps": 8, "chunk": 4},
+    # Frozen stages hand the codes on; with a chunk, T of them at once.
+    "frozen": {
+        "method": "al",
+        "model": "four_blocks",
+        "stages": 4,
+        "steps": 8,
+        "trainer": {"frozen": [0, 2]},
+    },
+    "frozen_chunk": {
+        "method": "deinforeg",
+        "model": "four_blocks",
+        "stages": 4,
+        "steps": 8,
+        "chunk": 4,
+        "trainer": {"frozen": [0, 1]},
+    },
     # "finish" drains before that step, and the stages fill again.
     "fdg": {"method": "fdg", "model": "two_blocks", "stages": 2, "steps": 8},
     "fr": {"method": "fr", "model": "two_blocks", "stages": 2, "steps": 9, "finish": 5},

@@ -78,7 +78,10 @@ class Stage:
         return {
             "params": params,
             "stats": tuple(stats for _, stats in pairs),
-            "opt": tuple(self.optimizer.init(unit_params) for unit_params in params),
+            "opt": tuple(
+                () if unit.frozen else self.optimizer.init(unit_params)
+                for unit, unit_params in zip(self.units, params, strict=True)
+            ),
         }
 
     def prepare(self, carry: Carry, step_id: jax.Array, train: bool) -> Carry:
@@ -113,7 +116,8 @@ class Stage:
     ) -> StageState:
         """One optimiser step of every unit with the mean of the microbatches' summed gradients.
 
-        `squared_norm` is that of the mean gradient of all stages, where it is to be clipped.
+        Frozen units stay as they are. `squared_norm` is that of the mean gradient of all stages,
+        where it is to be clipped.
         """
         scale: Any = 1.0 / self.num_microbatches
         if squared_norm is not None:
@@ -121,7 +125,12 @@ class Stage:
             norm = jnp.sqrt(squared_norm)
             scale = scale * jnp.where(norm > self.clip_norm, self.clip_norm / norm, 1.0)
         params, opt = [], []
-        for grads, weights, unit_opt in zip(gradients, state["params"], state["opt"], strict=True):
+        parts = zip(self.units, gradients, state["params"], state["opt"], strict=True)
+        for unit, grads, weights, unit_opt in parts:
+            if unit.frozen:
+                params.append(weights)
+                opt.append(unit_opt)
+                continue
             if self.num_microbatches > 1 or squared_norm is not None:
                 grads = jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads)
             updates, new_opt = self.optimizer.update(grads, unit_opt, weights)
