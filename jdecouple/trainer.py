@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
 from typing import Any
 
 import jax
@@ -140,8 +139,8 @@ class Trainer:
         if num_classes is not None:
             check_labels(arrays["label"], num_classes)
         shapes = build.abstract(arrays)
-        spec = BatchSpec(shapes, microbatches, stage_mesh.shape["data"])
-        received = spec.split(shapes)[0]
+        self._spec = BatchSpec(shapes, microbatches, stage_mesh.shape["data"])
+        received = self._spec.split(shapes)[0]
         carry = build.model_input(received, transform)
         built = self._built = build.build_units(
             model, method, carry, num_classes, seed, dtype, frozen
@@ -162,10 +161,8 @@ class Trainer:
         self.latency = self.schedule.latency
         self.predictor = Predictor.of(self.stages, self._engine, shapes)
         self._evaluate = Evaluator(self.predictor)
-        self._intake = Intake(spec, self.num_classes, self._engine)
-        self._states = states.OwnStates(
-            self.stages, self.placements, self.engine, self.schedule, method.route
-        )
+        self._intake = Intake(self._spec, self.num_classes, self._engine)
+        self._states = states.OwnStates(self.stages, self._engine, method.route)
 
     def like(self, model: Model, **changes: Any) -> "Trainer":
         """A trainer of another model with the arguments of this one, but for `changes`."""
@@ -178,9 +175,7 @@ class Trainer:
         The queues of a delayed method are there from the start, full of zeros that nothing uses.
         """
         return self._states.load(
-            self._engine,
-            0,
-            lambda k: self.stages[k].initial() | states.zeros(self._states.queues(k)),
+            0, lambda k: self.stages[k].initial() | states.zeros(self._states.queues(k))
         )
 
     def abstract(self, *, addressable: bool = False) -> State:
@@ -211,9 +206,7 @@ class Trainer:
         """
         require_int(0, step=step)
         return self._states.load(
-            self._engine,
-            step,
-            lambda k: states.from_arrays(self.stages[k], self._states.shapes[k], arrays),
+            step, lambda k: states.from_arrays(self.stages[k], self._states.shapes[k], arrays)
         )
 
     def save(self, state: State, directory: str | os.PathLike[str]) -> None:
@@ -339,9 +332,8 @@ class Trainer:
         Raises:
             TypeError, ValueError: what `put` refuses.
         """
-        placed = (
-            self._intake.own(batches) if isinstance(batches, PlacedBatch) else self.put(batches)
-        )
+        own = self._intake.own
+        placed = own(batches) if isinstance(batches, PlacedBatch) else self.put(batches)
         if placed.count is None:
             raise TypeError(f"batches is a {type(batches).__name__}: a list of batches is needed")
         stages = self._states.take(state)
@@ -359,8 +351,7 @@ class Trainer:
             self._states.check(state)
             return state
         stages: Any = self._states.take(state)
-        spec = self._intake.spec
-        nothing = self._engine.put([spec.split(states.zeros(spec.example))])
+        nothing = self._engine.put([self._spec.split(states.zeros(self._spec.example))])
         for late in range(self.schedule.depth):
             stages, _ = self._engine.run(stages, nothing, state.step + late, end=state.step)
         return self._states.restart(state.step, stages)
@@ -417,7 +408,7 @@ class Trainer:
 
     def gather_metrics(self, metrics: Mapping[str, Any]) -> dict[str, float]:
         """Metrics of `step` of all processes as floats; every process calls it."""
-        return gather_metrics(metrics, self._metric_names)
+        return gather_metrics(metrics, self._states.metric_names)
 
     def block_costs(self) -> list[float]:
         """Floating-point operations of every block, forward and backward, on one microbatch."""
@@ -454,8 +445,3 @@ class Trainer:
             ValueError: fewer than 1 repeat, no batches, or a trainer that `measure` refuses.
         """
         return measured_costs(self, state, batches, repeats)
-
-    @cached_property
-    def _metric_names(self) -> list[str]:
-        route = self.method.route
-        return [name for stage in self.stages for name in states.metric_names(stage, route)]

@@ -11,19 +11,18 @@ class Intake:
     """Checks batches and uploads them to the first stage of an engine.
 
     Attributes:
-        spec: what a batch is like.
         check_labels: looks for labels that are no class.
     """
 
     def __init__(self, spec: BatchSpec, num_classes: int, engine: Engine):
-        self.spec, self.check_labels = spec, LabelCheck(num_classes)
-        self._engine = engine
+        self.check_labels = LabelCheck(num_classes)
+        self._spec, self._engine = spec, engine
         self._made_for = (spec, num_classes, engine.name, engine.placements[0].devices)
 
     def single(self, batch: Mapping[str, Any] | PlacedBatch) -> PlacedBatch:
         """One batch, uploaded unless it is already."""
         if not isinstance(batch, PlacedBatch):
-            return self._put([self.spec.checked(batch, self.check_labels)])
+            return self._put([self._spec.checked(batch, self.check_labels)])
         if batch.count is not None:
             raise ValueError(f"batch holds a list of {batch.count}: a single batch is needed")
         return self.own(batch)
@@ -33,7 +32,7 @@ class Intake:
         parts = [
             self.single(item)
             if isinstance(item, PlacedBatch)
-            else self.spec.checked(item, self.check_labels)
+            else self._spec.checked(item, self.check_labels)
             for item in batches
         ]
         return self._put(parts, len(batches))

@@ -40,7 +40,11 @@ class State:
 
 
 class Loads(Protocol):
-    """An engine, as far as it places states."""
+    """An engine, as far as states know it."""
+
+    name: str
+    schedule: Schedule
+    placements: tuple[StageDevices, ...]
 
     def load(self, states: Iterable[Any]) -> Sequence[Any]:
         """Puts the states of all stages, one after another, on their devices."""
@@ -59,16 +63,11 @@ class OwnStates:
         route: how error reaches the blocks.
     """
 
-    def __init__(
-        self,
-        stages: tuple[Stage, ...],
-        placements: Sequence[StageDevices],
-        engine: str,
-        schedule: Schedule,
-        route: Route,
-    ):
-        self.stages, self.placements, self.engine = stages, placements, engine
-        self.schedule, self.route = schedule, route
+    def __init__(self, stages: tuple[Stage, ...], engine: Loads, route: Route):
+        self.stages, self.route = stages, route
+        self.placements, self.schedule = engine.placements, engine.schedule
+        self.engine = engine.name
+        self._load = engine.load
         self._made: weakref.WeakValueDictionary[int, State] = weakref.WeakValueDictionary()
 
     @cached_property
@@ -77,6 +76,11 @@ class OwnStates:
         return tuple(
             jax.eval_shape(stage.initial) | self.queues(stage.index) for stage in self.stages
         )
+
+    @cached_property
+    def metric_names(self) -> list[str]:
+        """Names of the metrics of all stages, in order."""
+        return [name for stage in self.stages for name in metric_names(stage, self.route)]
 
     def queues(self, index: int) -> Any:
         """Shapes of what one stage adds to its state, {} where nothing overlaps."""
@@ -88,10 +92,10 @@ class OwnStates:
         self._made[id(state)] = state
         return state
 
-    def load(self, engine: "Loads", step: int, values: Callable[[int], Any]) -> State:
+    def load(self, step: int, values: Callable[[int], Any]) -> State:
         """Places the values of this process's stages, one after another."""
         own = (values(k) if p.addressable else None for k, p in enumerate(self.placements))
-        stages, since = engine.load(own), 0
+        stages, since = self._load(own), 0
         if self.schedule.overlapping:
             since = max(int(values["since"]) for values in stages if values)
         return self.make(step, stages, since)
