@@ -166,7 +166,7 @@ class Trainer:
 
     def like(self, model: Model, **changes: Any) -> "Trainer":
         """A trainer of another model with the arguments of this one, but for `changes`."""
-        options = {**self._options, "example": self._intake.spec.example}
+        options = {**self._options, "example": self._spec.example}
         return Trainer(model, **{**options, "num_classes": self.num_classes, **changes})
 
     def init(self) -> State:
