@@ -1,0 +1,1 @@
+"""What was trained, in use: rules of leaving early, calibration and reports."""
