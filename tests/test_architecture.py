@@ -26,13 +26,25 @@ LAYERS: dict[str, set[str]] = {
     "schedules": {"_errors"},
     "methods": {"_errors", "models"},
     "pipeline": {"_errors", "models", "methods", "schedules"},
-    "trainer": {"_errors", "models", "methods", "schedules", "pipeline"},
     "checkpoint": {"_errors", "_files", "pipeline"},
+    "trainer": {"_errors", "models", "methods", "schedules", "pipeline", "checkpoint"},
     "growth": {"_errors", "models", "methods", "pipeline", "trainer"},
+    "inference": {
+        "_errors",
+        "_files",
+        "data",
+        "models",
+        "methods",
+        "pipeline",
+        "trainer",
+        "checkpoint",
+        "growth",
+    },
 }
 """What each entry of the package may import of the others. `train` may import them all."""
 LAYERS["train"] = set(LAYERS)
-LAYERS["__init__"] = set(LAYERS) - {"train"}
+LAYERS["__main__"] = {"train"}
+LAYERS["__init__"] = set(LAYERS) - {"train", "__main__"}
 
 WITHOUT_JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "chex", "grain"}
 

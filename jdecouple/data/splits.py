@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from jdecouple._errors import first_line
-from jdecouple.data import augment
 from jdecouple.data.images import resize_image
+from jdecouple.data.inputs import ImageInputs, Inputs, cut
 
 CACHE_BYTES = 4 << 30
 _FIXED_ORDER_SEED = 0
@@ -94,20 +94,6 @@ class Split:
         return self.source.lengths[self.indices]
 
 
-def cut(inputs: np.ndarray, parts: Sequence[int]) -> dict[str, np.ndarray]:
-    """Inputs [n, length] as a batch's entries `x`, `x_1`, ... of these lengths in turn.
-
-    >>> {name: x.tolist() for name, x in cut(np.array([[1, 2, 3, 4, 5]]), (2, 3)).items()}
-    {'x': [[1, 2]], 'x_1': [[3, 4, 5]]}
-
-    Without any lengths `x` is all.
-    """
-    if not parts:
-        return {"x": inputs}
-    pieces = np.split(inputs, np.cumsum(parts)[:-1], axis=1)
-    return {f"x_{i}" if i else "x": piece for i, piece in enumerate(pieces)}
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset(abc.ABC):
     """A classification set with its fixed splits; `ImageDataset` or `texts.TextDataset`.
@@ -119,6 +105,10 @@ class Dataset(abc.ABC):
         validation: split held out of the training examples (or the set's own).
         test: test split, never altered.
         num_classes: labels are 0..num_classes-1.
+        class_names: what each label stands for; by default its number.
+
+    Raises:
+        ValueError: another number of names than of classes.
     """
 
     kind: ClassVar[str]
@@ -127,18 +117,33 @@ class Dataset(abc.ABC):
     validation: Split
     test: Split
     num_classes: int
+    class_names: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
 
+    def __post_init__(self) -> None:
+        names = tuple(map(str, self.class_names or range(self.num_classes)))
+        if len(names) != self.num_classes:
+            raise ValueError(
+                f"data set {self.name!r} has {len(names)} class names: {self.num_classes} are "
+                "needed"
+            )
+        object.__setattr__(self, "class_names", names)
+
+    @property
     @abc.abstractmethod
+    def inputs(self) -> Inputs:
+        """What is known of the inputs without the examples."""
+
     def model_arguments(self) -> dict[str, Any]:
         """What a builder of `jdecouple.models` has to know of the inputs."""
+        return self.inputs.model_arguments()
 
     def method_arguments(self) -> dict[str, Any]:
         """What a method of `jdecouple.methods` may ask for of the inputs."""
-        return {}
+        return self.inputs.method_arguments()
 
-    @abc.abstractmethod
     def transform(self, name: str) -> Callable[..., Any] | None:
         """The augmentation of this name for the Trainer; ValueError if it does not fit."""
+        return self.inputs.transform(name)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -156,18 +161,10 @@ class ImageDataset(Dataset):
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
-    def model_arguments(self) -> dict[str, Any]:
-        """See `Dataset.model_arguments`."""
-        height, _, channels = self.image_shape
-        return {"image_size": height, "channels": channels}
-
-    def method_arguments(self) -> dict[str, Any]:
-        """See `Dataset.method_arguments`."""
-        return {"image_mean": self.mean, "image_std": self.std}
-
-    def transform(self, name: str) -> Callable[..., Any]:
-        """See `Dataset.transform`."""
-        return augment.get(name, mean=self.mean, std=self.std)
+    @property
+    def inputs(self) -> ImageInputs:
+        """See `Dataset.inputs`; the dtype is taken for uint8."""
+        return ImageInputs(self.image_shape, self.mean, self.std)
 
 
 class ArraySource:

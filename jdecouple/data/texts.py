@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jdecouple._errors import require_int
+from jdecouple.data.inputs import TextInputs
 from jdecouple.data.splits import Amount, Dataset, Split, check_labels, divide
-from jdecouple.data.vocabulary import PADDING, Vocabulary, word_vectors
+from jdecouple.data.vocabulary import Vocabulary, padded, word_vectors
 
 MAX_LENGTH = 256
 VOCABULARY_SIZE = 30_000
@@ -41,20 +42,15 @@ class TextDataset(Dataset):
     embeddings: np.ndarray | None
     parts: tuple[int, ...] = ()
 
+    @property
+    def inputs(self) -> TextInputs:
+        """See `Dataset.inputs`."""
+        width = None if self.embeddings is None else self.embeddings.shape[1]
+        return TextInputs(self.words, self.max_length, width, self.parts)
+
     def model_arguments(self) -> dict[str, Any]:
         """See `Dataset.model_arguments`."""
-        return {
-            "vocabulary_size": len(self.words),
-            "max_length": max(self.parts, default=self.max_length),
-            "embeddings": self.embeddings,
-        }
-
-    def transform(self, name: str) -> None:
-        """See `Dataset.transform`."""
-        if name != "none":
-            raise ValueError(
-                f"unknown augmentation {name!r}: allowed for the texts of {self.name!r} is none"
-            )
+        return super().model_arguments() | {"embeddings": self.embeddings}
 
 
 class TextSource:
@@ -80,17 +76,14 @@ class TextSource:
 
     def gather(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Words, int32 [n, max_length], and labels; see `splits.Source.gather`."""
-        position = np.arange(self._max_length)
-        real = position < self.lengths[indices, None]
-        words = np.full(real.shape, PADDING, np.int32)
-        words[real] = self._numbers[(self._starts[indices, None] + position)[real]]
-        return words, self._labels[indices]
+        starts, lengths = self._starts[indices], self.lengths[indices]
+        return padded(self._numbers, starts, lengths, self._max_length), self._labels[indices]
 
 
 def dataset(
     name: str,
     stored: Mapping[str, Texts],
-    num_classes: int,
+    class_names: Sequence[str],
     *,
     validation: Amount,
     seed: int,
@@ -108,7 +101,7 @@ def dataset(
     texts = (stored[split].texts[row] for row in rows)
     vocabulary = Vocabulary.of(texts, vocabulary_size or VOCABULARY_SIZE)
     sources = {
-        split: TextSource(stored[split], vocabulary, max_length, num_classes, split)
+        split: TextSource(stored[split], vocabulary, max_length, len(class_names), split)
         for split in sorted({split for split, _ in roles.values()})
     }
     return TextDataset(
@@ -117,7 +110,8 @@ def dataset(
             role: Split(role, sources[split], rows, parts=lengths)
             for role, (split, rows) in roles.items()
         },
-        num_classes=num_classes,
+        num_classes=len(class_names),
+        class_names=tuple(class_names),
         words=vocabulary.words,
         max_length=max_length,
         embeddings=None if glove is None else word_vectors(glove, vocabulary.words, seed),

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -228,10 +228,15 @@ def unit_costs(units: Sequence[Unit], carries: Sequence[Carry], route: Route) ->
             return jax.grad(loss, argnums, has_aux=True)(params, carry["x"])
 
         program = unit.pass_on if unit.frozen else work
-        lowered = jax.jit(program).lower(*abstract(unit.initial()), carry)
-        analysis = lowered.cost_analysis() or lowered.compile().cost_analysis() or {}
-        costs.append(float(analysis.get("flops", 0.0)))
+        costs.append(flops(program, *abstract(unit.initial()), carry))
     return costs
+
+
+def flops(function: Callable, *shapes: Any) -> float:
+    """Floating-point operations of a call, by XLA's analysis."""
+    lowered = jax.jit(function).lower(*shapes)
+    analysis = lowered.cost_analysis() or lowered.compile().cost_analysis() or {}
+    return float(analysis.get("flops", 0.0))
 
 
 def _check_update(optimizer: optax.GradientTransformation, units: Sequence[Unit]) -> None:

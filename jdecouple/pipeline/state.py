@@ -3,9 +3,9 @@
 import dataclasses
 import functools
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,13 @@ class State:
     step: int
     stages: Sequence[Any]
     since: int = 0
+
+
+class Loads(Protocol):
+    """An engine, as far as it places states."""
+
+    def load(self, states: Iterable[Any]) -> Sequence[Any]:
+        """Puts the states of all stages, one after another, on their devices."""
 
 
 class OwnStates:
@@ -80,6 +87,23 @@ class OwnStates:
         state = State(step, stages, since)
         self._made[id(state)] = state
         return state
+
+    def load(self, engine: "Loads", step: int, values: Callable[[int], Any]) -> State:
+        """Places the values of this process's stages, one after another."""
+        own = (values(k) if p.addressable else None for k, p in enumerate(self.placements))
+        stages, since = engine.load(own), 0
+        if self.schedule.overlapping:
+            since = max(int(values["since"]) for values in stages if values)
+        return self.make(step, stages, since)
+
+    def restart(self, step: int, stages: Sequence[Any]) -> State:
+        """A state of stages that are empty: those behind a step, whose next batch is the first."""
+        since = {"since": np.int32(step)}
+        stages = tuple(
+            values and {**values, **place(self.stages[k], self.placements[k], since)}
+            for k, values in enumerate(stages)
+        )
+        return self.make(step, stages, step)
 
     def take(self, state: State) -> Any:
         """The states of the stages, for a call that consumes them."""

@@ -26,7 +26,7 @@ from jdecouple.train.divergence import Range
 from jdecouple.train.lock import only_run
 from jdecouple.train.metrics import Interval, MetricsWriter, Progress, clock, read_metrics
 from jdecouple.train.profile import Profile
-from jdecouple.train.resume import open_metrics, origin, record, restore
+from jdecouple.train.resume import describe, open_metrics, origin, record, restore
 from jdecouple.train.run import Run, build, check_alike
 from jdecouple.trainer import State, Trainer
 
@@ -139,6 +139,7 @@ class Loop:
         groups = data.Groups(batches, itertools.chain.from_iterable(sizes))
         self._placed = first
         self._saved = first if start else -1
+        self._origin = origin(run) | {"inference": describe(run)}
         self._interval = Interval(first, clock(0.0), start and start["means"])
         self._range = Range(run.trainer.latency, start and start.get("range"))
         if self._range.suspect is not None:
@@ -204,6 +205,7 @@ class Loop:
         before = self.run.trainer
         arrays = hosts.gather(self.processes, before.to_arrays(state))
         self.run = self.run.at(state.step + 1)
+        self._origin = origin(self.run) | {"inference": describe(self.run)}
         trainer, count = self.run.trainer, len(before.model.blocks)
         names = [
             name
@@ -308,7 +310,7 @@ class Loop:
                     f"{name} is not finite after step {state.step}; {self._last_good()}"
                 )
         self._warn(self._range.weigh(state.step, _largest(_weights(arrays))))
-        self._extra = {"iterator": iterator, "means": self._interval.means, **origin(self.run)}
+        self._extra = {"iterator": iterator, "means": self._interval.means, **self._origin}
         self._extra |= {"range": self._range.values, **self._rows()}
         due = {"evaluate": True} if evaluate else {}
         spare = self._range.suspect

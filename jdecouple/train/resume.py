@@ -1,20 +1,27 @@
 """Going on with what a workdir holds: its last checkpoint, and what has changed since."""
 
+import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from absl import logging
 
+from jdecouple import methods
 from jdecouple._errors import first_line
 from jdecouple.checkpoint import Checkpointer, CheckpointError, Restored
+from jdecouple.data import ImageInputs
+from jdecouple.inference.description import Description
 from jdecouple.train import config as configuration
 from jdecouple.train import hosts, report
-from jdecouple.train.config import ConfigError
+from jdecouple.train.config import ConfigError, chosen
 from jdecouple.train.metrics import MetricsWriter
-from jdecouple.train.run import Run
+from jdecouple.train.options import options
+from jdecouple.train.rules import DTYPES
+from jdecouple.train.run import Run, method_arguments
 from jdecouple.trainer import State
 
 
@@ -93,6 +100,29 @@ def origin(run: Run) -> dict[str, Any]:
     settings = configuration.settings(run.config, run.total_steps)
     count = len(run.trainer.model.blocks)
     return {"identity": identity(run), "settings": settings, "num_blocks": count}
+
+
+def describe(run: Run) -> dict[str, Any]:
+    """What it takes to build the trained network again without data, as JSON."""
+    config, dataset = run.config, run.dataset
+    inputs = dataset.inputs
+    if isinstance(inputs, ImageInputs):
+        read = run.trainer.stages[0].carry["x"].dtype  # before the transform
+        inputs = dataclasses.replace(inputs, dtype="uint8" if read == np.uint8 else "float32")
+    known = {key: value for key, (_, value) in options("model", config.model.name).items()}
+    arguments = methods.arguments(config.method.name) | method_arguments(config, dataset)
+    return Description(
+        inputs=inputs,
+        class_names=dataset.class_names,
+        model=(config.model.name, known | chosen(config, "model")),
+        method=(config.method.name, arguments),
+        seed=config.seed,
+        dtype=None if DTYPES[config.dtype] is None else config.dtype,
+        boundaries=run.trainer.boundaries,
+        batch_size=config.batch_size,
+        growth=config.growth.blocks or (),
+        num_blocks=len(run.trainer.model.blocks),
+    ).to_json()
 
 
 def identity(run: Run) -> dict[str, Any]:

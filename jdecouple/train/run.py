@@ -70,10 +70,10 @@ def build(config: ConfigDict | Mapping) -> Run:
     """
     config = configuration.validate(config)
     with one_line(config.data, "config.data"):
-        dataset = _load(config)
+        dataset = load_data(config)
         transform = dataset.transform(config.data.augment)
     with one_line(config.method, "config.method"):
-        method = methods.get(config.method.name, **_method_arguments(config, dataset))
+        method = methods.get(config.method.name, **method_arguments(config, dataset))
     with one_line(config):
         steps_per_epoch = data.steps_per_epoch(dataset.train, config.batch_size)
         example = dataset.train.gather(np.arange(config.batch_size))
@@ -217,7 +217,8 @@ def _placement(
     return {"boundaries": proposal.boundaries, "mesh": mesh, "proposal": proposal}
 
 
-def _load(config: ConfigDict) -> data.Dataset:
+def load_data(config: ConfigDict) -> data.Dataset:
+    """The data set of a complete configuration; ValueError or ConfigError where there is none."""
     memory.check_data(config)
     options = inspect.signature(data.load).parameters
     section = {key: value for key, value in config.data.items() if key in options}
@@ -253,7 +254,7 @@ def _takes(model: str, inputs: Mapping[str, Any]) -> bool:
     return True
 
 
-def _method_arguments(config: ConfigDict, dataset: data.Dataset) -> dict[str, Any]:
+def method_arguments(config: ConfigDict, dataset: data.Dataset) -> dict[str, Any]:
     """What the configuration sets, and the images' statistics where the method asks for them."""
     allowed = methods.arguments(config.method.name)
     known = {key: value for key, value in dataset.method_arguments().items() if key in allowed}

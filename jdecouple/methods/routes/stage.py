@@ -92,11 +92,7 @@ class Stage:
         """
         if self.index or self.transform is None:
             return carry
-        count = jax.tree.leaves(carry["x"])[0].shape[0]
-        root = jax.random.fold_in(jax.random.key(self.seed), step_id[0])
-        indices = step_id[1] * count + jnp.arange(count)
-        keys = jax.vmap(lambda index: jax.random.fold_in(root, index))(indices)
-        return self.transform(carry, keys, train)
+        return transformed(self.transform, self.seed, carry, step_id, train)
 
     def key(self, unit: Unit, step_id: jax.Array) -> jax.Array:
         """Key of a unit for (step, microbatch); independent of the schedule and of K."""
@@ -147,6 +143,17 @@ class Stage:
         if self.num_microbatches == 1:
             return metrics
         return {name: value / self.num_microbatches for name, value in metrics.items()}
+
+
+def transformed(
+    transform: Transform, seed: int, carry: Carry, step_id: jax.Array, train: bool
+) -> Carry:
+    """A carry after the transform, with the keys that `Stage.prepare` folds."""
+    count = jax.tree.leaves(carry["x"])[0].shape[0]
+    root = jax.random.fold_in(jax.random.key(seed), step_id[0])
+    indices = step_id[1] * count + jnp.arange(count)
+    keys = jax.vmap(lambda index: jax.random.fold_in(root, index))(indices)
+    return transform(carry, keys, train)
 
 
 def add(first: Any, second: Any) -> Any:

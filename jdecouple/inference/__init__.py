@@ -1,0 +1,7 @@
+"""What was trained, in use: loading, prediction, rules of leaving early, calibration, reports."""
+
+from jdecouple.inference.load import load
+from jdecouple.inference.rules import Rule
+from jdecouple.inference.run import Predictions, Run
+
+__all__ = ["Predictions", "Rule", "Run", "load"]
