@@ -2,7 +2,8 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from jdecouple import data, methods, models, optim, pipeline, schedules
+from jdecouple import data, growth, inference, methods, models, optim, pipeline, schedules
+from jdecouple.inference.load import load
 from jdecouple.methods import objectives, routes
 from jdecouple.models import Model
 from jdecouple.pipeline import diagnostics, make_mesh
@@ -19,6 +20,9 @@ __all__ = [
     "__version__",
     "data",
     "diagnostics",
+    "growth",
+    "inference",
+    "load",
     "make_mesh",
     "methods",
     "models",

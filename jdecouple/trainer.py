@@ -1,8 +1,7 @@
 """The Trainer: a model, a method, an optimiser and a mesh, joined."""
 
-import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,14 +16,15 @@ from jdecouple.methods.routes.stage import Transform
 from jdecouple.models import Model
 from jdecouple.pipeline import build
 from jdecouple.pipeline import state as states
-from jdecouple.pipeline.batch import BatchSpec, LabelCheck, PlacedBatch, as_arrays, check_labels
-from jdecouple.pipeline.diagnostics import call_costs
+from jdecouple.pipeline.batch import BatchSpec, PlacedBatch, as_arrays, check_labels
+from jdecouple.pipeline.diagnostics import measured_costs
 from jdecouple.pipeline.distributed import gather_metrics
 from jdecouple.pipeline.engine import make_engine
 from jdecouple.pipeline.evaluate import Evaluator
-from jdecouple.pipeline.evaluate_descending import DescendingEvaluator
+from jdecouple.pipeline.intake import Intake
 from jdecouple.pipeline.mesh import StageMesh, as_stage_mesh, make_mesh
 from jdecouple.pipeline.partition import first_blocks
+from jdecouple.pipeline.predict import Predictor
 from jdecouple.pipeline.state import State
 from jdecouple.schedules import Call, Costs
 
@@ -40,8 +40,10 @@ class Trainer:
     Attributes:
         boundaries: index of the first block of every stage.
         stages: all stages, with their blocks and heads; `placements` are their devices.
+        options: its arguments but for the model, with the shapes of the example.
         schedule: the actions of one batch; `calls` are its calls in the order of dispatch.
         latency: iterations by which metrics are late: those of step t are of batch t - latency.
+        predictor: the evaluation forward of all stages.
 
     >>> import jdecouple as jd
     >>> model = jd.models.mlp(2, input_size=4, hidden=8, depth=2, rngs=nnx.Rngs(0))
@@ -57,8 +59,8 @@ class Trainer:
     >>> state, metrics = trainer.steps(state, [batch] * 3)
     >>> state.step, metrics["loss"].shape
     (23, (3,))
-    >>> trainer.evaluate(state, batch)["accuracy"]
-    1.0
+    >>> trainer.evaluate(state, batch)["accuracy"], trainer.predict(state, {"x": x}).shape
+    (1.0, (2, 8, 2))
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Trainer:
         fuse: bool | None = None,
         max_in_flight: int | None = None,
         engine: str = "mpmd",
+        frozen: Sequence[int] = (),
     ):
         """Places the stages and prepares their functions; compiles at the first step.
 
@@ -116,11 +119,13 @@ class Trainer:
             engine: "mpmd" compiles calls for every stage; "spmd" one program for all, which needs
                 equal blocks between the first and the last, and a local method or `gpipe`; "auto"
                 takes "spmd" where it fits and there are devices for two stages.
+            frozen: indices of blocks that are not trained (local methods).
 
         Raises:
             TypeError: an argument of a wrong type.
             ValueError: values that do not fit, or a method that needs what the model lacks.
         """
+        options = {key: value for key, value in locals().items() if key not in ("self", "model")}
         require_type(Model, model=model)
         require_type(Method, method=method)
         sizes = {"num_stages": num_stages, "num_classes": num_classes}
@@ -136,36 +141,32 @@ class Trainer:
         self._spec = BatchSpec(shapes, microbatches, stage_mesh.shape["data"])
         received = self._spec.split(shapes)[0]
         carry = build.model_input(received, transform)
-        built = self._built = build.build_units(model, method, carry, num_classes, seed, dtype)
+        built = build.build_units(model, method, carry, num_classes, seed, dtype, frozen)
         check_labels(arrays["label"], built.num_classes)
-        self.model, self.method, self.microbatches = model, method, microbatches
+        self._built, self.model, self.method, self.microbatches = built, model, method, microbatches
         self.num_classes = built.num_classes
+        self.options = options | {"example": shapes, "num_classes": built.num_classes}
         self.boundaries = build.split_blocks(model, built, method.route, num_stages, boundaries)
         common = {"seed": seed, "num_microbatches": microbatches, "transform": transform}
         self.stages = build.build_stages(
             built, method, self.boundaries, received, optimizer, remat, clip_norm, **common
         )
-        self._engine = make_engine(
+        made = self._engine = make_engine(
             engine, self.stages, stage_mesh, method, schedule, fuse, max_in_flight, built.carries
         )
-        self.engine, self.schedule = self._engine.name, self._engine.schedule
-        self.placements, self.calls = self._engine.placements, self._engine.calls
-        self.latency = self.schedule.latency
-        evaluator = DescendingEvaluator if built.units[-1].descends else Evaluator
-        self._evaluate = evaluator(self.stages, self._engine, shapes)
-        self._check_labels = LabelCheck(self.num_classes)
-        self._states = states.OwnStates(
-            self.stages, self.placements, self.engine, self.schedule, method.route
-        )
-        devices = self.placements[0].devices
-        self._batches_of = (self._spec, self.num_classes, self.engine, devices)
+        self.engine, self.schedule, self.latency = made.name, made.schedule, made.schedule.latency
+        self.placements, self.calls = made.placements, made.calls
+        self.predictor = Predictor.of(self.stages, self._engine, shapes)
+        self._evaluate = Evaluator(self.predictor)
+        self._intake = Intake(self._spec, self.num_classes, self._engine)
+        self._states = states.OwnStates(self.stages, self._engine, method.route)
 
     def init(self) -> State:
         """Initial state: the weights of the model's blocks and of the heads, step 0.
 
         The queues of a delayed method are there from the start, full of zeros that nothing uses.
         """
-        return self._load(
+        return self._states.load(
             0, lambda k: self.stages[k].initial() | states.zeros(self._states.queues(k))
         )
 
@@ -196,9 +197,32 @@ class Trainer:
             ValueError: a step that is no count, or an array that is missing or of another shape.
         """
         require_int(0, step=step)
-        return self._load(
+        return self._states.load(
             step, lambda k: states.from_arrays(self.stages[k], self._states.shapes[k], arrays)
         )
+
+    def save(self, state: State, directory: str | os.PathLike[str]) -> None:
+        """Writes a state for `restore`, and deletes an earlier one there once it is whole.
+
+        Raises:
+            ValueError: the directory holds a later state or a run's, or cannot be written; or some
+                stages are in other processes.
+        """
+        from jdecouple.checkpoint import save_alone  # Orbax is a tenth of the start-up
+
+        whole = all(placement.fully_addressable for placement in self.placements)
+        save_alone(directory, state.step, self.to_arrays(state) if whole else None)
+
+    def restore(self, directory: str | os.PathLike[str]) -> State:
+        """The last state in a directory, on this trainer's devices; of any number of stages.
+
+        Raises:
+            ValueError: there is none, or it is of another net or optimizer.
+        """
+        from jdecouple.checkpoint import restore_alone
+
+        restored = restore_alone(directory, self.to_arrays(self.abstract()))
+        return self.from_arrays(restored.step, restored.arrays)
 
     def modules(self, state: State) -> list[nnx.Module | None]:
         """Trained nnx modules: one per block, then the classifier if the model has one.
@@ -242,17 +266,11 @@ class Trainer:
                 that are not finite; a list that is empty or that `check_steps` refuses.
         """
         if isinstance(batch, Mapping) or not isinstance(batch, Sequence):
-            return self._single(batch)
+            return self._intake.single(batch)
         if not batch:
             raise ValueError("batches is empty: at least one batch is needed")
         self.check_steps(len(batch))
-        parts = [
-            self._single(item)
-            if isinstance(item, PlacedBatch)
-            else self._spec.checked(item, self._check_labels)
-            for item in batch
-        ]
-        return self._put(parts, len(batch))
+        return self._intake.several(batch)
 
     def check_steps(self, count: int) -> None:
         """Raises ValueError unless `steps` can take so many batches.
@@ -283,7 +301,7 @@ class Trainer:
             TypeError, ValueError: what `put` refuses; a state that training has used up, or that
                 does not fit this trainer.
         """
-        placed = self._single(batch)
+        placed = self._intake.single(batch)
         stages = self._states.take(state)
         stages, metrics = self._engine.run(stages, placed, state.step, state.since)
         return self._states.make(state.step + 1, stages, state.since), metrics
@@ -306,7 +324,8 @@ class Trainer:
         Raises:
             TypeError, ValueError: what `put` refuses.
         """
-        placed = self._own(batches) if isinstance(batches, PlacedBatch) else self.put(batches)
+        own = self._intake.own
+        placed = own(batches) if isinstance(batches, PlacedBatch) else self.put(batches)
         if placed.count is None:
             raise TypeError(f"batches is a {type(batches).__name__}: a list of batches is needed")
         stages = self._states.take(state)
@@ -327,17 +346,12 @@ class Trainer:
         nothing = self._engine.put([self._spec.split(states.zeros(self._spec.example))])
         for late in range(self.schedule.depth):
             stages, _ = self._engine.run(stages, nothing, state.step + late, end=state.step)
-        since = {"since": np.int32(state.step)}
-        stages = tuple(
-            values and {**values, **states.place(self.stages[k], self.placements[k], since)}
-            for k, values in enumerate(stages)
-        )
-        return self._states.make(state.step, stages, state.step)
+        return self._states.restart(state.step, stages)
 
     def wait(self, state: State) -> None:
         """Blocks until everything that was dispatched has run."""
         self._states.check(state)
-        self._check_labels.look(wait=True)
+        self._intake.check_labels.look(wait=True)
         self._engine.wait(state.stages)
 
     def evaluate(self, state: State, data: Iterable[Batch] | Batch) -> dict[str, float]:
@@ -358,9 +372,34 @@ class Trainer:
         self._states.check(state)
         return self._evaluate(state.stages, data, self.num_classes)
 
+    @property
+    def exits(self) -> tuple[int, ...]:
+        """Index of the block of every exit, in the order of `predict`."""
+        return self.predictor.exits
+
+    def predict(self, state: State, data: Iterable[Batch] | Batch) -> np.ndarray:
+        """Logits of every exit for all examples, in the order given.
+
+        They are the same numbers as `evaluate` scores. Where an answer comes down from the last
+        block, as with "al", it is the only exit.
+
+        Args:
+            state: state; not changed.
+            data: batches {"x": [batch, ...]} of any size, or one; labels are not looked at.
+
+        Returns:
+            `[exits, n, classes]` in float32, or wider where the logits are; on the host. Under
+            several processes all call it and all get the whole.
+
+        Raises:
+            TypeError, ValueError: no examples, or what `put` refuses but for size and labels.
+        """
+        self._states.check(state)
+        return self.predictor.predict(state.stages, data)
+
     def gather_metrics(self, metrics: Mapping[str, Any]) -> dict[str, float]:
         """Metrics of `step` of all processes as floats; every process calls it."""
-        return gather_metrics(metrics, self._metric_names)
+        return gather_metrics(metrics, self._states.metric_names)
 
     def block_costs(self) -> list[float]:
         """Floating-point operations of every block, forward and backward, on one microbatch."""
@@ -376,10 +415,9 @@ class Trainer:
         """Trains like `step`, waiting for every compiled call; gives `calls` with their seconds.
 
         Raises:
-            ValueError: the stages are fused (`fuse=False` keeps them apart), or some are in other
-                processes.
+            ValueError: the stages are fused (not with `fuse=False`), or in several processes.
         """
-        placed = self._single(batch)
+        placed = self._intake.single(batch)
         stages, seconds = self._engine.measure(self._states.take(state), placed, state.step)
         return self._states.make(state.step + 1, stages, state.since), seconds
 
@@ -396,42 +434,4 @@ class Trainer:
         Raises:
             ValueError: fewer than 1 repeat, no batches, or a trainer that `measure` refuses.
         """
-        require_int(1, repeats=repeats)
-        measured = []
-        for batch in itertools.islice(itertools.cycle(batches), repeats + 1):
-            state, seconds = self.measure(state, batch)
-            measured.append(seconds)
-        if not measured:
-            raise ValueError("batches is empty: at least one batch is needed")
-        return state, call_costs(itertools.chain(*measured[1:]), self.stages)
-
-    def _single(self, batch: Batch | PlacedBatch) -> PlacedBatch:
-        if not isinstance(batch, PlacedBatch):
-            return self._put([self._spec.checked(batch, self._check_labels)])
-        if batch.count is not None:
-            raise ValueError(f"batch holds a list of {batch.count}: a single batch is needed")
-        return self._own(batch)
-
-    def _own(self, batch: PlacedBatch) -> PlacedBatch:
-        """A placed batch that this trainer can take; ValueError for another's."""
-        if batch.made_for != self._batches_of:
-            raise ValueError("the batch was put by another trainer, which this one differs from")
-        self._check_labels.look()
-        return batch
-
-    def _put(self, *batches: Any) -> PlacedBatch:
-        placed = self._engine.put(*batches)
-        return PlacedBatch(placed.parts, placed.count, self._batches_of)
-
-    def _load(self, step: int, values: Callable[[int], Any]) -> State:
-        """Places the values of this process's stages, one after another."""
-        own = (values(k) if p.addressable else None for k, p in enumerate(self.placements))
-        stages, since = self._engine.load(own), 0
-        if self.schedule.overlapping:
-            since = max(int(values["since"]) for values in stages if values)
-        return self._states.make(step, stages, since)
-
-    @cached_property
-    def _metric_names(self) -> list[str]:
-        route = self.method.route
-        return [name for stage in self.stages for name in states.metric_names(stage, route)]
+        return measured_costs(self, state, batches, repeats)

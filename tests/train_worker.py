@@ -61,6 +61,7 @@ def train(run: dict) -> tuple[dict[str, np.ndarray], dict]:
         "metrics": [trainer.gather_metrics(metrics) for metrics in rows],
         "own": sorted(found[-1]),
         "evaluation": trainer.evaluate(state, [*data, {k: v[:5] for k, v in data[0].items()}]),
+        "logits": trainer.predict(state, [{"x": batch["x"][:6]} for batch in data]).tolist(),
         "blocks": [module is not None for module in trainer.modules(state)],
     }
     return nets.to_arrays(trainer, state), result

@@ -7,6 +7,7 @@ renames when it is complete; older ones are deleted after it has been found whol
 - ``info`` is JSON with a CRC-32: step, metric, extra; dtype, shape and CRC-32 of every array.
 """
 
+from jdecouple.checkpoint.alone import restore_alone, save_alone
 from jdecouple.checkpoint.checkpointer import Checkpointer, CheckpointError, Restored
 
-__all__ = ["CheckpointError", "Checkpointer", "Restored"]
+__all__ = ["CheckpointError", "Checkpointer", "Restored", "restore_alone", "save_alone"]

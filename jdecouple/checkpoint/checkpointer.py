@@ -1,7 +1,6 @@
 """The class that saves and restores checkpoints, and the document that each of them has."""
 
 import contextlib
-import functools
 import itertools
 import json
 import operator
@@ -9,11 +8,10 @@ import os
 import secrets
 import shutil
 import tempfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import quote, unquote
+from urllib.parse import unquote
 
 import jax
 import numpy as np
@@ -22,22 +20,30 @@ from absl import logging
 
 from jdecouple._errors import first_line, require_int
 from jdecouple._files import local_folder, replace
+from jdecouple.checkpoint.document import (
+    FORMAT,
+    RefusedError,
+    best,
+    crc,
+    empty,
+    escaped,
+    info,
+    read_document,
+    score,
+    spec,
+    told,
+)
 from jdecouple.checkpoint.orbax_setup import UNFINISHED, plain, process_alone, quiet
 
-FORMAT = 1
 _DELETED = ".deleted"
 _STATE_FILES = ("manifest.ocdbt", "_METADATA")  # without which nobody can read it
-_escaped = functools.partial(quote, safe="")
 
 Accept = Callable[[dict[str, Any]], str | None]
+Template = Mapping[str, Any]
 
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be written, or none of those present can be used."""
-
-
-class _RefusedError(Exception):
-    """Why one checkpoint is not used, in one line."""
 
 
 class Restored(NamedTuple):
@@ -103,7 +109,7 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
     @property
     def best_step(self) -> int | None:
         """The step on disk with the highest metric, the earliest of equals; None without one."""
-        return _best(self._documents())
+        return best(self._documents())
 
     def extras(self) -> dict[int, dict[str, Any]]:
         """Step -> the `extra` it was saved with, of every checkpoint whose info is sound."""
@@ -140,8 +146,8 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
         document = {
             "format": FORMAT,
             "step": step,
-            **_score(extra, metric),
-            "leaves": {_escaped(name): [_spec(x), _crc(x)] for name, x in copies.items()},
+            **score(extra, metric),
+            "leaves": {escaped(name): [spec(x), crc(x)] for name, x in copies.items()},
         }
         self.wait()
         with _one_line(self._failure(step)):
@@ -153,7 +159,7 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
                 f"step {step} is not after the latest checkpoint, {latest}, in {self.directory}"
             )
         args = ocp.args.Composite(
-            state=ocp.args.StandardSave(_item(copies)), info=ocp.args.JsonSave(_info(document))
+            state=ocp.args.StandardSave(_item(copies)), info=ocp.args.JsonSave(info(document))
         )
         self._pending, self._spare = step, spare
         self._guarded(step, lambda: self._manager.save(step, args=args, force=True))
@@ -167,7 +173,7 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
             CheckpointError: the directory is open for reading only, or a save failed.
         """
         self._require_writable()
-        self._amendment = step, _score(extra, metric)
+        self._amendment = step, score(extra, metric)
         if self._pending is None or not self._manager.is_saving_in_progress():
             self.wait()
 
@@ -201,7 +207,7 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
 
     def restore(
         self,
-        template: Mapping[str, Any],
+        template: Template | Callable[[int], Template],
         step: int | None = None,
         *,
         accept: Accept = lambda extra: None,
@@ -221,21 +227,16 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
             CheckpointError: `step` is absent or unusable, or every checkpoint was refused.
         """
         self.wait()
-        steps = self.steps()
-        if step is not None:
-            if step not in steps:
-                raise CheckpointError(
-                    f"no checkpoint {step} in {self.directory}; there are {steps or 'none'}"
-                )
-            steps = [step]
+        steps = self.steps() if step is None else [self._present(step)]
         refused: dict[int, str] = {}
         for candidate in reversed(steps):
             if refused:
                 last = next(reversed(refused.items()))
                 logging.warning("checkpoint %d refused: %s; trying %d", *last, candidate)
             try:
-                restored = self._load(candidate, template, accept)
-            except _RefusedError as error:
+                wanted = template(candidate) if callable(template) else template
+                restored = self._load(candidate, wanted, accept)
+            except RefusedError as error:
                 refused[candidate] = str(error)
             else:
                 self._refused |= refused.keys()
@@ -246,12 +247,36 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
         reason = f"refused {tried}; {first}: {refused[first]}"
         raise CheckpointError(f"no usable checkpoint in {self.directory}: {reason}")
 
+    def read(self, step: int, wanted: Callable[[str], bool] = lambda name: True) -> Restored:
+        """Reads the arrays of one checkpoint that are `wanted` by name, whatever they are.
+
+        Raises:
+            CheckpointError: there is no such checkpoint, or it is unusable.
+        """
+        self.wait()
+        try:
+            document = self._document(self._present(step))
+            leaves = {unquote(name): kind for name, (kind, _) in document["leaves"].items()}
+            templates = {name: empty(kind) for name, kind in leaves.items() if wanted(name)}
+            return Restored(step, self._arrays(step, document, templates), document["extra"])
+        except RefusedError as error:
+            raise CheckpointError(
+                f"checkpoint {step} in {self.directory} cannot be used: {error}"
+            ) from error
+
+    def _present(self, step: int) -> int:
+        if step not in (steps := self.steps()):
+            raise CheckpointError(
+                f"no checkpoint {step} in {self.directory}; there are {steps or 'none'}"
+            )
+        return step
+
     def _documents(self) -> dict[int, dict[str, Any]]:
         """Step -> the document of every checkpoint on disk that has a sound one."""
         documents = {}
         for step in self.steps():
-            with contextlib.suppress(_RefusedError):
-                documents[step] = _read_document(self.directory / str(step))
+            with contextlib.suppress(RefusedError):
+                documents[step] = read_document(self.directory / str(step))
         return documents
 
     def _require_writable(self) -> None:
@@ -264,11 +289,11 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
         self._manager.wait_until_finished()
         checkpoint = self.directory / str(self._pending)
         try:
-            _read_document(checkpoint)
+            read_document(checkpoint)
             for name in _STATE_FILES:
                 if not (checkpoint / "state" / name).stat().st_size:
                     raise OSError(f"state/{name} is empty")
-        except (_RefusedError, OSError) as error:
+        except (RefusedError, OSError) as error:
             self._delete(self._pending)
             raise OSError(f"it was not whole: {first_line(error)}") from error
         self._pending = None
@@ -276,13 +301,13 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
 
     def _amend(self, step: int, changes: dict[str, Any]) -> None:
         checkpoint = self.directory / str(step)
-        text = json.dumps(_info(_read_document(checkpoint) | changes))
+        text = json.dumps(info(read_document(checkpoint) | changes))
         replace(checkpoint / "info" / "metadata", lambda temporary: temporary.write_text(text))
         self._delete_superseded()
 
     def _delete_superseded(self) -> None:
         documents = self._documents()
-        kept = {*sorted(documents)[-self._keep :], _best(documents)}
+        kept = {*sorted(documents)[-self._keep :], best(documents)}
         if self._spare is not None:
             kept.add(max((step for step in documents if step < self._spare), default=None))
         for step in sorted(documents.keys() - kept):
@@ -323,32 +348,44 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
         )
         self._manager = ocp.CheckpointManager(place, options=options, item_handlers=handlers)
 
-    def _load(self, step: int, template: Mapping[str, Any], accept: Accept) -> Restored:
+    def _load(self, step: int, template: Template, accept: Accept) -> Restored:
         """Reads one checkpoint and compares it with what was saved and with what is expected."""
-        document = _read_document(self.directory / str(step))
-        if document["step"] != step:
-            raise _RefusedError(f"it was saved at step {document['step']}")
+        document = self._document(step)
         if reason := accept(document["extra"]):
-            raise _RefusedError(reason)
-        saved = {unquote(name): spec for name, (spec, _) in document["leaves"].items()}
-        expected = {name: _spec(array) for name, array in template.items()}
+            raise RefusedError(reason)
+        saved = {unquote(name): kind for name, (kind, _) in document["leaves"].items()}
+        expected = {name: spec(array) for name, array in template.items()}
         for name in sorted(saved.keys() | expected.keys()):
             was, wanted = saved.get(name, "absent"), expected.get(name, "none")
             if was != wanted:
-                raise _RefusedError(f"leaf {name} is {was}, expected {wanted}")
+                raise RefusedError(f"leaf {name} is {was}, expected {wanted}")
         arrays = {name: np.empty(array.shape, array.dtype) for name, array in template.items()}
-        handler = ocp.StandardCheckpointHandler(multiprocessing_options=process_alone())
+        return Restored(step, self._arrays(step, document, arrays), document["extra"])
+
+    def _document(self, step: int) -> dict[str, Any]:
+        document = read_document(self.directory / str(step))
+        if document["step"] != step:
+            raise RefusedError(f"it was saved at step {document['step']}")
+        return document
+
+    def _arrays(
+        self, step: int, document: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        """Reads arrays like these of one checkpoint, and compares them with what was saved."""
+        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=process_alone())
+        item = _item(arrays)
+        kinds = ocp.checkpoint_utils.construct_restore_args(item)
+        args = ocp.args.PyTreeRestore(item, restore_args=kinds, partial_restore=True)
         try:
             with contextlib.closing(handler), plain(self.directory) as place:
-                state, args = place / str(step) / "state", ocp.args.StandardRestore(_item(arrays))
-                stored = handler.restore(state, args=args)
+                stored = handler.restore(place / str(step) / "state", args=args) if item else {}
         except Exception as error:  # Orbax and TensorStore raise many kinds on damaged files.
-            raise _RefusedError(f"unreadable ({_told(error)})") from error
-        arrays |= {unquote(name): array for name, array in stored.items()}
-        for name, array in arrays.items():
-            if [_spec(array), _crc(array)] != document["leaves"][_escaped(name)]:
-                raise _RefusedError(f"leaf {name} is corrupted")
-        return Restored(step, arrays, document["extra"])
+            raise RefusedError(f"unreadable ({told(error)})") from error
+        found = {**arrays, **{unquote(name): array for name, array in stored.items()}}
+        for name, array in found.items():
+            if [spec(array), crc(array)] != document["leaves"][escaped(name)]:
+                raise RefusedError(f"leaf {name} is corrupted")
+        return found
 
     def _guarded(self, step: int, action: Callable[[], object]) -> None:
         """Runs what writes a checkpoint; a failure drops it and starts a fresh manager."""
@@ -358,7 +395,7 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
             self._pending = self._amendment = None
             with contextlib.suppress(OSError):  # one line says what is wrong
                 self._open_manager()
-            raise CheckpointError(f"{self._failure(step)}: {_told(error)}") from error
+            raise CheckpointError(f"{self._failure(step)}: {told(error)}") from error
 
     def _failure(self, step: int) -> str:
         return f"checkpoint {step} could not be written to {self.directory}"
@@ -376,57 +413,9 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
         return aside
 
 
-def _best(documents: Mapping[int, dict[str, Any]]) -> int | None:
-    """Step of the highest metric, the earliest of equals."""
-    scored = [(d["metric"], -step) for step, d in documents.items() if d["metric"] is not None]
-    return -max(scored)[1] if scored else None
-
-
 def _item(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """What Orbax holds of `arrays`: it takes none without elements."""
-    return {_escaped(name): array for name, array in arrays.items() if array.size}
-
-
-def _score(extra: Any, metric: float | None) -> dict[str, Any]:
-    """What of a document may be amended."""
-    metric = None if metric is None or np.isnan(metric) else float(metric)
-    return {"metric": metric, "extra": json.loads(json.dumps(extra))}
-
-
-def _info(document: dict[str, Any]) -> dict[str, Any]:
-    return {"document": document, "crc32": _document_crc(document)}
-
-
-def _read_document(checkpoint: Path) -> dict[str, Any]:
-    path = checkpoint / "info" / "metadata"
-    if not path.is_file():
-        raise _RefusedError("not a checkpoint of this program (no info/metadata)")
-    try:
-        info = json.loads(path.read_bytes())
-        document, crc = info["document"], info["crc32"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _RefusedError(f"info/metadata is damaged ({_told(error)})") from error
-    if crc != _document_crc(document):
-        raise _RefusedError("info/metadata is damaged (checksum)")
-    if document["format"] != FORMAT:
-        raise _RefusedError(f"format {document['format']}, this program reads {FORMAT}")
-    return document
-
-
-def _spec(array: Any) -> str:  # such as "float32[3,4]"
-    return f"{array.dtype.name}[{','.join(map(str, array.shape))}]"
-
-
-def _crc(array: np.ndarray) -> int:
-    return zlib.crc32(array.reshape(-1).view(np.uint8).data)
-
-
-def _document_crc(document: Any) -> int:
-    return zlib.crc32(json.dumps(document, sort_keys=True).encode())
-
-
-def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {first_line(error)[:200]}"
+    return {escaped(name): array for name, array in arrays.items() if array.size}
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from jdecouple.data import augment
 from jdecouple.data.batches import evaluation_batches, steps_per_epoch, train_batches
 from jdecouple.data.groups import Groups, group_sizes
+from jdecouple.data.inputs import ImageInputs, TextInputs
 from jdecouple.data.loaders import load, names, register
 from jdecouple.data.noise import symmetric_label_noise
 from jdecouple.data.prefetch import Prefetcher
@@ -15,10 +16,12 @@ __all__ = [
     "Dataset",
     "Groups",
     "ImageDataset",
+    "ImageInputs",
     "Prefetcher",
     "Source",
     "Split",
     "TextDataset",
+    "TextInputs",
     "Vocabulary",
     "augment",
     "channel_statistics",

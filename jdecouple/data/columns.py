@@ -18,6 +18,7 @@ _TEXTS = re.compile(
     "texts?|title|headline|description|sentence ?[12]?|content|body|review|comment|message|summary|"
     "abstract|document|article|tweet|post|question|answer|query|premise|hypothesis|utterance|subject"
 )
+_PATHS = re.compile("(image|file)? ?(path|name)|(image|file)|filepath|filename|picture|photo")
 _NUMBERING = re.compile("|((row|text) )?(id|idx|index)|uu?id|guid|unnamed: 0")  # perhaps no name
 _SHOWN = 8
 
@@ -77,6 +78,44 @@ def is_header(row: Sequence[str], names: Sequence[str], label: int) -> bool:
     if not is_name(row[label]):
         return False
     return plain(row[label]) in names[label : label + 1] or all(map(is_name, row))
+
+
+def places_to_read(
+    row: Sequence[str], columns: Sequence[str] | None, where: str, pictures: bool
+) -> tuple[list[int], bool]:
+    """Which columns of a table hold what is to be classified; whether its first row is a header.
+
+    Without `columns` these are all that hold no labels and do not number the rows: of `pictures`
+    the one of their paths. A table of one column needs no header.
+
+    Raises:
+        ValueError: there are none, several of a name or of paths; `where` begins the message.
+    """
+    known = [plain(name) for name in row]
+    if columns is not None:
+        for name in columns:
+            if known.count(plain(name)) != 1:
+                raise ValueError(
+                    f"{where} has the columns {', '.join(row)[:80]}: one called {name!r} is needed"
+                )
+        return [known.index(plain(name)) for name in columns], True
+    is_header = names_columns(row) or any(map(_PATHS.fullmatch, known))
+    if not is_header:
+        found = [*range(len(row))]
+    else:
+        found = [
+            n
+            for n, name in enumerate(known)
+            if not (_LABELS.fullmatch(name) or _NUMBERING.fullmatch(name))
+        ]
+        if pictures and len(found) > 1:
+            found = [n for n in found if _PATHS.fullmatch(known[n])]
+    if len(found) != 1 and (pictures or not is_header or not found):
+        raise ValueError(
+            f"{where} is {','.join(row)[:80]!r}: one column, or a header that names those of "
+            f"{'paths' if pictures else 'texts'}, is needed; --column chooses"
+        )
+    return found, is_header
 
 
 def find(names: Sequence[str], columns: Columns, where: str, texts: Sequence[int]) -> Places:

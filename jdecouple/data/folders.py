@@ -20,7 +20,6 @@ from jdecouple.data.splits import (
 )
 
 PREFIX = "folder:"
-EXTENSIONS = ("png", "jpg", "jpeg", "bmp", "gif", "webp", "tif", "tiff", "ppm", "pgm")
 TEST_SHARE = 0.2  # of a folder that has no test images of its own
 _VALIDATION = ("val", "validation")
 _SPLITS = ("train", "test", *_VALIDATION)
@@ -35,7 +34,7 @@ def sources(
     validation: Amount = None,
     image_size: int | None = None,
     cache_bytes: int = CACHE_BYTES,
-) -> tuple[dict[str, DecodedSource], int, tuple[int, int, int]]:
+) -> tuple[dict[str, DecodedSource], Sequence[str], tuple[int, int, int]]:
     """Opens a folder of images; each is decoded at its first use.
 
     Label i is the i-th name of a class in sorted order. The folder holds either
@@ -47,17 +46,16 @@ def sources(
       split, as with TFDS sets;
     - or `CLASS/...`, of which a fixed stratified fifth is the test split.
 
-    Images may lie at any depth below their class, also in linked folders. Hidden files and files
-    that do not end in one of `EXTENSIONS` are passed over. Images are turned as their EXIF data
-    say; transparent ones are laid on white; of 16 bits the upper 8 are used. They are brought to
-    one channel if all are greyscale, else to three; with `image_size` only one image of every class
-    is asked for that.
+    Images may lie at any depth below their class, also in linked folders (`images.below`). They are
+    turned as their EXIF data say; transparent ones are laid on white; of 16 bits the upper 8 are
+    used. They are brought to one channel if all are greyscale, else to three; with `image_size`
+    only one image of every class is asked for that.
 
     The heads of the files that are not trained on are read at once (without `image_size` those of
     all), so that a bad one does not end a run at its first evaluation. `validation` is that of
     `load`. A relative PATH begins at `data_dir`, by default the current folder.
 
-    The rows of a source are in a fixed order that mixes the classes. Also returns the number of
+    The rows of a source are in a fixed order that mixes the classes. Also returns the names of the
     classes and the image shape (H, W, C).
 
     Raises:
@@ -91,7 +89,7 @@ def sources(
         )
         for split, files in splits.items()
     }
-    return opened, len(classes), shape
+    return opened, classes, shape
 
 
 class _Images:
@@ -154,7 +152,7 @@ def _class_names(folder: Path) -> list[str]:
 def _in_classes(folder: Path, classes: Sequence[str]) -> Files:
     files = []
     for label, name in enumerate(classes):
-        paths = _images_below(folder / name)
+        paths = images.below(folder / name)
         if not paths:
             raise ValueError(f"class folder '{folder / name}' holds no images")
         files += [(path, label) for path in paths]
@@ -191,7 +189,7 @@ def _annotated(folder: Path, classes: Sequence[str]) -> Files:
             raise ValueError(f"'{listing}', line {number}: there is no file '{path}'")
         files.append((str(path), labels[name]))
     listed, present = set(dict(files)), {label for _, label in files}
-    for image in _images_below(folder / "images"):
+    for image in images.below(folder / "images"):
         if image not in listed:
             raise ValueError(f"'{listing}' has no line for '{image}'")
     for name in classes:
@@ -215,34 +213,6 @@ def _subfolders(folder: Path) -> list[str]:
         # A link that leads to itself or nowhere is no folder.
         folders = [entry.name for entry in entries if os.path.isdir(entry.path)]
     return sorted(name for name in folders if not name.startswith("."))
-
-
-def _images_below(folder: Path) -> list[str]:
-    """Image files at any depth, also behind links.
-
-    No folder is read twice, and none that is above `folder`, wherever links lead.
-    """
-    here, above = (Path(os.path.realpath(path)) for path in (folder, folder.parent))
-    seen = {str(path) for path in (*here.parents, above, *above.parents)}
-    paths, tops = [], [str(folder)]
-    for top in tops:  # which grows: folders behind links come after those without one
-        for path, folders, names in os.walk(top, onerror=_raise):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            real_path = os.path.realpath(path)
-            if real_path in seen:
-                folders.clear()
-                continue
-            seen.add(real_path)
-            inner = [os.path.join(path, name) for name in folders]
-            tops += [link for link in inner if os.path.islink(link)]
-            for name in names:
-                if not name.startswith(".") and name.lower().rpartition(".")[2] in EXTENSIONS:
-                    paths.append(os.path.join(path, name))
-    return sorted(paths)
-
-
-def _raise(error: OSError) -> None:
-    raise error
 
 
 def _mixed(files: Files) -> Files:

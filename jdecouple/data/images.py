@@ -9,6 +9,7 @@ import os
 import stat
 import struct
 from collections.abc import Iterator
+from pathlib import Path
 from typing import IO, NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from jdecouple._errors import first_line
 
 # What a file holds decides, not its name. Pillow knows more: for one it starts Ghostscript.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+EXTENSIONS = ("png", "jpg", "jpeg", "bmp", "gif", "webp", "tif", "tiff", "ppm", "pgm")
 MOST_PIXELS = 89_478_485  # Pillow warns of more: a few kilobytes can be gigabytes of pixels
 
 _GREY = ("1", "L", "LA", "La", "I;16", "I;16B", "I;16L")
@@ -70,18 +72,55 @@ def decode(path: str, channels: int, size: tuple[int, int] | None = None) -> np.
     """
     with _opened(path) as opened:
         ImageOps.exif_transpose(opened, in_place=True)
-        picture: Image.Image = opened
-        if picture.mode in _TOO_DEEP:
-            raise ValueError(f"pixels have 32 bits (mode {picture.mode}): 8 or 16 are needed")
-        if picture.mode.startswith("I;16"):
-            picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-        if picture.mode in _TRANSPARENT or "transparency" in picture.info:
-            picture = picture if picture.mode == "RGBA" else picture.convert("RGBA")
-            white = Image.new("RGBA", picture.size, "white")
-            picture = Image.alpha_composite(white, picture)
-        picture = picture.convert("L" if channels == 1 else "RGB")
-        pixels = np.asarray(fit(picture, *size) if size else picture)
-    return pixels.reshape(*pixels.shape[:2], channels)
+        return pixels(opened, channels, size)
+
+
+def pixels(picture: Image.Image, channels: int, size: tuple[int, int] | None = None) -> np.ndarray:
+    """Pixels of an upright picture, as `decode` gives those of a file.
+
+    Raises:
+        ValueError: they have 32 bits.
+    """
+    if picture.mode in _TOO_DEEP:
+        raise ValueError(f"pixels have 32 bits (mode {picture.mode}): 8 or 16 are needed")
+    if picture.mode.startswith("I;16"):
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if picture.mode in _TRANSPARENT or "transparency" in picture.info:
+        picture = picture if picture.mode == "RGBA" else picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture)
+    picture = picture.convert("L" if channels == 1 else "RGB")
+    values = np.asarray(fit(picture, *size) if size else picture)
+    return values.reshape(*values.shape[:2], channels)
+
+
+def below(folder: Path) -> list[str]:
+    """Image files at any depth, also behind links, in alphabetical order.
+
+    Hidden files and those that do not end in one of `EXTENSIONS` are passed over. No folder is read
+    twice, and none that is above `folder`, wherever links lead.
+    """
+    here, above = (Path(os.path.realpath(path)) for path in (folder, folder.parent))
+    seen = {str(path) for path in (*here.parents, above, *above.parents)}
+    paths, tops = [], [str(folder)]
+    for top in tops:  # which grows: folders behind links come after those without one
+        for path, folders, names in os.walk(top, onerror=_raise):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            real_path = os.path.realpath(path)
+            if real_path in seen:
+                folders.clear()
+                continue
+            seen.add(real_path)
+            inner = [os.path.join(path, name) for name in folders]
+            tops += [link for link in inner if os.path.islink(link)]
+            for name in names:
+                if not name.startswith(".") and name.lower().rpartition(".")[2] in EXTENSIONS:
+                    paths.append(os.path.join(path, name))
+    return sorted(paths)
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def resize_image(image: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:

@@ -94,6 +94,7 @@ def load(
     glove: str | os.PathLike[str] | None = None,
     label_column: str | None = None,
     text_columns: Sequence[str] | None = None,
+    parts: Sequence[int] | None = None,
 ) -> Dataset:
     """Loads a data set with its fixed training, validation and test splits.
 
@@ -138,6 +139,8 @@ def load(
         label_column: name of the column of labels of CSV and Parquet files; None is the one called
             `label`, `class`, `target` or the like.
         text_columns: names of their columns of texts; None is all others.
+        parts: words of the parts that a text is cut into, which a batch then holds as "x", "x_1",
+            ..., each for the blocks that ask for it; `max_length` is their sum.
 
     Raises:
         ValueError: a bad argument, or a set that is unknown, not prepared, empty or without

@@ -50,7 +50,7 @@ def digits(*, validation: Amount, image_size: int | None) -> Dataset:
     kept, held = hold_out(stratified_order(labels[development]), validation)
     rows = {"train": development[kept], "validation": development[held], "test": test}
     source = ArraySource(images, labels, num_classes=10, name="digits")
-    splits = {role: Split(role, source, indices) for role, indices in rows.items()}
+    splits: dict[str, Any] = {role: Split(role, source, rows[role]) for role in rows}
     mean, std = channel_statistics(splits["train"])
     shape = images.shape[1:]
     return ImageDataset("digits", **splits, num_classes=10, image_shape=shape, mean=mean, std=std)
@@ -107,7 +107,8 @@ def synthetic(
         for number, (split, size) in enumerate(sizes.items())
     }
     statistics = (0.5,) * channels, (12**-0.5,) * channels
-    return _images("synthetic", stored, num_classes, shape, validation, statistics)
+    class_names = [*map(str, range(num_classes))]
+    return _images("synthetic", stored, class_names, shape, validation, statistics)
 
 
 def folder(
@@ -144,19 +145,21 @@ def table(
     glove: Any,
     label_column: str | None,
     text_columns: Sequence[str] | None,
+    parts: Sequence[int] | None,
 ) -> Dataset:
     """Labelled texts in CSV or Parquet files."""
     options: dict[str, Any] = {"max_length": max_length, "vocabulary_size": vocabulary_size}
-    stored, num_classes = tables.splits(name, data_dir, label_column, text_columns)
+    options["parts"] = parts
+    stored, class_names = tables.splits(name, data_dir, label_column, text_columns)
     return text_dataset(
-        name, stored, num_classes, validation=validation, seed=seed, glove=glove, **options
+        name, stored, class_names, validation=validation, seed=seed, glove=glove, **options
     )
 
 
 def _images(
     name: str,
     stored: Mapping[str, Source],
-    num_classes: int,
+    class_names: Sequence[str],
     shape: tuple[int, int, int],
     validation: Amount,
     statistics: Statistics | None = None,
@@ -166,7 +169,13 @@ def _images(
     splits = {role: Split(role, stored[split], rows) for role, (split, rows) in parts.items()}
     mean, std = statistics or channel_statistics(splits["train"])
     return ImageDataset(
-        name, **splits, num_classes=num_classes, image_shape=shape, mean=mean, std=std
+        name,
+        **splits,
+        num_classes=len(class_names),
+        class_names=tuple(class_names),
+        image_shape=shape,
+        mean=mean,
+        std=std,
     )
 
 

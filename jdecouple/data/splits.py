@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from jdecouple._errors import first_line
-from jdecouple.data import augment
 from jdecouple.data.images import resize_image
+from jdecouple.data.inputs import ImageInputs, Inputs, cut
 
 CACHE_BYTES = 4 << 30
 _FIXED_ORDER_SEED = 0
@@ -55,12 +55,14 @@ class Split:
         source: where rows are read.
         indices: int64 [n], the rows of the source that belong to the split.
         overrides: int32 [n] or None; a value >= 0 replaces the label of that row (label noise).
+        parts: lengths that a text is cut into, see `inputs.cut`; () leaves inputs whole.
     """
 
     name: str
     source: Source
     indices: np.ndarray
     overrides: np.ndarray | None = None
+    parts: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -69,7 +71,7 @@ class Split:
         """Reads the examples at `indices`, integers [n] in any order, of this split.
 
         Returns:
-            `x`, as of the source, and `label`, int32 [n].
+            `x`, as of the source (or, cut into parts, `x`, `x_1`, ...), and `label`, int32 [n].
 
         Raises:
             ValueError: an example cannot be decoded, or a label or pixel is out of range.
@@ -78,7 +80,7 @@ class Split:
         if self.overrides is not None:
             replacements = self.overrides[indices]
             labels = np.where(replacements >= 0, replacements, labels)
-        return {"x": inputs, "label": labels}
+        return {**cut(inputs, self.parts), "label": labels}
 
     @property
     def lengths(self) -> np.ndarray:
@@ -103,6 +105,10 @@ class Dataset(abc.ABC):
         validation: split held out of the training examples (or the set's own).
         test: test split, never altered.
         num_classes: labels are 0..num_classes-1.
+        class_names: what each label stands for; by default its number.
+
+    Raises:
+        ValueError: another number of names than of classes.
     """
 
     kind: ClassVar[str]
@@ -111,18 +117,33 @@ class Dataset(abc.ABC):
     validation: Split
     test: Split
     num_classes: int
+    class_names: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
 
+    def __post_init__(self) -> None:
+        names = tuple(map(str, self.class_names or range(self.num_classes)))
+        if len(names) != self.num_classes:
+            raise ValueError(
+                f"data set {self.name!r} has {len(names)} class names: {self.num_classes} are "
+                "needed"
+            )
+        object.__setattr__(self, "class_names", names)
+
+    @property
     @abc.abstractmethod
+    def inputs(self) -> Inputs:
+        """What is known of the inputs without the examples."""
+
     def model_arguments(self) -> dict[str, Any]:
         """What a builder of `jdecouple.models` has to know of the inputs."""
+        return self.inputs.model_arguments()
 
     def method_arguments(self) -> dict[str, Any]:
         """What a method of `jdecouple.methods` may ask for of the inputs."""
-        return {}
+        return self.inputs.method_arguments()
 
-    @abc.abstractmethod
     def transform(self, name: str) -> Callable[..., Any] | None:
         """The augmentation of this name for the Trainer; ValueError if it does not fit."""
+        return self.inputs.transform(name)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -140,18 +161,10 @@ class ImageDataset(Dataset):
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
-    def model_arguments(self) -> dict[str, Any]:
-        """See `Dataset.model_arguments`."""
-        height, _, channels = self.image_shape
-        return {"image_size": height, "channels": channels}
-
-    def method_arguments(self) -> dict[str, Any]:
-        """See `Dataset.method_arguments`."""
-        return {"image_mean": self.mean, "image_std": self.std}
-
-    def transform(self, name: str) -> Callable[..., Any]:
-        """See `Dataset.transform`."""
-        return augment.get(name, mean=self.mean, std=self.std)
+    @property
+    def inputs(self) -> ImageInputs:
+        """See `Dataset.inputs`; the dtype is taken for uint8."""
+        return ImageInputs(self.image_shape, self.mean, self.std)
 
 
 class ArraySource:

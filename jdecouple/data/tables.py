@@ -67,7 +67,7 @@ def splits(
     data_dir: str | os.PathLike[str] | None,
     label_column: str | None = None,
     text_columns: Sequence[str] | None = None,
-) -> tuple[dict[str, Texts], int]:
+) -> tuple[dict[str, Texts], tuple[str, ...]]:
     """Reads a set of labelled texts from files.
 
     PATH is a folder with the files `train.csv`, `test.csv` and perhaps `validation.csv` (or
@@ -81,7 +81,7 @@ def splits(
 
     A relative PATH begins at `data_dir`, by default the current folder.
 
-    Also returns the number of classes.
+    Also returns the names of the classes.
 
     Raises:
         ValueError: a file is not laid out like that, or pyarrow is not installed.
@@ -93,12 +93,12 @@ def splits(
         raise FileNotFoundError(f"data set {name!r}: there is no file or folder '{path}'")
     columns = _columns(label_column, text_columns)
     if path.is_file():
-        stored, num_classes = _labelled({"train": _read(kind, [path], columns)}, name)
+        stored, class_names = _labelled({"train": _read(kind, [path], columns)}, name)
         texts, labels = stored["train"]
         kept, held = held_out(stratified_order(labels), TEST_SHARE)
         for split, rows in (("train", kept), ("test", held)):
             stored[split] = Texts([texts[row] for row in rows], labels[rows])
-        return stored, num_classes
+        return stored, class_names
     tables: dict[str, Table] = {}
     for split in ("train", "validation", "test"):
         if paths := sorted([*path.glob(f"{split}.{kind}"), *path.glob(f"{split}-*.{kind}")]):
@@ -130,8 +130,8 @@ def _read(kind: str, paths: Sequence[Path], columns: Columns) -> Table:
     return table
 
 
-def _labelled(tables: dict[str, Table], name: str) -> tuple[dict[str, Texts], int]:
-    """Numbers the labels by those of the training split; also returns how many there are."""
+def _labelled(tables: dict[str, Table], name: str) -> tuple[dict[str, Texts], tuple[str, ...]]:
+    """Numbers the labels by those of the training split; also returns what they are."""
     try:
         _check_labels(tables["train"])
     except ValueError as error:
@@ -148,7 +148,7 @@ def _labelled(tables: dict[str, Table], name: str) -> tuple[dict[str, Texts], in
                 )
         numbered = np.array([numbers[label] for label in table.labels], np.int64)
         stored[split] = Texts(table.texts, numbered)
-    return stored, len(numbers)
+    return stored, tuple(map(str, found))
 
 
 def _check_labels(table: Table) -> None:

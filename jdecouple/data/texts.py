@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jdecouple._errors import require_int
+from jdecouple.data.inputs import TextInputs
 from jdecouple.data.splits import Amount, Dataset, Split, check_labels, divide
-from jdecouple.data.vocabulary import PADDING, Vocabulary, word_vectors
+from jdecouple.data.vocabulary import Vocabulary, padded, word_vectors
 
 MAX_LENGTH = 256
 VOCABULARY_SIZE = 30_000
@@ -31,27 +33,24 @@ class TextDataset(Dataset):
         words: the word of every number; 0 is padding, 1 stands for unknown words.
         max_length: words of the longest text; shorter ones are padded to it.
         embeddings: initial vectors of the words, float32 [len(words), width], or None.
+        parts: words of the parts that texts are cut into; () leaves them whole.
     """
 
     kind = "texts"
     words: tuple[str, ...]
     max_length: int
     embeddings: np.ndarray | None
+    parts: tuple[int, ...] = ()
+
+    @property
+    def inputs(self) -> TextInputs:
+        """See `Dataset.inputs`."""
+        width = None if self.embeddings is None else self.embeddings.shape[1]
+        return TextInputs(self.words, self.max_length, width, self.parts)
 
     def model_arguments(self) -> dict[str, Any]:
         """See `Dataset.model_arguments`."""
-        return {
-            "vocabulary_size": len(self.words),
-            "max_length": self.max_length,
-            "embeddings": self.embeddings,
-        }
-
-    def transform(self, name: str) -> None:
-        """See `Dataset.transform`."""
-        if name != "none":
-            raise ValueError(
-                f"unknown augmentation {name!r}: allowed for the texts of {self.name!r} is none"
-            )
+        return super().model_arguments() | {"embeddings": self.embeddings}
 
 
 class TextSource:
@@ -77,40 +76,55 @@ class TextSource:
 
     def gather(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Words, int32 [n, max_length], and labels; see `splits.Source.gather`."""
-        position = np.arange(self._max_length)
-        real = position < self.lengths[indices, None]
-        words = np.full(real.shape, PADDING, np.int32)
-        words[real] = self._numbers[(self._starts[indices, None] + position)[real]]
-        return words, self._labels[indices]
+        starts, lengths = self._starts[indices], self.lengths[indices]
+        return padded(self._numbers, starts, lengths, self._max_length), self._labels[indices]
 
 
 def dataset(
     name: str,
     stored: Mapping[str, Texts],
-    num_classes: int,
+    class_names: Sequence[str],
     *,
     validation: Amount,
     seed: int,
     max_length: int | None,
     vocabulary_size: int | None,
     glove: str | os.PathLike[str] | None,
+    parts: Sequence[int] | None = None,
 ) -> TextDataset:
     """Makes a data set of stored texts; its vocabulary is that of its training split alone."""
-    max_length = MAX_LENGTH if max_length is None else max_length
+    lengths = _parts(parts, max_length)
+    max_length = sum(lengths) or max_length or MAX_LENGTH
     sizes = {split: len(texts.labels) for split, texts in stored.items()}
-    parts = divide(name, sizes, validation)
-    split, rows = parts["train"]
+    roles = divide(name, sizes, validation)
+    split, rows = roles["train"]
     texts = (stored[split].texts[row] for row in rows)
     vocabulary = Vocabulary.of(texts, vocabulary_size or VOCABULARY_SIZE)
     sources = {
-        split: TextSource(stored[split], vocabulary, max_length, num_classes, split)
-        for split in sorted({split for split, _ in parts.values()})
+        split: TextSource(stored[split], vocabulary, max_length, len(class_names), split)
+        for split in sorted({split for split, _ in roles.values()})
     }
     return TextDataset(
         name,
-        **{role: Split(role, sources[split], rows) for role, (split, rows) in parts.items()},
-        num_classes=num_classes,
+        **{
+            role: Split(role, sources[split], rows, parts=lengths)
+            for role, (split, rows) in roles.items()
+        },
+        num_classes=len(class_names),
+        class_names=tuple(class_names),
         words=vocabulary.words,
         max_length=max_length,
         embeddings=None if glove is None else word_vectors(glove, vocabulary.words, seed),
+        parts=lengths,
     )
+
+
+def _parts(parts: Sequence[int] | None, max_length: int | None) -> tuple[int, ...]:
+    """Lengths of parts, checked; () without any."""
+    if parts is None:
+        return ()
+    for length in parts:
+        require_int(1, parts=length)
+    if max_length not in (None, total := sum(parts)):
+        raise ValueError(f"parts is {tuple(parts)}: max_length must be their sum, {total}, or None")
+    return tuple(parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,10 @@ from jdecouple.data.splits import CACHE_BYTES, DecodedSource
 
 def sources(
     name: str, builder: Any, *, image_size: int | None = None, cache_bytes: int = CACHE_BYTES
-) -> tuple[dict[str, DecodedSource], int, tuple[int, int, int]]:
+) -> tuple[dict[str, DecodedSource], Sequence[str], tuple[int, int, int]]:
     """Opens the splits of the set that `tfds_sets.prepared` returned; ValueError without images.
 
-    Also returns the number of classes and the image shape (H, W, C).
+    Also returns the names of the classes and the image shape (H, W, C).
     """
     import tensorflow_datasets as tfds
 
@@ -46,7 +47,7 @@ def sources(
         )
         for split, records in tfds_sets.records(name, builder, decoders).items()
     }
-    return opened, label.num_classes, shape
+    return opened, label.names, shape
 
 
 def _decode(encoded: bytes, feature: Any) -> np.ndarray:

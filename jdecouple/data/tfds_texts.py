@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,12 +22,12 @@ def holds_texts(builder: Any) -> bool:
     return bool(keys("Text") and keys("ClassLabel")) and not keys("Image")
 
 
-def splits(name: str, builder: Any) -> tuple[dict[str, Texts], int]:
+def splits(name: str, builder: Any) -> tuple[dict[str, Texts], Sequence[str]]:
     """Reads all splits of the set that `tfds_sets.prepared` returned into memory.
 
     Several texts of an example are joined by a space: its title first, then the others in
     alphabetical order of their names. A test split whose labels are hidden (all -1, as in GLUE) is
-    passed over. Also returns the number of classes.
+    passed over. Also returns the names of the classes.
     """
     texts = sorted(tfds_sets.keys(builder, "Text"), key=lambda key: (key != "title", key))
     label = tfds_sets.keys(builder, "ClassLabel")[0]
@@ -36,7 +37,7 @@ def splits(name: str, builder: Any) -> tuple[dict[str, Texts], int]:
     }
     if "test" in stored and (stored["test"].labels == _HIDDEN).all():
         del stored["test"]
-    return stored, builder.info.features[label].num_classes
+    return stored, builder.info.features[label].names
 
 
 def _read(records: Records, split: str, keys: list[str], label: str) -> Texts:

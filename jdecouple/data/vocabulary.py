@@ -6,6 +6,7 @@ import os
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -30,7 +31,12 @@ class Vocabulary:
 
     Args:
         words: the words with the numbers 2, 3, ...
+
+    Attributes:
+        words: the word of every number.
     """
+
+    RESERVED: ClassVar[int] = len(_RESERVED)
 
     def __init__(self, words: Iterable[str]):
         self.words = (*_RESERVED, *words)
@@ -68,6 +74,24 @@ class Vocabulary:
                 numbers.append(np.array(encoding.ids or [UNKNOWN], np.int32))
                 lengths.append(len(numbers[-1]))
         return np.concatenate([np.zeros(0, np.int32), *numbers]), np.array(lengths, np.int32)
+
+
+def padded(
+    numbers: np.ndarray, starts: np.ndarray, lengths: np.ndarray, max_length: int
+) -> np.ndarray:
+    """Texts as rows, int32 [n, max_length], padded behind.
+
+    Args:
+        numbers: of the words of all texts, one after another.
+        starts: where each of n texts begins there.
+        lengths: words of each.
+        max_length: of a row.
+    """
+    position = np.arange(max_length)
+    real = position < lengths[:, None]
+    words = np.full(real.shape, PADDING, np.int32)
+    words[real] = numbers[(starts[:, None] + position)[real]]
+    return words
 
 
 def word_vectors(path: str | os.PathLike[str], words: Sequence[str], seed: int) -> np.ndarray:

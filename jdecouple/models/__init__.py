@@ -53,7 +53,7 @@ def register(name: str, builder: Callable[..., Model]) -> None:
     >>> from flax import nnx
     >>> def one_layer(num_classes, *, image_size, channels, rngs):
     ...     layers = [nnx.Linear(image_size**2 * channels, num_classes, rngs=rngs)]
-    ...     return Model([nnx.Sequential(lambda x: x.reshape(len(x), -1), *layers)])
+    ...     return Model([nnx.Sequential(lambda x: x.reshape(x.shape[0], -1), *layers)])
     >>> register("one_layer", one_layer)
     >>> len(get("one_layer")(10, image_size=8, channels=1, rngs=nnx.Rngs(0)).blocks)
     1

@@ -32,11 +32,14 @@ class Model:
             last block outputs the logits itself.
         splits: Named cuts into stages: name -> number of stages K -> indices of the K - 1 blocks at
             which stages 1 to K - 1 begin.
+        before: The model that this one was grown from, see `jdecouple.growth`. Its blocks are the
+            first ones of this model and keep the heads that they have in it.
 
     Raises:
-        TypeError: A block or the classifier is no `flax.nnx.Module`.
-        ValueError: There is no block, two of the modules share a variable, or a split does not cut
-            the blocks into its number of stages.
+        TypeError: A block or the classifier is no `flax.nnx.Module`, or `before` no `Model`.
+        ValueError: There is no block, two of the modules share a variable, a split does not cut
+            the blocks into its number of stages, or the model does not begin with the blocks of
+            `before`, or adds none.
     """
 
     blocks: Sequence[nnx.Module]
@@ -44,6 +47,7 @@ class Model:
     splits: Mapping[str, Mapping[int, tuple[int, ...]]] = dataclasses.field(
         default_factory=dict, compare=False
     )
+    before: "Model | None" = None
 
     def __post_init__(self):
         if not isinstance(self.blocks, Sequence):
@@ -68,6 +72,23 @@ class Model:
             for name, cuts in self.splits.items()
         }
         object.__setattr__(self, "splits", splits)
+        if self.before is None:
+            return
+        if not isinstance(self.before, Model):
+            raise TypeError(f"before is {_kind(self.before)}: a Model is needed")
+        old = self.before.blocks
+        begun = all(one is other for one, other in zip(self.blocks, old, strict=False))
+        if not begun or len(self.blocks) <= len(old):
+            raise ValueError(
+                f"the model has {len(self.blocks)} blocks: the {len(old)} that it is grown from, "
+                "and others behind them, are needed"
+            )
+
+    def at_block(self, index: int) -> "Model":
+        """The model of which a block was a part first: this one, or one that it was grown from."""
+        if self.before is None or index >= len(self.before.blocks):
+            return self
+        return self.before.at_block(index)
 
     def boundaries(self, name: str, num_stages: int) -> tuple[int, ...]:
         """Returns the blocks at which stages 1 to `num_stages` - 1 begin in the split `name`.

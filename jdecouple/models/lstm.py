@@ -16,6 +16,7 @@ from jdecouple.models.sequence import (
     dropout_layer,
     pooled,
     read,
+    read_further,
     sequence,
     width_of,
 )
@@ -135,6 +136,7 @@ def lstm(
     merge: str = "mean",
     dropout: float = 0.0,
     mask_padding: bool = True,
+    further: tuple[int, ...] = (),
     init: str = "flax",
     param_dtype: Any = jnp.float32,
     rngs: nnx.Rngs,
@@ -152,6 +154,7 @@ def lstm(
         dropout: Share of numbers dropped from the input of every LSTM block.
         mask_padding: Whether padding is masked: states stand still there, and means leave it out.
             False is the authors' way: padding is a word like others.
+        further: Blocks that read the further parts of a text (`data.parts`), in their order.
 
     Returns:
         A model of 1 + `depth` blocks from token ids, int `[batch, length]`, to sequences (see
@@ -162,13 +165,17 @@ def lstm(
     require_int(1, num_classes=num_classes, hidden=hidden, depth=depth)
     options: dict[str, Any] = {"init": init, "param_dtype": param_dtype, "rngs": rngs}
     padding: dict[str, Any] = {"max_length": max_length, "mask_padding": mask_padding}
-    features = width_of(embeddings, hidden)
-    embedding = Embedding(vocabulary_size, features, embeddings=embeddings, **padding, **options)
-    blocks: list[nnx.Module] = [embedding]
-    for _ in range(depth):
-        blocks.append(BidirectionalLSTM(features, hidden, merge=merge, drop=dropout, **options))
-        features = hidden if merge == "mean" else 2 * hidden
-    return Model(blocks, nnx.Sequential(pooled, layers.linear(hidden, num_classes, **options)))
+    words = width_of(embeddings, hidden)
+
+    def embed() -> Embedding:
+        return Embedding(vocabulary_size, words, embeddings=embeddings, **padding, **options)
+
+    blocks: list[nnx.Module] = [embed()]
+    widths = [words] + (depth - 1) * [hidden if merge == "mean" else 2 * hidden]
+    for width in widths:
+        blocks.append(BidirectionalLSTM(width, hidden, merge=merge, drop=dropout, **options))
+    classifier = nnx.Sequential(pooled, layers.linear(hidden, num_classes, **options))
+    return Model(read_further(blocks, further, widths, embed, **options), classifier)
 
 
 def _initializers(init: str, hidden: int) -> tuple[Any, Any, Any]:

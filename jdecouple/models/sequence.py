@@ -11,8 +11,9 @@ The mask is no integer, so that a vector-Jacobian product of the whole dict is o
 floats; its gradient is always zero.
 """
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -125,6 +126,74 @@ class Embedding(nnx.Module):
         mask = (x != 0) if self.mask_padding else jnp.ones(x.shape)
         mask = mask.astype(h.dtype)
         return sequence(self.drop(h), mask, masked_mean(h, mask))
+
+
+class Further(nnx.Module):
+    """A block that reads a further part of a text behind the states that come from below.
+
+    The part is an entry of the batch of its own, so that no block below sees it.
+
+    Args:
+        name: Name of the entry, token ids, int `[batch, length]`.
+        embedding: Embedding of the part.
+        block: What reads both.
+        width: Width of the states from below, to which vectors of another width are brought.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        embedding: Embedding,
+        block: nnx.Module,
+        width: int,
+        *,
+        init: str = "flax",
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.inputs = (name,)
+        self.embedding, self.block = embedding, block
+        own = embedding.table.shape[1]
+        options = {"init": init, "param_dtype": param_dtype, "rngs": rngs}
+        self.resize = layers.linear(own, width, **options) if own != width else nnx.Sequential()
+
+    def __call__(self, x: Sequence, **parts: jax.Array) -> Sequence:
+        """What the block gives for `[batch, length + length of the part]`."""
+        h, mask = read(x)
+        more = self.embedding(*parts.values())
+        longer = jnp.concatenate([h, self.resize(more["h"])], axis=1)
+        both = jnp.concatenate([mask, more["mask"].astype(mask.dtype)], axis=1)
+        return self.block(sequence(longer, both, x["summary"]))
+
+
+def read_further(
+    blocks: Iterable[nnx.Module],
+    further: tuple[int, ...],
+    widths: Iterable[int],
+    embed: Callable[[], Embedding],
+    **options: Any,
+) -> list[nnx.Module]:
+    """Lets blocks read further parts of a text, the entries "x_1", "x_2", ... of the batch.
+
+    Args:
+        blocks: An embedding block, and others.
+        further: Index of the block that reads each part, rising.
+        widths: Width of what every block but the first reads.
+        embed: Makes the embedding of a part.
+        **options: `init`, `param_dtype` and `rngs`.
+
+    Raises:
+        ValueError: No such block, or one for two parts.
+    """
+    blocks, widths = list(blocks), [0, *widths]
+    most = len(blocks) - 1
+    rising = all(a < b for a, b in itertools.pairwise((0, *further, most + 1)))
+    if not rising:
+        raise ValueError(f"further is {further}: rising indices of blocks, 1 to {most}, are needed")
+    for number, index in enumerate(further, 1):
+        part = Further(f"x_{number}", embed(), blocks[index], widths[index], **options)
+        blocks[index] = part
+    return blocks
 
 
 def width_of(embeddings: Any, hidden: int) -> int:

@@ -18,6 +18,7 @@ from jdecouple.models.sequence import (
     masked_mean,
     pooled,
     read,
+    read_further,
     sequence,
 )
 
@@ -133,6 +134,7 @@ def transformer(
     layout: str = "standard",
     dropout: float = 0.0,
     mask_padding: bool = True,
+    further: tuple[int, ...] = (),
     init: str = "flax",
     param_dtype: Any = jnp.float32,
     rngs: nnx.Rngs,
@@ -153,6 +155,7 @@ def transformer(
             feed-forward layers and before every addition.
         mask_padding: Whether padding is masked, in attention as in means. If not, it is a word
             like others.
+        further: Blocks that read the further parts of a text (`data.parts`), in their order.
 
     Returns:
         A model of 1 + `depth` blocks from token ids, int `[batch, length]`, to sequences (see
@@ -163,18 +166,23 @@ def transformer(
     require_one_of(LAYOUTS, layout=layout)
     kind = LAYOUTS[layout]
     options = {"init": init, "param_dtype": param_dtype, "rngs": rngs}
-    embedding = Embedding(
-        vocabulary_size,
-        hidden,
-        max_length=max_length,
-        embeddings=embeddings,
-        positions=kind.positions,
-        drop=dropout,
-        mask_padding=mask_padding,
-        **options,
-    )
-    blocks = encoder(hidden, depth, heads, feed_forward, layout=kind, drop=dropout, **options)
-    return Model([embedding, *blocks], classifier(hidden, num_classes, kind, **options))
+
+    def embed() -> Embedding:
+        return Embedding(
+            vocabulary_size,
+            hidden,
+            max_length=max_length,
+            embeddings=embeddings,
+            positions=kind.positions,
+            drop=dropout,
+            mask_padding=mask_padding,
+            **options,
+        )
+
+    blocks: list[nnx.Module] = [embed()]
+    blocks += encoder(hidden, depth, heads, feed_forward, layout=kind, drop=dropout, **options)
+    readout = classifier(hidden, num_classes, kind, **options)
+    return Model(read_further(blocks, further, depth * [hidden], embed, **options), readout)
 
 
 def encoder(

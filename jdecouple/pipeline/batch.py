@@ -110,6 +110,44 @@ def as_arrays(batch: Any) -> Carry:
     return jax.tree.unflatten(structure, arrays)
 
 
+def as_inputs(batch: Any, example: Mapping[str, Any] | None = None) -> Carry:
+    """Reads {"x": [batch, ...]} as `as_arrays` does; its labels are zeros, whatever was given.
+
+    The example tells a list of arrays from one array, and the dtype of labels.
+
+    Raises:
+        TypeError, ValueError: what `as_arrays` refuses.
+    """
+    if not isinstance(batch, Mapping) or "x" not in batch:
+        given = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
+        raise TypeError(f"batch is {given}: a mapping with 'x' is needed")
+    first, like = batch["x"], None if example is None else example["x"]
+    while isinstance(first, Mapping) or (isinstance(like, list | tuple) and first):
+        first, like = (_first_child(tree) for tree in (first, like))
+    count = np.shape(first)[0] if np.shape(first) else 0
+    if not count:
+        raise ValueError("batch['x'] holds no examples")
+    dtype = np.int32 if example is None else example["label"].dtype
+    return as_arrays({**batch, "label": np.zeros(count, dtype)})
+
+
+def each_batch(data: Any) -> Iterator:
+    """The batches of data: of an iterable, or one alone; TypeError for what is neither."""
+    if isinstance(data, Mapping):
+        return iter([data])
+    try:
+        return iter(data)
+    except TypeError:
+        given = type(data).__name__
+        raise TypeError(f"data is a {given}: batches or one batch are needed") from None
+
+
+def _first_child(tree: Any) -> Any:
+    if isinstance(tree, Mapping):
+        return next(iter(tree.values()), None)
+    return tree[0] if isinstance(tree, list | tuple) and tree else None
+
+
 def _where(path: Any) -> str:
     return f"batch{jax.tree_util.keystr(path)}"
 

@@ -1,7 +1,8 @@
 """From a model and a method to the units and the stages of a run."""
 
+import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -60,10 +61,12 @@ def build_units(
     num_classes: int | None,
     seed: int,
     dtype: Any,
+    frozen: Collection[int] = (),
 ) -> BuiltModel:
     """Gives every block its head; ValueError for arguments or blocks that do not fit.
 
-    The key of a head depends on the seed and the block alone, never on the partition.
+    The key of a head depends on the seed and the block alone, never on the partition. `frozen` are
+    indices of blocks that are not trained.
     """
     objective = method.objective
     require_int(0, 2**32 - 1, seed=seed)  # of which JAX takes the last 32 bits
@@ -73,43 +76,73 @@ def build_units(
         raise ValueError(
             f"method {method.name} needs a classifier: give one as Model(blocks, classifier)"
         )
-    outputs: list[Any] = []
-    for index, block in enumerate(model.blocks):
-        outputs.append(_block_output(index, block, outputs[-1] if outputs else carry["x"], dtype))
-    num_classes = _num_classes(model, method, num_classes, outputs[-1], dtype)
+    _check_growth(model, method, frozen)
+    outputs = block_outputs(model.blocks, carry, dtype)
+    num_classes = _num_classes(model, method, num_classes, {**carry, "x": outputs[-1]}, dtype)
     # The last key of the 32-bit range: steps count up from 0 and never reach it.
     root = jax.random.fold_in(jax.random.key(seed), np.uint32(2**32 - 1))
     inputs, units = carry["x"], []
     carries: list[Carry] = []
     for index, (block, features) in enumerate(zip(model.blocks, outputs, strict=True)):
+        own = model.at_block(index)
         info = BlockInfo(
             index=index,
-            num_blocks=len(model.blocks),
+            num_blocks=len(own.blocks),
             features=features,
             num_classes=num_classes,
-            classifier=model.classifier,
+            classifier=own.classifier,
             init=method.init,
             param_dtype=_param_dtype(block),
             is_embedding=getattr(block, "is_embedding", False),
             input=inputs,
+            grown=own is not model,
         )
         head = objective.head(info, nnx.Rngs(jax.random.fold_in(root, index)))
         if head is None and method.route.local:
             raise ValueError(f"method {method.name} gives block {index} no loss of its own")
         unit = Unit.build(index, block, head, dtype)
+        handed = unit.head_outputs(features, carry)
+        if index in frozen:
+            unit = dataclasses.replace(unit, frozen=True, has_loss=False, hands_on=bool(handed))
         units.append(unit)
         carries.append(carry)
-        carry = {**carry, **unit.head_outputs(features, carry), "x": features}
+        carry = {**carry, **handed, "x": features}
     return BuiltModel(share_traces(units), tuple(carries), tuple(outputs), num_classes)
 
 
-def _num_classes(model: Model, method: Method, given: int | None, features: Any, dtype: Any) -> int:
+def _check_growth(model: Model, method: Method, frozen: Collection[int]) -> None:
+    """Raises ValueError unless the method can train a model that was grown, or parts of one."""
+    count = len(model.blocks)
+    if not method.route.local and (frozen or model.before is not None):
+        what = "a model that was grown" if model.before is not None else "frozen blocks"
+        raise ValueError(f"{what} needs a local method: given {method.name}")
+    for index in frozen:
+        require_int(0, count - 1, frozen=index)
+    if len(set(frozen)) == count:
+        raise ValueError(f"frozen are all {count} blocks: at least one must be trained")
+
+
+def block_outputs(blocks: Sequence[nnx.Module], carry: Carry, dtype: Any = None) -> list[Any]:
+    """Shapes of what every block gives, from those of the carry that the first receives.
+
+    Raises:
+        ValueError: a block fails.
+    """
+    outputs: list[Any] = []
+    for index, block in enumerate(blocks):
+        received = {**carry, "x": outputs[-1]} if outputs else carry
+        outputs.append(_block_output(index, block, received, dtype))
+    return outputs
+
+
+def _num_classes(model: Model, method: Method, given: int | None, carry: Carry, dtype: Any) -> int:
     """Width of the model's logits; the number that is given where the method trains none."""
     trains_classifier = method.objective.trains_classifier
     if given is not None and not (trains_classifier and model.classifier is not None):
         return given
+    features = carry["x"]
     if model.classifier is not None:
-        features = _block_output(len(model.blocks), model.classifier, features, dtype)
+        features = _block_output(len(model.blocks), model.classifier, carry, dtype)
     elif not trains_classifier:
         raise ValueError("num_classes is needed: the model has no classifier to read it from")
     width = features.shape[-1]
@@ -118,18 +151,23 @@ def _num_classes(model: Model, method: Method, given: int | None, features: Any,
     return width
 
 
-def _block_output(index: int, block: nnx.Module, x: Any, dtype: Any) -> Any:
-    """Shapes of a block's output for those of its input; ValueError where the block fails."""
+def _block_output(index: int, block: nnx.Module, carry: Carry, dtype: Any) -> Any:
+    """Shapes of a block's output for those of its carry; ValueError where the block fails."""
     unit = Unit.build(index, block, None, dtype)
+    if missing := [name for name in unit.inputs if name not in carry]:
+        raise ValueError(
+            f"block {index} ({type(block).__name__}) reads {missing[0]!r}: the batch holds "
+            f"{', '.join(sorted(carry))}"
+        )
+    read = {name: carry[name] for name in ("x", *unit.inputs)}
     try:
         return jax.eval_shape(
-            lambda params, stats, x: unit.train(
-                params, stats, {"x": x, "label": None}, jax.random.key(0)
-            )[0],
+            lambda params, stats, read: unit.train(params, stats, read, jax.random.key(0))[0],
             *abstract(unit.initial()),
-            x,
+            read,
         )
     except (TypeError, ValueError) as error:
+        x = carry["x"] if not unit.inputs else read
         shape = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", x)
         raise ValueError(
             f"block {index} ({type(block).__name__}) fails on an input of {shape}: "
@@ -169,7 +207,10 @@ def split_blocks(
 
 
 def unit_costs(units: Sequence[Unit], carries: Sequence[Carry], route: Route) -> list[float]:
-    """Floating-point operations of a forward and backward of every unit, by XLA's analysis."""
+    """Floating-point operations of a forward and backward of every unit, by XLA's analysis.
+
+    A frozen unit has a forward alone.
+    """
     costs = []
     for unit, carry in zip(units, carries, strict=True):
 
@@ -186,10 +227,16 @@ def unit_costs(units: Sequence[Unit], carries: Sequence[Carry], route: Route) ->
             argnums = 0 if route.local or unit.index == 0 else (0, 1)
             return jax.grad(loss, argnums, has_aux=True)(params, carry["x"])
 
-        lowered = jax.jit(work).lower(*abstract(unit.initial()), carry)
-        analysis = lowered.cost_analysis() or lowered.compile().cost_analysis() or {}
-        costs.append(float(analysis.get("flops", 0.0)))
+        program = unit.pass_on if unit.frozen else work
+        costs.append(flops(program, *abstract(unit.initial()), carry))
     return costs
+
+
+def flops(function: Callable, *shapes: Any) -> float:
+    """Floating-point operations of a call, by XLA's analysis."""
+    lowered = jax.jit(function).lower(*shapes)
+    analysis = lowered.cost_analysis() or lowered.compile().cost_analysis() or {}
+    return float(analysis.get("flops", 0.0))
 
 
 def _check_update(optimizer: optax.GradientTransformation, units: Sequence[Unit]) -> None:

@@ -1,5 +1,6 @@
 """What is read from measurements, and measurements that change nothing in a training."""
 
+import itertools
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -8,12 +9,36 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
+from jdecouple._errors import require_int
 from jdecouple.methods import Method
 from jdecouple.methods.routes import Carry, Delayed, Stage
 from jdecouple.methods.routes.synchronous import linearize, pull_back
 from jdecouple.pipeline.mesh import StageDevices, jit
 from jdecouple.pipeline.state import State, or_nan
 from jdecouple.schedules import Call, Costs, Kind
+
+
+class Measured(Protocol):
+    """What is asked of a `jdecouple.Trainer` to measure it."""
+
+    stages: tuple[Stage, ...]
+
+    def measure(self, state: State, batch: Any) -> tuple[State, list[tuple[Call, float]]]:
+        """Trains on one batch; gives every call with its seconds."""
+
+
+def measured_costs(
+    trainer: Measured, state: State, batches: Iterable[Any], repeats: int
+) -> tuple[State, Costs]:
+    """Trains on a batch that compiles and on `repeats` more; see `Trainer.measured_costs`."""
+    require_int(1, repeats=repeats)
+    measured = []
+    for batch in itertools.islice(itertools.cycle(batches), repeats + 1):
+        state, seconds = trainer.measure(state, batch)
+        measured.append(seconds)
+    if not measured:
+        raise ValueError("batches is empty: at least one batch is needed")
+    return state, call_costs(itertools.chain(*measured[1:]), trainer.stages)
 
 
 def call_costs(timed_calls: Iterable[tuple[Call, float]], stages: Sequence[Stage]) -> Costs:

@@ -119,10 +119,7 @@ def gather(values: Mapping[str, float], names: Sequence[str]) -> dict[str, float
     if jax.process_count() == 1:
         all_values, held = own[None], present[None]
     else:
-        from orbax.checkpoint.multihost import get_barrier_sync_fn  # a tenth of the start-up
-
-        # All have received their carries first: evaluations hung now and then without this.
-        get_barrier_sync_fn()(key="jdecouple_gather", timeout_ms=1000 * _COMPILE_SECONDS)
+        _wait_for_all()
         # As integers, because a nan that is gathered ends the run where `jax_debug_nans` is set.
         bits, held = multihost_utils.process_allgather((own.view(np.int32), present))
         all_values = np.asarray(bits).view(np.float32)
@@ -130,3 +127,22 @@ def gather(values: Mapping[str, float], names: Sequence[str]) -> dict[str, float
     return {
         name: float(all_values[first[i], i]) for i, name in enumerate(names) if held[:, i].any()
     }
+
+
+def gather_rows(rows: np.ndarray, held: np.ndarray) -> np.ndarray:
+    """Rows `[n, ...]` of all processes; every process calls it with its own, and gets all.
+
+    `held` `[n]` says which rows this process has; those that several have agree.
+    """
+    if jax.process_count() == 1:
+        return rows
+    _wait_for_all()
+    bits, owned = multihost_utils.process_allgather((rows.view(np.int32), held))
+    return np.asarray(bits)[np.argmax(owned, axis=0), np.arange(len(rows))].view(rows.dtype)
+
+
+def _wait_for_all() -> None:
+    from orbax.checkpoint.multihost import get_barrier_sync_fn  # a tenth of the start-up
+
+    # All have received their carries first: evaluations hung now and then without this.
+    get_barrier_sync_fn()(key="jdecouple_gather", timeout_ms=1000 * _COMPILE_SECONDS)

@@ -3,9 +3,9 @@
 import dataclasses
 import functools
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,17 @@ class State:
     since: int = 0
 
 
+class Loads(Protocol):
+    """An engine, as far as states know it."""
+
+    name: str
+    schedule: Schedule
+    placements: tuple[StageDevices, ...]
+
+    def load(self, states: Iterable[Any]) -> Sequence[Any]:
+        """Puts the states of all stages, one after another, on their devices."""
+
+
 class OwnStates:
     """The states that a trainer has made, and the check of those that callers give.
 
@@ -52,16 +63,11 @@ class OwnStates:
         route: how error reaches the blocks.
     """
 
-    def __init__(
-        self,
-        stages: tuple[Stage, ...],
-        placements: Sequence[StageDevices],
-        engine: str,
-        schedule: Schedule,
-        route: Route,
-    ):
-        self.stages, self.placements, self.engine = stages, placements, engine
-        self.schedule, self.route = schedule, route
+    def __init__(self, stages: tuple[Stage, ...], engine: Loads, route: Route):
+        self.stages, self.route = stages, route
+        self.placements, self.schedule = engine.placements, engine.schedule
+        self.engine = engine.name
+        self._load = engine.load
         self._made: weakref.WeakValueDictionary[int, State] = weakref.WeakValueDictionary()
 
     @cached_property
@@ -70,6 +76,11 @@ class OwnStates:
         return tuple(
             jax.eval_shape(stage.initial) | self.queues(stage.index) for stage in self.stages
         )
+
+    @cached_property
+    def metric_names(self) -> list[str]:
+        """Names of the metrics of all stages, in order."""
+        return [name for stage in self.stages for name in metric_names(stage, self.route)]
 
     def queues(self, index: int) -> Any:
         """Shapes of what one stage adds to its state, {} where nothing overlaps."""
@@ -80,6 +91,23 @@ class OwnStates:
         state = State(step, stages, since)
         self._made[id(state)] = state
         return state
+
+    def load(self, step: int, values: Callable[[int], Any]) -> State:
+        """Places the values of this process's stages, one after another."""
+        own = (values(k) if p.addressable else None for k, p in enumerate(self.placements))
+        stages, since = self._load(own), 0
+        if self.schedule.overlapping:
+            since = max(int(values["since"]) for values in stages if values)
+        return self.make(step, stages, since)
+
+    def restart(self, step: int, stages: Sequence[Any]) -> State:
+        """A state of stages that are empty: those behind a step, whose next batch is the first."""
+        since = {"since": np.int32(step)}
+        stages = tuple(
+            values and {**values, **place(self.stages[k], self.placements[k], since)}
+            for k, values in enumerate(stages)
+        )
+        return self.make(step, stages, step)
 
     def take(self, state: State) -> Any:
         """The states of the stages, for a call that consumes them."""

@@ -18,7 +18,9 @@ def crosses(source: StageDevices, target: StageDevices) -> bool:
     return not inside and source.devices != target.devices
 
 
-def transfer(carry: Any, shapes: Any, source: StageDevices, target: StageDevices) -> Any:
+def transfer(
+    carry: Any, shapes: Any, source: StageDevices, target: StageDevices, *, named: bool = False
+) -> Any:
     """Moves a carry to another stage's devices without waiting.
 
     Every process of the run calls it, in the same order, even one that runs neither stage: JAX
@@ -29,6 +31,8 @@ def transfer(carry: Any, shapes: Any, source: StageDevices, target: StageDevices
         shapes: its `jax.ShapeDtypeStruct`s; needed where it `crosses`.
         source: devices of the stage that sends.
         target: devices of the stage that receives.
+        named: shard what arrives as a call on the target shards its results, also on one device.
+            Else one program is compiled for each, and sending takes half the time.
 
     Returns:
         The tree on the target's devices; None where this process does not run the target.
@@ -36,8 +40,8 @@ def transfer(carry: Any, shapes: Any, source: StageDevices, target: StageDevices
     if source.devices == target.devices:
         return carry
     if not crosses(source, target):
-        if len(target.devices) == 1:
-            return jax.device_put(carry, target.devices[0])  # half the time of shardings
+        if len(target.devices) == 1 and not named:
+            return jax.device_put(carry, target.devices[0])
         return jax.device_put(carry, jax.tree.map(target.sharding, carry))
     if source.processes == target.processes and len(source.processes) == 1:
         return None  # inside another process

@@ -35,7 +35,7 @@ _HOSTS = """Several processes (docs/multi-host.md); SLURM and Open MPI need no f
   --transport_address HOST  where the others reach this one; by default as process 0 sees it
 On machines without one home, all need the same secret in JDECOUPLE_TOKEN."""
 _KEY = r"--?(?:no)?config\.([^=]*)(?:=(.*))?"
-_EXPECTED = (ConfigError, CheckpointError, loop.NonFiniteError, OSError, KeyboardInterrupt)
+EXPECTED = (ConfigError, CheckpointError, loop.NonFiniteError, OSError, KeyboardInterrupt)
 # What ends a run although its input is good.
 _OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EMFILE, errno.ENFILE}
 
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             processes, one that fails ends the others with its code; one that is lost ends them
             with 3.
     """
-    _log_in_short()
+    log_in_short()
     try:
         argv = sys.argv if argv is None else argv
         config, workdir = parse(argv)
@@ -64,8 +64,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             if _own_flags(argv)[0].cache:
                 programs.keep()
             loop.train_and_evaluate(config, workdir)
-    except _EXPECTED as error:
-        line, code = _ending(error)
+    except EXPECTED as error:
+        line, code = ending(error)
         print(f"error: {line}", file=sys.stderr)
         sys.exit(code)
 
@@ -80,21 +80,21 @@ def _train_among(spec: hosts.ProcessSpec, config: ConfigDict, workdir: str) -> N
         loop.train_and_evaluate(config, workdir, processes)
         processes.close()
     except BaseException as error:
-        if not isinstance(error, _EXPECTED):
+        if not isinstance(error, EXPECTED):
             processes.settle()
             traceback.print_exc()
-        line, code = _ending(error)
+        line, code = ending(error)
         processes.fail(line, code)
         print(f"error: {line}", file=sys.stderr)
         sys.stdout.flush()
         os._exit(code)  # JAX would wait for processes that end as well
 
 
-def _ending(error: BaseException) -> tuple[str, int]:
+def ending(error: BaseException) -> tuple[str, int]:
     """What a run that ends by `error` says in one line, and its exit code."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted before anything new could be saved", 130
-    if isinstance(error, _EXPECTED):
+    if isinstance(error, EXPECTED):
         bad_input = isinstance(error, ConfigError) and not _of_the_machine(error)
         return first_line(error), 2 if bad_input else 1
     return f"{type(error).__name__}: {first_line(error)}", 1
@@ -282,7 +282,7 @@ def _load(config: str) -> Mapping[str, Any]:
     return loaded
 
 
-def _log_in_short() -> None:
+def log_in_short() -> None:
     """Lets libraries say warnings and errors only, each a plain line on stderr."""
     logging.set_verbosity(logging.WARNING)
     for handler in [*python_logging.root.handlers]:  # importing Orbax may leave one

@@ -71,6 +71,7 @@ def default() -> ConfigDict:
                 "channels": 3,  # of synthetic images
                 "num_classes": 10,  # of synthetic images
                 "max_length": placeholder(int),  # words kept of a text; None: the last bucket, 256
+                "parts": placeholder(tuple),  # words of each part that a text is cut into
                 "vocabulary_size": placeholder(int),  # None: 30000
                 "glove": placeholder(str),  # text file of word vectors
                 "label_column": placeholder(str),  # of CSV and Parquet files; None: by its name
@@ -87,6 +88,12 @@ def default() -> ConfigDict:
                 "per_epoch": False,  # move the rate once an epoch, as the papers' code does
                 "warmup_epochs": 0.0,  # over which the rate rises to its schedule
                 "warmup_start": 0.01,  # share of the rate that it rises from
+            },
+            "growth": {
+                "blocks": placeholder(tuple),  # that exist, in turn; None: all from the start
+                "epochs": placeholder(tuple),  # from which on they do, the first 0
+                "steps": placeholder(tuple),  # or from which steps on
+                "freeze": True,  # what exists is trained no more when others are added
             },
             "engine": "mpmd",  # a call for every stage; "spmd": one for all; "auto": where it fits
             "schedule": "auto",
@@ -219,7 +226,7 @@ def settings(config: ConfigDict, total_steps: int) -> dict[str, Any]:
     optimizer = {key: value for key, (_, value) in arguments} | config.optimizer.to_dict()
     values = config.to_dict() | {f"optimizer.{key}": value for key, value in optimizer.items()}
     values["steps"] = total_steps
-    for key in (*identity(config), *_FREE, "optimizer", "epochs"):
+    for key in (*identity(config), *_FREE, "growth", "optimizer", "epochs"):
         values.pop(key, None)
     return json.loads(json.dumps(values, default=repr))
 
@@ -241,6 +248,8 @@ def identity(config: ConfigDict) -> dict[str, Any]:
         values[section] = {k: v for k, v in config[section].items() if v is not None}
     for key in ("data_dir", "download"):  # where the data lies may change
         values["data"].pop(key, None)
+    if config.growth.blocks is not None:
+        values["growth"] = {k: v for k, v in config.growth.items() if v is not None}
     return json.loads(json.dumps(values))
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import signal
 import threading
@@ -15,7 +16,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from jdecouple import data
+from jdecouple import data, growth
 from jdecouple._files import local_folder
 from jdecouple.checkpoint import Checkpointer
 from jdecouple.pipeline.batch import PlacedBatch
@@ -25,7 +26,7 @@ from jdecouple.train.divergence import Range
 from jdecouple.train.lock import only_run
 from jdecouple.train.metrics import Interval, MetricsWriter, Progress, clock, read_metrics
 from jdecouple.train.profile import Profile
-from jdecouple.train.resume import open_metrics, origin, record, restore
+from jdecouple.train.resume import describe, open_metrics, origin, record, restore
 from jdecouple.train.run import Run, build, check_alike
 from jdecouple.trainer import State, Trainer
 
@@ -115,7 +116,9 @@ class Loop:
 
         `start` is what the checkpoint of `state` says beside its arrays; None for a new run.
         """
-        run, config, first = self.run, self.run.config, state.step
+        first = state.step
+        run = self.run = self.run.at(first)
+        config = run.config
         batches = data.train_batches(
             run.dataset.train,
             config.batch_size,
@@ -130,15 +133,19 @@ class Loop:
         ends = [run.eval_every, config.checkpoint.every or run.eval_every]
         if config.sufficient_direction:  # measured on the state of its line
             ends.append(config.log_every)
-        groups = data.Groups(batches, data.group_sizes(first, run.total_steps, config.chunk, *ends))
+        limits = [step for step in run.grows if first < step < run.total_steps]
+        pairs = itertools.pairwise((first, *limits, run.total_steps))
+        sizes = (data.group_sizes(*pair, config.chunk, *ends) for pair in pairs)
+        groups = data.Groups(batches, itertools.chain.from_iterable(sizes))
+        self._placed = first
         self._saved = first if start else -1
+        self._origin = origin(run) | {"inference": describe(run)}
         self._interval = Interval(first, clock(0.0), start and start["means"])
         self._range = Range(run.trainer.latency, start and start.get("range"))
         if self._range.suspect is not None:
             self._warn(f"checkpoint {first} is suspect")
         if start is None:
-            weights = hosts.gather(self.processes, _weights(run.trainer.to_arrays(state)))
-            self._range.weigh(first, _largest(weights))
+            self._weigh(state)
         self._pending: list[tuple[range, dict[str, jax.Array]]] = []  # metrics on devices
         with (
             data.Prefetcher(groups, self._put) as prefetcher,
@@ -149,6 +156,8 @@ class Loop:
                 self._extra = start
                 self._evaluate(state, progress)
             while state.step < run.total_steps:
+                if state.step in run.grows:
+                    state = self._grow(state, progress)
                 since, began = state.step, clock(prefetcher.wait_seconds)
                 with one_line():
                     trainer, placed = next(prefetcher)
@@ -161,7 +170,8 @@ class Loop:
                 steps = range(since + 1, step + 1)
                 self._pending.append((steps, metrics))
                 stop = self.processes.stops(step, self.interrupt.requested)
-                evaluate = step == run.total_steps or step % run.eval_every == 0
+                ends_phase = step == run.total_steps or step in run.grows
+                evaluate = ends_phase or step % run.eval_every == 0
                 every = config.checkpoint.every
                 save = evaluate or stop or bool(every and step % every == 0)
                 shown: dict[str, Any] = {}
@@ -185,11 +195,44 @@ class Loop:
         return state
 
     def _put(self, batches: list[Mapping[str, Any]]) -> tuple[Trainer, PlacedBatch]:
-        trainer = self.run.trainer_of(batches[0])
+        run = self.run.at(self._placed + 1)  # batches are placed before it is their turn
+        self._placed += len(batches)
+        trainer = run.trainer_of(batches[0])
         return trainer, trainer.put(batches if len(batches) > 1 else batches[0])
 
+    def _grow(self, state: State, progress: Progress) -> State:
+        """Adds the blocks that the next step trains; the same from a checkpoint as from memory."""
+        before = self.run.trainer
+        arrays = hosts.gather(self.processes, before.to_arrays(state))
+        self.run = self.run.at(state.step + 1)
+        self._origin = origin(self.run) | {"inference": describe(self.run)}
+        trainer, count = self.run.trainer, len(before.model.blocks)
+        names = [
+            name
+            for name in trainer.to_arrays(trainer.abstract(addressable=True))
+            if int(name.split("/")[0].removeprefix("block_")) < count
+        ]
+        arrays = hosts.scatter(self.processes, names, arrays)
+        state = growth.from_arrays(trainer, state.step, arrays)
+        if self._range.suspect is None:  # another sum of losses, another range
+            self._range = Range(trainer.latency)
+            self._weigh(state)
+        frozen = "frozen" if self.run.config.growth.freeze else "trained on"
+        progress.print(
+            f"step {state.step}: grown from {count} to {len(trainer.model.blocks)} blocks, the "
+            f"first {count} are {frozen}"
+        )
+        return state
+
+    def _weigh(self, state: State) -> None:
+        """Begins the range of weights."""
+        weights = hosts.gather(self.processes, _weights(self.run.trainer.to_arrays(state)))
+        self._range.weigh(state.step, _largest(weights))
+
     def _ends_interval(self, step: int) -> bool:
-        """Whether a line is due: every `log_every` steps, and for a long enough rest."""
+        """Whether a line is due: every `log_every` steps, where a phase ends, for a long rest."""
+        if step in self.run.grows:
+            return True
         every = self.run.config.log_every
         rest = step % every
         last = step == self.run.total_steps
@@ -267,7 +310,7 @@ class Loop:
                     f"{name} is not finite after step {state.step}; {self._last_good()}"
                 )
         self._warn(self._range.weigh(state.step, _largest(_weights(arrays))))
-        self._extra = {"iterator": iterator, "means": self._interval.means, **origin(self.run)}
+        self._extra = {"iterator": iterator, "means": self._interval.means, **self._origin}
         self._extra |= {"range": self._range.values, **self._rows()}
         due = {"evaluate": True} if evaluate else {}
         spare = self._range.suspect

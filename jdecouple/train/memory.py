@@ -37,11 +37,13 @@ def check_data(config: ConfigDict) -> None:
             )
 
 
-def _data_bytes(config: ConfigDict) -> Iterator[tuple[str, int, int]]:
+def _data_bytes(config: ConfigDict) -> Iterator[tuple[str, Any, int]]:
     section, batch = config.data, config.batch_size
     synthetic = section.name == "synthetic"
     length = section.buckets[-1] if section.buckets else section.max_length
-    if length:
+    if section.parts:
+        yield "parts", section.parts, _WORD_BYTES * batch * sum(section.parts)
+    elif length:
         yield "buckets" if section.buckets else "max_length", length, _WORD_BYTES * batch * length
     if synthetic:
         yield "synthetic_size", section.synthetic_size, _EXAMPLE_BYTES * section.synthetic_size

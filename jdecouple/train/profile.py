@@ -13,8 +13,8 @@ import jax
 from absl import logging
 
 from jdecouple._errors import first_line
+from jdecouple.inference import pictures
 from jdecouple.schedules import Kind, Span, draw
-from jdecouple.train import pictures
 from jdecouple.trainer import State, Trainer
 
 WARM_UP_STEPS = 10

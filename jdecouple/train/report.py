@@ -16,7 +16,7 @@ from absl import logging
 
 from jdecouple._errors import first_line
 from jdecouple._files import replace
-from jdecouple.train import pictures
+from jdecouple.inference import pictures
 from jdecouple.train.metrics import SPLITS, Line, read_metrics
 from jdecouple.train.run import Run
 from jdecouple.trainer import Trainer

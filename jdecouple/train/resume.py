@@ -1,20 +1,27 @@
 """Going on with what a workdir holds: its last checkpoint, and what has changed since."""
 
+import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from absl import logging
 
+from jdecouple import methods
 from jdecouple._errors import first_line
 from jdecouple.checkpoint import Checkpointer, CheckpointError, Restored
+from jdecouple.data import ImageInputs
+from jdecouple.inference.description import Description
 from jdecouple.train import config as configuration
 from jdecouple.train import hosts, report
-from jdecouple.train.config import ConfigError
+from jdecouple.train.config import ConfigError, chosen
 from jdecouple.train.metrics import MetricsWriter
-from jdecouple.train.run import Run
+from jdecouple.train.options import options
+from jdecouple.train.rules import DTYPES
+from jdecouple.train.run import Run, method_arguments
 from jdecouple.trainer import State
 
 
@@ -31,12 +38,13 @@ def restore(
     """
     restored = None if checkpoints is None else _read(run, checkpoints)
     position = processes.broadcast(restored and [restored.step, restored.extra])
+    step, extra = position or (0, None)
+    trainer = run.at(step).trainer
     if position is None:
-        return run.trainer.init(), None
-    step, extra = position
-    names = list(run.trainer.to_arrays(run.trainer.abstract(addressable=True)))
+        return trainer.init(), None
+    names = list(trainer.to_arrays(trainer.abstract(addressable=True)))
     arrays = hosts.scatter(processes, names, restored.arrays if restored else {})
-    return run.trainer.from_arrays(step, arrays), extra
+    return trainer.from_arrays(step, arrays), extra
 
 
 def _read(run: Run, checkpoints: Checkpointer) -> Restored | None:
@@ -48,9 +56,14 @@ def _read(run: Run, checkpoints: Checkpointer) -> Restored | None:
     last = max((step for step in extras if extras[step].get("identity") == own), default=0)
     changed = _changed(run, extras.get(last, {}).get("settings"))
     _check_ended(run, last, changed)
+
+    def template(step: int) -> dict[str, Any]:
+        trainer = run.at(step).trainer
+        return trainer.to_arrays(trainer.abstract())
+
     try:
         restored = checkpoints.restore(
-            run.trainer.to_arrays(run.trainer.abstract()),
+            template,
             accept=lambda extra: None if extra.get("identity") == own else "it is another run's",
         )
     except CheckpointError as error:  # as where the optimiser's state has other parts
@@ -85,7 +98,31 @@ def _check_ended(run: Run, step: int, changed: Sequence[tuple[str, Any, Any]]) -
 def origin(run: Run) -> dict[str, Any]:
     """What a checkpoint keeps of the configuration that it comes from."""
     settings = configuration.settings(run.config, run.total_steps)
-    return {"identity": identity(run), "settings": settings}
+    count = len(run.trainer.model.blocks)
+    return {"identity": identity(run), "settings": settings, "num_blocks": count}
+
+
+def describe(run: Run) -> dict[str, Any]:
+    """What it takes to build the trained network again without data, as JSON."""
+    config, dataset = run.config, run.dataset
+    inputs = dataset.inputs
+    if isinstance(inputs, ImageInputs):
+        read = run.trainer.stages[0].carry["x"].dtype  # before the transform
+        inputs = dataclasses.replace(inputs, dtype="uint8" if read == np.uint8 else "float32")
+    known = {key: value for key, (_, value) in options("model", config.model.name).items()}
+    arguments = methods.arguments(config.method.name) | method_arguments(config, dataset)
+    return Description(
+        inputs=inputs,
+        class_names=dataset.class_names,
+        model=(config.model.name, known | chosen(config, "model")),
+        method=(config.method.name, arguments),
+        seed=config.seed,
+        dtype=None if DTYPES[config.dtype] is None else config.dtype,
+        boundaries=run.trainer.boundaries,
+        batch_size=config.batch_size,
+        growth=config.growth.blocks or (),
+        num_blocks=len(run.trainer.model.blocks),
+    ).to_json()
 
 
 def identity(run: Run) -> dict[str, Any]:

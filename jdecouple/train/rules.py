@@ -53,7 +53,7 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "a finite number of at least 0 and at most 1 is needed",
     ),
     (
-        "optimizer.decay_epochs",
+        "optimizer.decay_epochs growth.epochs",
         lambda x: _rises(x, (int, float), 0),
         "increasing numbers from 0 on are needed",
     ),
@@ -65,6 +65,17 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     ("boundaries", lambda n: _rises(n, int, 0), "increasing whole numbers from 0 on are needed"),
     ("data.buckets", lambda n: _rises(n, int, 1), "increasing whole numbers from 1 on are needed"),
+    (
+        "growth.blocks",
+        lambda n: n and _rises(n, int, 1),
+        "increasing whole numbers from 1 on are needed",
+    ),
+    (
+        "data.parts",
+        lambda n: n and all(_rises((part,), int, 1) for part in n),
+        "whole numbers of at least 1 are needed",
+    ),
+    ("growth.steps", lambda n: _rises(n, int, 0), "increasing whole numbers from 0 on are needed"),
 )
 
 
@@ -89,14 +100,36 @@ def clashes(config: ConfigDict, defaults: ConfigDict) -> Iterator[str]:
         yield "profile shows the calls of stages: config.engine 'spmd' has none, 'mpmd' has"
     if profile and config.chunk > 1:
         yield "profile shows single batches: leave config.chunk at 1"
+    yield from _growth(config)
     if not buckets:
         return
+    if config.data.parts is not None:
+        yield "data.buckets is set, which pads to several lengths: leave config.data.parts at None"
     if length not in (None, buckets[-1]):
         yield f"data.buckets is {buckets}: its last must be config.data.max_length, {length}"
     for key, least in (("chunk", 1), ("profile", None)):
         if config[key] != least:
             reason = f"config.{key} is {config[key]}, which needs batches of one length"
             yield f"data.buckets is set: {reason}: leave it at {least}"
+
+
+def _growth(config: ConfigDict) -> Iterator[str]:
+    """What there is to say of the keys that let a model grow."""
+    section = config.growth
+    begins = {key: section[key] for key in ("epochs", "steps") if section[key] is not None}
+    if section.blocks is None:
+        for key in (*begins, *(() if section.freeze else ("freeze",))):
+            yield f"growth.{key} is set, but config.growth.blocks is None: set it, too"
+        return
+    if len(begins) != 1:
+        given = "set" if begins else "None"
+        yield f"growth.epochs and config.growth.steps are both {given}: give one of them"
+    for key, values in begins.items():
+        if len(values) != len(section.blocks) or values[0] != 0:
+            wanted = f"as many numbers as config.growth.blocks, {section.blocks}, the first 0"
+            yield f"growth.{key} is {values}: {wanted}, are needed"
+    if config.profile:
+        yield "profile shows one and the same net: leave config.growth.blocks at None"
 
 
 def _rates(section: ConfigDict, defaults: ConfigDict) -> Iterator[str]:

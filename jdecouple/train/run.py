@@ -18,9 +18,10 @@ from jdecouple.pipeline import Proposal, autoplace, make_mesh
 from jdecouple.pipeline.build import abstract, model_input
 from jdecouple.pipeline.diagnostics import SufficientDirection
 from jdecouple.train import config as configuration
-from jdecouple.train import memory
+from jdecouple.train import memory, phases
 from jdecouple.train.config import ConfigError, chosen, one_line
 from jdecouple.train.hosts import MultiProcess
+from jdecouple.train.phases import Phase, TrainerOf
 from jdecouple.train.profile import WARM_UP_STEPS
 from jdecouple.train.rules import DTYPES, MOST
 from jdecouple.trainer import Trainer
@@ -28,7 +29,10 @@ from jdecouple.trainer import Trainer
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a configuration stands for, built and checked, with nothing on disk yet."""
+    """What a configuration stands for, built and checked, with nothing on disk yet.
+
+    Where the model grows, the trainer is that of the whole model.
+    """
 
     config: ConfigDict
     dataset: data.Dataset
@@ -36,10 +40,26 @@ class Run:
     total_steps: int
     eval_every: int
     diagnose: SufficientDirection | None
-    trainer_of: Callable[[Mapping[str, Any]], Trainer]
+    trainer_of: TrainerOf
     """The trainer of a batch: `trainer`, or one like it for texts of another length."""
+    phases: tuple[Phase, ...]
+    """More than one where the model grows."""
     proposal: Proposal | None = None
     """What `mesh.propose` chose."""
+
+    @property
+    def grows(self) -> tuple[int, ...]:
+        """Steps after which blocks are added."""
+        return tuple(phase.start for phase in self.phases[1:])
+
+    def at(self, step: int) -> "Run":
+        """The run with the trainer that trains step number `step`, the first being 1.
+
+        A state of that step is this trainer's, until blocks are added for the next.
+        """
+        begun = [phase for phase in self.phases if phase.start < step]
+        _, trainer, trainer_of = begun[-1] if begun else self.phases[0]
+        return dataclasses.replace(self, trainer=trainer, trainer_of=trainer_of)
 
 
 def build(config: ConfigDict | Mapping) -> Run:
@@ -50,28 +70,32 @@ def build(config: ConfigDict | Mapping) -> Run:
     """
     config = configuration.validate(config)
     with one_line(config.data, "config.data"):
-        dataset = _load(config)
+        dataset = load_data(config)
         transform = dataset.transform(config.data.augment)
     with one_line(config.method, "config.method"):
-        method = methods.get(config.method.name, **_method_arguments(config, dataset))
+        method = methods.get(config.method.name, **method_arguments(config, dataset))
     with one_line(config):
         steps_per_epoch = data.steps_per_epoch(dataset.train, config.batch_size)
         example = dataset.train.gather(np.arange(config.batch_size))
     total_steps = config.steps or config.epochs * steps_per_epoch
     _check_length(config, total_steps, method.route.accumulate)
+    starts = phases.starts(config, steps_per_epoch)
     with one_line(config.optimizer, "config.optimizer"):
-        optimizer = _optimizer(config, total_steps, steps_per_epoch, method.route.accumulate)
+        optimizers = [
+            _optimizer(config, steps, steps_per_epoch, method.route.accumulate)
+            for steps in phases.scheduled(config, starts, total_steps)
+        ]
     with one_line(config.model, "config.model"):
         make_model = functools.partial(_model, config, dataset)
         carry = model_input(abstract(example), transform)
-        memory.check_state(config, make_model, method, optimizer, dataset, carry)
+        memory.check_state(config, make_model, method, optimizers[-1], dataset, carry)
         model = make_model(nnx.Rngs(config.seed))
+    with one_line(config.growth, "config.growth"):
+        parts = phases.models(config, model, method, carry, dataset.num_classes)
     with one_line(config):
         make_trainer = functools.partial(
             Trainer,
-            model,
-            method,
-            optimizer,
+            method=method,
             microbatches=config.microbatches,
             num_classes=dataset.num_classes,
             seed=config.seed,
@@ -82,21 +106,54 @@ def build(config: ConfigDict | Mapping) -> Run:
             fuse=False if config.profile else None,  # a timeline shows stages
             max_in_flight=config.max_in_flight,
         )
-        probe = functools.partial(make_trainer, example=example)
+        makers = [
+            functools.partial(make_trainer, part, optimizer=optimizer, frozen=frozen)
+            for (part, frozen), optimizer in zip(parts, optimizers, strict=True)
+        ]
+        probe = functools.partial(makers[-1], example=example)
         placement = _placement(config, probe, len(model.blocks))
         proposal = placement.pop("proposal", None)
         placement |= {"schedule": config.schedule, "engine": config.engine}
-        make_trainer = functools.partial(make_trainer, **placement)
-        trainer = make_trainer(example=example)
+
+        def phase(number: int, placement: Mapping[str, Any]) -> Phase:
+            make = functools.partial(makers[number], **placement)
+            trainer = make(example=example)
+            return Phase(starts[number], trainer, by_length(trainer, example, make))
+
+        last = phase(-1, placement)
+        trainer = last.trainer
         trainer.check_steps(config.chunk)
         _check_pool(config, trainer)
+        _check_parts(config, trainer)
         diagnose = SufficientDirection(trainer) if config.sufficient_direction else None
+        placements = [phases.fewer(placement, trainer, len(p.blocks)) for p, _ in parts[:-1]]
+        all_phases = (*map(phase, range(len(placements)), placements), last)
     if config.data.buckets:
         check_buckets(trainer)
-    check_processes(trainer, config)
-    trainer_of = by_length(trainer, example, make_trainer)
-    eval_every = config.eval_every or steps_per_epoch
-    return Run(config, dataset, trainer, total_steps, eval_every, diagnose, trainer_of, proposal)
+    for each in all_phases:
+        check_processes(each.trainer, config)
+    return Run(
+        config,
+        dataset,
+        trainer,
+        total_steps,
+        config.eval_every or steps_per_epoch,
+        diagnose,
+        last.trainer_of,
+        all_phases,
+        proposal,
+    )
+
+
+def _check_parts(config: ConfigDict, trainer: Trainer) -> None:
+    """Raises ConfigError for a part of the texts that no block reads."""
+    read = {name for stage in trainer.stages for unit in stage.units for name in unit.inputs}
+    parts = [f"x_{number}" for number in range(1, len(config.data.parts or ()))]
+    if unread := [name for name in parts if name not in read]:
+        raise ConfigError(
+            f"config.data.parts is {config.data.parts}: no block of model {config.model.name!r} "
+            f"reads {unread[0]}; set config.model.further or give fewer parts"
+        )
 
 
 def _check_length(config: ConfigDict, total_steps: int, accumulate: int) -> None:
@@ -160,7 +217,8 @@ def _placement(
     return {"boundaries": proposal.boundaries, "mesh": mesh, "proposal": proposal}
 
 
-def _load(config: ConfigDict) -> data.Dataset:
+def load_data(config: ConfigDict) -> data.Dataset:
+    """The data set of a complete configuration; ValueError or ConfigError where there is none."""
     memory.check_data(config)
     options = inspect.signature(data.load).parameters
     section = {key: value for key, value in config.data.items() if key in options}
@@ -196,7 +254,7 @@ def _takes(model: str, inputs: Mapping[str, Any]) -> bool:
     return True
 
 
-def _method_arguments(config: ConfigDict, dataset: data.Dataset) -> dict[str, Any]:
+def method_arguments(config: ConfigDict, dataset: data.Dataset) -> dict[str, Any]:
     """What the configuration sets, and the images' statistics where the method asks for them."""
     allowed = methods.arguments(config.method.name)
     known = {key: value for key, value in dataset.method_arguments().items() if key in allowed}

@@ -43,6 +43,22 @@ RUNS: dict[str, dict[str, Any]] = {
     # Codes of the labels travel up with the message; in evaluation the answer comes down.
     "al": {"method": "al", "model": "four_blocks", "stages": 4, "steps": 8},
     "al_chunk": {"method": "al", "model": "two_blocks", "stages": 2, "steps": 8, "chunk": 4},
+    # Frozen stages hand the codes on; with a chunk, T of them at once.
+    "frozen": {
+        "method": "al",
+        "model": "four_blocks",
+        "stages": 4,
+        "steps": 8,
+        "trainer": {"frozen": [0, 2]},
+    },
+    "frozen_chunk": {
+        "method": "deinforeg",
+        "model": "four_blocks",
+        "stages": 4,
+        "steps": 8,
+        "chunk": 4,
+        "trainer": {"frozen": [0, 1]},
+    },
     # "finish" drains before that step, and the stages fill again.
     "fdg": {"method": "fdg", "model": "two_blocks", "stages": 2, "steps": 8},
     "fr": {"method": "fr", "model": "two_blocks", "stages": 2, "steps": 9, "finish": 5},
@@ -208,6 +224,13 @@ def test_evaluation_is_that_of_one_process(results, name):
 
 
 @STAGED
+def test_every_process_gets_the_predictions_of_one(results, name):
+    first, second, alone = (result.report["logits"] for result in results(name))
+    assert first == second == alone
+    assert np.shape(first)[1:] == (24, nets.CLASSES)
+
+
+@STAGED
 def test_a_process_holds_its_own_stages_only(results, name):
     first, second = (result.report for result in results(name).pair)
     half = (len(first["blocks"]) - 1) // 2
@@ -233,3 +256,4 @@ def test_replicas_in_two_processes_train_like_one(results):
         for here, there in zip(found["metrics"], wanted.report["metrics"], strict=True):
             assert here == pytest.approx(there, rel=1e-4)
         assert found["evaluation"] == pytest.approx(wanted.report["evaluation"], rel=1e-4)
+        np.testing.assert_allclose(found["logits"], wanted.report["logits"], rtol=1e-4, atol=1e-5)

@@ -74,7 +74,7 @@ class TestFinished:
         ],
     )
     def test_other_keys_are_refused(self, finished, capfd, monkeypatch, values, said):
-        monkeypatch.setattr(command_line, "_log_in_short", lambda: None)
+        monkeypatch.setattr(command_line, "log_in_short", lambda: None)
         before = runs.fingerprint(finished)
         given = {"mesh__stages": 1, "method__name": "bp", "method__projector": "None"}
         given |= {"optimizer__name": "sgd", **SHORT, **values}

@@ -31,7 +31,7 @@ SIZES = {
 def in_the_repository(monkeypatch):
     monkeypatch.chdir(runs.REPOSITORY)
     # Other tests of this process read the log as it is by default.
-    monkeypatch.setattr(command_line, "_log_in_short", lambda: None)
+    monkeypatch.setattr(command_line, "log_in_short", lambda: None)
 
 
 @pytest.fixture

@@ -29,7 +29,9 @@ TEXT += [f"glue/sst2,lstm,{name}" for name in UNDELAYED if name not in ("scpl", 
 FAST = ["cifar10,mlp,deinforeg", "cifar10,vgg8,scpl", "cifar10,mlp,fdg,2", "cifar10,mlp,al", None]
 FAST += ["digits,mlp,deinforeg", "glue/sst2,lstm,deinforeg", "imdb_reviews,transformer,bp"]
 FAST += ["csv:dbpedia,lstm,al"]
+GROWING = ["glue/sst2,lstm,deinforeg", "csv:dbpedia,transformer,scpl", "imdb_reviews,lstm,al"]
 ARGUMENTS = {"vision": VISION, "delayed": DELAYED, "text": TEXT, "equal": EQUAL}
+ARGUMENTS["growing"] = GROWING
 CASES = [
     (path.stem, argument)
     for path in sorted(FOLDER.glob("*.py"))
@@ -56,7 +58,7 @@ def test_values_are_valid(name, argument):
 IMAGES = [
     case if case[1] in FAST else pytest.param(*case, marks=pytest.mark.slow)
     for case in CASES
-    if case[0] != "text"
+    if case[0] not in ("text", "growing")
 ]
 
 
@@ -127,6 +129,23 @@ def test_two_steps_of_texts(tmp_path, texts, argument):
     config.model.hidden = 6
     config.model.depth = 1
     assert_trained(config, tmp_path, [1, 2])
+
+
+@pytest.mark.parametrize("argument", nets.marked(GROWING, ()))
+def test_texts_in_two_steps(tmp_path, texts, argument):
+    config = load("growing", argument)
+    parts = config.data.parts
+    assert parts == ((8, 16) if "sst2" in argument else (100, 250))
+    config.data.data_dir = str(texts)
+    config.growth.epochs, config.growth.steps = None, (0, 1)
+    config.batch_size = 8
+    config.steps = 2
+    config.mesh.stages = 1
+    config.model.hidden = 6
+    assert train_and_evaluate(config, tmp_path)["finished"]
+    first, second = (line for line in runs.lines(tmp_path) if line["split"] == "train")
+    assert {"block_0/loss", "block_2/loss"} <= first.keys()
+    assert {"block_3/loss", "block_4/loss"} <= second.keys()
 
 
 def test_a_method_for_images_refuses_texts(texts):

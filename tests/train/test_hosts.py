@@ -23,6 +23,12 @@ DEINFOREG = {"mesh__stages": 2}
 FDG = {**delayed("fdg"), "mesh__stages": 2}
 BP = {**runs.BP, "mesh__stages": 2, "schedule": "1f1b", "microbatches": 2}
 ONE_STAGE = {**runs.BP, "mesh__stages": 1, "mesh__data": 2}
+GROWING = {  # from two blocks to three, of which the frozen ones move together
+    "mesh__stages": 2,
+    "model__depth": 3,
+    "growth__blocks": "(2,3)",
+    "growth__steps": "(0,5)",
+}
 SHORT = {"epochs": 1}  # nine steps
 TOTAL = 27
 SOON = 300  # seconds in which all end after one is lost
@@ -108,8 +114,9 @@ class TestResults:
             DEINFOREG,
             pytest.param(FDG, marks=pytest.mark.slow),
             pytest.param(BP, marks=pytest.mark.slow),
+            pytest.param(GROWING, marks=pytest.mark.slow),
         ],
-        ids=["deinforeg", "fdg", "1f1b"],
+        ids=["deinforeg", "fdg", "1f1b", "growing"],
     )
     def test_two_processes_to_the_bit(self, tmp_path, values):
         first = train(tmp_path / "two", 2, **values, **SHORT)

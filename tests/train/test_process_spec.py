@@ -112,7 +112,7 @@ class TestDetectCluster:
     ],
 )
 def test_bad_flags(flags, said, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(command_line, "_log_in_short", lambda: None)
+    monkeypatch.setattr(command_line, "log_in_short", lambda: None)
     with pytest.raises(SystemExit) as stopped:
         command_line.main(["train.py", *runs.arguments(tmp_path / "run"), *flags])
     assert stopped.value.code == 2

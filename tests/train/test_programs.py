@@ -137,7 +137,7 @@ def test_what_was_used_least_recently_goes_first(tmp_path):
 @pytest.mark.parametrize("flag", [[], ["--nocache"], ["--cache=false"]])
 def test_a_flag_turns_it_off(monkeypatch, tmp_path, flag):
     kept = []
-    monkeypatch.setattr(cli, "_log_in_short", lambda: None)
+    monkeypatch.setattr(cli, "log_in_short", lambda: None)
     monkeypatch.setattr(programs, "keep", lambda: kept.append(True))
     monkeypatch.setattr(cli.loop, "train_and_evaluate", lambda *_: None)
     cli.main(["train.py", *runs.arguments(tmp_path), *flag])

@@ -183,7 +183,7 @@ class TestDelayed:
         before = fingerprint(folder)
         if "num_stages" in values:
             del given["boundaries"]
-        monkeypatch.setattr(command_line, "_log_in_short", lambda: None)
+        monkeypatch.setattr(command_line, "log_in_short", lambda: None)
         with pytest.raises(SystemExit) as stopped:
             command_line.main(["train.py", *arguments(folder, **{**given, **values})])
         assert stopped.value.code == 2

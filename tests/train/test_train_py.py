@@ -14,7 +14,7 @@ from jdecouple.train import cli as command_line
 @pytest.fixture(autouse=True)
 def log_as_it_is(monkeypatch):
     """Other tests of this process read the log as it is by default."""
-    monkeypatch.setattr(command_line, "_log_in_short", lambda: None)
+    monkeypatch.setattr(command_line, "log_in_short", lambda: None)
 
 
 def test_overrides_in_any_order_and_form(tmp_path):

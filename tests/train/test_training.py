@@ -176,7 +176,7 @@ def test_slow_input_shows_as_waiting(tmp_path, monkeypatch):
 class TestNonFinite:
     @pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 9])
     def test_stops_with_the_last_good_checkpoint(self, tmp_path, capsys, monkeypatch, every):
-        monkeypatch.setattr(command_line, "_log_in_short", lambda: None)
+        monkeypatch.setattr(command_line, "log_in_short", lambda: None)
         given = {"mesh__stages": 1, "method__name": "bp", "method__projector": "None"}
         given |= {"optimizer__name": "sgd", "checkpoint__every": every}
         command_line.main(["train.py", *arguments(tmp_path, epochs=1, **given)])

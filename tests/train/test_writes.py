@@ -23,7 +23,7 @@ from jdecouple.trainer import Trainer
 
 @pytest.fixture(autouse=True)
 def _log_as_it_is(monkeypatch):
-    monkeypatch.setattr(command_line, "_log_in_short", lambda: None)
+    monkeypatch.setattr(command_line, "log_in_short", lambda: None)
 
 
 @pytest.fixture(scope="module")
@@ -76,14 +76,14 @@ def full_disk_for_checkpoints(folder):
 
 
 def test_the_exit_code_tells_bad_input_from_a_full_disk(tmp_path, monkeypatch):
-    assert command_line._ending(raised(bad_place))[1] == 2
-    line, code = command_line._ending(raised(full_disk_at_the_start))
+    assert command_line.ending(raised(bad_place))[1] == 2
+    line, code = command_line.ending(raised(full_disk_at_the_start))
     assert (line, code) == (f"cannot write {runs.REPOSITORY}: No space left on device", 1)
-    assert command_line._ending(CheckpointError("checkpoint 4 could not"))[1] == 1
+    assert command_line.ending(CheckpointError("checkpoint 4 could not"))[1] == 1
     monkeypatch.setattr("tempfile.TemporaryFile", full)
     error = raised(full_disk_for_checkpoints, tmp_path)
     assert isinstance(error, ConfigError)
-    assert command_line._ending(error)[1] == 1
+    assert command_line.ending(error)[1] == 1
 
 
 @pytest.mark.parametrize("workdir", ["gs://bucket/run", "s3://bucket/run", "any+one://x"])
@@ -114,7 +114,7 @@ def test_a_folder_in_the_place_of_a_file(capfd, finished, tmp_path, name):
     (folder / name).mkdir()
     error = raised(train_and_evaluate, cheap(epochs=2), folder)
     assert str(error) == f"cannot write {folder / name}: Is a directory"
-    assert command_line._ending(error)[1] == 2
+    assert command_line.ending(error)[1] == 2
     assert runs.fingerprint(folder / "checkpoints") == before
 
 

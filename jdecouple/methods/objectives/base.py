@@ -18,17 +18,18 @@ class BlockInfo:
 
     Attributes:
         index: Index of the block, from 0.
-        num_blocks: Number of blocks of the model.
+        num_blocks: Number of blocks of the model; of one that was grown, when it had got the block.
         features: Shape and dtype (`jax.ShapeDtypeStruct`, or a pytree of them) of the block's
             output, batch axis first. Of a sequence (see `jdecouple.models.sequence`) heads
             read the summary: `pooled(features)`.
         num_classes: Number of classes of the labels.
-        classifier: The model's classifier, or None.
+        classifier: The model's classifier (of then), or None.
         init: Initial weights of the head's layers, "flax" or "torch".
         param_dtype: Dtype of the head's parameters.
         is_embedding: Whether the block is one that only embeds tokens or patches, and says so by an
             attribute `is_embedding`.
         input: Shape and dtype of the model's input, the first block's `carry["x"]`.
+        grown: Whether blocks were added behind those `num_blocks` later.
     """
 
     index: int
@@ -40,10 +41,11 @@ class BlockInfo:
     param_dtype: Any = jnp.float32
     is_embedding: bool = False
     input: Any = None
+    grown: bool = False
 
     @property
     def is_last(self) -> bool:
-        """Whether the block is the model's last."""
+        """Whether the block is the model's last, or was."""
         return self.index == self.num_blocks - 1
 
     @property

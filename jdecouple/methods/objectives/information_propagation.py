@@ -103,7 +103,9 @@ class InformationPropagationHead(nnx.Module):
         self.task_net = _task_net(objective, info, rngs) if task else None
         above = range(1, info.num_blocks - 1)
         self.sends = self.is_first and any(
-            objective.weights(index, info.num_blocks)[0] for index in above
+            objective.reconstruction
+            if info.grown  # of blocks whose number and weights are not known here
+            else [objective.weights(index, info.num_blocks)[0] for index in above]
         )
 
     def __call__(self, features: Any, carry: Mapping[str, Any]) -> HeadOutput:

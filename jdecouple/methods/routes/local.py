@@ -37,11 +37,20 @@ class Local(Route):
         return "none"
 
     def forward(self, stage: Stage, state: StageState, carry: Carry, step_id: jax.Array) -> Forward:
-        """Forward of every unit with its loss; the residuals hold its backward."""
+        """Forward of every unit with its loss; the residuals hold its backward.
+
+        That of a frozen unit has neither.
+        """
         carry = stage.prepare(carry, step_id, True)
-        moved, residuals = [], []
+        moved: list[Any] = []
+        residuals: list[Any] = []
         metrics: Metrics = {}
         for unit, params, stats in zip(stage.units, state["params"], state["stats"], strict=True):
+            if unit.frozen:
+                moved.append(stats)
+                residuals.append(None)
+                carry = next_carry(carry, *unit.pass_on(params, stats, carry))
+                continue
 
             def loss(params, unit=unit, stats=stats, carry=carry):
                 outputs = unit.train_inline(params, stats, carry, stage.key(unit, step_id))
@@ -61,8 +70,12 @@ class Local(Route):
         self, stage: Stage, state: StageState, residuals: Any, cotangent: Any, step_id: jax.Array
     ) -> tuple[Any, Any]:
         """Gradient of every unit's own loss; nothing is sent back."""
-        gradients = []
-        for pullback, loss in residuals:
+        gradients: list[Any] = []
+        for unit, kept in zip(stage.units, residuals, strict=True):
+            if unit.frozen:
+                gradients.append(None)
+                continue
+            pullback, loss = kept
             if stage.remat != "none":
                 pullback = after(loss, pullback)
             gradients.append(pullback(jnp.ones_like(loss))[0])

@@ -78,7 +78,10 @@ class Stage:
         return {
             "params": params,
             "stats": tuple(stats for _, stats in pairs),
-            "opt": tuple(self.optimizer.init(unit_params) for unit_params in params),
+            "opt": tuple(
+                () if unit.frozen else self.optimizer.init(unit_params)
+                for unit, unit_params in zip(self.units, params, strict=True)
+            ),
         }
 
     def prepare(self, carry: Carry, step_id: jax.Array, train: bool) -> Carry:
@@ -89,11 +92,7 @@ class Stage:
         """
         if self.index or self.transform is None:
             return carry
-        count = jax.tree.leaves(carry["x"])[0].shape[0]
-        root = jax.random.fold_in(jax.random.key(self.seed), step_id[0])
-        indices = step_id[1] * count + jnp.arange(count)
-        keys = jax.vmap(lambda index: jax.random.fold_in(root, index))(indices)
-        return self.transform(carry, keys, train)
+        return transformed(self.transform, self.seed, carry, step_id, train)
 
     def key(self, unit: Unit, step_id: jax.Array) -> jax.Array:
         """Key of a unit for (step, microbatch); independent of the schedule and of K."""
@@ -117,7 +116,8 @@ class Stage:
     ) -> StageState:
         """One optimiser step of every unit with the mean of the microbatches' summed gradients.
 
-        `squared_norm` is that of the mean gradient of all stages, where it is to be clipped.
+        Frozen units stay as they are. `squared_norm` is that of the mean gradient of all stages,
+        where it is to be clipped.
         """
         scale: Any = 1.0 / self.num_microbatches
         if squared_norm is not None:
@@ -125,7 +125,12 @@ class Stage:
             norm = jnp.sqrt(squared_norm)
             scale = scale * jnp.where(norm > self.clip_norm, self.clip_norm / norm, 1.0)
         params, opt = [], []
-        for grads, weights, unit_opt in zip(gradients, state["params"], state["opt"], strict=True):
+        parts = zip(self.units, gradients, state["params"], state["opt"], strict=True)
+        for unit, grads, weights, unit_opt in parts:
+            if unit.frozen:
+                params.append(weights)
+                opt.append(unit_opt)
+                continue
             if self.num_microbatches > 1 or squared_norm is not None:
                 grads = jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads)
             updates, new_opt = self.optimizer.update(grads, unit_opt, weights)
@@ -138,6 +143,17 @@ class Stage:
         if self.num_microbatches == 1:
             return metrics
         return {name: value / self.num_microbatches for name, value in metrics.items()}
+
+
+def transformed(
+    transform: Transform, seed: int, carry: Carry, step_id: jax.Array, train: bool
+) -> Carry:
+    """A carry after the transform, with the keys that `Stage.prepare` folds."""
+    count = jax.tree.leaves(carry["x"])[0].shape[0]
+    root = jax.random.fold_in(jax.random.key(seed), step_id[0])
+    indices = step_id[1] * count + jnp.arange(count)
+    keys = jax.vmap(lambda index: jax.random.fold_in(root, index))(indices)
+    return transform(carry, keys, train)
 
 
 def add(first: Any, second: Any) -> Any:

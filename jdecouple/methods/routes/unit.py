@@ -14,6 +14,8 @@ Arrays = dict[str, jax.Array]
 Carry = dict[str, Any]
 Train = Callable[..., tuple[Any, HeadOutput | None, Arrays]]
 
+_RESERVED = ("x", "label", "loss", "weight")
+
 
 class _Pair(nnx.Module):
     def __init__(self, block: nnx.Module, head: nnx.Module | None):
@@ -32,9 +34,13 @@ class Unit:
         index: index of the block in the model.
         params: trained variables by name.
         stats: all other variables (BatchNorm statistics, ...) by name, moved by the forward.
-        has_loss: whether the block has a head.
+        has_loss: whether the block trains on the loss of a head of its own.
         descends: whether the head is one whose answer comes down from the last block.
         dtype: compute dtype; parameters and activations are cast to it. None casts nothing.
+        inputs: entries of the carry that the block reads beside "x"; it names them in its attribute
+            `inputs` and is called with them by name.
+        frozen: whether nothing of the block and its head is trained.
+        hands_on: whether the head writes into the carry.
     """
 
     index: int
@@ -46,6 +52,9 @@ class Unit:
     _paths: dict[str, tuple]
     _keys: dict[tuple, nnx.Variable]
     _definitions: dict[bool, nnx.GraphDef]
+    inputs: tuple[str, ...] = ()
+    frozen: bool = False
+    hands_on: bool = False
     _shared: Train | None = None
 
     @classmethod
@@ -78,6 +87,7 @@ class Unit:
             _paths=paths,
             _keys=dict(nnx.to_flat_state(keys)),
             _definitions=definitions,
+            inputs=side_inputs(index, block),
         )
 
     def same_definition(self, other: "Unit") -> bool:
@@ -108,7 +118,7 @@ class Unit:
         Returns the block's output, that of the head (None without one), the moved statistics.
         """
         module = self._module(True, params, stats, key)
-        features = module.block(_cast(carry["x"], self.dtype))
+        features = self._call(module.block, carry)
         output = None if module.head is None else module.head(features, carry)
         moved = nnx.state(module, nnx.Not(nnx.Any(nnx.Param, nnx.RngState)))
         values = {path: variable.get_value() for path, variable in nnx.to_flat_state(moved)}
@@ -146,9 +156,18 @@ class Unit:
     def evaluate(self, params: Arrays, stats: Arrays, carry: Carry) -> tuple[Any, jax.Array | None]:
         """Evaluation forward: the block's output and its exit's logits, if it has one."""
         module = self._module(False, params, stats, jax.random.key(0))
-        features = module.block(_cast(carry["x"], self.dtype))
+        features = self._call(module.block, carry)
         logits = None if module.head is None else module.head.logits(features)
         return features, logits
+
+    def pass_on(self, params: Arrays, stats: Arrays, carry: Carry) -> tuple[Any, HeadOutput | None]:
+        """Evaluation forward in training, of a block that is frozen.
+
+        Returns the block's output, and that of a head that writes into the carry.
+        """
+        module = self._module(False, params, stats, jax.random.key(0))
+        features = self._call(module.block, carry)
+        return features, module.head(features, carry) if self.hands_on else None
 
     def turn(self, params: Arrays, stats: Arrays, features: Any) -> Any:
         """What comes down from the last block, whose output the features are."""
@@ -163,6 +182,10 @@ class Unit:
         keys = {path: key.replace(key.get_value()) for path, key in self._keys.items()}
         pair = self._merge(True, params, stats, keys)
         return pair.block, pair.head
+
+    def _call(self, block: Any, carry: Carry) -> Any:
+        others = {name: _cast(carry[name], self.dtype) for name in self.inputs}
+        return block(_cast(carry["x"], self.dtype), **others)
 
     def _module(self, train: bool, params: Arrays, stats: Arrays, key: jax.Array) -> Any:
         streams = {}
@@ -181,6 +204,25 @@ class Unit:
             for name in templates
         ]
         return nnx.merge(self._definitions[train], nnx.from_flat_state([*flat, *streams.items()]))
+
+
+def side_inputs(index: int, block: nnx.Module) -> tuple[str, ...]:
+    """Entries of the carry that a block names in its attribute `inputs`, () without one.
+
+    Raises:
+        ValueError: one that is not for blocks to read.
+    """
+    names = getattr(block, "inputs", ())
+    if isinstance(names, str):
+        names = (names,)
+    if not isinstance(names, tuple | list) or not all(isinstance(name, str) for name in names):
+        return ()  # an attribute of the block's own
+    if wrong := [name for name in names if name in _RESERVED]:
+        raise ValueError(
+            f"block {index} names {wrong[0]!r} in its inputs: another entry of the batch than "
+            f"{', '.join(_RESERVED)} is needed"
+        )
+    return tuple(names)
 
 
 def share_traces(units: Sequence[Unit]) -> tuple[Unit, ...]:

@@ -1,4 +1,4 @@
-"""Pictures of a run."""
+"""Pictures of a run, in training and after."""
 
 import warnings
 from pathlib import Path

@@ -1,0 +1,208 @@
+"""The commands that need a workdir alone: predict and export."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import itertools
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jdecouple._files import replace
+from jdecouple.data import csv_rows
+from jdecouple.data.columns import places_to_read
+from jdecouple.data.inputs import ImageInputs, Inputs, image_paths
+from jdecouple.inference.load import load
+from jdecouple.inference.rules import Rule
+from jdecouple.inference.run import Predictions, Run
+
+EXITS = "exits.json"  # in a workdir: the rule that `calibrate` chose
+_COLUMNS = ("input", "label", "class_name", "probability", "exit")
+_FORMATS = ("csv", "jsonl")
+_BATCHES = 8  # that are read before they are computed
+_DIGITS = 6  # of a probability
+
+Row = tuple[str, Any]  # what an input is called, and what `encode` takes
+
+
+class Parser(argparse.ArgumentParser):
+    """Arguments of a command; ValueError of one line for what they are not."""
+
+    def __init__(self, command: str, description: str | None):
+        super().__init__(
+            prog=f"python -m jdecouple {command}",
+            description=description,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        self.add_argument("workdir", metavar="WORKDIR", help="what was trained")
+        self.add_argument(
+            "--step", type=step, default="best", help="best (by validation), last or a number"
+        )
+        self.add_argument("--batch_size", type=int, help="by default as in training's evaluation")
+
+    def error(self, message: str) -> NoReturn:
+        """Refuses the arguments."""
+        raise ValueError(f"{message}; {' '.join(self.format_usage().split())}")
+
+
+def predict(argv: Sequence[str]) -> None:
+    """Classifies images or texts, and writes a line for each.
+
+    Of images: files, folders (at any depth), CSV files with a column of paths, which begin at
+    their folder. Of texts: files with one in a line, CSV files. `-`, or no input, reads lines from
+    stdin: paths or texts.
+
+    Raises:
+        TypeError, ValueError, OSError: bad arguments, a workdir or an input that cannot be used.
+    """
+    parser = Parser("predict", predict.__doc__)
+    parser.add_argument("inputs", nargs="*", metavar="INPUT")
+    parser.add_argument("--exit", type=exit_option, help="number of an exit, or 'calibrated'")
+    parser.add_argument("--column", help="of CSV files; several of texts: a,b")
+    parser.add_argument("--format", choices=_FORMATS, help="csv, or jsonl as --output ends in")
+    parser.add_argument("--output", type=Path, help="a file, written whole or not at all")
+    given = parser.parse_args(argv)
+    if given.output and not given.output.parent.is_dir():
+        raise FileNotFoundError(f"--output {given.output}: its folder does not exist")
+    run = load(given.workdir, given.step)
+    exit = calibrated(run) if given.exit == "calibrated" else given.exit
+    columns = given.column and given.column.split(",")
+    rows = read_rows(run.inputs, given.inputs or ["-"], columns)
+    size = _BATCHES * (given.batch_size or run.description.batch_size)
+    found: list[dict[str, Any]] = []
+    while part := [*itertools.islice(rows, max(1, size))]:
+        names, items = zip(*part, strict=True)
+        found += _answers(names, run.predict(list(items), exit, given.batch_size))
+    if not found:
+        raise ValueError("there are no inputs: at least one is needed")
+    suffix = given.output.suffix[1:] if given.output else ""
+    kind = given.format or (suffix if suffix in _FORMATS else "csv")
+    _write(_text(found, kind), given.output)
+
+
+def export(argv: Sequence[str]) -> None:
+    """Writes a network, or its first blocks and their exit, into a folder that serves it.
+
+    Raises:
+        TypeError, ValueError, OSError: bad arguments, or a workdir that cannot be used.
+    """
+    parser = Parser("export", export.__doc__)
+    parser.add_argument("folder", metavar="FOLDER", help="a new or an empty one")
+    parser.add_argument(
+        "--exit", type=int, help="number of the exit to end at; by default the last"
+    )
+    given = parser.parse_args(argv)
+    folder = load(given.workdir, given.step).export(
+        given.folder, exit=given.exit, batch_size=given.batch_size
+    )
+    print(folder)
+
+
+def step(text: str) -> str | int:
+    """A value of --step: a number, or a word for `load` to read."""
+    return int(text) if text.isdecimal() else text
+
+
+def exit_option(text: str) -> str | int:
+    """A value of --exit."""
+    return text if text == "calibrated" else int(text)
+
+
+def calibrated(run: Run) -> Rule:
+    """The rule that `calibrate` chose; ValueError where there is none, or one of another step."""
+    path = run.workdir / EXITS
+    try:
+        content = json.loads(path.read_bytes())
+        rule, chosen_at = Rule.from_json(content["rule"]), content["step"]
+    except FileNotFoundError:
+        raise ValueError(
+            f"'{path}' is not there: python -m jdecouple calibrate {run.workdir} writes it"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"'{path}' is no rule that calibrate wrote") from error
+    if chosen_at != run.step:
+        raise ValueError(
+            f"'{path}' was chosen at step {chosen_at}, but step {run.step} is loaded: calibrate "
+            f"again, or give --step={chosen_at}"
+        )
+    return rule
+
+
+def read_rows(inputs: Inputs, paths: Iterable[str], columns: Sequence[str] | None) -> Iterator[Row]:
+    """Reads what is to be classified, in the order given.
+
+    Args:
+        inputs: what the network reads.
+        paths: files and folders; `-` is stdin.
+        columns: names of columns of CSV files, by default those that are no labels or numbers.
+
+    Raises:
+        ValueError: a file that cannot be read so.
+    """
+    pictures = isinstance(inputs, ImageInputs)
+    for path in paths:
+        if path.lower().endswith(".csv"):
+            folder = Path(path).parent
+            for text in _column(Path(path), columns, pictures):
+                yield text, str(folder / text) if pictures else text
+        elif path != "-" and pictures:
+            yield from ((file, file) for file in image_paths(path))
+        else:
+            lines = sys.stdin if path == "-" else _lines(Path(path))
+            texts = (line.rstrip("\r\n") for line in lines)
+            yield from ((text, text) for text in texts if text or not pictures)
+
+
+def _lines(path: Path) -> Iterator[str]:
+    if path.is_dir():
+        raise ValueError(f"'{path}' is a folder: files of texts are needed")
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            yield from file
+    except UnicodeDecodeError as error:
+        raise ValueError(f"'{path}' is no text in UTF-8 ({error})") from error
+
+
+def _column(path: Path, columns: Sequence[str] | None, pictures: bool) -> Iterator[str]:
+    places: Sequence[int] = ()
+    for line, row in csv_rows.rows(path):
+        if not places:
+            places, is_header = places_to_read(row, columns, f"'{path}', line {line}", pictures)
+            if is_header:
+                continue
+        if len(row) <= max(places):
+            raise ValueError(f"'{path}', line {line} has only {len(row)} column(s)")
+        yield " ".join(row[place] for place in places)
+
+
+def _answers(names: Sequence[str], found: Predictions) -> Iterator[dict[str, Any]]:
+    for row, name in enumerate(names):
+        label = int(found.labels[row])
+        probability = round(float(found.probabilities[row, label]), _DIGITS)
+        values = (name, label, found.class_names[label], probability, int(found.exit[row]))
+        yield dict(zip(_COLUMNS, values, strict=True))
+
+
+def _text(found: Sequence[dict[str, Any]], kind: str) -> str:
+    if kind == "jsonl":
+        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(found)
+    return text.getvalue()
+
+
+def _write(text: str, path: Path | None) -> None:
+    encoded = text.encode("utf-8", "surrogateescape")  # names of files may be no UTF-8
+    if path is not None:
+        replace(path, lambda temporary: temporary.write_bytes(encoded))
+        return
+    sys.stdout.flush()
+    sys.stdout.buffer.write(encoded)
+    sys.stdout.buffer.flush()

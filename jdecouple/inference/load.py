@@ -1,0 +1,138 @@
+"""A trained network, taken from a workdir without the data that it was trained on."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import jax
+import numpy as np
+from absl import logging
+
+from jdecouple._errors import first_line
+from jdecouple._files import local_folder
+from jdecouple.inference.description import Description, Network
+from jdecouple.inference.run import Arrays, Run
+from jdecouple.methods.routes import Unit
+from jdecouple.pipeline.build import split_blocks
+from jdecouple.pipeline.mesh import StageDevices, StageMesh, as_stage_mesh, make_mesh
+from jdecouple.pipeline.state import spec
+
+if TYPE_CHECKING:
+    from jdecouple.checkpoint import Checkpointer, Restored
+
+_ATTEMPTS = 10  # to read what a training may have just deleted
+_KINDS = ("params", "stats")
+
+
+def load(
+    workdir: str | os.PathLike[str],
+    step: int | str = "best",
+    *,
+    mesh: StageMesh | jax.sharding.Mesh | None = None,
+) -> Run:
+    """Loads a trained network; the data are not needed, and nothing is written.
+
+    A training may go on in the workdir meanwhile.
+
+    Args:
+        workdir: what it was trained with.
+        step: that of a checkpoint, "last", or "best": the one of the highest validation accuracy,
+            the last where none has been validated.
+        mesh: what `jdecouple.make_mesh` returns, to spread the blocks over several devices; by
+            default all are on the first.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        TypeError: a mesh that is none.
+        ValueError: there is no such checkpoint, or it cannot be used; in one line. A model, method
+            or data set of one's own has to be registered first.
+    """
+    from jdecouple.checkpoint import Checkpointer  # Orbax, which takes as long as much of JAX
+
+    folder = local_folder(workdir)
+    if not (folder / "checkpoints").is_dir():
+        raise FileNotFoundError(f"there is no run in '{folder}': it has no folder 'checkpoints'")
+    checkpoints = Checkpointer(folder / "checkpoints", read_only=True)
+    restored = _read(checkpoints, step)
+    where = f"checkpoint {restored.step} in {checkpoints.directory}"
+    if "inference" not in restored.extra:
+        raise ValueError(
+            f"{where} does not describe its network, as those of version 0.1 do not: train it on "
+            "for a few steps (the same command with a larger config.steps) and load what that saves"
+        )
+    try:
+        description = Description.from_json(restored.extra["inference"])
+        network = description.build()
+        values = [_values(unit, restored.arrays) for unit in network.built.units]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{where} cannot be loaded: {first_line(error)}") from error
+    groups = as_stage_mesh(make_mesh() if mesh is None else mesh).device_groups
+    boundaries = _boundaries(network, description, len(groups))
+    return Run(
+        workdir=folder,
+        step=restored.step,
+        description=description,
+        method=network.method,
+        built=network.built,
+        params=tuple(params for params, _ in values),
+        stats=tuple(stats for _, stats in values),
+        boundaries=boundaries,
+        placements=tuple(map(StageDevices.on, groups)),
+    )
+
+
+def _read(checkpoints: Checkpointer, step: int | str) -> Restored:
+    """Reads a checkpoint; another one where a training has deleted the first meanwhile."""
+    for attempt in itertools.count(1):
+        chosen = _choose(checkpoints, step)
+        try:
+            return checkpoints.read(chosen, _is_needed)
+        except ValueError:
+            if chosen == step or chosen in checkpoints.steps() or attempt == _ATTEMPTS:
+                raise
+    raise AssertionError
+
+
+def _choose(checkpoints: Checkpointer, step: int | str) -> int:
+    if step not in ("best", "last"):
+        if not isinstance(step, int) or isinstance(step, bool):
+            raise ValueError(f"step is {step!r}: 'best', 'last' or that of a checkpoint is needed")
+        return step
+    latest = checkpoints.latest_step  # before a training has saved another
+    sound = checkpoints.extras()
+    if latest is None or not sound:
+        raise ValueError(f"no usable checkpoint in {checkpoints.directory}")
+    if latest > (last := max(sound)):
+        logging.warning("checkpoint %d is damaged: %d is the last that can be used", latest, last)
+    best = checkpoints.best_step if step == "best" else None
+    return last if best is None else best
+
+
+def _is_needed(name: str) -> bool:
+    owner, kind, *_ = [*name.split("/"), ""]
+    return owner.startswith("block_") and kind in _KINDS
+
+
+def _values(unit: Unit, arrays: Mapping[str, np.ndarray]) -> tuple[Arrays, Arrays]:
+    """The arrays of a unit; ValueError for one that does not fit."""
+    found: tuple[Arrays, Arrays] = ({}, {})
+    for kind, wanted, values in zip(_KINDS, unit.initial(), found, strict=True):
+        for key, like in wanted.items():
+            name = f"block_{unit.index}/{kind}/{key}"
+            holds = spec(arrays[name]) if name in arrays else "nothing"
+            if holds != spec(like):
+                raise ValueError(
+                    f"it holds {holds} as {name!r}, but the network has {spec(like)}: this program "
+                    "builds another than the one that was trained"
+                )
+            values[key] = arrays[name]
+    return found
+
+
+def _boundaries(network: Network, description: Description, count: int) -> tuple[int, ...]:
+    """Index of the first block of so many stages; those of training if it had as many."""
+    given = description.boundaries if len(description.boundaries) == count else None
+    return split_blocks(network.model, network.built, network.method.route, count, given)

@@ -1,0 +1,223 @@
+"""The commands of python -m jdecouple: which there are, what they say, and their exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from jdecouple._errors import first_line
+from jdecouple._files import replace
+from jdecouple.data import Dataset, ImageInputs, Split
+from jdecouple.inference import calibration, cli, reports
+from jdecouple.inference.load import load
+from jdecouple.inference.rules import NAMES
+from jdecouple.inference.run import Run
+from jdecouple.train import cli as train_cli
+from jdecouple.train import config as configuration
+from jdecouple.train import programs
+from jdecouple.train.config import ConfigError, one_line
+from jdecouple.train.run import load_data
+
+_SPLITS = ("validation", "test", "train")
+_MOST_IMAGE_BYTES = 1 << 30  # that the worst are drawn from
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs a command.
+
+    Args:
+        argv: the command line, the program first; by default the process's own.
+
+    Raises:
+        SystemExit: with code 2 after bad input, told in one line; 1 if the disk is full; 130 after
+            Ctrl-C.
+    """
+    command, *rest = [*(sys.argv if argv is None else argv)[1:], ""]
+    rest = rest[:-1]
+    if command == "train":
+        train_cli.main(["jdecouple train", *rest])
+        return
+    train_cli.log_in_short()
+    try:
+        if command in ("", "-h", "--help", "help"):
+            print(_usage())
+            return
+        if command not in _COMMANDS:
+            raise ConfigError(f"unknown command {command!r}: allowed are train, {_names()}")
+        programs.keep()
+        with one_line():
+            _COMMANDS[command](rest)
+    except BrokenPipeError:  # whoever reads stdout has seen enough
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except train_cli.EXPECTED as error:
+        line, code = train_cli.ending(error)
+        print(f"error: {line}", file=sys.stderr)
+        sys.exit(code)
+
+
+def evaluate(argv: Sequence[str]) -> None:
+    """Measures a network on labelled examples of its data set.
+
+    Prints the accuracy of every exit, and writes tables and pictures into a folder: exits.csv,
+    confusion.csv and .png, classes.csv, worst.csv (and .png of images), evaluation.json.
+    """
+    parser = _parser("evaluate", evaluate, "test")
+    parser.add_argument("--exit", type=cli.exit_option, help="number of an exit, or 'calibrated'")
+    parser.add_argument("--output", type=Path, help="a folder, by default WORKDIR/evaluation_SPLIT")
+    given = parser.parse_args(argv)
+    run, split = _loaded(given)
+    logits, labels = run.logits(split, given.batch_size)
+    folder = given.output or run.workdir / f"evaluation_{split.name}"
+    calibrated = given.exit == "calibrated"
+    content = reports.write_evaluation(
+        folder,
+        logits,
+        labels,
+        class_names=run.class_names,
+        exits=run.exits,
+        exit=None if calibrated else given.exit,
+        rule=cli.calibrated(run) if calibrated else None,
+        images=_images(run, split),
+    )
+    print(f"{split.name} accuracy at step {run.step}, {content['examples']} examples")
+    for row in content["exits"]:
+        print(f"  exit {row['exit']}: {row['accuracy']:.2%}")
+    if calibrated:
+        print(f"  {content['answers']}: {content['accuracy']:.2%}")
+    print(f"more in {folder}")
+
+
+def calibrate(argv: Sequence[str]) -> None:
+    """Chooses by which rule inputs leave early, on labelled examples of the data set.
+
+    The rule is kept as exits.json in the workdir, where `predict --exit=calibrated` finds it.
+    Tables, and a picture of accuracy against cost of all rules, are written into a folder.
+    """
+    parser = _parser("calibrate", calibrate, "validation")
+    parser.add_argument(
+        "--output", type=Path, help="the folder, by default WORKDIR/calibration_SPLIT"
+    )
+    parser.add_argument("--rule", choices=NAMES, default="confidence")
+    parser.add_argument("--patience", type=int, default=1, help="exits in succession that are sure")
+    wish = parser.add_mutually_exclusive_group(required=True)
+    wish.add_argument("--accuracy", type=float, help="fraction of right answers that is wanted")
+    wish.add_argument("--accuracy_loss", type=float, help="or what may be lost of the last exit's")
+    wish.add_argument("--cost", type=float, help="or the mean cost, as a share of the last exit's")
+    given = parser.parse_args(argv)
+    run, split = _loaded(given)
+    logits, labels = run.logits(split, given.batch_size)
+    costs = run.costs / run.costs[-1]
+    accuracy, last = given.accuracy, float(np.mean(logits[-1].argmax(-1) == labels))
+    if given.accuracy_loss is not None:
+        accuracy = max(0.0, last - given.accuracy_loss)
+    heat = calibration.temperatures(logits, labels)
+    rule = calibration.choose(
+        *(given.rule, logits, labels, costs),
+        accuracy=accuracy,
+        cost=given.cost,
+        patience=given.patience,
+        temperatures=heat,
+    )
+    folder = given.output or run.workdir / f"calibration_{split.name}"
+    name = "operations, as a share of those of all blocks"
+    about = {"step": run.step, "split": split.name}
+    found = reports.write_calibration(
+        *(folder, rule, logits, labels, costs), cost_name=name, exits=run.exits, about=about
+    )
+    path = run.workdir / cli.EXITS
+    text = json.dumps({"rule": rule.to_json(), **about}, indent=2) + "\n"
+    replace(path, lambda temporary: temporary.write_text(text))
+    accuracy, share = found["accuracy"], found["cost"]
+    print(f"{split.name} accuracy {accuracy:.2%} with {share:.1%} of the operations")
+    print(f"  with all {last:.2%}")
+    for row in found["exits"]:
+        print(
+            f"  exit {row['exit']}: {row['share']:.1%} leave; expected calibration error "
+            f"{row['ece']:.2%}, {row['scaled_ece']:.2%} with temperature {row['temperature']:.3g}"
+        )
+    print(f"the rule is in {path}, more in {folder}")
+
+
+_COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "predict": cli.predict,
+    "evaluate": evaluate,
+    "calibrate": calibrate,
+    "export": cli.export,
+}
+
+
+def _names() -> str:
+    return ", ".join(_COMMANDS)
+
+
+def _usage() -> str:
+    lines = [
+        f"  {name:10} {(run.__doc__ or '').splitlines()[0]}" for name, run in _COMMANDS.items()
+    ]
+    train = "  train      Trains a network: what train.py does."
+    usage = "usage: python -m jdecouple COMMAND WORKDIR ... (COMMAND --help tells more)"
+    return "\n".join([usage, "", train, *lines])
+
+
+def _parser(name: str, command: Callable[..., None], split: str) -> cli.Parser:
+    parser = cli.Parser(name, command.__doc__)
+    parser.add_argument("--split", choices=_SPLITS, default=split, help=f"by default {split}")
+    parser.add_argument("--data_dir", help="where the data are, if not where they were")
+    return parser
+
+
+def _loaded(given: argparse.Namespace) -> tuple[Run, Split]:
+    """The network and the examples that a command is about."""
+    run = load(given.workdir, given.step)
+    split = getattr(dataset_of(run, given.data_dir), given.split)
+    if not len(split):
+        raise ConfigError(f"the {given.split} split is empty: choose another with --split")
+    return run, split
+
+
+def dataset_of(run: Run, data_dir: str | None = None) -> Dataset:
+    """The data set that a network was trained on, as its config.json says.
+
+    Raises:
+        ConfigError: it cannot be loaded, or is no longer the same.
+    """
+    path = run.workdir / "config.json"
+    try:
+        config = configuration.validate(json.loads(path.read_text(encoding="utf-8"))["config"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise ConfigError(
+            f"'{path}' does not tell which data set was trained on: {reason}"
+        ) from error
+    if data_dir is not None:
+        config.data.data_dir = data_dir
+    with one_line(config.data, "config.data"):
+        dataset = load_data(config)
+    now, before = dataset.inputs, run.inputs
+    if isinstance(now, ImageInputs) and isinstance(before, ImageInputs):
+        now = dataclasses.replace(now, dtype=before.dtype)
+    if now != before or dataset.class_names != run.class_names:
+        raise ConfigError(
+            f"data set {dataset.name!r} is no longer what was trained on: its classes or inputs "
+            "are others"
+        )
+    return dataset
+
+
+def _images(run: Run, split: Split) -> np.ndarray | None:
+    """The images of a split, to draw some of; None of texts, or of too many."""
+    shape, dtype = run.inputs.example
+    size = len(split) * int(np.prod(shape)) * np.dtype(dtype).itemsize
+    if run.inputs.kind != "images" or size > _MOST_IMAGE_BYTES:
+        return None
+    return split.gather(np.arange(len(split)))["x"]
