@@ -77,7 +77,7 @@ def grow(
         "frozen": range(len(old.blocks)) if freeze else (),
         **changes,
     }
-    grown = trainer.like(model, **changes)
+    grown = Trainer(model, **{**trainer.options, **changes})
     return grown, from_arrays(grown, state.step, arrays)
 
 

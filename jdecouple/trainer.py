@@ -29,7 +29,6 @@ from jdecouple.pipeline.state import State
 from jdecouple.schedules import Call, Costs
 
 Batch = Mapping[str, Any]
-_OWN = ("self", "model", "example", "num_classes")  # arguments that another trainer has anew
 
 
 class Trainer:
@@ -41,6 +40,7 @@ class Trainer:
     Attributes:
         boundaries: index of the first block of every stage.
         stages: all stages, with their blocks and heads; `placements` are their devices.
+        options: its arguments but for the model, with the shapes of the example.
         schedule: the actions of one batch; `calls` are its calls in the order of dispatch.
         latency: iterations by which metrics are late: those of step t are of batch t - latency.
         predictor: the evaluation forward of all stages.
@@ -118,15 +118,13 @@ class Trainer:
             engine: "mpmd" compiles calls for every stage; "spmd" one program for all, which needs
                 equal blocks between the first and the last, and a local method or `gpipe`; "auto"
                 takes "spmd" where it fits and there are devices for two stages.
-            frozen: indices of blocks that are not trained, of a local method: they cost an
-                evaluation forward, have no metrics and no optimiser state.
+            frozen: indices of blocks that are not trained (local methods).
 
         Raises:
             TypeError: an argument of a wrong type.
             ValueError: values that do not fit, or a method that needs what the model lacks.
         """
-        options = dict(locals())
-        self._options = {key: value for key, value in options.items() if key not in _OWN}
+        options = {key: value for key, value in locals().items() if key not in ("self", "model")}
         require_type(Model, model=model)
         require_type(Method, method=method)
         sizes = {"num_stages": num_stages, "num_classes": num_classes}
@@ -142,32 +140,25 @@ class Trainer:
         self._spec = BatchSpec(shapes, microbatches, stage_mesh.shape["data"])
         received = self._spec.split(shapes)[0]
         carry = build.model_input(received, transform)
-        built = self._built = build.build_units(
-            model, method, carry, num_classes, seed, dtype, frozen
-        )
+        built = build.build_units(model, method, carry, num_classes, seed, dtype, frozen)
         check_labels(arrays["label"], built.num_classes)
-        self.model, self.method, self.microbatches = model, method, microbatches
+        self._built, self.model, self.method, self.microbatches = built, model, method, microbatches
         self.num_classes = built.num_classes
+        self.options = options | {"example": shapes, "num_classes": built.num_classes}
         self.boundaries = build.split_blocks(model, built, method.route, num_stages, boundaries)
         common = {"seed": seed, "num_microbatches": microbatches, "transform": transform}
         self.stages = build.build_stages(
             built, method, self.boundaries, received, optimizer, remat, clip_norm, **common
         )
-        self._engine = make_engine(
+        made = self._engine = make_engine(
             engine, self.stages, stage_mesh, method, schedule, fuse, max_in_flight, built.carries
         )
-        self.engine, self.schedule = self._engine.name, self._engine.schedule
-        self.placements, self.calls = self._engine.placements, self._engine.calls
-        self.latency = self.schedule.latency
+        self.engine, self.schedule, self.latency = made.name, made.schedule, made.schedule.latency
+        self.placements, self.calls = made.placements, made.calls
         self.predictor = Predictor.of(self.stages, self._engine, shapes)
         self._evaluate = Evaluator(self.predictor)
         self._intake = Intake(self._spec, self.num_classes, self._engine)
         self._states = states.OwnStates(self.stages, self._engine, method.route)
-
-    def like(self, model: Model, **changes: Any) -> "Trainer":
-        """A trainer of another model with the arguments of this one, but for `changes`."""
-        options = {**self._options, "example": self._intake.spec.example}
-        return Trainer(model, **{**options, "num_classes": self.num_classes, **changes})
 
     def init(self) -> State:
         """Initial state: the weights of the model's blocks and of the heads, step 0.
@@ -400,8 +391,7 @@ class Trainer:
             several processes all call it and all get the whole.
 
         Raises:
-            TypeError, ValueError: no examples, or what `put` refuses for another reason than its
-                size or its labels.
+            TypeError, ValueError: no examples, or what `put` refuses but for size and labels.
         """
         self._states.check(state)
         return self.predictor.predict(state.stages, data)
@@ -424,8 +414,7 @@ class Trainer:
         """Trains like `step`, waiting for every compiled call; gives `calls` with their seconds.
 
         Raises:
-            ValueError: the stages are fused (`fuse=False` keeps them apart), or some are in other
-                processes.
+            ValueError: the stages are fused (not with `fuse=False`), or in several processes.
         """
         placed = self._intake.single(batch)
         stages, seconds = self._engine.measure(self._states.take(state), placed, state.step)

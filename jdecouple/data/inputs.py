@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import itertools
 import json
 import os
 import zlib
@@ -58,13 +57,12 @@ class ImageInputs:
         """What a method of `jdecouple.methods` may ask for of the inputs."""
         return {"image_mean": self.mean, "image_std": self.std}
 
-    @property
-    def prepare(self) -> Callable[..., Any]:
-        """`(batch, keys, train) -> batch` from what `encode` gives to what evaluation reads."""
-        return self.transform("none")
+    def entries(self, x: Any) -> dict[str, Any]:
+        """The batch of what `encode` returns, or of its shapes."""
+        return {"x": x}
 
-    def join(self, batch: Mapping[str, Any]) -> Any:
-        """What `encode` takes, from a batch of the data set."""
+    def whole(self, batch: Mapping[str, Any]) -> Any:
+        """What `entries` made the batch of."""
         return batch["x"]
 
     def transform(self, name: str) -> Callable[..., Any]:
@@ -146,7 +144,7 @@ class TextInputs:
         words: the word of every number; 0 is padding, 1 stands for unknown words.
         max_length: words of the longest text; shorter ones are padded to it.
         embedding_width: width of the vectors that the words began with, if they were given.
-        parts: words of the parts that texts are cut into; () leaves them whole.
+        parts: words of the parts that texts are cut into, in all `max_length`; () for none.
     """
 
     kind: ClassVar[str] = "texts"
@@ -174,18 +172,15 @@ class TextInputs:
         """What a method of `jdecouple.methods` may ask for of the inputs: nothing."""
         return {}
 
-    @property
-    def prepare(self) -> Callable[..., Any] | None:
-        """`(batch, keys, train) -> batch` from what `encode` gives to what evaluation reads."""
-        if not self.parts:
-            return None
-        return lambda batch, keys, train: {**batch, **cut(batch["x"], self.parts)}
+    def entries(self, x: Any) -> dict[str, Any]:
+        """The batch of what `encode` returns: "x", and for further parts "x_1", ..."""
+        return cut(x, self.parts)
 
-    def join(self, batch: Mapping[str, Any]) -> Any:
-        """What `encode` takes, from a batch of the data set."""
+    def whole(self, batch: Mapping[str, Any]) -> Any:
+        """What `entries` made the batch of."""
         if not self.parts:
             return batch["x"]
-        names = cut(np.zeros((0, 0)), self.parts)
+        names = ("x", *(f"x_{number}" for number in range(1, len(self.parts))))
         return np.concatenate([np.asarray(batch[name]) for name in names], axis=1)
 
     def transform(self, name: str) -> None:
@@ -261,7 +256,7 @@ class TextInputs:
 Inputs = ImageInputs | TextInputs
 
 
-def cut(inputs: Any, parts: Sequence[int]) -> dict[str, Any]:
+def cut(inputs: np.ndarray, parts: Sequence[int]) -> dict[str, np.ndarray]:
     """Inputs [n, length] as a batch's entries `x`, `x_1`, ... of these lengths in turn.
 
     >>> {name: x.tolist() for name, x in cut(np.array([[1, 2, 3, 4, 5]]), (2, 3)).items()}
@@ -271,8 +266,8 @@ def cut(inputs: Any, parts: Sequence[int]) -> dict[str, Any]:
     """
     if not parts:
         return {"x": inputs}
-    cuts = itertools.pairwise(itertools.accumulate(parts, initial=0))
-    return {f"x_{i}" if i else "x": inputs[:, a:b] for i, (a, b) in enumerate(cuts)}
+    pieces = np.split(inputs, np.cumsum(parts)[:-1], axis=1)
+    return {f"x_{i}" if i else "x": piece for i, piece in enumerate(pieces)}
 
 
 def from_json(value: Mapping[str, Any]) -> Inputs:

@@ -22,8 +22,8 @@ def flops_by_exit(units: Sequence[Unit], carries: Sequence[Carry]) -> np.ndarray
 
     Args:
         units: Every block with its head.
-        carries: Shapes of the carry that each block receives, as `BuiltModel` has them; of "x" at
-            least, `[batch, ...]`.
+        carries: Shapes of the carry that each block receives, as `BuiltModel` has them; of what it
+            reads at least, such as "x", `[batch, ...]`.
 
     Returns:
         Operations `[exits]`, never falling.

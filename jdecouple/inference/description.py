@@ -6,13 +6,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jdecouple import growth, methods, models
+from jdecouple import methods, models
 from jdecouple.data.inputs import Inputs, from_json
+from jdecouple.growth import phases
 from jdecouple.methods import Method
 from jdecouple.pipeline import build
 
@@ -46,8 +46,8 @@ class Description:
         dtype: compute dtype, None for that of the weights.
         boundaries: index of the first block of every stage.
         batch_size: examples of a batch in evaluation.
-        growth: numbers of blocks that the model has in turn, () where it does not grow.
-        num_blocks: that of now, where it grows.
+        growth: numbers of blocks of a network that grows, in turn; () if it does not.
+        num_blocks: which of these it had.
     """
 
     inputs: Inputs
@@ -59,7 +59,7 @@ class Description:
     boundaries: tuple[int, ...]
     batch_size: int
     growth: tuple[int, ...] = ()
-    num_blocks: int | None = None
+    num_blocks: int = 0
 
     def build(self) -> Network:
         """Builds the network.
@@ -72,10 +72,11 @@ class Description:
         rngs = nnx.Rngs(self.seed)
         num_classes = len(self.class_names)
         model = models.get(name)(num_classes, **inputs.model_arguments(), **options, rngs=rngs)
-        carry = build.model_input(build.abstract(self.example()), inputs.prepare)
+        transform = inputs.transform("none")
+        carry = build.model_input(build.abstract(self.example()), transform)
         if self.growth:
-            phases = growth.phases(model, method, self.growth, carry, num_classes, seed=self.seed)
-            model = next(phase for phase in phases if len(phase.blocks) == self.num_blocks)
+            grown = phases(model, method, self.growth, carry, num_classes, seed=self.seed)
+            model = grown[self.growth.index(self.num_blocks)]
         dtype = None if self.dtype is None else jnp.dtype(self.dtype)
         built = build.build_units(model, method, carry, num_classes, self.seed, dtype)
         return Network(model, method, built)
@@ -83,10 +84,8 @@ class Description:
     def example(self) -> dict[str, Any]:
         """Shapes of a batch in evaluation."""
         shape, dtype = self.inputs.example
-        return {
-            "x": jax.ShapeDtypeStruct((self.batch_size, *shape), dtype),
-            "label": jax.ShapeDtypeStruct((self.batch_size,), np.int32),
-        }
+        entries = self.inputs.entries(np.empty((self.batch_size, *shape), dtype))
+        return build.abstract(entries | {"label": np.empty(self.batch_size, np.int32)})
 
     def to_json(self) -> dict[str, Any]:
         """What `from_json` reads; options that JSON does not hold are left out."""

@@ -119,7 +119,7 @@ class Run:
         return Predictor(
             [self.units[a:b] for a, b in self._cuts],
             self.placements,
-            transform=self.inputs.prepare,
+            transform=self.inputs.transform("none"),
             seed=self.description.seed,
             example=example,
         )
@@ -149,7 +149,8 @@ class Run:
         """
         x = self.inputs.encode(x)
         size, predictor = self._size(batch_size), self._predictor_for(x)
-        batches = ({"x": x[first : first + size]} for first in range(0, len(x), size))
+        parts = (x[first : first + size] for first in range(0, len(x), size))
+        batches = map(self.inputs.entries, parts)
         if isinstance(exit, Rule):
             key = exit, size, predictor
             if key not in self._leaving:
@@ -180,7 +181,7 @@ class Run:
         def batches() -> Iterator[Mapping[str, Any]]:
             for batch in _batches(data, size):
                 labels.append(np.asarray(as_arrays(batch)["label"]))
-                yield {"x": self.inputs.encode(self.inputs.join(batch))}
+                yield self.inputs.entries(self.inputs.encode(self.inputs.whole(batch)))
 
         given = batches()
         if (first := next(given, None)) is None:
@@ -236,6 +237,8 @@ class Run:
             batch_size: the only number of inputs, by default any.
             **options: other arguments of `export.export`.
         """
+        if any(unit.inputs for unit in self.units):
+            raise ValueError("export takes one input: this network reads further parts of a text")
         from jdecouple.inference.export import export  # whose packages nothing else needs
 
         shape, dtype = self.inputs.example
@@ -248,7 +251,7 @@ class Run:
             self.params,
             self.stats,
             jax.ShapeDtypeStruct(shape, dtype),
-            transform=self.inputs.prepare,
+            transform=self.inputs.transform("none"),
             exit=exit,
             batch_size=batch_size,
             about={**about, "step": self.step},
@@ -273,8 +276,8 @@ class Run:
 
     def transform(self, x: Any) -> jax.Array:
         """What the first block reads, of what `inputs.encode` takes."""
-        batch, prepare = {"x": jnp.asarray(self.inputs.encode(x))}, self.inputs.prepare
-        return (prepare(batch, None, False) if prepare else batch)["x"]
+        batch, transform = {"x": jnp.asarray(self.inputs.encode(x))}, self.inputs.transform("none")
+        return (transform(batch, None, False) if transform else batch)["x"]
 
     def _index(self, exit: int | None) -> int:
         chosen = self.exits[-1] if exit is None else exit

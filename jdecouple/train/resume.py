@@ -121,7 +121,7 @@ def describe(run: Run) -> dict[str, Any]:
         boundaries=run.trainer.boundaries,
         batch_size=config.batch_size,
         growth=config.growth.blocks or (),
-        num_blocks=len(run.trainer.model.blocks) if config.growth.blocks else None,
+        num_blocks=len(run.trainer.model.blocks),
     ).to_json()
 
 

@@ -11,6 +11,7 @@ from runs import arguments, arrays_at, assert_same_run, lines, server, tiny
 from text_sets import csv_set
 from text_sets import tiny as tiny_texts
 
+import jdecouple as jd
 from jdecouple.checkpoint import Checkpointer
 from jdecouple.train.config import ConfigError, validate
 from jdecouple.train.loop import build, train_and_evaluate
@@ -248,3 +249,39 @@ def test_parts_that_do_not_fit(texts, values, said):
         build(in_parts(texts, **values))
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+class TestLoaded:
+    """A checkpoint of any phase is loaded with the blocks that it has."""
+
+    @pytest.mark.parametrize("step", [10, 18])
+    def test_of_every_phase(self, whole, step):
+        loaded = jd.load(whole, step=step)
+        scored = {(line["split"], line["step"]): line for line in lines(whole)}["test", step]
+        test = build(tiny(**GROWTH)).dataset.test
+        logits, labels = loaded.logits(test)
+        assert loaded.exits == ((0,) if step == 10 else (0, 1))
+        for exit, answers in zip(loaded.exits, logits, strict=True):
+            assert np.mean(answers.argmax(-1) == labels) == scored[f"exit_{exit}/accuracy"]
+
+    @pytest.mark.slow
+    def test_of_a_method_that_needs_a_classifier(self, tmp_path):
+        method = {"method__name": "scpl", "method__projector": "linear"}
+        folder = run(tmp_path, **method, method__features=4)
+        assert jd.load(folder, step=10).exits == (0,)
+        loaded = jd.load(folder, step="last")
+        assert loaded.exits == (0, 1)
+        assert loaded.predict(np.zeros((2, 8, 8, 1), np.uint8)).logits.shape == (2, 2, 10)
+
+    def test_texts_in_parts(self, tmp_path, texts):
+        config = in_parts(texts, steps=8)
+        train_and_evaluate(config, tmp_path)
+        scored = {(line["split"], line["step"]): line for line in lines(tmp_path)}["test", 8]
+        loaded = jd.load(tmp_path, step="last")
+        logits, labels = loaded.logits(build(config).dataset.test)
+        for exit, answers in zip(loaded.exits, logits, strict=True):
+            assert np.mean(answers.argmax(-1) == labels) == scored[f"exit_{exit}/accuracy"]
+        assert loaded.predict("a good film of the plot it is").labels.shape == (1,)
+        assert len(loaded.costs) == len(loaded.exits)
+        with pytest.raises(ValueError, match="further parts"):
+            loaded.export(tmp_path / "exported")
