@@ -351,27 +351,3 @@ def test_a_fresh_process_without_the_data(tmp_path):
             assert metrics[f"exit_{exit}/accuracy"] == pytest.approx(right, abs=1e-7), name
             losses = optax.softmax_cross_entropy_with_integer_labels(answers, labels[name])
             assert metrics[f"exit_{exit}/loss"] == pytest.approx(losses.mean(), rel=1e-6), name
-
-
-@pytest.mark.slow
-def test_a_network_that_grows(tmp_path):
-    """Texts in two parts, of which the added block alone reads the second."""
-    name, workdir = text_sets.csv_set(tmp_path / "data", longest=20), tmp_path / "run"
-    values = {"method__name": "greedy_exit", "model__depth": 2, "model__further": (2,)}
-    config = text_sets.tiny(name, **values, data__parts=(8, 16), checkpoint__keep=9)
-    config.data.buckets = None
-    config.growth.blocks, config.growth.steps = (2, 3), (0, 4)
-    train_and_evaluate(config, workdir)
-    built = build(config)
-    checkpoints = Checkpointer(workdir / "checkpoints", read_only=True)
-    texts = [text for _, text in text_sets.examples(16, seed=1, longest=20)]
-    for step in (4, 8):
-        run, trainer = jd.load(workdir, step), built.at(step).trainer
-        template = trainer.to_arrays(trainer.abstract())
-        state = trainer.from_arrays(step, checkpoints.restore(template, step).arrays)
-        wanted = trainer.predict(state, batches(built.dataset.test))
-        assert run.exits == trainer.exits
-        assert len(run.blocks) == (2 if step == 4 else 3)
-        np.testing.assert_array_equal(run.predict(texts).logits, wanted)
-        np.testing.assert_array_equal(run.logits(built.dataset.test)[0], wanted)
-        assert len(run.costs) == len(run.exits)
