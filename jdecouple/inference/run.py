@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
@@ -199,28 +200,48 @@ class Run:
         rule: str = "confidence",
         patience: int = 1,
         temperatures: Any = 1.0,
+        costs: Any = None,
     ) -> Rule:
         """Chooses thresholds by which inputs leave early, see `calibration.choose`.
 
         Args:
             data: validation examples; never those that the result is measured on.
             accuracy: the smallest fraction of right answers, or
-            cost: the largest mean cost, in floating-point operations of an example.
+            cost: the largest mean cost of an example, in the unit of `costs`.
             rule: one of `rules.NAMES`.
             patience: exits in succession that must be sure.
             temperatures: what logits are divided by: of all exits, or of each.
+            costs: of an example up to every exit, [exits]: by default floating-point operations
+                (`Run.costs`); what `Run.seconds` returns for a wish in time.
 
         Raises:
             TypeError, ValueError: what `calibration.choose` refuses.
         """
         options = {"accuracy": accuracy, "cost": cost, "temperatures": temperatures}
         logits, labels = self.logits(data)
-        return calibration.choose(rule, logits, labels, self.costs, patience=patience, **options)
+        costs = self.costs if costs is None else costs
+        return calibration.choose(rule, logits, labels, costs, patience=patience, **options)
 
     @cached_property
     def costs(self) -> np.ndarray:
         """Floating-point operations of an example up to every exit, [exits]."""
         return costs.flops_by_exit(self.units, self.built.carries)
+
+    def seconds(self, x: Any, batch_size: int | None = None, runs: int = 7) -> np.ndarray:
+        """Seconds of an input up to every exit, [exits], measured on these.
+
+        Args:
+            x: as of `predict`; several full batches tell more than a part of one.
+            batch_size: as of `predict`.
+            runs: measurements of each exit, of which the median counts.
+        """
+        x, count = self.inputs.encode(x), len(self.exits)
+
+        def answer(exit: int) -> np.ndarray:
+            leaves = Rule("confidence", (*[math.inf] * exit, *[0.0] * (count - exit)))
+            return self.predict(x, leaves, batch_size).logits
+
+        return costs.seconds_by_exit(answer, count, len(x), runs=runs)
 
     def export(
         self,

@@ -28,6 +28,7 @@ from jdecouple.train.run import load_data
 
 _SPLITS = ("validation", "test", "train")
 _MOST_IMAGE_BYTES = 1 << 30  # that the worst are drawn from
+_MEASURED_BATCHES = 8
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -113,10 +114,14 @@ def calibrate(argv: Sequence[str]) -> None:
     wish.add_argument("--accuracy", type=float, help="fraction of right answers that is wanted")
     wish.add_argument("--accuracy_loss", type=float, help="or what may be lost of the last exit's")
     wish.add_argument("--cost", type=float, help="or the mean cost, as a share of the last exit's")
+    parser.add_argument(
+        "--time", action="store_true", help="costs are seconds, measured here, not operations"
+    )
     given = parser.parse_args(argv)
     run, split = _loaded(given)
     logits, labels = run.logits(split, given.batch_size)
-    costs = run.costs / run.costs[-1]
+    unit, costs = ("time", _seconds(run, split)) if given.time else ("operations", run.costs)
+    costs = costs / costs[-1]
     accuracy, last = given.accuracy, float(np.mean(logits[-1].argmax(-1) == labels))
     if given.accuracy_loss is not None:
         accuracy = max(0.0, last - given.accuracy_loss)
@@ -129,7 +134,7 @@ def calibrate(argv: Sequence[str]) -> None:
         temperatures=heat,
     )
     folder = given.output or run.workdir / f"calibration_{split.name}"
-    name = "operations, as a share of those of all blocks"
+    name = f"{unit}, as a share of those of all blocks"
     about = {"step": run.step, "split": split.name}
     found = reports.write_calibration(
         *(folder, rule, logits, labels, costs), cost_name=name, exits=run.exits, about=about
@@ -138,7 +143,7 @@ def calibrate(argv: Sequence[str]) -> None:
     text = json.dumps({"rule": rule.to_json(), **about}, indent=2) + "\n"
     replace(path, lambda temporary: temporary.write_text(text))
     accuracy, share = found["accuracy"], found["cost"]
-    print(f"{split.name} accuracy {accuracy:.2%} with {share:.1%} of the operations")
+    print(f"{split.name} accuracy {accuracy:.2%} with {share:.1%} of the {unit}")
     print(f"  with all {last:.2%}")
     for row in found["exits"]:
         print(
@@ -212,6 +217,12 @@ def dataset_of(run: Run, data_dir: str | None = None) -> Dataset:
             "are others"
         )
     return dataset
+
+
+def _seconds(run: Run, split: Split) -> np.ndarray:
+    """Seconds of an example up to every exit, measured on up to eight batches."""
+    count = min(len(split), _MEASURED_BATCHES * run.description.batch_size)
+    return run.seconds(run.inputs.whole(split.gather(np.arange(count))))
 
 
 def _images(run: Run, split: Split) -> np.ndarray | None:

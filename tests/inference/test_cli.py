@@ -196,6 +196,8 @@ class TestCommands:
         (workdir / "exits.json").write_text(json.dumps({**kept, "step": 4}))
         said = "was chosen at step 4, but step 22 is loaded"
         refused(capsys, said, "predict", workdir, pictures, "--exit=calibrated")
+        output = run(capsys, "calibrate", workdir, "--accuracy_loss=0.5", "--time")
+        assert "% of the time" in output
         (workdir / "exits.json").unlink()
         refused(capsys, "one of the arguments --accuracy", "calibrate", workdir)
         refused(capsys, "cannot be met", "calibrate", workdir, "--cost=0.001")
