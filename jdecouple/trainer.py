@@ -113,7 +113,8 @@ class Trainer:
                 for), "elementwise" (results of products and convolutions), "blocks" or "stages"
                 (inputs), "offload" (as "elementwise", on the host); or one of these a stage.
                 "auto" is "elementwise" where activations wait for an error, else "none".
-            fuse: compile all stages into one call; by default where they share their devices.
+            fuse: compile the training of all stages into one call; by default where they share
+                their devices.
             max_in_flight: batches, or lists of them, that may be unfinished; by default 2K.
             engine: "mpmd" compiles calls for every stage; "spmd" one program for all, which needs
                 equal blocks between the first and the last, and a local method or `gpipe`; "auto"
