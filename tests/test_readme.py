@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 METHODS = (ROOT / "docs" / "methods.md").read_text()
 DOCUMENTS = sorted(ROOT.glob("docs/*.md"))
+SLOW = ("inference.md",)  # whose snippets train a run and start a process
 PAGES = [*sorted(ROOT.glob("*.md")), *DOCUMENTS, ROOT / "bench" / "RESULTS.md"]
 MOST_WORDS = 900
 
@@ -76,7 +77,13 @@ def test_the_objective_of_contributing_trains(library):
     assert accuracy(library, method) > 0.7
 
 
-@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=[pytest.mark.slow] * (page.name in SLOW), id=page.name)
+        for page in DOCUMENTS
+    ],
+)
 def test_snippets_of_documents_run(page, monkeypatch, tmp_path):
     """Of those that are only a part, the imports."""
     monkeypatch.chdir(tmp_path)

@@ -174,7 +174,8 @@ def _logits(states: Sequence[_UnitState], transform: Transform | None, x: Any, w
     found = {}
     for unit, params, stats in states:
         try:
-            params = jax.lax.optimization_barrier(params)  # or their casts would be folded
+            # What the compiler computes of constants rounds otherwise than what runs.
+            params, stats = jax.lax.optimization_barrier((params, stats))
             carry["x"], logits = _rounded(unit.evaluate(params, stats, carry))
         except Exception as error:
             raise _BlockError(
