@@ -270,6 +270,31 @@ def cut(inputs: np.ndarray, parts: Sequence[int]) -> dict[str, np.ndarray]:
     return {f"x_{i}" if i else "x": piece for i, piece in enumerate(pieces)}
 
 
+class Numbers(Sequence[str]):
+    """Names of classes that have none: their numbers, however many there are.
+
+    >>> Numbers(3) == ("0", "1", "2")
+    True
+    """
+
+    def __init__(self, count: int):
+        self._numbers = range(count)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: Any) -> Any:
+        found = self._numbers[index]
+        return tuple(map(str, found)) if isinstance(index, slice) else str(found)
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Numbers):
+            return len(self) == len(other)
+        return isinstance(other, tuple) and len(self) == len(other) and tuple(self) == other
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 def from_json(value: Mapping[str, Any]) -> Inputs:
     """The inputs that `to_json` wrote.
 

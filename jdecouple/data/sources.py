@@ -12,6 +12,7 @@ import numpy as np
 from jdecouple._errors import require_int
 from jdecouple.data import folders, tables, tfds_images
 from jdecouple.data.images import resize_image
+from jdecouple.data.inputs import Numbers
 from jdecouple.data.splits import (
     Amount,
     ArraySource,
@@ -107,8 +108,7 @@ def synthetic(
         for number, (split, size) in enumerate(sizes.items())
     }
     statistics = (0.5,) * channels, (12**-0.5,) * channels
-    class_names = [*map(str, range(num_classes))]
-    return _images("synthetic", stored, class_names, shape, validation, statistics)
+    return _images("synthetic", stored, Numbers(num_classes), shape, validation, statistics)
 
 
 def folder(
@@ -172,7 +172,7 @@ def _images(
         name,
         **splits,
         num_classes=len(class_names),
-        class_names=tuple(class_names),
+        class_names=class_names,
         image_shape=shape,
         mean=mean,
         std=std,

@@ -11,7 +11,7 @@ import numpy as np
 
 from jdecouple._errors import first_line
 from jdecouple.data.images import resize_image
-from jdecouple.data.inputs import ImageInputs, Inputs, cut
+from jdecouple.data.inputs import ImageInputs, Inputs, Numbers, cut
 
 CACHE_BYTES = 4 << 30
 _FIXED_ORDER_SEED = 0
@@ -117,10 +117,11 @@ class Dataset(abc.ABC):
     validation: Split
     test: Split
     num_classes: int
-    class_names: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
+    class_names: Sequence[str] = dataclasses.field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
-        names = tuple(map(str, self.class_names or range(self.num_classes)))
+        names = self.class_names or Numbers(self.num_classes)
+        names = names if isinstance(names, Numbers) else tuple(map(str, names))
         if len(names) != self.num_classes:
             raise ValueError(
                 f"data set {self.name!r} has {len(names)} class names: {self.num_classes} are "

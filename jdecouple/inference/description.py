@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from jdecouple import methods, models
-from jdecouple.data.inputs import Inputs, from_json
+from jdecouple.data.inputs import Inputs, Numbers, from_json
 from jdecouple.growth import phases
 from jdecouple.methods import Method
 from jdecouple.pipeline import build
@@ -51,7 +51,7 @@ class Description:
     """
 
     inputs: Inputs
-    class_names: tuple[str, ...]
+    class_names: Sequence[str]
     model: tuple[str, Mapping[str, Any]]
     method: tuple[str, Mapping[str, Any]]
     seed: int
@@ -94,6 +94,8 @@ class Description:
             name, options = values[owner]
             plain = {key: value for key, value in options.items() if _is_plain(value)}
             values[owner] = {"name": name, "arguments": plain}
+        names = self.class_names
+        values["class_names"] = len(names) if isinstance(names, Numbers) else list(names)
         return {"format": FORMAT, **values, "inputs": self.inputs.to_json()}
 
     @classmethod
@@ -104,6 +106,8 @@ class Description:
             raise ValueError(f"its description has format {number}: this program reads {FORMAT}")
         for owner in ("model", "method"):
             values[owner] = values[owner]["name"], values[owner]["arguments"]
+        if isinstance(names := values["class_names"], int):
+            values["class_names"] = Numbers(names)
         return cls(**values | {"inputs": from_json(value["inputs"])})
 
 

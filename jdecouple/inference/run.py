@@ -95,10 +95,10 @@ class Run:
         """What it reads: `ImageInputs` or `TextInputs`."""
         return self.description.inputs
 
-    @property
+    @cached_property
     def class_names(self) -> tuple[str, ...]:
         """What its labels stand for."""
-        return self.description.class_names
+        return tuple(self.description.class_names)
 
     @cached_property
     def exits(self) -> tuple[int, ...]:
@@ -264,7 +264,8 @@ class Run:
 
         shape, dtype = self.inputs.example
         known = self.description.to_json()
-        about = {key: known[key] for key in ("class_names", "model", "method")}
+        about = {key: known[key] for key in ("model", "method")}
+        about["class_names"] = self.class_names
         about["inputs"] = {"kind": self.inputs.kind, **dataclasses.asdict(self.inputs)}
         return export(
             folder,

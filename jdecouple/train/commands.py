@@ -211,7 +211,7 @@ def dataset_of(run: Run, data_dir: str | None = None) -> Dataset:
     now, before = dataset.inputs, run.inputs
     if isinstance(now, ImageInputs) and isinstance(before, ImageInputs):
         now = dataclasses.replace(now, dtype=before.dtype)
-    if now != before or dataset.class_names != run.class_names:
+    if now != before or dataset.class_names != run.description.class_names:
         raise ConfigError(
             f"data set {dataset.name!r} is no longer what was trained on: its classes or inputs "
             "are others"
