@@ -32,7 +32,17 @@ NETS = {
     "resnet20": lambda width, rngs: jd.models.resnet(10, depth=20, width=width, rngs=rngs),
     "vgg8": lambda width, rngs: jd.models.vgg8(10, width=width, rngs=rngs),
 }
-ROWS = ("bp", "bp,blocks", "greedy_exit", "early_exit", "dgl", "predsim", "infopro", "deinforeg")
+ROWS = (
+    "bp",
+    "bp,elementwise",
+    "bp,blocks",
+    "greedy_exit",
+    "early_exit",
+    "dgl",
+    "predsim",
+    "infopro",
+    "deinforeg",
+)
 NOTHING: dict[str, dict] = {"carries": {}, "residuals": {}, "errors": {}}
 
 
