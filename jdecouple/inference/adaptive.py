@@ -75,12 +75,7 @@ class AdaptivePredictor:
         require_int(1, batch_size=batch_size)
         if not predictor.one_process:
             raise ValueError("some stages are in other processes: early exit needs them in one")
-        if predictor.descends:
-            raise ValueError(
-                "the answer comes down from the last block: early exit needs exits on the way up"
-            )
-        if len(predictor.exits) < 2:
-            raise ValueError(f"the net has {len(predictor.exits)} exit: early exit needs 2 or more")
+        require_exits(predictor)
         self.rule = rule.for_exits(len(predictor.exits))
         parts = [-(-batch_size // part) for part in (1, 4, 16)]
         rounded = {-(-part // predictor.replicas) * predictor.replicas for part in parts}
@@ -233,6 +228,16 @@ class _Passage:
 
     def _size(self, count: int) -> int:
         return min(size for size in self._sizes if size >= count)
+
+
+def require_exits(predictor: Predictor) -> None:
+    """Raises ValueError where no example can leave early, whatever the rule."""
+    if predictor.descends:
+        raise ValueError(
+            "the answer comes down from the last block: early exit needs exits on the way up"
+        )
+    if len(predictor.exits) < 2:
+        raise ValueError(f"the net has {len(predictor.exits)} exit: early exit needs 2 or more")
 
 
 def _filled(numbers: np.ndarray, size: int, value: int | None = None) -> np.ndarray:

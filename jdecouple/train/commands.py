@@ -13,10 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from jdecouple._errors import first_line
+from jdecouple._errors import first_line, require_number
 from jdecouple._files import replace
 from jdecouple.data import Dataset, ImageInputs, Split
 from jdecouple.inference import calibration, cli, reports
+from jdecouple.inference.adaptive import require_exits
 from jdecouple.inference.load import load
 from jdecouple.inference.rules import NAMES
 from jdecouple.inference.run import Run
@@ -73,7 +74,11 @@ def evaluate(argv: Sequence[str]) -> None:
     confusion.csv and .png, classes.csv, worst.csv (and .png of images), evaluation.json.
     """
     parser = _parser("evaluate", evaluate, "test")
-    parser.add_argument("--exit", type=cli.exit_option, help="number of an exit, or 'calibrated'")
+    parser.add_argument(
+        "--exit",
+        type=cli.exit_or("calibrated"),
+        help="that of the tables and pictures, by default the last; a number or 'calibrated'",
+    )
     parser.add_argument("--output", type=Path, help="a folder, by default WORKDIR/evaluation_SPLIT")
     given = parser.parse_args(argv)
     run, split = _loaded(given)
@@ -118,7 +123,10 @@ def calibrate(argv: Sequence[str]) -> None:
         "--time", action="store_true", help="costs are seconds, measured here, not operations"
     )
     given = parser.parse_args(argv)
+    if given.accuracy_loss is not None:
+        require_number(accuracy_loss=given.accuracy_loss)
     run, split = _loaded(given)
+    require_exits(run.predictor)
     logits, labels = run.logits(split, given.batch_size)
     unit, costs = ("time", _seconds(run, split)) if given.time else ("operations", run.costs)
     costs = costs / costs[-1]

@@ -133,7 +133,7 @@ class TestPredict:
         for path in (lines, table, bare):
             assert read(run(capsys, "predict", texts, path)) == rows
 
-    def test_refused(self, workdir, texts, pictures, tmp_path, capsys):
+    def test_refused(self, workdir, texts, pictures, tmp_path, capsys, monkeypatch):
         two = text_sets.write_csv(tmp_path / "two.csv", [["good", "bad"]])
         for said, *arguments in (
             ("there is no run in", tmp_path, pictures),
@@ -144,6 +144,9 @@ class TestPredict:
             ("exits.json' is not there", workdir, pictures, "--exit=calibrated"),
             ("batch_size is 0", workdir, pictures, "--batch_size=0"),
             ("unrecognized arguments: --colour=1", workdir, pictures, "--colour=1"),
+            ("is no regular file", workdir, pictures, "--output", tmp_path),
+            ("one column of paths is needed", workdir, two, "--column=a,b"),
+            ("one called '' is needed", texts, two, "--column="),
             ("No such file", workdir, tmp_path / "none.png"),
             ("No such file", texts, tmp_path / "none.txt"),
             ("is a folder: files of texts", texts, tmp_path),
@@ -153,7 +156,10 @@ class TestPredict:
             ("holds no images", workdir, tmp_path),
         ):
             refused(capsys, said, "predict", *arguments)
-        refused(capsys, "arguments are required: WORKDIR", "predict")
+        refused(capsys, "arguments are required: WORKDIR;", "predict")
+        stdin = io.TextIOWrapper(io.BytesIO("café".encode("latin1")), encoding="utf-8")
+        monkeypatch.setattr(sys, "stdin", stdin)
+        refused(capsys, "stdin is no text in UTF-8", "predict", texts)
 
 
 class TestCommands:
@@ -168,7 +174,9 @@ class TestCommands:
             with pytest.raises(SystemExit) as ended:
                 main(["jdecouple", name, "--help"])
             assert ended.value.code == 0
-            assert "WORKDIR" in capsys.readouterr().out
+            text = capsys.readouterr().out
+            assert "WORKDIR" in text
+            assert "Raises" not in text
 
     def test_train_is_train_py(self, capsys):
         refused(capsys, "--config and --workdir are needed", "train")
@@ -195,6 +203,16 @@ class TestCommands:
         assert "rule margin" in run(capsys, "evaluate", workdir, "--exit=calibrated")
         (workdir / "exits.json").write_text(json.dumps({**kept, "step": 4}))
         said = "was chosen at step 4, but step 22 is loaded"
+        refused(capsys, said, "predict", workdir, pictures, "--exit=calibrated")
+        for given in ("nan", "-0.1"):
+            said = f"accuracy_loss is {given}: a finite number of at least 0 is needed"
+            refused(capsys, said, "calibrate", workdir, f"--accuracy_loss={given}")
+        (workdir / "exits.json").write_text(
+            json.dumps({**kept, "rule": {"name": "margin", "thresholds": [0.5]}})
+        )
+        said = "is no rule that calibrate wrote for this network"
+        refused(capsys, said, "predict", workdir, pictures, "--exit=calibrated")
+        (workdir / "exits.json").write_text("[" * 100_000)
         refused(capsys, said, "predict", workdir, pictures, "--exit=calibrated")
         output = run(capsys, "calibrate", workdir, "--accuracy_loss=0.5", "--time")
         assert "% of the time" in output
