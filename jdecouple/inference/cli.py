@@ -76,7 +76,7 @@ def predict(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--output", type=Path, help="a file, written whole or not at all; by default stdout"
     )
-    given = parser.parse_args(argv)
+    given = parser.parse_intermixed_args(argv)  # inputs may stand before and behind options
     if given.output and not given.output.parent.is_dir():
         raise FileNotFoundError(f"--output {given.output}: its folder does not exist")
     if given.output and given.output.exists() and not given.output.is_file():
