@@ -185,7 +185,7 @@ def _usage() -> str:
 def _parser(name: str, command: Callable[..., None], split: str) -> cli.Parser:
     parser = cli.Parser(name, command.__doc__)
     parser.add_argument("--split", choices=_SPLITS, default=split, help=f"by default {split}")
-    parser.add_argument("--data_dir", help="where the data are, if not where they were")
+    parser.add_argument("--data_dir", help="folder that now holds the data, if not that of before")
     return parser
 
 
@@ -201,6 +201,8 @@ def _loaded(given: argparse.Namespace) -> tuple[Run, Split]:
 def dataset_of(run: Run, data_dir: str | None = None) -> Dataset:
     """The data set that a network was trained on, as its config.json says.
 
+    Of an absolute PATH in its name, only the last part is looked for in `data_dir`.
+
     Raises:
         ConfigError: it cannot be loaded, or is no longer the same.
     """
@@ -214,6 +216,9 @@ def dataset_of(run: Run, data_dir: str | None = None) -> Dataset:
         ) from error
     if data_dir is not None:
         config.data.data_dir = data_dir
+        kind, _, place = config.data.name.partition(":")
+        if (path := Path(place).expanduser()).is_absolute():
+            config.data.name = f"{kind}:{path.name}"
     with one_line(config.data, "config.data"):
         dataset = load_data(config)
     now, before = dataset.inputs, run.inputs

@@ -102,6 +102,12 @@ class TestPredict:
         monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(map(str, files)) + "\n\n"))
         assert read(run(capsys, "predict", workdir, "--exit=0")) == whole
 
+    def test_inputs_before_and_behind_options(self, workdir, pictures, capsys):
+        a, c = pictures / "a.png", pictures / "c.png"
+        plain = run(capsys, "predict", workdir, a, c)
+        assert run(capsys, "predict", workdir, a, "--exit=1", c) == plain
+        assert run(capsys, "predict", workdir, "--exit=1", a, c) == plain
+
     def test_output(self, workdir, pictures, tmp_path, capsys):
         wanted = read(run(capsys, "predict", workdir, pictures))
         for name, options in (("a.csv", []), ("a.jsonl", []), ("a", ["--format=jsonl"])):
@@ -229,6 +235,19 @@ class TestCommands:
         refused(capsys, "'synthetic' is no longer what was trained on", "evaluate", copy)
         (copy / "config.json").write_text("{}")
         refused(capsys, "does not tell which data set was trained on", "evaluate", copy)
+
+    def test_data_that_have_moved(self, texts, tmp_path, capsys):
+        copy = runs.copy(texts, tmp_path)
+        old = texts.parent / "data"
+        before = run(capsys, "evaluate", texts)
+        (tmp_path / "moved").mkdir()
+        old.rename(tmp_path / "moved" / "data")
+        try:
+            refused(capsys, f"no file or folder '{old}'", "evaluate", copy)
+            after = run(capsys, "evaluate", copy, f"--data_dir={tmp_path / 'moved'}")
+            assert after.splitlines()[:-1] == before.splitlines()[:-1]
+        finally:
+            (tmp_path / "moved" / "data").rename(old)
 
     def test_export(self, workdir, tmp_path, capsys):
         folder = tmp_path / "exported"
