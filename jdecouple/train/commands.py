@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 
 from jdecouple._errors import first_line, require_number
-from jdecouple._files import replace
 from jdecouple.data import Dataset, ImageInputs, Split
 from jdecouple.inference import calibration, cli, reports
 from jdecouple.inference.adaptive import require_exits
@@ -148,8 +147,7 @@ def calibrate(argv: Sequence[str]) -> None:
         *(folder, rule, logits, labels, costs), cost_name=name, exits=run.exits, about=about
     )
     path = run.workdir / cli.EXITS
-    text = json.dumps({"rule": rule.to_json(), **about}, indent=2) + "\n"
-    replace(path, lambda temporary: temporary.write_text(text))
+    reports.write_json(path, {"rule": found["rule"], **about})
     accuracy, share = found["accuracy"], found["cost"]
     print(f"{split.name} accuracy {accuracy:.2%} with {share:.1%} of the {unit}")
     print(f"  with all {last:.2%}")
