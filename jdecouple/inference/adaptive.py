@@ -67,10 +67,11 @@ class AdaptivePredictor:
             batch_size: rows of a full batch; rounded up to a multiple of the replicas.
 
         Raises:
-            TypeError: the rule is none.
+            TypeError: the rule or the predictor is none.
             ValueError: heads without exits of their own, a rule for another number of exits, a
                 batch size that is no whole number, or stages in other processes.
         """
+        require_type(Predictor, predictor=predictor)
         require_type(Rule, rule=rule)
         require_int(1, batch_size=batch_size)
         if not predictor.one_process:
