@@ -94,7 +94,9 @@ def predict(argv: Sequence[str]) -> None:
         raise ValueError("there are no inputs: at least one is needed")
     suffix = given.output.suffix[1:] if given.output else ""
     kind = given.format or (suffix if suffix in _FORMATS else "csv")
-    _write(_text(found, kind), given.output)
+    # Names of files may be no UTF-8: in CSV they are what they were, in JSON they are escaped.
+    errors = "backslashreplace" if kind == "jsonl" else "surrogateescape"
+    _write(_text(found, kind).encode("utf-8", errors), given.output)
 
 
 def export(argv: Sequence[str]) -> None:
@@ -225,8 +227,7 @@ def _text(found: Sequence[dict[str, Any]], kind: str) -> str:
     return text.getvalue()
 
 
-def _write(text: str, path: Path | None) -> None:
-    encoded = text.encode("utf-8", "surrogateescape")  # names of files may be no UTF-8
+def _write(encoded: bytes, path: Path | None) -> None:
     if path is not None:
         replace(path.resolve(), lambda temporary: temporary.write_bytes(encoded))
         return

@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import os
+import shutil
 import subprocess
 import sys
 
@@ -107,6 +109,14 @@ class TestPredict:
         plain = run(capsys, "predict", workdir, a, c)
         assert run(capsys, "predict", workdir, a, "--exit=1", c) == plain
         assert run(capsys, "predict", workdir, "--exit=1", a, c) == plain
+
+    def test_a_name_that_is_no_utf8(self, workdir, pictures, tmp_path, capsys):
+        name = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png")
+        shutil.copy(pictures / "a.png", name)
+        for suffix in ("csv", "jsonl"):
+            run(capsys, "predict", workdir, name, "--output", tmp_path / f"out.{suffix}")
+        assert b"/\xff.png," in (tmp_path / "out.csv").read_bytes()
+        assert json.loads((tmp_path / "out.jsonl").read_text("utf-8"))["input"] == name
 
     def test_output(self, workdir, pictures, tmp_path, capsys):
         wanted = read(run(capsys, "predict", workdir, pictures))
