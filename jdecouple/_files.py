@@ -17,10 +17,12 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
     Nobody can tell the name of that file before, and a link in its place is never followed.
 
     Raises:
-        OSError: It cannot be written; one line that names `path`.
+        OSError: It cannot be written, or is a device or a pipe; one line that names `path`.
     """
     temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.tmp")
     with naming(path):
+        if path.exists() and not (path.is_file() or path.is_dir()):  # as /dev/null, as root
+            raise OSError("it is no regular file")
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         try:
             write(temporary)

@@ -206,11 +206,13 @@ class Trainer:
         """Writes a state for `restore`, and deletes an earlier one there once it is whole.
 
         Raises:
+            TypeError: no state.
             ValueError: the directory holds a later state or a run's, or cannot be written; or some
                 stages are in other processes.
         """
         from jdecouple.checkpoint import save_alone  # Orbax is a tenth of the start-up
 
+        self._states.check(state)
         whole = all(placement.fully_addressable for placement in self.placements)
         save_alone(directory, state.step, self.to_arrays(state) if whole else None)
 

@@ -48,6 +48,15 @@ def test_a_target_that_is_a_link_is_replaced_not_followed(tmp_path):
     assert (victim.read_text(), path.read_text()) == ("precious", "new")
 
 
+def test_a_pipe_or_a_device_is_never_replaced(tmp_path):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    with pytest.raises(OSError, match=r"^cannot write .*pipe: it is no regular file$"):
+        replace(path, lambda temporary: temporary.write_text("new"))
+    assert path.is_fifo()
+    assert os.listdir(tmp_path) == ["pipe"]
+
+
 def test_what_fails_leaves_the_old_file_and_is_one_line(tmp_path, monkeypatch):
     path = tmp_path / "file"
     path.write_text("old")

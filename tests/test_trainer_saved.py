@@ -73,6 +73,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
     empty = tmp_path / "none"
     nets.assert_clear(ValueError, ("no checkpoint", "none"), lambda: trainer.restore(empty))
     assert not empty.exists()
+    nets.assert_clear(TypeError, ("state", "NoneType"), lambda: trainer.save(None, empty))
 
 
 def test_the_checkpoints_of_a_run_are_left_alone(tmp_path: Path):

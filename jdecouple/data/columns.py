@@ -93,6 +93,8 @@ def places_to_read(
     """
     known = [plain(name) for name in row]
     if columns is not None:
+        if pictures and len(columns) > 1:
+            raise ValueError(f"columns are {', '.join(columns)}: one column of paths is needed")
         for name in columns:
             if known.count(plain(name)) != 1:
                 raise ValueError(

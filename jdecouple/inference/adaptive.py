@@ -67,20 +67,16 @@ class AdaptivePredictor:
             batch_size: rows of a full batch; rounded up to a multiple of the replicas.
 
         Raises:
-            TypeError: the rule is none.
+            TypeError: the rule or the predictor is none.
             ValueError: heads without exits of their own, a rule for another number of exits, a
                 batch size that is no whole number, or stages in other processes.
         """
+        require_type(Predictor, predictor=predictor)
         require_type(Rule, rule=rule)
         require_int(1, batch_size=batch_size)
         if not predictor.one_process:
             raise ValueError("some stages are in other processes: early exit needs them in one")
-        if predictor.descends:
-            raise ValueError(
-                "the answer comes down from the last block: early exit needs exits on the way up"
-            )
-        if len(predictor.exits) < 2:
-            raise ValueError(f"the net has {len(predictor.exits)} exit: early exit needs 2 or more")
+        require_exits(predictor)
         self.rule = rule.for_exits(len(predictor.exits))
         parts = [-(-batch_size // part) for part in (1, 4, 16)]
         rounded = {-(-part // predictor.replicas) * predictor.replicas for part in parts}
@@ -233,6 +229,16 @@ class _Passage:
 
     def _size(self, count: int) -> int:
         return min(size for size in self._sizes if size >= count)
+
+
+def require_exits(predictor: Predictor) -> None:
+    """Raises ValueError where no example can leave early, whatever the rule."""
+    if predictor.descends:
+        raise ValueError(
+            "the answer comes down from the last block: early exit needs exits on the way up"
+        )
+    if len(predictor.exits) < 2:
+        raise ValueError(f"the net has {len(predictor.exits)} exit: early exit needs 2 or more")
 
 
 def _filled(numbers: np.ndarray, size: int, value: int | None = None) -> np.ndarray:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import csv
+import inspect
 import io
 import itertools
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,6 +26,7 @@ _COLUMNS = ("input", "label", "class_name", "probability", "exit")
 _FORMATS = ("csv", "jsonl")
 _BATCHES = 8  # that are read before they are computed
 _DIGITS = 6  # of a probability
+_BATCH_SIZE = "inputs that are computed together; by default as in training's evaluation"
 
 Row = tuple[str, Any]  # what an input is called, and what `encode` takes
 
@@ -32,10 +34,10 @@ Row = tuple[str, Any]  # what an input is called, and what `encode` takes
 class Parser(argparse.ArgumentParser):
     """Arguments of a command; ValueError of one line for what they are not."""
 
-    def __init__(self, command: str, description: str | None):
+    def __init__(self, command: str, documentation: str | None, batch_size: str = _BATCH_SIZE):
         super().__init__(
             prog=f"python -m jdecouple {command}",
-            description=description,
+            description=inspect.cleandoc(documentation or "").partition("\n\nRaises:")[0],
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
@@ -43,7 +45,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(
             "--step", type=step, default="best", help="best (by validation), last or a number"
         )
-        self.add_argument("--batch_size", type=int, help="by default as in training's evaluation")
+        self.add_argument("--batch_size", type=int, help=batch_size)
 
     def error(self, message: str) -> NoReturn:
         """Refuses the arguments."""
@@ -61,18 +63,28 @@ def predict(argv: Sequence[str]) -> None:
         TypeError, ValueError, OSError: bad arguments, a workdir or an input that cannot be used.
     """
     parser = Parser("predict", predict.__doc__)
-    parser.add_argument("inputs", nargs="*", metavar="INPUT")
-    parser.add_argument("--exit", type=exit_option, help="number of an exit, or 'calibrated'")
+    parser.add_argument(
+        "inputs", nargs="*", default=["-"], metavar="INPUT", help="file, folder or -"
+    )
+    parser.add_argument(
+        "--exit", type=exit_or("calibrated"), help="by default the last; a number or 'calibrated'"
+    )
     parser.add_argument("--column", help="of CSV files; several of texts: a,b")
-    parser.add_argument("--format", choices=_FORMATS, help="csv, or jsonl as --output ends in")
-    parser.add_argument("--output", type=Path, help="a file, written whole or not at all")
-    given = parser.parse_args(argv)
+    parser.add_argument(
+        "--format", choices=_FORMATS, help="by default what --output ends in, else csv"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="a file, written whole or not at all; by default stdout"
+    )
+    given = parser.parse_intermixed_args(argv)  # inputs may stand before and behind options
     if given.output and not given.output.parent.is_dir():
         raise FileNotFoundError(f"--output {given.output}: its folder does not exist")
+    if given.output and given.output.exists() and not given.output.is_file():
+        raise ValueError(f"--output {given.output} is no regular file")
     run = load(given.workdir, given.step)
     exit = calibrated(run) if given.exit == "calibrated" else given.exit
-    columns = given.column and given.column.split(",")
-    rows = read_rows(run.inputs, given.inputs or ["-"], columns)
+    columns = None if given.column is None else given.column.split(",")
+    rows = read_rows(run.inputs, given.inputs, columns)
     size = _BATCHES * (given.batch_size or run.description.batch_size)
     found: list[dict[str, Any]] = []
     while part := [*itertools.islice(rows, max(1, size))]:
@@ -82,7 +94,9 @@ def predict(argv: Sequence[str]) -> None:
         raise ValueError("there are no inputs: at least one is needed")
     suffix = given.output.suffix[1:] if given.output else ""
     kind = given.format or (suffix if suffix in _FORMATS else "csv")
-    _write(_text(found, kind), given.output)
+    # Names of files may be no UTF-8: in CSV they are what they were, in JSON they are escaped.
+    errors = "backslashreplace" if kind == "jsonl" else "surrogateescape"
+    _write(_text(found, kind).encode("utf-8", errors), given.output)
 
 
 def export(argv: Sequence[str]) -> None:
@@ -91,10 +105,12 @@ def export(argv: Sequence[str]) -> None:
     Raises:
         TypeError, ValueError, OSError: bad arguments, or a workdir that cannot be used.
     """
-    parser = Parser("export", export.__doc__)
+    parser = Parser("export", export.__doc__, "the only number of inputs; by default any")
     parser.add_argument("folder", metavar="FOLDER", help="a new or an empty one")
     parser.add_argument(
-        "--exit", type=int, help="number of the exit to end at; by default the last"
+        "--exit",
+        type=exit_or("all"),
+        help="number of that to end at, by default the last; or 'all'",
     )
     given = parser.parse_args(argv)
     folder = load(given.workdir, given.step).export(
@@ -108,9 +124,18 @@ def step(text: str) -> str | int:
     return int(text) if text.isdecimal() else text
 
 
-def exit_option(text: str) -> str | int:
-    """A value of --exit."""
-    return text if text == "calibrated" else int(text)
+def exit_or(word: str) -> Callable[[str], str | int]:
+    """What reads a value of --exit: a number, or this word."""
+
+    def read(text: str) -> str | int:
+        try:
+            return text if text == word else int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"invalid value {text!r}: a number or {word!r} is needed"
+            ) from None
+
+    return read
 
 
 def calibrated(run: Run) -> Rule:
@@ -119,12 +144,13 @@ def calibrated(run: Run) -> Rule:
     try:
         content = json.loads(path.read_bytes())
         rule, chosen_at = Rule.from_json(content["rule"]), content["step"]
+        rule.for_exits(len(run.exits))
     except FileNotFoundError:
         raise ValueError(
             f"'{path}' is not there: python -m jdecouple calibrate {run.workdir} writes it"
         ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"'{path}' is no rule that calibrate wrote") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"'{path}' is no rule that calibrate wrote for this network") from error
     if chosen_at != run.step:
         raise ValueError(
             f"'{path}' was chosen at step {chosen_at}, but step {run.step} is loaded: calibrate "
@@ -146,26 +172,29 @@ def read_rows(inputs: Inputs, paths: Iterable[str], columns: Sequence[str] | Non
     """
     pictures = isinstance(inputs, ImageInputs)
     for path in paths:
-        if path.lower().endswith(".csv"):
+        if path.lower().endswith(".csv") and not Path(path).is_dir():
             folder = Path(path).parent
             for text in _column(Path(path), columns, pictures):
                 yield text, str(folder / text) if pictures else text
         elif path != "-" and pictures:
             yield from ((file, file) for file in image_paths(path))
         else:
-            lines = sys.stdin if path == "-" else _lines(Path(path))
-            texts = (line.rstrip("\r\n") for line in lines)
+            texts = (line.rstrip("\r\n") for line in _lines(path))
             yield from ((text, text) for text in texts if text or not pictures)
 
 
-def _lines(path: Path) -> Iterator[str]:
-    if path.is_dir():
+def _lines(path: str) -> Iterator[str]:
+    if path != "-" and Path(path).is_dir():
         raise ValueError(f"'{path}' is a folder: files of texts are needed")
     try:
-        with path.open(encoding="utf-8-sig") as file:
+        if path == "-":
+            yield from sys.stdin or ()  # None where it is closed
+            return
+        with open(path, encoding="utf-8-sig") as file:
             yield from file
     except UnicodeDecodeError as error:
-        raise ValueError(f"'{path}' is no text in UTF-8 ({error})") from error
+        name = "stdin" if path == "-" else f"'{path}'"
+        raise ValueError(f"{name} is no text in UTF-8 ({error})") from error
 
 
 def _column(path: Path, columns: Sequence[str] | None, pictures: bool) -> Iterator[str]:
@@ -198,10 +227,9 @@ def _text(found: Sequence[dict[str, Any]], kind: str) -> str:
     return text.getvalue()
 
 
-def _write(text: str, path: Path | None) -> None:
-    encoded = text.encode("utf-8", "surrogateescape")  # names of files may be no UTF-8
+def _write(encoded: bytes, path: Path | None) -> None:
     if path is not None:
-        replace(path, lambda temporary: temporary.write_bytes(encoded))
+        replace(path.resolve(), lambda temporary: temporary.write_bytes(encoded))
         return
     sys.stdout.flush()
     sys.stdout.buffer.write(encoded)

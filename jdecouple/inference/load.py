@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Mapping
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 import jax
@@ -98,9 +99,9 @@ def _read(checkpoints: Checkpointer, step: int | str) -> Restored:
 
 def _choose(checkpoints: Checkpointer, step: int | str) -> int:
     if step not in ("best", "last"):
-        if not isinstance(step, int) or isinstance(step, bool):
+        if not isinstance(step, Integral) or isinstance(step, bool):
             raise ValueError(f"step is {step!r}: 'best', 'last' or that of a checkpoint is needed")
-        return step
+        return int(step)
     latest = checkpoints.latest_step  # before a training has saved another
     sound = checkpoints.extras()
     if latest is None or not sound:

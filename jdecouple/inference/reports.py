@@ -91,7 +91,7 @@ def write_evaluation(
         "confusion": matrix.tolist(),
     }
     path = _made(folder)
-    _write_json(path / "evaluation.json", content)
+    write_json(path / "evaluation.json", content)
     for table in ("exits", "classes", "worst"):
         tables.write_csv(path / f"{table}.csv", content[table])
     counts = [[name, *row] for name, row in zip(names, content["confusion"], strict=True)]
@@ -177,8 +177,8 @@ def write_calibration(
         "curves": {name: points.tolist() for name, points in curves.items()},
     }
     path = _made(folder)
-    _write_json(path / "exits.json", {"rule": content["rule"], **(about or {})})
-    _write_json(path / "calibration.json", content)
+    write_json(path / "exits.json", {"rule": content["rule"], **(about or {})})
+    write_json(path / "calibration.json", content)
     points = [[name, *point] for name, curve in content["curves"].items() for point in curve]
     tables.write_lines(path / "curves.csv", [["name", "cost", "accuracy"], *points])
     tables.write_csv(path / "calibration.csv", rows)
@@ -226,6 +226,7 @@ def _made(folder: str | Path) -> Path:
     return path
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes JSON, atomically; OSError where it cannot."""
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     replace(path, lambda temporary: temporary.write_text(text))

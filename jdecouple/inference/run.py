@@ -20,7 +20,7 @@ from jdecouple._errors import require_int
 from jdecouple.data import Split, evaluation_batches
 from jdecouple.data.inputs import Inputs
 from jdecouple.inference import calibration, costs
-from jdecouple.inference.adaptive import AdaptivePredictor
+from jdecouple.inference.adaptive import AdaptivePredictor, require_exits
 from jdecouple.inference.description import Description
 from jdecouple.inference.rules import Rule
 from jdecouple.methods import Method
@@ -215,8 +215,9 @@ class Run:
                 (`Run.costs`); what `Run.seconds` returns for a wish in time.
 
         Raises:
-            TypeError, ValueError: what `calibration.choose` refuses.
+            TypeError, ValueError: what `calibration.choose` refuses, or a network of one exit.
         """
+        require_exits(self.predictor)
         options = {"accuracy": accuracy, "cost": cost, "temperatures": temperatures}
         logits, labels = self.logits(data)
         costs = self.costs if costs is None else costs

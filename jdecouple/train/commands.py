@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from jdecouple._errors import first_line
-from jdecouple._files import replace
+from jdecouple._errors import first_line, require_number
 from jdecouple.data import Dataset, ImageInputs, Split
 from jdecouple.inference import calibration, cli, reports
+from jdecouple.inference.adaptive import require_exits
 from jdecouple.inference.load import load
 from jdecouple.inference.rules import NAMES
 from jdecouple.inference.run import Run
@@ -73,7 +73,11 @@ def evaluate(argv: Sequence[str]) -> None:
     confusion.csv and .png, classes.csv, worst.csv (and .png of images), evaluation.json.
     """
     parser = _parser("evaluate", evaluate, "test")
-    parser.add_argument("--exit", type=cli.exit_option, help="number of an exit, or 'calibrated'")
+    parser.add_argument(
+        "--exit",
+        type=cli.exit_or("calibrated"),
+        help="that of the tables and pictures, by default the last; a number or 'calibrated'",
+    )
     parser.add_argument("--output", type=Path, help="a folder, by default WORKDIR/evaluation_SPLIT")
     given = parser.parse_args(argv)
     run, split = _loaded(given)
@@ -118,7 +122,10 @@ def calibrate(argv: Sequence[str]) -> None:
         "--time", action="store_true", help="costs are seconds, measured here, not operations"
     )
     given = parser.parse_args(argv)
+    if given.accuracy_loss is not None:
+        require_number(accuracy_loss=given.accuracy_loss)
     run, split = _loaded(given)
+    require_exits(run.predictor)
     logits, labels = run.logits(split, given.batch_size)
     unit, costs = ("time", _seconds(run, split)) if given.time else ("operations", run.costs)
     costs = costs / costs[-1]
@@ -140,8 +147,7 @@ def calibrate(argv: Sequence[str]) -> None:
         *(folder, rule, logits, labels, costs), cost_name=name, exits=run.exits, about=about
     )
     path = run.workdir / cli.EXITS
-    text = json.dumps({"rule": rule.to_json(), **about}, indent=2) + "\n"
-    replace(path, lambda temporary: temporary.write_text(text))
+    reports.write_json(path, {"rule": found["rule"], **about})
     accuracy, share = found["accuracy"], found["cost"]
     print(f"{split.name} accuracy {accuracy:.2%} with {share:.1%} of the {unit}")
     print(f"  with all {last:.2%}")
@@ -177,7 +183,7 @@ def _usage() -> str:
 def _parser(name: str, command: Callable[..., None], split: str) -> cli.Parser:
     parser = cli.Parser(name, command.__doc__)
     parser.add_argument("--split", choices=_SPLITS, default=split, help=f"by default {split}")
-    parser.add_argument("--data_dir", help="where the data are, if not where they were")
+    parser.add_argument("--data_dir", help="folder that now holds the data, if not that of before")
     return parser
 
 
@@ -193,6 +199,8 @@ def _loaded(given: argparse.Namespace) -> tuple[Run, Split]:
 def dataset_of(run: Run, data_dir: str | None = None) -> Dataset:
     """The data set that a network was trained on, as its config.json says.
 
+    Of an absolute PATH in its name, only the last part is looked for in `data_dir`.
+
     Raises:
         ConfigError: it cannot be loaded, or is no longer the same.
     """
@@ -206,6 +214,9 @@ def dataset_of(run: Run, data_dir: str | None = None) -> Dataset:
         ) from error
     if data_dir is not None:
         config.data.data_dir = data_dir
+        kind, _, place = config.data.name.partition(":")
+        if (path := Path(place).expanduser()).is_absolute():
+            config.data.name = f"{kind}:{path.name}"
     with one_line(config.data, "config.data"):
         dataset = load_data(config)
     now, before = dataset.inputs, run.inputs

@@ -152,3 +152,8 @@ def test_what_cannot_leave_early_is_refused(method, rule, size, kind, words):
     nets.assert_clear(
         kind, words, lambda: AdaptivePredictor(trainer.predictor, state.stages, rule, size)
     )
+    nets.assert_clear(
+        TypeError,
+        ("predictor", "Trainer"),
+        lambda: AdaptivePredictor(trainer, state.stages, rule, size),
+    )

@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import os
+import shutil
 import subprocess
 import sys
 
@@ -102,6 +104,20 @@ class TestPredict:
         monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(map(str, files)) + "\n\n"))
         assert read(run(capsys, "predict", workdir, "--exit=0")) == whole
 
+    def test_inputs_before_and_behind_options(self, workdir, pictures, capsys):
+        a, c = pictures / "a.png", pictures / "c.png"
+        plain = run(capsys, "predict", workdir, a, c)
+        assert run(capsys, "predict", workdir, a, "--exit=1", c) == plain
+        assert run(capsys, "predict", workdir, "--exit=1", a, c) == plain
+
+    def test_a_name_that_is_no_utf8(self, workdir, pictures, tmp_path, capsys):
+        name = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png")
+        shutil.copy(pictures / "a.png", name)
+        for suffix in ("csv", "jsonl"):
+            run(capsys, "predict", workdir, name, "--output", tmp_path / f"out.{suffix}")
+        assert b"/\xff.png," in (tmp_path / "out.csv").read_bytes()
+        assert json.loads((tmp_path / "out.jsonl").read_text("utf-8"))["input"] == name
+
     def test_output(self, workdir, pictures, tmp_path, capsys):
         wanted = read(run(capsys, "predict", workdir, pictures))
         for name, options in (("a.csv", []), ("a.jsonl", []), ("a", ["--format=jsonl"])):
@@ -133,7 +149,7 @@ class TestPredict:
         for path in (lines, table, bare):
             assert read(run(capsys, "predict", texts, path)) == rows
 
-    def test_refused(self, workdir, texts, pictures, tmp_path, capsys):
+    def test_refused(self, workdir, texts, pictures, tmp_path, capsys, monkeypatch):
         two = text_sets.write_csv(tmp_path / "two.csv", [["good", "bad"]])
         for said, *arguments in (
             ("there is no run in", tmp_path, pictures),
@@ -144,6 +160,9 @@ class TestPredict:
             ("exits.json' is not there", workdir, pictures, "--exit=calibrated"),
             ("batch_size is 0", workdir, pictures, "--batch_size=0"),
             ("unrecognized arguments: --colour=1", workdir, pictures, "--colour=1"),
+            ("is no regular file", workdir, pictures, "--output", tmp_path),
+            ("one column of paths is needed", workdir, two, "--column=a,b"),
+            ("one called '' is needed", texts, two, "--column="),
             ("No such file", workdir, tmp_path / "none.png"),
             ("No such file", texts, tmp_path / "none.txt"),
             ("is a folder: files of texts", texts, tmp_path),
@@ -153,7 +172,10 @@ class TestPredict:
             ("holds no images", workdir, tmp_path),
         ):
             refused(capsys, said, "predict", *arguments)
-        refused(capsys, "arguments are required: WORKDIR", "predict")
+        refused(capsys, "arguments are required: WORKDIR;", "predict")
+        stdin = io.TextIOWrapper(io.BytesIO("café".encode("latin1")), encoding="utf-8")
+        monkeypatch.setattr(sys, "stdin", stdin)
+        refused(capsys, "stdin is no text in UTF-8", "predict", texts)
 
 
 class TestCommands:
@@ -168,7 +190,9 @@ class TestCommands:
             with pytest.raises(SystemExit) as ended:
                 main(["jdecouple", name, "--help"])
             assert ended.value.code == 0
-            assert "WORKDIR" in capsys.readouterr().out
+            text = capsys.readouterr().out
+            assert "WORKDIR" in text
+            assert "Raises" not in text
 
     def test_train_is_train_py(self, capsys):
         refused(capsys, "--config and --workdir are needed", "train")
@@ -196,6 +220,16 @@ class TestCommands:
         (workdir / "exits.json").write_text(json.dumps({**kept, "step": 4}))
         said = "was chosen at step 4, but step 22 is loaded"
         refused(capsys, said, "predict", workdir, pictures, "--exit=calibrated")
+        for given in ("nan", "-0.1"):
+            said = f"accuracy_loss is {given}: a finite number of at least 0 is needed"
+            refused(capsys, said, "calibrate", workdir, f"--accuracy_loss={given}")
+        (workdir / "exits.json").write_text(
+            json.dumps({**kept, "rule": {"name": "margin", "thresholds": [0.5]}})
+        )
+        said = "is no rule that calibrate wrote for this network"
+        refused(capsys, said, "predict", workdir, pictures, "--exit=calibrated")
+        (workdir / "exits.json").write_text("[" * 100_000)
+        refused(capsys, said, "predict", workdir, pictures, "--exit=calibrated")
         output = run(capsys, "calibrate", workdir, "--accuracy_loss=0.5", "--time")
         assert "% of the time" in output
         (workdir / "exits.json").unlink()
@@ -211,6 +245,19 @@ class TestCommands:
         refused(capsys, "'synthetic' is no longer what was trained on", "evaluate", copy)
         (copy / "config.json").write_text("{}")
         refused(capsys, "does not tell which data set was trained on", "evaluate", copy)
+
+    def test_data_that_have_moved(self, texts, tmp_path, capsys):
+        copy = runs.copy(texts, tmp_path)
+        old = texts.parent / "data"
+        before = run(capsys, "evaluate", texts)
+        (tmp_path / "moved").mkdir()
+        old.rename(tmp_path / "moved" / "data")
+        try:
+            refused(capsys, f"no file or folder '{old}'", "evaluate", copy)
+            after = run(capsys, "evaluate", copy, f"--data_dir={tmp_path / 'moved'}")
+            assert after.splitlines()[:-1] == before.splitlines()[:-1]
+        finally:
+            (tmp_path / "moved" / "data").rename(old)
 
     def test_export(self, workdir, tmp_path, capsys):
         folder = tmp_path / "exported"

@@ -72,6 +72,9 @@ class TestEveryMethod:
             assert metrics[f"exit_{exit}/accuracy"] == pytest.approx(right, abs=1e-7)
         one = run.predict(images["x"][13])
         np.testing.assert_array_equal(one.logits, wanted[:, 13:14])
+        if len(run.exits) < 2:  # a rule that `predict` refuses is not chosen
+            with pytest.raises(ValueError, match="early exit needs"):
+                run.calibrate(dataset.test, accuracy=0.1)
 
     def test_after_another_number_of_stages(self, name):
         run, apart = jd.load(trained(name)), jd.load(trained(name), mesh=jd.make_mesh(2))
