@@ -111,7 +111,7 @@ def build_units(
 
 
 def _check_growth(model: Model, method: Method, frozen: Collection[int]) -> None:
-    """Raises TypeError or ValueError unless the method can train a model that was grown, or parts."""
+    """Refuses a grown model or parts of one that the method cannot train; TypeError, ValueError."""
     require_type(Collection, frozen=frozen)  # an iterator would be empty the second time
     count = len(model.blocks)
     if not method.route.local and (len(frozen) or model.before is not None):
