@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from jdecouple._errors import require_type
 from jdecouple.methods import Method
 from jdecouple.methods.objectives import BlockInfo
 from jdecouple.methods.objectives.maps import pool_maps, pooled_info
@@ -62,6 +63,8 @@ def grow(
         TypeError, ValueError: blocks or arguments that do not fit, a method that is not local, or
             a state of which other processes hold parts.
     """
+    require_type(Trainer, trainer=trainer)
+    require_type(Sequence, blocks=blocks)
     arrays = trainer.to_arrays(state)
     if any(values is None for values in state.stages):
         raise ValueError(
@@ -92,7 +95,7 @@ def from_arrays(trainer: Trainer, step: int, arrays: Mapping[str, Any]) -> State
             is missing or has another shape.
     """
     held = {tuple(name.split("/")[:2]) for name in arrays}
-    blocks = {block for block, _ in held}
+    blocks = {block for block, *_ in held}
 
     def is_fresh(name: str) -> bool:
         block, kind = name.split("/")[:2]

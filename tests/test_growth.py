@@ -242,6 +242,7 @@ def test_what_is_refused():
     clear(ValueError, ("local method", "bp"), lambda: grown(*trained("bp")))
     clear(ValueError, ("local method", "fdg"), lambda: nets.build("fdg", frozen=(0,)))
     clear(ValueError, ("frozen", "all 2"), lambda: nets.build("deinforeg", frozen=(0, 1)))
+    clear(TypeError, ("frozen is a",), lambda: nets.build("deinforeg", frozen=iter([0])))
     clear(ValueError, ("frozen is 2", "0 to 1"), lambda: nets.build("deinforeg", frozen=(2,)))
     mesh = jd.make_mesh(2)
     clear(
@@ -249,7 +250,8 @@ def test_what_is_refused():
         ("spmd", "frozen ones, 0, 1"),
         lambda: grown(trainer, state, engine="spmd", mesh=mesh),
     )
-    clear(ValueError, ("block_0",), lambda: growth.from_arrays(other, 2, {}))
+    for none in ({}, {"other": jnp.zeros(3)}):
+        clear(ValueError, ("block_0",), functools.partial(growth.from_arrays, other, 2, none))
     missing = {name: x for name, x in arrays.items() if "block_1/stats" not in name}
     clear(ValueError, ("block_1/stats",), lambda: growth.from_arrays(other, 2, missing))
     clear(
@@ -258,6 +260,9 @@ def test_what_is_refused():
         lambda: growth.grow(trainer, state, [nnx.Linear(7, 7, rngs=nnx.Rngs(0))]),
     )
     clear(ValueError, ("2 blocks", "2 that"), lambda: growth.grow(trainer, state, []))
+    block = whole().blocks[2]
+    clear(TypeError, ("blocks is a", "Sequence"), lambda: growth.grow(trainer, state, block))
+    clear(TypeError, ("trainer is a State",), lambda: growth.grow(state, trainer, [block]))
     clear(TypeError, ("blocks[2]", "Module"), lambda: growth.grow(trainer, state, [jnp.tanh]))
     counts = (3, 5)
     sizes = {"carry": nets.batches(1)[0], "num_classes": nets.CLASSES}

@@ -111,9 +111,10 @@ def build_units(
 
 
 def _check_growth(model: Model, method: Method, frozen: Collection[int]) -> None:
-    """Raises ValueError unless the method can train a model that was grown, or parts of one."""
+    """Refuses a grown model or parts of one that the method cannot train; TypeError, ValueError."""
+    require_type(Collection, frozen=frozen)  # an iterator would be empty the second time
     count = len(model.blocks)
-    if not method.route.local and (frozen or model.before is not None):
+    if not method.route.local and (len(frozen) or model.before is not None):
         what = "a model that was grown" if model.before is not None else "frozen blocks"
         raise ValueError(f"{what} needs a local method: given {method.name}")
     for index in frozen:

@@ -29,6 +29,12 @@ def announce(run: Run) -> None:
     print(" | ".join(f"{name} {value}" for name, value in parts.items()), flush=True)
     if run.proposal is not None:
         print(f"proposal: {run.proposal}")
+    if run.grows:
+        first, *later = ((phase.start, len(phase.trainer.model.blocks)) for phase in run.phases)
+        text = "".join(f", {count} after step {start}" for start, count in later)
+        early = run.grows[-1] >= run.total_steps
+        end = f"; the run ends at step {run.total_steps}, before it has all" if early else ""
+        print(f"blocks: {first[1]}{text}{end}", flush=True)
     if jax.default_backend() == "cpu" and not cpu_is_meant():
         warning = unused_gpu(nvidia_devices(), cuda_plugins(), metadata.version("jaxlib"))
         if warning:

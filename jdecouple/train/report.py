@@ -196,7 +196,8 @@ def _draw_accuracies(axes: Any, lines: Sequence[Line]) -> None:
         prefix = "block" if split == "train" else "exit"
         series = {f"exit {i}": _series(part, f"{prefix}_{i}/accuracy") for i in exits}
         final = _series(part, "accuracy")
-        if final not in series.values():
+        known = {point for values in series.values() for point in zip(*values, strict=True)}
+        if not known.issuperset(zip(*final, strict=True)):  # else the deepest exit of each step
             series["final"] = final
         for label, points in series.items():
             if points[0]:

@@ -345,10 +345,14 @@ def check_processes(trainer: Trainer, config: ConfigDict) -> None:
             raise ConfigError(f"config.{key} is {config[key]}: it needs a run of one process")
     used = frozenset().union(*(placement.processes for placement in trainer.placements))
     if idle := sorted({*range(jax.process_count())} - used):
+        phase, remedy = "", ""
+        if config.growth.blocks is not None:
+            phase = f" of the first {len(trainer.model.blocks)} block(s)"
+            remedy = ", or config.growth.blocks that begins with more"
         raise ConfigError(
-            f"the stages take no device of process {', '.join(map(str, idle))}: "
+            f"the stages{phase} take no device of process {', '.join(map(str, idle))}: "
             f"{jax.process_count()} processes with {len(jax.devices())} device(s) need more "
-            "config.mesh.stages or a larger config.mesh.data"
+            f"config.mesh.stages or a larger config.mesh.data{remedy}"
         )
 
 

@@ -4,6 +4,7 @@ import os
 import signal
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import runs
@@ -13,8 +14,10 @@ from text_sets import tiny as tiny_texts
 
 import jdecouple as jd
 from jdecouple.checkpoint import Checkpointer
+from jdecouple.train import devices
 from jdecouple.train.config import ConfigError, validate
 from jdecouple.train.loop import build, train_and_evaluate
+from jdecouple.train.run import check_processes
 
 GROWTH = {"growth__blocks": (1, 2), "growth__steps": (0, 10)}  # between two checkpoints
 ENDS = 18
@@ -186,6 +189,19 @@ def test_what_is_refused(values, said):
         build(tiny(**{**GROWTH, **values}))
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_an_end_before_all_blocks_is_announced(capsys):
+    devices.announce(build(tiny(**GROWTH, steps=10)))
+    assert "blocks: 1, 2 after step 10; the run ends at step 10, before" in capsys.readouterr().out
+
+
+def test_a_phase_without_a_stage_for_every_process(monkeypatch):
+    built = build(tiny(**GROWTH))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    said = r"the stages of the first 1 block\(s\) take no device of process 1: .*growth\.blocks"
+    with pytest.raises(ConfigError, match=said):
+        check_processes(built.phases[0].trainer, built.config)
 
 
 def test_a_workdir_of_a_run_that_grows_otherwise(tmp_path, whole):

@@ -56,6 +56,15 @@ def test_curves_without_blocks_or_exits(tmp_path, monkeypatch):
     assert [line.get_label() for line in accuracies.lines] == ["final"]
 
 
+def test_curves_of_exits_that_come_later_hide_none(tmp_path, monkeypatch):
+    """The last exit of a model that grows is drawn once, in its own colour."""
+    with MetricsWriter(tmp_path, resume_step=None) as writer:
+        writer.write(1, "test", {"accuracy": 0.5, "exit_0/accuracy": 0.5})
+        writer.write(2, "test", {"accuracy": 0.7, "exit_0/accuracy": 0.5, "exit_1/accuracy": 0.7})
+    _, _, (_, accuracies) = axes_of(monkeypatch, tmp_path)
+    assert [line.get_label() for line in accuracies.lines] == ["exit 0", "exit 1"]
+
+
 def test_losses_of_many_decades_get_a_logarithmic_axis(tmp_path, monkeypatch):
     write_run(tmp_path, steps=200, test=False)
     assert axes_of(monkeypatch, tmp_path)[2][0].get_yscale() == "log"
