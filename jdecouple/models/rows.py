@@ -1,7 +1,6 @@
 """Sums over leading axes, and operations whose gradients are such sums.
 
-On CPUs such a sum is a product with a row of ones, which XLA runs many times as fast there as a
-reduction. On other devices it is a plain sum.
+On CPUs such a sum is a product with a row of ones, on other devices a plain sum.
 """
 
 import functools
@@ -28,7 +27,7 @@ def sum_rows(x: jax.Array) -> jax.Array:
 
 
 def _product(rows: jax.Array) -> jax.Array:
-    # XLA takes two to five times as long over a narrow product: several rows make one wide row.
+    # XLA takes up to five times as long over a narrow product: several rows make one wide row.
     count, features = rows.shape
     fold = math.gcd(count, 2 ** (max(1, _WIDTH // features).bit_length() - 1))
     ones = jnp.ones((1, count // fold), rows.dtype)
