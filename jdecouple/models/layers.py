@@ -24,6 +24,7 @@ from flax import nnx
 
 from jdecouple._errors import require_number, require_one_of
 from jdecouple.models import rows
+from jdecouple.models.convolution import convolve
 from jdecouple.models.kept import keep, keep_small
 
 INITS = ("flax", "torch", "he")
@@ -63,16 +64,12 @@ class Linear(nnx.Linear):
 
 
 class Conv(nnx.Conv):
-    """Convolution over NHWC, whose bias has a sum over rows as its gradient."""
+    """Convolution over NHWC; its bias has a sum over rows as its gradient."""
 
     def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]
         """`[batch, height, width, in_features] -> [batch, height, width, out_features]`."""
         x, kernel = self.promote_dtype((x, self.kernel[...]))
-        strides: Any = (self.strides,) * 2
-        padding: Any = [(self.padding,) * 2] * 2
-        y = jax.lax.conv_general_dilated(
-            x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
+        y = convolve(x, kernel, self.strides, self.padding)
         return _add_bias(keep(y), self.bias)
 
 
