@@ -1,6 +1,6 @@
 """Stacks of bidirectional LSTMs over texts: an embedding block, then one block a layer."""
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -65,61 +65,77 @@ class BidirectionalLSTM(nnx.Module):
     def __call__(self, x: Sequence) -> Sequence:
         """Sequence of states of width `hidden` (2 `hidden` under "concat")."""
         h, mask = read(x)
-        h = self.drop(h)
-        both = jnp.stack([h, h[:, ::-1]])  # [direction, batch, time, features]
-        real = jnp.stack([mask, mask[:, ::-1]]).transpose(2, 0, 1)[..., None] > 0
-        flat = both.reshape(2, -1, both.shape[-1])
-        gates = rows.multiply_rows(flat, self.kernel[...]) + self.bias[...][:, None]
-        gates = gates.reshape(*both.shape[:-1], -1).transpose(2, 0, 1, 3)
-        states = recurrence(gates, real, self.recurrent[...])
-        last = states[-1]
-        ahead, back = states[:, 0], states[::-1, 1]
+        words = self.drop(h).transpose(1, 0, 2)
+        real = mask.T[..., None] > 0
+        ahead, back = recurrence(
+            tuple(map(self._gates, (words, words[::-1]), (0, 1))),
+            (real, real[::-1]),
+            self.recurrent[...],
+        )
+        last = (ahead[-1] + back[-1]) / 2
+        back = back[::-1]
         merged = (ahead + back) / 2 if self.merge == "mean" else jnp.concatenate([ahead, back], -1)
-        return sequence(merged.transpose(1, 0, 2), mask, last.mean(0))
+        return sequence(merged.transpose(1, 0, 2), mask, last)
+
+    def _gates(self, words: jax.Array, direction: int) -> jax.Array:
+        """What inputs and bias add to the gates of a direction, `[time, batch, 4 hidden]`."""
+        flat = words.reshape(-1, words.shape[-1])
+        gates = rows.multiply_rows(flat, self.kernel[...][direction])
+        gates = gates + rows.broadcast_rows(self.bias[...][direction], gates.shape)
+        return gates.reshape(*words.shape[:-1], -1)
+
+
+Pair: TypeAlias = tuple[jax.Array, jax.Array]  # an array of each direction
 
 
 @jax.custom_vjp
-def recurrence(gates: jax.Array, real: jax.Array, recurrent: jax.Array) -> jax.Array:
-    """States of LSTMs in several directions, which stand still where nothing is real.
+def recurrence(gates: Pair, real: Pair, recurrent: jax.Array) -> Pair:
+    """States of two LSTMs, which stand still where nothing is real.
 
-    The gradient of the recurrent weights is one product behind the backward scan. Inside the scan
-    the devices that share a batch would have to sum their parts of it at every step.
+    The directions take their steps together, but what a step reads and writes lies apart: an array
+    of both would be transposed. The gradient of the recurrent weights is one product behind the
+    backward scan. Inside the scan the devices that share a batch would have to sum their parts of
+    it at every step.
 
     Args:
-        gates: what inputs and biases add to the gates, `[time, direction, batch, 4 hidden]`.
-        real: `[time, direction, batch, 1]`, whether a position counts.
-        recurrent: weights `[direction, hidden, 4 hidden]`.
+        gates: what inputs and biases add to the gates, `[time, batch, 4 hidden]`.
+        real: `[time, batch, 1]`, whether a position counts.
+        recurrent: weights `[2, hidden, 4 hidden]`.
 
     Returns:
-        `[time, direction, batch, hidden]`; the states before the first are zero.
+        `[time, batch, hidden]` of each; the states before the first are zero.
     """
     return _scan(gates, real, recurrent)
 
 
-def _scan(gates: jax.Array, real: jax.Array, recurrent: jax.Array) -> jax.Array:
-    def step(state: tuple, inputs: tuple) -> tuple[tuple, jax.Array]:
+def _scan(gates: Pair, real: Pair, recurrent: jax.Array) -> Pair:
+    def step(state: Pair, inputs: tuple[Pair, Pair]) -> tuple[Pair, Pair]:
         h, c = state
-        gates, real = inputs
+        gates, real = map(jnp.stack, inputs)
         gates = gates + jnp.einsum("dbh,dhg->dbg", h, recurrent)
         into, forget, cell, out = jnp.split(gates, 4, axis=-1)
         new_c = nnx.sigmoid(forget) * c + nnx.sigmoid(into) * jnp.tanh(cell)
         h = jnp.where(real, nnx.sigmoid(out) * jnp.tanh(new_c), h)
-        return (h, jnp.where(real, new_c, c)), h
+        return (h, jnp.where(real, new_c, c)), (h[0], h[1])
 
-    zeros = jnp.zeros((*gates.shape[1:3], recurrent.shape[1]), gates.dtype)
+    zeros = jnp.zeros((2, gates[0].shape[1], recurrent.shape[1]), gates[0].dtype)
     return jax.lax.scan(step, (zeros, zeros), (gates, real))[1]
 
 
-def _recurrence_fwd(gates: jax.Array, real: jax.Array, recurrent: jax.Array) -> tuple:
+def _recurrence_fwd(gates: Pair, real: Pair, recurrent: jax.Array) -> tuple:
     states, pullback = jax.vjp(lambda gates: _scan(gates, real, recurrent), gates)
     return states, (pullback, states)
 
 
-def _recurrence_bwd(residuals: tuple, cotangent: jax.Array) -> tuple:
+def _recurrence_bwd(residuals: tuple, cotangent: Pair) -> tuple:
     pullback, states = residuals
     (gates,) = pullback(cotangent)
-    before = jnp.concatenate([jnp.zeros_like(states[:1]), states[:-1]])
-    return gates, None, jnp.einsum("tdbh,tdbg->dhg", before, gates)
+
+    def weights(states: jax.Array, gates: jax.Array) -> jax.Array:
+        before = jnp.concatenate([jnp.zeros_like(states[:1]), states[:-1]])
+        return jnp.einsum("tbh,tbg->hg", before, gates)
+
+    return gates, None, jnp.stack([*map(weights, states, gates)])
 
 
 recurrence.defvjp(_recurrence_fwd, _recurrence_bwd)
