@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
@@ -26,6 +25,7 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.
     Returns:
         `[batch, height, width, out]`, of ceil((height + 2 padding - n + 1) / stride) rows.
 
+    >>> import jax.numpy as jnp
     >>> convolve(jnp.ones((1, 4, 4, 1)), jnp.ones((3, 3, 1, 1)), 2, 1)[0, :, :, 0]
     Array([[4., 6.],
            [6., 9.]], dtype=float32)
