@@ -187,7 +187,7 @@ def _loader(name: str, data_dir: Any, download: bool) -> Callable[..., Dataset]:
     """The loader of a data set, which its options alone are missing from."""
     if loader := _registered(name):
         return functools.partial(loader, name) if ":" in name else loader
-    builder = tfds_sets.prepared(name, data_dir=data_dir, download=download)
+    builder = tfds_sets.prepared(name, data_dir=data_dir, download=download, others=names())
     if tfds_texts.holds_texts(builder):
         return functools.partial(texts.dataset, name, *tfds_texts.splits(name, builder))
     return functools.partial(sources.prepared_images, name, builder)
