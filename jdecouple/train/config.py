@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from jdecouple._errors import first_line
-from jdecouple.train.options import OWNERS, options
+from jdecouple.train.options import OWNERS, is_imported, options
 from jdecouple.train.rules import MOST, RULES, clashes
 
 _MOST_CHARACTERS = 200  # of a value in a message
@@ -119,6 +119,8 @@ def default() -> ConfigDict:
             "sufficient_direction": False,  # measure it with every line of the log (fr)
             "dtype": "float32",
             "clip_norm": placeholder(float),  # bound on the gradient's norm (synchronous methods)
+            "accumulate": 1,  # batches to an optimizer step, by the mean of their gradients
+            "ema": placeholder(float),  # decay of averages of the weights, which are evaluated
             "remat": "auto",  # what a forward keeps: none, elementwise, blocks, stages, offload
             "seed": 0,
         }
@@ -158,11 +160,14 @@ def filled(config: Mapping[str, Any], *, all_options: bool = False) -> ConfigDic
     for section, registry in OWNERS.items():
         target, given = complete[section], config.get(section)
         name = given.get("name", target.name) if _is_section(given) else target.name
-        if name not in registry.names():
-            allowed = ", ".join(registry.names())
+        if name not in (known := registry.names()) and not is_imported(section, name):
+            other = ", module:function" if section == "optimizer" else ""
+            allowed = ", ".join(known) + other
             raise ConfigError(f"config.{section}.name is {shown(name)}: allowed are {allowed}")
         target.name = name
-        for key, (kind, _) in options(section, name).items():
+        with one_line(target, f"config.{section}"):
+            arguments = options(section, name)
+        for key, (kind, _) in arguments.items():
             target[key] = placeholder(kind)
     _fill(complete, config, "config")
     for section in () if all_options else OWNERS:
@@ -228,11 +233,16 @@ def settings(config: ConfigDict, total_steps: int) -> dict[str, Any]:
     values["steps"] = total_steps
     for key in (*identity(config), *_FREE, "growth", "optimizer", "epochs"):
         values.pop(key, None)
-    return json.loads(json.dumps(values, default=repr))
+    return json.loads(json.dumps(values, default=lambda x: getattr(x, "__qualname__", repr(x))))
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Key, old and new value of what differs between two `settings`; None where there is none."""
+    """Key, old and new value of what differs between two `settings`; None where there is none.
+
+    A key that earlier versions did not know had its default.
+    """
+    known = default()
+    before = {key: known[key] for key in now if key in known} | {**before}
     pairs = {key: (before.get(key), now.get(key)) for key in {**before, **now}}
     return [(key, old, new) for key, (old, new) in pairs.items() if old != new]
 
