@@ -22,7 +22,7 @@ from jdecouple.inference.rules import NAMES
 from jdecouple.inference.run import Run
 from jdecouple.train import cli as train_cli
 from jdecouple.train import config as configuration
-from jdecouple.train import programs
+from jdecouple.train import lr_finder, programs
 from jdecouple.train.config import ConfigError, one_line
 from jdecouple.train.run import load_data
 
@@ -164,6 +164,7 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "evaluate": evaluate,
     "calibrate": calibrate,
     "export": cli.export,
+    "find_lr": lr_finder.main,
 }
 
 
