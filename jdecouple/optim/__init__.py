@@ -8,6 +8,7 @@ from typing import Any
 
 import optax
 
+from jdecouple._errors import choices
 from jdecouple.optim.imported import imported
 from jdecouple.optim.optimizers import adam, adamw, lars, muon, nadam, sgd
 from jdecouple.optim.schedules import (
@@ -78,14 +79,13 @@ def get(name: str) -> Callable[..., optax.GradientTransformation]:
     if ":" in name:
         return imported(name)
     if name not in _OPTIMIZERS:
-        known = ", ".join(names())
-        raise ValueError(f"unknown optimizer {name!r}: allowed are {known}, module:function")
+        known = (*names(), "module:function")
+        raise ValueError(f"unknown optimizer {name!r}: {choices(name, known)}")
     return _OPTIMIZERS[name]
 
 
 def get_schedule(name: str) -> Callable[..., Schedule]:
     """Learning-rate schedule called `name`; ValueError names those known."""
     if name not in _SCHEDULES:
-        known = ", ".join(_SCHEDULES)
-        raise ValueError(f"unknown learning-rate schedule {name!r}: allowed are {known}")
+        raise ValueError(f"unknown learning-rate schedule {name!r}: {choices(name, _SCHEDULES)}")
     return _SCHEDULES[name]

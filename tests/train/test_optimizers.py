@@ -47,11 +47,16 @@ def _in_this_process(monkeypatch):
 
 
 def test_an_imported_optimizer_with_averages_over_batches(module, tmp_path, capsys):
-    """All at once: six steps that stop at a third, go on, are loaded and evaluated."""
+    """One command, and from its third step another; then it is loaded and evaluated."""
     values = {"optimizer__name": "my_optimizers:scaled", "ema": 0.5, "accumulate": 2, **SHORT}
     config = cheap(**values)
     config.optimizer.rho = 0.5
-    train_and_evaluate(config, tmp_path / "run")
+    beside = module.with_name("own.py")
+    beside.write_text(f"import runs\n\n\ndef get_config():\n    return runs.cheap(**{SHORT})\n")
+    sys.path.remove(str(module.parent))  # it is found as it lies beside the configuration
+    keys = ("optimizer.name=my_optimizers:scaled", "optimizer.rho=0.5", "ema=0.5", "accumulate=2")
+    given = [f"--config={beside}", *(f"--config.{key}" for key in keys)]
+    commands.main(["jdecouple", "train", *given, f"--workdir={tmp_path / 'run'}"])
     half = shutil.copytree(tmp_path / "run", tmp_path / "half")
     shutil.rmtree(half / "checkpoints" / "6")
     assert train_and_evaluate(config, half)["finished"]
