@@ -14,7 +14,7 @@ from flax import nnx
 from jdecouple._errors import first_line, require_int, require_number, require_type
 from jdecouple.methods import Method
 from jdecouple.methods.objectives import BlockInfo
-from jdecouple.methods.routes import REMATS, Carry, Route, Stage, Synchronous, Unit
+from jdecouple.methods.routes import REMATS, Carry, Route, Stage, Synchronous, Unit, loss_scale
 from jdecouple.methods.routes.stage import Transform
 from jdecouple.methods.routes.unit import share_traces
 from jdecouple.models import Model
@@ -317,6 +317,7 @@ def build_stages(
                 f"clip_norm needs a synchronous method: given {method.name}, whose stages do not "
                 "wait for one another"
             )
+    scaled = loss_scale.is_for(built.units[0].dtype)
     stages = []
     for k, (start, end) in enumerate(itertools.pairwise((*boundaries, len(built.units)))):
         carry = dict(built.carries[start]) if k else received
@@ -331,6 +332,7 @@ def build_stages(
                 remat=remats[k],
                 clip_norm=clip_norm,
                 carry=carry,
+                scaling=method.route.scaling if scaled else None,
                 **common,
             )
         )

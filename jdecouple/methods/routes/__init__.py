@@ -1,5 +1,6 @@
 """Routes: how error reaches a block, as pure functions of one stage."""
 
+from jdecouple.methods.routes import loss_scale
 from jdecouple.methods.routes.delayed import Delayed
 from jdecouple.methods.routes.local import Local
 from jdecouple.methods.routes.ordering import after
@@ -24,5 +25,6 @@ __all__ = [
     "Unit",
     "add",
     "after",
+    "loss_scale",
     "repeated",
 ]
