@@ -21,8 +21,9 @@ EACH_ROUTE = pytest.mark.parametrize("name", ROUTES)
 
 @functools.cache
 def half(name: str, **options: Any) -> jd.Trainer:
-    """Two stages on one device, in float16."""
-    options = {"num_stages": 2, "mesh": jd.make_mesh(1), "dtype": jnp.float16, **options}
+    """Two stages on one device, in float16, with averages of the weights."""
+    given = {"num_stages": 2, "mesh": jd.make_mesh(1), "dtype": jnp.float16, "ema": 0.9}
+    options = {**given, **options}
     return nets.build(name, **options)
 
 
@@ -68,7 +69,7 @@ def test_the_rule_is_flax_s(monkeypatch):
 # --- Overflow --------------------------------------------------------------------------------
 
 
-@EACH_ROUTE
+@pytest.mark.parametrize("name", nets.marked((*ROUTES, "fr", "ddg", "adl"), ROUTES))
 def test_an_overflow_leaves_the_step_out_and_halves_the_scale(name):
     """Of the block, of the model, or of the stage and those that its error reaches."""
     trainer = half(name)
@@ -83,7 +84,7 @@ def test_an_overflow_leaves_the_step_out_and_halves_the_scale(name):
             used, skipped = (float(metrics[owner + key]) for key in ("loss_scale", "skipped"))
             if math.isnan(used):  # no batch has come so far
                 continue
-            old, new = (of_block(x, i, "params", "opt") for x in (before, now))
+            old, new = (of_block(x, i, "params", "opt", "ema") for x in (before, now))
             good_steps, scale = of_block(now, i, "loss_scale").values()
             assert used == of_block(before, i, "loss_scale")[f"block_{i}/loss_scale/scale"]
             if skipped:
@@ -157,16 +158,16 @@ def test_one_bad_microbatch_leaves_the_whole_step_out():
 def test_training_is_that_of_float32(name):
     """To the rounding of float16, about 1e-3, which grows with the steps."""
     trainer, exact = half(name), half(name, dtype=None)
-    arrays, metrics = nets.trained(trainer, DATA[:1], 3)
+    state, metrics = nets.trained(trainer, DATA[:1], 3, begun(trainer, 2.0**8))
     wanted, expected = nets.trained(exact, DATA[:1], 3)
-    found = nets.weights(trainer, arrays)
+    found = nets.weights(trainer, state)
     error = nets.largest_error(found, nets.weights(exact, wanted))
     assert 0 < error < 0.02, error
     late = trainer.latency
     assert metrics[late]["loss"] == pytest.approx(expected[late]["loss"], rel=5e-3)
     assert {value.dtype for value in found.values()} == {np.dtype(np.float32)}
     assert not [key for key in exact.to_arrays(wanted) if "loss_scale" in key]
-    _, metrics = nets.trained(trainer, DATA[:1], 20, arrays)
+    _, metrics = nets.trained(trainer, DATA[:1], 20, state)
     assert metrics[-1]["loss"] < 0.95 * expected[late]["loss"]
 
 

@@ -34,6 +34,7 @@ def test_a_run_logs_its_scales_and_keeps_float32(finished):
     assert {name.split("/")[1] for name in arrays} == {"params", "stats", "opt", "loss_scale"}
 
 
+@pytest.mark.slow
 def test_a_run_continues_to_the_bit(finished, tmp_path):
     train_and_evaluate(tiny(**{**SHORT, "steps": 4}), tmp_path)
     train_and_evaluate(tiny(**SHORT), tmp_path)
@@ -41,6 +42,7 @@ def test_a_run_continues_to_the_bit(finished, tmp_path):
         np.testing.assert_array_equal(runs.final_arrays(tmp_path)[1][name], array, strict=True)
 
 
+@pytest.mark.slow
 def test_the_dtype_may_change_in_between(tmp_path, capsys):
     for steps, dtype in ((4, "float32"), (8, "float16"), (12, "bfloat16")):
         train_and_evaluate(tiny(**{**SHORT, "steps": steps, "dtype": dtype}), tmp_path)
@@ -51,6 +53,7 @@ def test_the_dtype_may_change_in_between(tmp_path, capsys):
     assert [each["new"] for each in history if each["key"] == "dtype"] == ["float16", "bfloat16"]
 
 
+@pytest.mark.slow
 def test_a_run_that_overflows_for_ever_ends(tmp_path, monkeypatch):
     monkeypatch.setattr(loss_scale, "START", 4.0)
     values = {"method__name": "greedy_exit", "method__weights": (1.0, 1e9)}
