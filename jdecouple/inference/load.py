@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _ATTEMPTS = 10  # to read what a training may have just deleted
 _KINDS = ("params", "stats")
+_AVERAGES = "ema"
 
 
 def load(
@@ -36,7 +37,8 @@ def load(
 ) -> Run:
     """Loads a trained network; the data are not needed, and nothing is written.
 
-    A training may go on in the workdir meanwhile.
+    It has the averages of the weights, where these were trained with `ema`. A training may go on in
+    the workdir meanwhile.
 
     Args:
         workdir: what it was trained with.
@@ -114,15 +116,17 @@ def _choose(checkpoints: Checkpointer, step: int | str) -> int:
 
 def _is_needed(name: str) -> bool:
     owner, kind, *_ = [*name.split("/"), ""]
-    return owner.startswith("block_") and kind in _KINDS
+    return owner.startswith("block_") and kind in (*_KINDS, _AVERAGES)
 
 
 def _values(unit: Unit, arrays: Mapping[str, np.ndarray]) -> tuple[Arrays, Arrays]:
-    """The arrays of a unit; ValueError for one that does not fit."""
+    """The arrays of a unit, averages where there are any; ValueError for one that does not fit."""
     found: tuple[Arrays, Arrays] = ({}, {})
     for kind, wanted, values in zip(_KINDS, unit.initial(), found, strict=True):
         for key, like in wanted.items():
-            name = f"block_{unit.index}/{kind}/{key}"
+            name = f"block_{unit.index}/{_AVERAGES}/{kind}/{key}"
+            if name not in arrays:
+                name = f"block_{unit.index}/{kind}/{key}"
             holds = spec(arrays[name]) if name in arrays else "nothing"
             if holds != spec(like):
                 raise ValueError(
