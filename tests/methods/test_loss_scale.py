@@ -184,6 +184,16 @@ def test_an_error_meets_the_scale_that_it_was_sent_with(name):
     assert moved > 0.02
 
 
+@pytest.mark.slow
+def test_an_error_with_its_scale_goes_to_replicas():
+    found = []
+    for mesh in (jd.make_mesh(1), jd.make_mesh(2, 2)):
+        trainer = half("fdg", mesh=mesh)
+        state, _ = nets.trained(trainer, DATA, 6, begun(trainer, 2.0**9, 2.0**14))
+        found.append(nets.weights(trainer, state))
+    assert nets.largest_error(*found) < 2e-3
+
+
 def run(name: str, **options: Any) -> tuple[list, dict]:
     """Scales in every step, and the weights, of a run that begins with an overflow."""
     model, start = nets.user_model(dropout=0.0), 2.0 ** (19 if name == "early_exit" else 24)
