@@ -108,7 +108,7 @@ class Trainer:
             seed: root of the keys of heads, dropout and augmentation; 32 bits.
             transform: `(carry, keys, train) -> carry` in the first stage's call, for augmentation.
             dtype: compute dtype of blocks and heads, such as `jnp.bfloat16`; parameters,
-                statistics and losses keep theirs. None leaves everything as it is.
+                statistics and losses keep theirs. `jnp.float16` scales losses, None casts nothing.
             clip_norm: bound on the norm of the gradient of all blocks (synchronous methods; for
                 others, `optax.clip_by_global_norm` in the optimizer clips each block).
             accumulate: batches to an optimiser step, which takes the mean of their gradients.

@@ -192,18 +192,22 @@ def _logits(states: Sequence[_UnitState], transform: Transform | None, x: Any, w
 
 
 def _rounded(tree: Any) -> Any:
-    """What a block gives, in bfloat16 rounded to it.
+    """What a block gives, in half precision rounded to it.
 
     Where a program goes on, XLA may leave out that two conversions round. In evaluation a block is
     a program of its own.
     """
 
     def rounded(leaf: jax.Array) -> jax.Array:
-        if leaf.dtype != jnp.bfloat16:
+        if leaf.dtype not in (jnp.bfloat16, jnp.float16):
             return leaf
         digits = jnp.finfo(leaf.dtype)
         wide = leaf.astype(jnp.float32)
-        return jax.lax.reduce_precision(wide, digits.nexp, digits.nmant).astype(leaf.dtype)
+        narrow = jax.lax.reduce_precision(wide, digits.nexp, digits.nmant)
+        if leaf.dtype == jnp.float16:  # which has numbers below the least normal one
+            unit = float(digits.smallest_subnormal)
+            narrow = jnp.where(abs(wide) < digits.tiny, jnp.round(wide / unit) * unit, narrow)
+        return narrow.astype(leaf.dtype)
 
     return jax.tree.map(rounded, tree)
 

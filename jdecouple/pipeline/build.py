@@ -22,6 +22,7 @@ from jdecouple.methods.routes import (
     Synchronous,
     Unit,
     accumulating,
+    loss_scale,
 )
 from jdecouple.methods.routes.stage import Transform
 from jdecouple.methods.routes.unit import share_traces
@@ -347,6 +348,7 @@ def build_stages(
                 f"clip_norm needs a synchronous method: given {method.name}, whose stages do not "
                 "wait for one another"
             )
+    scaled = loss_scale.is_for(built.units[0].dtype)
     stages = []
     for k, (start, end) in enumerate(itertools.pairwise((*boundaries, len(built.units)))):
         carry = dict(built.carries[start]) if k else received
@@ -362,6 +364,7 @@ def build_stages(
                 clip_norm=clip_norm,
                 ema=ema,
                 carry=carry,
+                scaling=method.route.scaling if scaled else None,
                 **common,
             )
         )

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jdecouple._errors import require_int
 from jdecouple.methods import Method
-from jdecouple.methods.routes import Carry, Delayed, Stage
+from jdecouple.methods.routes import Carry, Delayed, Stage, loss_scale
 from jdecouple.methods.routes.synchronous import linearize, pull_back
 from jdecouple.pipeline.mesh import StageDevices, jit
 from jdecouple.pipeline.state import State, or_nan
@@ -149,9 +149,10 @@ class SufficientDirection:
             _, _, linearized, carry = linearize(stage, state, carry, step_id)
             linearizations.append(linearized)
         error = None
+        factor = loss_scale.factor_of(states[-1])
         pairs = [*zip(self._stages, linearizations, strict=True)]
         for stage, linearized in reversed(pairs[index:]):
-            gradients, error = pull_back(stage, linearized, error)
+            gradients, error = pull_back(stage, linearized, error, factor)
         return gradients
 
 

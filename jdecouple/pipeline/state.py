@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jdecouple.methods.routes import Route, Stage, averaged
+from jdecouple.methods.routes import Route, Stage, averaged, loss_scale
+from jdecouple.methods.routes.stage import error_shapes
 from jdecouple.pipeline.mesh import StageDevices
 from jdecouple.schedules import Schedule
 
@@ -207,7 +208,7 @@ def leaf_names(stage: Stage, values: Any) -> list[str]:
     for path, _ in jax.tree_util.tree_leaves_with_path(values):
         kind, *rest = (jax.tree_util.keystr((key,), simple=True) for key in path)
         owner = f"stage_{stage.index}"
-        if kind in ("params", "stats", "opt", "ema"):
+        if kind in ("params", "stats", "opt", "ema", "loss_scale"):
             unit, *rest = rest
             owner = f"block_{stage.units[int(unit)].index}"
         if kind == "queues":
@@ -227,8 +228,12 @@ def to_arrays(stages: Sequence[Stage], state: State) -> dict[str, Any]:
 
 
 def from_arrays(stage: Stage, shapes: Any, arrays: Mapping[str, Any]) -> Any:
-    """A stage's state of these shapes from arrays by name; ValueError for one that does not fit."""
+    """A stage's state of these shapes from arrays by name; ValueError for one that does not fit.
+
+    Scales of losses that the arrays do not hold, as those of another dtype, begin fresh.
+    """
     leaves = []
+    arrays = {**loss_scale.fresh(unit.index for unit in stage.units), **arrays}
     for name, shape in zip(leaf_names(stage, shapes), jax.tree.leaves(shapes), strict=True):
         found = spec(arrays[name]) if name in arrays else "nothing"
         if found != spec(shape):
@@ -301,8 +306,12 @@ def forward_shapes(stage: Stage, route: Route) -> tuple[Any, Any, Any, Any]:
 
 
 def metric_names(stage: Stage, route: Route) -> list[str]:
-    """Names of the metrics of a stage."""
-    return list(forward_shapes(stage, route)[1])
+    """Names of the metrics of a stage, but for those that all stages have alike."""
+    names = list(forward_shapes(stage, route)[1])
+    if stage.scaling not in (None, "model"):
+        owners = [f"block_{unit.index}/" for unit in stage.units if not unit.frozen]
+        names += [owner + name for owner in owners for name in ("loss_scale", "skipped")]
+    return names
 
 
 def queue_shapes(schedule: Schedule, route: Route, stages: tuple[Stage, ...], index: int) -> Any:
@@ -317,7 +326,7 @@ def queue_shapes(schedule: Schedule, route: Route, stages: tuple[Stage, ...], in
     shapes: dict[str, Any] = {"carries": stage.carry, "residuals": None, "errors": None}
     if queued.residuals:
         shapes["residuals"] = forward_shapes(stage, route)[2]
-        shapes["errors"] = stages[index + 1].carry["x"]
+        shapes["errors"] = error_shapes(stages[index + 1].carry, stage.scaling)
     return {
         "since": jax.ShapeDtypeStruct((), jnp.int32),
         "queues": {

@@ -1,6 +1,10 @@
-"""When a run has left its own range: which of its checkpoints may already be spoilt."""
+"""When a run cannot go on, and when it has left its range: which checkpoints may be spoilt."""
 
+import math
+from collections.abc import Mapping
 from typing import Any
+
+from jdecouple.methods.routes import loss_scale
 
 # The rows of metrics that make the first range.
 LEAST = 20
@@ -10,6 +14,31 @@ FAR = 20.0
 GROWTH = 100.0
 # The share of a row in the level of the losses, and of the way back to it that must be gone.
 _RATE, _BACK = 1 / 20, 0.9
+
+
+def left_out(row: Mapping[str, Any]) -> list[str]:
+    """Whose steps were left out for a scaled loss that overflowed: "" of all, or "block_0/", ..."""
+    owners = [name.removesuffix("loss_scale") for name in row if name.endswith("loss_scale")]
+    return [owner for owner in owners if row.get(owner + "skipped") == 1]
+
+
+def fault(row: Mapping[str, Any]) -> str | None:
+    """What in the metrics of a step is not finite, and a smaller scale of the loss cannot mend."""
+    skipped = left_out(row)
+    for owner in skipped:
+        if row[owner + "loss_scale"] <= loss_scale.LEAST:
+            whose = owner.rstrip("/") or "the model"
+            return f"gradients of {whose} are not finite, with the least loss scale,"
+    losses = [name for name, value in row.items() if name.endswith("/loss") and not _finite(value)]
+    blocks = [name.removesuffix("loss") for name in losses]
+    if _finite(row["loss"]) or "" in skipped or (blocks and {*blocks} <= {*skipped}):
+        return None
+    block = blocks[0].rstrip("/") if blocks else "the model"
+    return f"the loss of {block} is {row['loss']}"
+
+
+def _finite(value: Any) -> bool:
+    return math.isfinite(value)
 
 
 class Range:

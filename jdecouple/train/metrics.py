@@ -32,19 +32,26 @@ def clock(waited: float) -> np.ndarray:
 class Interval:
     """The steps since the last line of the training metrics, from when `step` was done.
 
-    Its `means`, how many steps were added and the sums of their metrics, are JSON; it goes on with
-    those of an earlier process, where there are any.
+    Its `means`, how many steps were added, the sums of their metrics and how many values are not in
+    a sum, are JSON; it goes on with those of an earlier process, where there are any.
     """
 
     def __init__(self, step: int, began: np.ndarray, means: dict[str, Any] | None = None):
         self._step, self._began = step, began
         self.means = means or {"count": 0, "sums": {}}
 
-    def add(self, values: Mapping[str, Any]) -> None:
-        """Counts the scalars of one step; every step has the same names."""
+    def add(self, values: Mapping[str, Any], *, finite: bool = False) -> None:
+        """Counts the scalars of one step; every step has the same names.
+
+        With `finite` those alone that are finite, as of a step that has changed nothing.
+        """
         self.means["count"] += 1
         sums = self.means["sums"]
         for name, value in values.items():
+            if finite and not math.isfinite(value):
+                without = self.means.setdefault("without", {})
+                without[name] = without.get(name, 0) + 1
+                value = 0.0
             sums[name] = sums.get(name, 0.0) + float(value)
 
     def leave_out(self, seconds: float) -> None:
@@ -53,7 +60,9 @@ class Interval:
 
     def end(self, step: int, now: np.ndarray, batch_size: int) -> dict[str, float]:
         """Returns means, examples_per_second and input_wait, a share of the time; begins anew."""
-        values = {name: x / self.means["count"] for name, x in self.means["sums"].items()}
+        without = self.means.get("without", {})
+        counts = {name: self.means["count"] - without.get(name, 0) for name in self.means["sums"]}
+        values = {name: x / counts[name] for name, x in self.means["sums"].items() if counts[name]}
         seconds, waited = (now - self._began).tolist()
         values["examples_per_second"] = (step - self._step) * batch_size / seconds
         values["input_wait"] = waited / seconds

@@ -15,6 +15,7 @@ from jdecouple._errors import first_line
 from jdecouple.checkpoint import Checkpointer, CheckpointError, Restored
 from jdecouple.data import ImageInputs
 from jdecouple.inference.description import Description
+from jdecouple.methods.routes import loss_scale
 from jdecouple.train import config as configuration
 from jdecouple.train import hosts, report
 from jdecouple.train.config import ConfigError, chosen
@@ -58,8 +59,16 @@ def _read(run: Run, checkpoints: Checkpointer) -> Restored | None:
     _check_ended(run, last, changed)
 
     def template(step: int) -> dict[str, Any]:
+        """The arrays of a checkpoint; of another dtype, it may have scales of losses or none."""
         trainer = run.at(step).trainer
-        return trainer.to_arrays(trainer.abstract())
+        arrays = trainer.to_arrays(trainer.abstract())
+        before = extras.get(step, {}).get("settings", {}).get("dtype", "float32")
+        if before == run.config.dtype:
+            return arrays
+        blocks = [unit.index for stage in trainer.stages for unit in stage.units if not unit.frozen]
+        scales = loss_scale.fresh(blocks)
+        scaled = scales if loss_scale.is_for(DTYPES.get(before)) else {}
+        return {name: x for name, x in arrays.items() if name not in scales} | scaled
 
     try:
         restored = checkpoints.restore(

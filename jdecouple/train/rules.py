@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-DTYPES = {"float32": None, "bfloat16": jnp.bfloat16}
+DTYPES = {"float32": None, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 MOST = 2**31 - 1  # of whole numbers, but for the seed
 _MOST_PARTS = 4096  # blocks and stages, of which lists are made
 _MOST_WIDTH = 10**6  # as a factor

@@ -155,8 +155,9 @@ def test_the_first_blocks_answer_alone(perceptron, tmp_path):
     assert {name.split("/")[0] for name in about["weights"]} == {"block_0"}
 
 
-def test_a_network_in_bfloat16_answers_in_float32(tmp_path):
-    net = network("mlp", jnp.bfloat16)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_a_network_in_half_precision_answers_in_float32(tmp_path, dtype):
+    net = network("mlp", dtype)
     assert_answers(net.write(tmp_path / "out"), net.x, expected(net)[1], (3,))
 
 

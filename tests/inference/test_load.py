@@ -309,15 +309,16 @@ def test_default_options_are_kept(tmp_path):
 
 
 @pytest.mark.slow
-def test_half_precision(tmp_path):
-    values = {**values_of("bp"), "dtype": "bfloat16"}
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision(tmp_path, dtype):
+    values = {**values_of("bp"), "dtype": dtype}
     workdir = runs.finished_here(**values)
     run = jd.load(workdir)
     trainer, state, dataset = evaluated(values, workdir, run.step)
     wanted = trainer.predict(state, batches(dataset.test))
     found = run.predict(dataset.test.gather(np.arange(20))["x"]).logits
     np.testing.assert_array_equal(found, wanted)
-    assert np.array_equal(found, np.asarray(jnp.asarray(found, jnp.bfloat16), np.float32))
+    assert np.array_equal(found, np.asarray(jnp.asarray(found, dtype), np.float32))
 
 
 SCRIPT = """

@@ -1,9 +1,11 @@
 import jax
 import jax.numpy as jnp
+import nets
 import numpy as np
 import pytest
 from flax import nnx
 
+import jdecouple as jd
 from jdecouple import models
 from jdecouple.models import layers
 
@@ -159,6 +161,19 @@ def test_bfloat16_stays_bfloat16_and_statistics_float32(name):
     assert features.dtype == logits.dtype == jnp.bfloat16
     statistics = jax.tree.leaves([nnx.state(block, nnx.BatchStat) for block in model.blocks])
     assert {s.dtype for s in statistics} == {jnp.dtype(jnp.float32)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALL)
+def test_float16_trains(name):
+    rng = np.random.default_rng(0)
+    x, label = rng.normal(size=(8, 16, 16, 3)).astype(np.float32), np.arange(8, dtype=np.int32)
+    options = {"example": {"x": x, "label": label}, "dtype": jnp.float16}
+    trainer = jd.Trainer(build(name), jd.methods.get("bp"), jd.optim.sgd(0.05), **options)
+    state, metrics = nets.trained(trainer, [options["example"]], 8)
+    assert metrics[-1]["loss"] < metrics[0]["loss"]
+    assert sum(each["skipped"] for each in metrics) < 4
+    assert all(np.isfinite(value).all() for value in nets.to_arrays(trainer, state).values())
 
 
 @pytest.mark.parametrize("name", SMALL)

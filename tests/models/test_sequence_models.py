@@ -275,17 +275,18 @@ def test_gradients_reach_every_parameter(kind):
         assert np.asarray(leaf).any()
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_bfloat16_stays_bfloat16(kind):
+def test_half_precision_stays_half_precision(kind, dtype):
     net = model(kind)
     for module in (*net.blocks, net.classifier):
-        half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), nnx.state(module, nnx.Param))
+        half = jax.tree.map(lambda p: p.astype(dtype), nnx.state(module, nnx.Param))
         nnx.update(module, half)
-    blocks, _ = everything(net, sequence_nets.inputs(kind, dtype=jnp.bfloat16))
-    assert {leaf.dtype for leaf in jax.tree.leaves(blocks)} == {jnp.dtype(jnp.bfloat16)}
+    blocks, _ = everything(net, sequence_nets.inputs(kind, dtype=jnp.dtype(dtype)))
+    assert {leaf.dtype for leaf in jax.tree.leaves(blocks)} == {jnp.dtype(dtype)}
     data = sequence_nets.batches(kind, 1, dtype=np.float32)
     trainer = jd.Trainer(
-        model(kind), nets.method("bp"), jd.optim.sgd(0.1), example=data[0], dtype=jnp.bfloat16
+        model(kind), nets.method("bp"), jd.optim.sgd(0.1), example=data[0], dtype=jnp.dtype(dtype)
     )
     state, metrics = nets.trained(trainer, data, 2)
     assert metrics[1]["loss"] < metrics[0]["loss"]

@@ -69,6 +69,21 @@ RUNS: dict[str, dict[str, Any]] = {
         "steps": 15,
         "finish": 9,
     },
+    # All stages wait for one norm; and errors that carry their scale.
+    "bp_half": {
+        "method": "bp",
+        "model": "two_blocks",
+        "stages": 2,
+        "steps": 8,
+        "trainer": {"dtype": "float16", "microbatches": 2},
+    },
+    "fdg_half": {
+        "method": "fdg",
+        "model": "two_blocks",
+        "stages": 2,
+        "steps": 8,
+        "trainer": {"dtype": "float16"},
+    },
     "replicas": {"method": "bp", "model": "two_blocks", "data": 2, "steps": 8},
 }
 FAST = ("deinforeg", "bp", "fdg")

@@ -75,7 +75,7 @@ def workdir():
         ({"schedule": "bogus"}, "schedule 'bogus' does not fit method deinforeg: allowed are auto"),
         ({"schedule": "sequential"}, "schedule 'sequential' does not fit method deinforeg"),
         ({"optimizer__schedule": "bogus"}, "unknown learning-rate schedule 'bogus': allowed are"),
-        ({"dtype": "float64"}, "config.dtype is 'float64': allowed are float32, bfloat16"),
+        ({"dtype": "float64"}, "config.dtype is 'float64': allowed are float32, bfloat16, float16"),
         ({"bogus": 1}, "unknown key config.bogus: allowed are accumulate, batch_size, boundaries"),
         ({"model__bogus": 1}, "config.model.bogus is set, but model 'mlp' takes only: hid"),
         ({"mesh__bogus__x": 1}, "unknown key config.mesh.bogus: allowed are data, propose"),

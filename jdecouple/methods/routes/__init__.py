@@ -1,5 +1,6 @@
 """Routes: how error reaches a block, as pure functions of one stage."""
 
+from jdecouple.methods.routes import loss_scale
 from jdecouple.methods.routes.delayed import Delayed
 from jdecouple.methods.routes.local import Local
 from jdecouple.methods.routes.ordering import after
@@ -27,5 +28,6 @@ __all__ = [
     "add",
     "after",
     "averaged",
+    "loss_scale",
     "repeated",
 ]

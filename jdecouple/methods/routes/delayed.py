@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from jdecouple._errors import require_int, require_number
+from jdecouple.methods.routes import loss_scale
 from jdecouple.methods.routes.remat import REMATS
 from jdecouple.methods.routes.route import Forward, Route, Staleness
 from jdecouple.methods.routes.stage import Stage, StageState
@@ -99,16 +100,23 @@ class Delayed(Route):
     def backward(
         self, stage: Stage, state: StageState, residuals: Any, cotangent: Any, step_id: jax.Array
     ) -> tuple[Any, Any]:
-        """Pulls a late error back, and adds the stage's own losses if it has any."""
+        """Pulls a late error back, and adds the stage's own losses if it has any.
+
+        Where losses are scaled, an error has the scale that its sender had when it sent it.
+        """
+        factor = loss_scale.factor_of(state)
         if stage.is_last:
-            return pull_back(stage, residuals, None)
+            return _with_scale(stage, factor, *pull_back(stage, residuals, None, factor))
+        if factor is not None:
+            before = jnp.maximum(cotangent["scale"][0], loss_scale.LEAST)  # 0 in an empty queue
+            cotangent = loss_scale.times(cotangent["x"], factor / before)
         if self.replay:
             linearized = linearize(stage, state, residuals, step_id)[2]
         else:
             linearized = self._restored(stage, state, residuals)
         if self.beta != 1:
             cotangent = jax.tree.map(lambda leaf: self.beta * leaf, cotangent)
-        return pull_back(stage, linearized, cotangent)
+        return _with_scale(stage, factor, *pull_back(stage, linearized, cotangent, factor))
 
     @property
     def remats(self) -> tuple[str, ...]:
@@ -161,6 +169,21 @@ class Delayed(Route):
         residuals, keeps = iter(kept), self._kept(stage)
         restored = [next(residuals) if keep else x for x, keep in zip(leaves, keeps, strict=True)]
         return jax.tree.unflatten(structure, restored)
+
+
+def _with_scale(
+    stage: Stage, factor: jax.Array | None, gradients: Any, error: Any
+) -> tuple[Any, Any]:
+    """Gradients, and the error for the stage below with its scale.
+
+    One that overflows is no use below, so that the step must be left out here, too.
+    """
+    if factor is None or error is None:
+        return gradients, error
+    sound = loss_scale.all_finite(error)
+    gradients = jax.tree.map(lambda leaf: jnp.where(sound, leaf, jnp.nan), gradients)
+    size = stage.carry["label"].shape[0]
+    return gradients, {"x": error, "scale": jnp.full(size, factor)}
 
 
 def _linearized(stage: Stage, batch: tuple[Carry, jax.Array], state: StageState) -> Any:

@@ -4,8 +4,8 @@ import dataclasses
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 
+from jdecouple.methods.routes import loss_scale
 from jdecouple.methods.routes.ordering import after
 from jdecouple.methods.routes.remat import repeated
 from jdecouple.methods.routes.route import Forward, Route
@@ -30,6 +30,7 @@ class Local(Route):
     """
 
     local: ClassVar[bool] = True
+    scaling: ClassVar[str] = "block"
     schedules: ClassVar[tuple[str, ...]] = ("local",)
 
     @property
@@ -75,12 +76,14 @@ class Local(Route):
     ) -> tuple[Any, Any]:
         """Gradient of every unit's own loss; nothing is sent back."""
         gradients: list[Any] = []
-        for unit, kept in zip(stage.units, residuals, strict=True):
+        for number, (unit, kept) in enumerate(zip(stage.units, residuals, strict=True)):
             if unit.frozen:
                 gradients.append(None)
                 continue
             pullback, loss = kept
             if stage.remat != "none":
                 pullback = after(loss, pullback)
-            gradients.append(pullback(jnp.ones_like(loss))[0])
+            factor = loss_scale.factor_of(state, number)
+            (gradient,) = pullback(loss_scale.seed(loss, factor))
+            gradients.append(loss_scale.unscaled(gradient, factor))
         return tuple(gradients), None

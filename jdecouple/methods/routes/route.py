@@ -34,6 +34,9 @@ class Route(abc.ABC):
     local: ClassVar[bool] = False
     """Whether every block needs a loss of its own."""
 
+    scaling: ClassVar[str] = "stage"
+    """Whose gradients a scaled loss may not overflow, for a step to be made; see `Stage`."""
+
     accumulate: int = 1
     """Backward passes to one optimiser step."""
 

@@ -10,11 +10,12 @@ import numpy as np
 import optax
 
 from jdecouple.methods.objectives import HeadOutput
+from jdecouple.methods.routes import loss_scale
 from jdecouple.methods.routes.unit import Carry, Unit
 from jdecouple.methods.routes.updates import begin_average, has_stepped, move_average
 
-# "params", "stats" and "opt", and where weights are averaged "ema": each a tuple with one entry a
-# unit.
+# "params", "stats" and "opt", where weights are averaged "ema", and where losses are scaled
+# "loss_scale": each a tuple with one entry a unit.
 StageState = dict[str, Any]
 Metrics = dict[str, jax.Array]
 Transform = Callable[[Carry, jax.Array, bool], Carry]
@@ -43,6 +44,8 @@ class Stage:
         ema: decay of the moving averages of weights and statistics; None keeps none.
         remat: what a forward keeps for its backward, one of `REMATS`.
         carry: shapes of the carry that the stage receives, one microbatch.
+        scaling: whose overflow leaves a step out and halves the scale of the loss, a "block"'s, the
+            "stage"'s or that of the whole "model"; None where no loss is scaled.
     """
 
     index: int
@@ -56,6 +59,7 @@ class Stage:
     ema: float | None
     remat: str
     carry: Carry
+    scaling: str | None = None
 
     @property
     def is_last(self) -> bool:
@@ -79,7 +83,7 @@ class Stage:
         """Fresh state: weights of the modules, optimiser states of the units."""
         pairs = [unit.initial() for unit in self.units]
         params = tuple(params for params, _ in pairs)
-        state = {
+        state: StageState = {
             "params": params,
             "stats": tuple(stats for _, stats in pairs),
             "opt": tuple(
@@ -90,6 +94,10 @@ class Stage:
         if self.ema is not None:
             state["ema"] = tuple(
                 begin_average({"params": params, "stats": stats}) for params, stats in pairs
+            )
+        if self.scaling is not None:
+            state["loss_scale"] = tuple(
+                {} if unit.frozen else loss_scale.initial() for unit in self.units
             )
         return state
 
@@ -114,11 +122,49 @@ class Stage:
         """Index of a unit in the model, as its keys count it."""
         return np.uint32(unit.index)
 
+    @property
+    def needs_norm(self) -> bool:
+        """Whether a step waits for the norm of the gradient of all stages."""
+        return self.clip_norm is not None or self.scaling == "model"
+
     def squared_norm(self, gradients: Any) -> jax.Array:
         """Squared norm of the mean of the microbatches' gradients."""
         dtype = jax.dtypes.canonicalize_dtype(jnp.float64)
         leaves = [jnp.sum(jnp.square(leaf.astype(dtype))) for leaf in jax.tree.leaves(gradients)]
         return sum(leaves, jnp.zeros((), dtype)) / self.num_microbatches**2
+
+    def step(
+        self, state: StageState, gradients: Any, squared_norm: jax.Array | None = None
+    ) -> tuple[StageState, Metrics]:
+        """`update`, left out for units whose scaled loss has overflowed; their scale moves.
+
+        Where losses are scaled, metrics tell the scale of the gradients, and 1 if the step is left
+        out, else 0.
+        """
+        clipped = None if self.clip_norm is None else squared_norm
+        new = self.update(state, gradients, clipped)
+        if self.scaling is None:
+            return new, {}
+        if self.scaling == "model":
+            assert squared_norm is not None
+            finite = [jnp.isfinite(squared_norm)] * len(self.units)
+        elif self.scaling == "stage":
+            finite = [loss_scale.all_finite(gradients)] * len(self.units)
+        else:
+            finite = [loss_scale.all_finite(unit) for unit in gradients]
+        for part in new:
+            if new[part] is not state[part]:
+                units = zip(finite, new[part], state[part], strict=True)
+                new[part] = tuple(loss_scale.select(*each) for each in units)
+        metrics: Metrics = {}
+        moved = []
+        for unit, scale, good in zip(self.units, state["loss_scale"], finite, strict=True):
+            moved.append(loss_scale.adjusted(scale, good) if scale else scale)
+            if scale:
+                prefix = "" if self.scaling == "model" else f"block_{unit.index}/"
+                metrics[prefix + "loss_scale"] = scale["scale"]
+                metrics[prefix + "skipped"] = 1 - good.astype(jnp.float32)
+        return {**new, "loss_scale": tuple(moved)}, metrics
 
     def update(
         self, state: StageState, gradients: Any, squared_norm: jax.Array | None = None
@@ -177,6 +223,17 @@ def transformed(
     indices = step_id[1] * count + jnp.arange(count)
     keys = jax.vmap(lambda index: jax.random.fold_in(root, index))(indices)
     return transform(carry, keys, train)
+
+
+def error_shapes(carry: Carry, scaling: str | None) -> Any:
+    """Shapes of the error that a stage sends down, from those of the carry that it receives.
+
+    Where every stage has a scale of its own, that of the error goes with it, [batch].
+    """
+    if scaling != "stage":
+        return carry["x"]
+    size = carry["label"].shape[0]
+    return {"x": carry["x"], "scale": jax.ShapeDtypeStruct((size,), jnp.float32)}
 
 
 def add(first: Any, second: Any) -> Any:

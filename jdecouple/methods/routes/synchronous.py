@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from jdecouple.methods.routes import loss_scale
 from jdecouple.methods.routes.ordering import after
 from jdecouple.methods.routes.remat import repeated
 from jdecouple.methods.routes.route import Forward, Route
@@ -28,6 +29,7 @@ class Synchronous(Route):
     Losses may stand at any block; their gradients flow end to end.
     """
 
+    scaling: ClassVar[str] = "model"
     schedules: ClassVar[tuple[str, ...]] = ("sequential", "gpipe", "1f1b", "interleaved_1f1b")
 
     def forward(self, stage: Stage, state: StageState, carry: Carry, step_id: jax.Array) -> Forward:
@@ -38,7 +40,7 @@ class Synchronous(Route):
         self, stage: Stage, state: StageState, residuals: Any, cotangent: Any, step_id: jax.Array
     ) -> tuple[Any, Any]:
         """Pulls the error of the stage above, and of the stage's own losses, back."""
-        return pull_back(stage, residuals, cotangent)
+        return pull_back(stage, residuals, cotangent, loss_scale.factor_of(state))
 
 
 def advance(
@@ -87,11 +89,18 @@ def linearize(
 
 
 def pull_back(
-    stage: Stage, linearized: tuple[Callable, jax.Array], cotangent: Any
+    stage: Stage,
+    linearized: tuple[Callable, jax.Array],
+    cotangent: Any,
+    factor: jax.Array | None = None,
 ) -> tuple[Any, Any]:
-    """Gradients of the units' parameters, and of the input (None on the first stage)."""
+    """Gradients of the units' parameters, and of the input (None on the first stage).
+
+    The loss is multiplied by `factor`, if there is one, as it was for the cotangent; the gradient
+    of the input keeps it.
+    """
     pullback, loss = linearized
     if stage.remat != "none":  # what is repeated must not be kept from the forward instead
         pullback = after((cotangent, loss), pullback)
-    gradients, *back = pullback((cotangent, jnp.ones_like(loss)))
-    return gradients, back[0] if back else None
+    gradients, *back = pullback((cotangent, loss_scale.seed(loss, factor)))
+    return loss_scale.unscaled(gradients, factor), back[0] if back else None

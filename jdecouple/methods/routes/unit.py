@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jdecouple.methods.objectives import Descending, HeadOutput
+from jdecouple.methods.routes import loss_scale
 
 Arrays = dict[str, jax.Array]
 Carry = dict[str, Any]
@@ -126,6 +127,13 @@ class Unit:
             name: values[self._paths[name]].astype(variable.get_value().dtype)
             for name, variable in self.stats.items()
         }
+        if loss_scale.is_for(self.dtype):  # no step undoes what an activation's overflow leaves
+            new_stats = {
+                name: jnp.where(jnp.isfinite(new), new, stats[name])
+                if jnp.issubdtype(new.dtype, jnp.floating)
+                else new
+                for name, new in new_stats.items()
+            }
         return features, output, new_stats
 
     @property

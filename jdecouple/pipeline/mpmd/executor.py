@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdecouple.methods.routes import Accumulated, Carry, Metrics, Route, Stage
+from jdecouple.methods.routes.stage import error_shapes
 from jdecouple.pipeline.mesh import StageDevices, jit
 from jdecouple.pipeline.mpmd.stage_fns import (
     compile_stage_fn,
@@ -128,7 +129,7 @@ class Executor:
         for stage, kinds, microbatches in calls:
             forward, backward = microbatches_of(kinds, microbatches)
             out: dict[str, Any] = {}
-            if self._clips and Kind.STEP in kinds and norms is None:
+            if self._needs_norm and Kind.STEP in kinds and norms is None:
                 norms = self._norms(functions, accumulated)
             if self.placements[stage].addressable:
                 out = functions[stage, kinds](
@@ -166,9 +167,9 @@ class Executor:
 
     @cached_property
     def calls(self) -> tuple[Call, ...]:
-        """The schedule's calls; where a norm of all stages clips, their steps wait for it."""
+        """The schedule's calls; where steps need the norm of all stages, they wait for it."""
         calls = tuple(self.schedule.calls())
-        return steps_last(calls) if self._clips else calls
+        return steps_last(calls) if self._needs_norm else calls
 
     @property
     def size(self) -> int:
@@ -182,7 +183,7 @@ class Executor:
             (call.stage, call.kinds): make_stage_fn(self.stages[call.stage], self.route, call.kinds)
             for call in self.calls
         }
-        if self._clips:
+        if self._needs_norm:
             functions |= {(stage.index, ()): make_norm_fn(stage) for stage in self.stages}
         return functions
 
@@ -195,7 +196,8 @@ class Executor:
             placement = self.placements[stage]
             if placement.addressable:
                 if kinds:
-                    function = pack_io(function, *self._packed[stage : stage + 2])
+                    below, above = self._packed[stage : stage + 2]
+                    function = pack_io(function, below, above, self.stages[stage].scaling)
                 compiled[stage, kinds] = compile_stage_fn(function, placement, kinds, queued)
         return compiled
 
@@ -231,8 +233,8 @@ class Executor:
     # --- Between stages ---------------------------------------------------------------------------
 
     @property
-    def _clips(self) -> bool:
-        return self.stages[0].clip_norm is not None
+    def _needs_norm(self) -> bool:
+        return self.stages[0].needs_norm
 
     def _norms(self, functions: Calls, accumulated: Sequence[Accumulated | None]) -> list[Any]:
         """Squared norm of the gradient of all stages, on every stage: summed down, sent up."""
@@ -257,7 +259,7 @@ class Executor:
         is_packed = self._packed[above] is not None
         shapes: Any = self._packed[above] or self.stages[above].carry
         if target < source:
-            shapes = shapes["x"]
+            shapes = error_shapes(shapes, self.stages[above].scaling)
         elif not is_packed:
             carry, shapes = without_loss(carry, shapes)
         return self._transfer(carry, packed(shapes) if is_packed else shapes, source, target)

@@ -16,6 +16,7 @@ from jdecouple.methods.routes import (
     add,
     after,
 )
+from jdecouple.methods.routes.stage import error_shapes
 from jdecouple.pipeline.mesh import StageDevices, jit
 from jdecouple.pipeline.transfer import pack, unpack
 from jdecouple.schedules import Call, Kind
@@ -48,12 +49,13 @@ def stage_step(
         carry: from the stage below; None without a forward.
         cotangent: from the stage above; None without a backward, and on the last stage.
         step_ids: [batch, microbatch] of every action; batch -1 does not exist.
-        squared_norm: of the gradient of all stages, where a step clips it.
+        squared_norm: of the gradient of all stages, where a step needs it.
 
     Returns:
         What changed: "state", "accumulated", "residuals", "carry", "cotangent", "metrics".
     """
     out: dict[str, Any] = {}
+    scaling: Metrics = {}
     gradients: Any
     sums: Any
     gradients, sums = accumulated or (None, None)
@@ -70,12 +72,14 @@ def stage_step(
             gradients = add(gradients, gradient)
             out.pop("residuals", None)
         else:
-            updated = stage.update(state, gradients, squared_norm)
+            updated, scaling = stage.step(state, gradients, squared_norm)
+            none = {name: 0 if name.endswith("skipped") else x for name, x in scaling.items()}
+            scaling = _if_exists(step_id, state, scaling, none)
             state = out["state"] = _if_exists(step_id, state, updated, state)
             gradients = None
     if Kind.STEP in kinds:  # a forward after the step, of another batch, reports here too
-        out["metrics"] = stage.mean(sums)
-        if squared_norm is not None:
+        out["metrics"] = stage.mean(sums) | scaling
+        if squared_norm is not None and stage.clip_norm is not None:
             out["metrics"]["gradient_norm"] = jnp.sqrt(squared_norm).astype(jnp.float32)
     else:
         out["accumulated"] = Accumulated(gradients, sums)
@@ -164,10 +168,11 @@ def make_stage_fn(stage: Stage, route: Route, kinds: tuple[Kind, ...]) -> Any:
     return function
 
 
-def pack_io(function: Any, below: Carry | None, above: Carry | None) -> Any:
+def pack_io(function: Any, below: Carry | None, above: Carry | None, scaling: str | None) -> Any:
     """The call of a stage that takes and gives as one array what crosses processes.
 
-    `below` and `above` are shapes of the carries from and to stages that are elsewhere.
+    `below` and `above` are shapes of the carries from and to stages that are elsewhere; `scaling`
+    is the stages'.
     """
     if below is None and above is None:
         return function
@@ -176,7 +181,7 @@ def pack_io(function: Any, below: Carry | None, above: Carry | None) -> Any:
         if below and carry is not None:
             carry = unpack(carry, below)
         if above and cotangent is not None:
-            cotangent = unpack(cotangent, above["x"])
+            cotangent = unpack(cotangent, error_shapes(above, scaling))
         out = function(state, accumulated, residuals, carry, cotangent, *others)
         if above and "carry" in out:
             out["carry"] = pack({name: out["carry"][name] for name in above})

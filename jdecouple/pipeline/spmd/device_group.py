@@ -6,7 +6,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jdecouple.methods.routes import Carry, Metrics, Route, Stage, StageState, Unit, add
+from jdecouple.methods.routes import (
+    Carry,
+    Metrics,
+    Route,
+    Stage,
+    StageState,
+    Unit,
+    add,
+    loss_scale,
+)
 from jdecouple.methods.routes.stage import totals
 from jdecouple.methods.routes.synchronous import advance
 from jdecouple.pipeline.spmd.sharded_state import Arrays, Slot
@@ -105,13 +114,15 @@ class DeviceGroup:
             (stats, (gradients, metrics)), carries = jax.lax.scan(
                 body, (stats, zeros), jnp.arange(count)
             )
-        states = [
-            stage.update({**state, "stats": moved}, gradient)
-            for stage, state, moved, gradient in zip(
-                self.stages, states, stats, gradients, strict=True
-            )
-        ]
-        return self.put(arrays, states), carries, self.stages[0].mean(metrics)
+        metrics = self.stages[0].mean(metrics)
+        stepped = []
+        for stage, state, moved, gradient in zip(
+            self.stages, states, stats, gradients, strict=True
+        ):
+            new, scaling = stage.step({**state, "stats": moved}, gradient)
+            stepped.append(new)
+            metrics |= scaling
+        return self.put(arrays, stepped), carries, metrics
 
     def forward(
         self, params: Slots, stats: Slots, carry: Carry, step_id: jax.Array
@@ -142,12 +153,16 @@ class DeviceGroup:
     def step(self, arrays: Arrays, gradients: Slots, squared_norm: jax.Array | None) -> Arrays:
         """Optimiser steps of all stages with the gradients of all slots."""
         states = [
-            stage.update(state, tuple(gradients[slot] for slot in slots), squared_norm)
+            stage.step(state, tuple(gradients[slot] for slot in slots), squared_norm)[0]
             for stage, slots, state in zip(
                 self.stages, self.param_slots, self.states(arrays), strict=True
             )
         ]
         return self.put(arrays, states)
+
+    def loss_factor(self, arrays: Arrays) -> jax.Array | None:
+        """What the loss is multiplied by, where it is."""
+        return loss_scale.factor_of(self.states(arrays)[0])
 
     def squared_norm(self, gradients: Slots) -> jax.Array:
         """Squared norm of the mean gradient of the group's stages."""

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jdecouple.methods.routes import Carry, Metrics, Route, repeated
+from jdecouple.methods.routes import Carry, Metrics, Route, loss_scale, repeated
 from jdecouple.pipeline.mesh import jit
 from jdecouple.pipeline.spmd.device_group import DeviceGroup, Slots
 from jdecouple.pipeline.spmd.sharded_state import Arrays, Layout
@@ -36,7 +36,7 @@ class Program:
         self._route = route
         self._groups = len(layout.device_groups)
         self._has_replicas = layout.mesh.shape["data"] > 1
-        self._clips = layout.stages[0].clip_norm is not None
+        self._stage = layout.stages[0]
         self._patterns: list[DeviceGroup] = []
         self._pattern_of: list[int] = []  # of every device group
         self._shifts: list[int] = []  # blocks between the group and the first of its pattern
@@ -134,20 +134,27 @@ class Program:
         group = jax.lax.axis_index("stage")
         steps, own = self._choose(group, lambda pattern: pattern.step)
         norms, _ = self._choose(group, lambda pattern: pattern.squared_norm)
+        factors, _ = self._choose(group, lambda pattern: pattern.loss_factor)
 
         def train(arrays: Arrays, numbered: tuple) -> tuple:
             number, carries = numbered
             parts = carries["label"].shape[0]
+            factor = jax.lax.switch(own, factors, arrays)
             gradients, (stats, line) = jax.grad(self._loss, has_aux=True)(
-                arrays["params"], arrays["stats"], carries, number, group
+                arrays["params"], arrays["stats"], carries, number, group, factor
             )
-            gradients = self._constrain(gradients)
+            gradients = self._constrain(loss_scale.unscaled(gradients, factor))
             line = line / parts
             squared = None
-            if self._clips:
+            if self._stage.needs_norm:
                 squared = jax.lax.psum(jax.lax.switch(own, norms, gradients), "stage")
-                norm = jnp.sqrt(squared).astype(line.dtype)
-                line = jnp.concatenate([line[:-1], norm[None]])
+                values = {
+                    "gradient_norm": jnp.sqrt(squared),
+                    "loss_scale": factor,
+                    "skipped": ~jnp.isfinite(squared),
+                }
+                shared = [jnp.asarray(values[name], line.dtype) for name in self._shared]
+                line = jnp.concatenate([line[: -len(shared)], jnp.stack(shared)])
             arrays = jax.lax.switch(own, steps, {**arrays, "stats": stats}, gradients, squared)
             return self._constrain(arrays), line
 
@@ -156,10 +163,17 @@ class Program:
         return jax.lax.scan(train, arrays, (numbers, batches))
 
     def _loss(
-        self, params: Slots, stats: Slots, carries: Carry, number: jax.Array, group: jax.Array
+        self,
+        params: Slots,
+        stats: Slots,
+        carries: Carry,
+        number: jax.Array,
+        group: jax.Array,
+        factor: jax.Array | None,
     ) -> tuple[jax.Array, tuple]:
         """Losses of a device group over all microbatches; moved statistics and sums of metrics.
 
+        The losses are multiplied by `factor`, if there is one.
         Differentiated on every device group at once: the transpose of `ppermute` sends errors down.
         """
         parts = carries["label"].shape[0]
@@ -200,7 +214,7 @@ class Program:
         times = jnp.arange(parts + self._groups - 1, dtype=jnp.int32)
         loop = stats, nothing, jnp.zeros((), scalar), jnp.zeros(self._width, jnp.float32)
         (stats, _, total, sums), _ = jax.lax.scan(tick, loop, times)
-        return total, (stats, sums)
+        return total if factor is None else total * factor, (stats, sums)
 
     # --- What they share --------------------------------------------------------------------------
 
@@ -257,8 +271,8 @@ class Program:
                 if slash:
                     block = f"block_{int(block.removeprefix('block_')) + shift}"
                 columns[block + slash + term] = group, column
-            if self._clips:
-                columns["gradient_norm"] = group, self._width - 1
+            for number, name in enumerate(reversed(self._shared), 1):
+                columns[name] = group, self._width - number
         return columns
 
     @cached_property
@@ -269,9 +283,18 @@ class Program:
             for pattern in self._patterns
         ]
 
+    @cached_property
+    def _shared(self) -> tuple[str, ...]:
+        """Names of metrics that all groups have alike, in the last columns."""
+        if self._route.local:
+            return ()
+        clips = self._stage.clip_norm is not None
+        scales = self._stage.scaling is not None
+        return ("gradient_norm",) * clips + ("loss_scale", "skipped") * scales
+
     @property
     def _width(self) -> int:
-        return max(map(len, self._names)) + self._clips
+        return max(map(len, self._names)) + len(self._shared)
 
     # --- Which device groups are alike ------------------------------------------------------------
 
