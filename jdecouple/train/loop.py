@@ -4,11 +4,8 @@ import contextlib
 import dataclasses
 import itertools
 import os
-import signal
-import threading
 import time
 from collections.abc import Mapping
-from types import FrameType
 from typing import Any
 
 import jax
@@ -23,6 +20,7 @@ from jdecouple.pipeline.batch import PlacedBatch
 from jdecouple.train import devices, hosts, report
 from jdecouple.train.config import one_line
 from jdecouple.train.divergence import Range
+from jdecouple.train.interrupt import Interrupt
 from jdecouple.train.lock import only_run
 from jdecouple.train.metrics import Interval, MetricsWriter, Progress, clock, read_metrics
 from jdecouple.train.profile import Profile
@@ -107,7 +105,7 @@ class Loop:
     run: Run
     checkpoints: Checkpointer | None  # the first process's alone, as is the writer
     writer: MetricsWriter | None
-    interrupt: "Interrupt"
+    interrupt: Interrupt
     profile: Profile
     processes: hosts.MultiProcess
 
@@ -359,34 +357,3 @@ def _weights(arrays: Mapping[str, Any]) -> dict[str, Any]:
 def _largest(arrays: Mapping[str, np.ndarray]) -> float:
     sizes = (max(float(x.max()), -float(x.min())) for x in arrays.values() if x.size)
     return max(sizes, default=0.0)
-
-
-class Interrupt:
-    """Context in which the first SIGTERM or SIGINT, and any SIGHUP, only sets `requested`.
-
-    A second SIGTERM or SIGINT interrupts at once; of SIGHUP a lost terminal may send several. One
-    that was ignored, as under nohup, stays so. Outside the main thread, where Python allows no
-    handlers, nothing is changed.
-    """
-
-    requested = False
-    _asked = False
-
-    def __enter__(self) -> "Interrupt":
-        main = threading.current_thread() is threading.main_thread()
-        numbers = [signal.SIGTERM, signal.SIGINT] if main else []
-        if main and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-            numbers.append(signal.SIGHUP)
-        self._previous = {number: signal.signal(number, self._handle) for number in numbers}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if number != signal.SIGHUP:
-            if self._asked:
-                raise KeyboardInterrupt
-            self._asked = True
-        self.requested = True
