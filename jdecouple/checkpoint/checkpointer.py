@@ -195,6 +195,10 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
         self._refused |= {*steps}
         return self._set_refused_aside()
 
+    def refuse(self, step: int) -> None:
+        """Passes a checkpoint over from now on, as `restore` does with one that is refused."""
+        self._refused.add(step)
+
     def close(self) -> None:
         """Waits for the save in flight and releases the directory; may be called again."""
         try:
