@@ -95,6 +95,10 @@ def default() -> ConfigDict:
                 "steps": placeholder(tuple),  # or from which steps on
                 "freeze": True,  # what exists is trained no more when others are added
             },
+            "early_stopping": {
+                "patience": placeholder(int),  # evaluations without a better validation accuracy
+                "min_delta": 0.0,  # that it must be better by
+            },
             "engine": "mpmd",  # a call for every stage; "spmd": one for all; "auto": where it fits
             "schedule": "auto",
             "microbatches": 1,
@@ -224,16 +228,21 @@ def settings(config: ConfigDict, total_steps: int) -> dict[str, Any]:
     """
     arguments = options("optimizer", config.optimizer.name).items()
     optimizer = {key: value for key, (_, value) in arguments} | config.optimizer.to_dict()
-    values = config.to_dict() | {f"optimizer.{key}": value for key, value in optimizer.items()}
+    parts = {"optimizer": optimizer, "early_stopping": config.early_stopping.to_dict()}
+    values = config.to_dict() | traverse_util.flatten_dict(parts, sep=".")
     values["steps"] = total_steps
-    for key in (*identity(config), *_FREE, "growth", "optimizer", "epochs"):
+    for key in (*identity(config), *_FREE, *parts, "growth", "epochs"):
         values.pop(key, None)
     return json.loads(json.dumps(values, default=repr))
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Key, old and new value of what differs between two `settings`; None where there is none."""
-    pairs = {key: (before.get(key), now.get(key)) for key in {**before, **now}}
+    """Key, old and new value of what differs between two `settings`; None where there is none.
+
+    A key that earlier versions did not know had its default.
+    """
+    known = traverse_util.flatten_dict(default().to_dict(), sep=".")
+    pairs = {key: (before.get(key, known.get(key)), now.get(key)) for key in {**before, **now}}
     return [(key, old, new) for key, (old, new) in pairs.items() if old != new]
 
 

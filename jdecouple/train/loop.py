@@ -24,7 +24,7 @@ from jdecouple.train.interrupt import Interrupt
 from jdecouple.train.lock import only_run
 from jdecouple.train.metrics import Interval, MetricsWriter, Progress, clock, read_metrics
 from jdecouple.train.profile import Profile
-from jdecouple.train.resume import describe, open_metrics, origin, record, restore
+from jdecouple.train.resume import describe, open_metrics, origin, record, restore, stopping
 from jdecouple.train.run import Run, build, check_alike
 from jdecouple.trainer import State, Trainer
 
@@ -48,8 +48,9 @@ def train_and_evaluate(
         processes: what `jdecouple.train.hosts.join` returned, where there are several.
 
     Returns:
-        "step"; "finished" (False after a signal such as Ctrl-C, which saves and returns); and, when
-        finished, on the first process, "test" (metrics at the last step),
+        "step"; "finished" (False after a signal such as Ctrl-C, which saves and returns); "reason"
+        where early stopping has finished it before its last step; and, when finished, on the first
+        process, "test" (metrics at the last step),
         "test_at_best_validation" and "best_test" (the papers' figure: the best step by test
         accuracy, never a result). The last two are left out where `metrics.jsonl` has lost lines.
 
@@ -85,16 +86,23 @@ def train_and_evaluate(
         profile = Profile(run.trainer, folder, run.config.profile, state.step, title)
         loop = Loop(run, checkpoints, writer, interrupt, profile, processes)
         state = loop.train(state, start)
-        result = {"step": state.step, "finished": state.step >= run.total_steps}
+        early = loop.stopping.reason if state.step < run.total_steps else None
+        finished = early is not None or state.step >= run.total_steps
+        result: dict[str, Any] = {"step": state.step, "finished": finished}
+        if early is not None:
+            result["reason"] = early
         if checkpoints is None or writer is None:
             return result
         curves = report.try_plot_curves(folder, title=title)
-        if result["finished"]:
+        where = f"at step {state.step} of {run.total_steps}"
+        if early is not None:
+            print(f"ended {where} by early stopping: {early}")
+        if finished:
             with one_line():
                 result |= report.summary(read_metrics(folder), state.step, writer.rows)
             report.show(result, folder, checkpoints.best_step, curves)
         else:
-            print(f"stopped at step {state.step} of {run.total_steps}: the same command continues")
+            print(f"stopped {where}: the same command continues")
         return result
 
 
@@ -125,6 +133,7 @@ class Loop:
             buckets=config.data.buckets or (),
         )
         progress = Progress(run.total_steps, first, config.batch_size, self.processes.first)
+        self.stopping = stopping(run, start)
         if start:
             batches.set_state(start["iterator"])
             progress.print(f"continuing from step {first} of {run.total_steps}")
@@ -153,7 +162,7 @@ class Loop:
             if start and start.pop("evaluate", False):  # the process before did not come to it
                 self._extra = start
                 self._evaluate(state, progress)
-            while state.step < run.total_steps:
+            while state.step < run.total_steps and self.stopping.reason is None:
                 if state.step in run.grows:
                     state = self._grow(state, progress)
                 since, began = state.step, clock(prefetcher.wait_seconds)
@@ -288,10 +297,12 @@ class Loop:
             self._write(state.step, split.name, values)
             if split.name == "validation":
                 accuracy = values["accuracy"]
+                if state.step > self.run.phases[-1].start:  # the whole model is there
+                    self.stopping.add(state.step, accuracy)
             listed = " ".join(f"{value:.2%}" for value in report.exits(values).values())
             progress.print(f"step {state.step} {split.name:10} accuracy per exit: {listed}")
         if self.checkpoints is not None:
-            self.checkpoints.amend(state.step, self._extra | self._rows(), accuracy)
+            self.checkpoints.amend(state.step, self._extra | self._counts(), accuracy)
         self._interval.leave_out(time.perf_counter() - began)
 
     def _save(self, state: State, iterator: Any, evaluate: bool) -> None:
@@ -309,13 +320,15 @@ class Loop:
                 )
         self._warn(self._range.weigh(state.step, _largest(_weights(arrays))))
         self._extra = {"iterator": iterator, "means": self._interval.means, **self._origin}
-        self._extra |= {"range": self._range.values, **self._rows()}
+        self._extra |= {"range": self._range.values, **self._counts()}
         due = {"evaluate": True} if evaluate else {}
         spare = self._range.suspect
         self.checkpoints.save(state.step, arrays, self._extra | due, spare=spare)
 
-    def _rows(self) -> dict[str, int]:
-        return {} if self.writer is None else {"rows": self.writer.rows}
+    def _counts(self) -> dict[str, Any]:
+        rows = {} if self.writer is None else {"rows": self.writer.rows}
+        counts_evaluations = self.run.config.early_stopping.patience is not None
+        return rows | ({"early_stopping": self.stopping.values} if counts_evaluations else {})
 
     def _sides(self) -> tuple[list[int], list[int]]:
         """Steps of the checkpoints that are good, and of those that are suspect."""
