@@ -125,6 +125,7 @@ def default() -> ConfigDict:
             "clip_norm": placeholder(float),  # bound on the gradient's norm (synchronous methods)
             "remat": "auto",  # what a forward keeps: none, elementwise, blocks, stages, offload
             "seed": 0,
+            "init_from": placeholder(str),  # WORKDIR or WORKDIR@STEP, whose weights it begins with
         }
     ).lock()
     for section in OWNERS:
@@ -231,7 +232,7 @@ def settings(config: ConfigDict, total_steps: int) -> dict[str, Any]:
     parts = {"optimizer": optimizer, "early_stopping": config.early_stopping.to_dict()}
     values = config.to_dict() | traverse_util.flatten_dict(parts, sep=".")
     values["steps"] = total_steps
-    for key in (*identity(config), *_FREE, *parts, "growth", "epochs"):
+    for key in (*identity(config), *_FREE, *parts, "growth", "epochs", "init_from"):
         values.pop(key, None)
     return json.loads(json.dumps(values, default=repr))
 
@@ -259,6 +260,8 @@ def identity(config: ConfigDict) -> dict[str, Any]:
         values["data"].pop(key, None)
     if config.growth.blocks is not None:
         values["growth"] = {k: v for k, v in config.growth.items() if v is not None}
+    if config.init_from is not None:
+        values["init_from"] = config.init_from
     return json.loads(json.dumps(values))
 
 

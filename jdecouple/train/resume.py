@@ -19,6 +19,7 @@ from jdecouple.train import config as configuration
 from jdecouple.train import hosts, report
 from jdecouple.train.config import ConfigError, chosen
 from jdecouple.train.early_stopping import EarlyStopping
+from jdecouple.train.initial import begin
 from jdecouple.train.metrics import MetricsWriter
 from jdecouple.train.options import options
 from jdecouple.train.rules import DTYPES
@@ -42,7 +43,7 @@ def restore(
     step, extra = position or (0, None)
     trainer = run.at(step).trainer
     if position is None:
-        return trainer.init(), None
+        return begin(run, processes), None
     names = list(trainer.to_arrays(trainer.abstract(addressable=True)))
     arrays = hosts.scatter(processes, names, restored.arrays if restored else {})
     return trainer.from_arrays(step, arrays), extra

@@ -132,6 +132,8 @@ def _growth(config: ConfigDict) -> Iterator[str]:
         if len(values) != len(section.blocks) or values[0] != 0:
             wanted = f"as many numbers as config.growth.blocks, {section.blocks}, the first 0"
             yield f"growth.{key} is {values}: {wanted}, are needed"
+    if config.init_from is not None:
+        yield "init_from holds all blocks of a network: leave config.growth.blocks at None"
     if config.profile:
         yield "profile shows one and the same net: leave config.growth.blocks at None"
 
