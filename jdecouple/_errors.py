@@ -22,6 +22,14 @@ def first_line(error: object) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
+class OneLine(Exception):
+    """An error about what the user gave or did: a notebook shows its line, without a traceback."""
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows of it."""
+        return [f"{type(self).__name__}: {first_line(self)}"]
+
+
 def require_type(wanted: type, /, **values: Any) -> None:
     """Raises TypeError for the first of `values` that is of another type.
 

@@ -12,14 +12,14 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from jdecouple._errors import first_line
+from jdecouple._errors import OneLine, first_line
 from jdecouple.train.options import OWNERS, options
 from jdecouple.train.rules import MOST, RULES, clashes
 
 _MOST_CHARACTERS = 200  # of a value in a message
 
 
-class ConfigError(ValueError):
+class ConfigError(OneLine, ValueError):
     """A bad value, or input that does not fit; the message is one line."""
 
 

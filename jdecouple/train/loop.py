@@ -14,10 +14,11 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from jdecouple import data, growth
+from jdecouple._errors import OneLine
 from jdecouple._files import local_folder
 from jdecouple.checkpoint import Checkpointer
 from jdecouple.pipeline.batch import PlacedBatch
-from jdecouple.train import devices, hosts, report
+from jdecouple.train import devices, hosts, notebook, report
 from jdecouple.train.config import one_line
 from jdecouple.train.divergence import Range
 from jdecouple.train.interrupt import Interrupt
@@ -29,16 +30,19 @@ from jdecouple.train.run import Run, build, check_alike
 from jdecouple.trainer import State, Trainer
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(OneLine, RuntimeError):
     """The loss or a parameter became infinite or NaN; the message names step and block."""
 
 
+@notebook.stop_button()
 def train_and_evaluate(
     config: ConfigDict | Mapping,
     workdir: str | os.PathLike[str],
     processes: hosts.MultiProcess | None = None,
 ) -> dict[str, Any]:
     """Trains as a configuration says; continues what the workdir already holds.
+
+    In a notebook the progress is a bar, and the curves are shown at the end.
 
     Args:
         config: made from `jdecouple.config.default()`.
@@ -60,6 +64,7 @@ def train_and_evaluate(
         NonFiniteError: the training diverged; the last good checkpoint is kept.
         CheckpointError: a checkpoint could not be written.
         OSError: the metrics could not be written, as on a full disk.
+        StoppedError: in a notebook, after the stop button, so that cells behind do not run.
     """
     with one_line():
         folder = local_folder(workdir)
@@ -101,7 +106,9 @@ def train_and_evaluate(
             with one_line():
                 result |= report.summary(read_metrics(folder), state.step, writer.rows)
             report.show(result, folder, checkpoints.best_step, curves)
-        else:
+        if notebook.is_active():
+            notebook.close(curves, None if finished else f"stopped {where}")
+        elif not finished:
             print(f"stopped {where}: the same command continues")
         return result
 
