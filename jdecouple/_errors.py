@@ -1,6 +1,7 @@
 """What errors say: the first line of one, and checks of arguments in one dialect."""
 
 import math
+import os
 from collections.abc import Collection
 from numbers import Integral, Real
 from typing import Any
@@ -20,6 +21,16 @@ def first_line(error: object) -> str:
     """
     line = next(iter(str(error).strip().splitlines()), type(error).__name__)
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+
+
+def gigabytes(size: int) -> str:
+    """A number of bytes in a message."""
+    return f"{size / 1e9:,.1f} GB"
+
+
+def machine_bytes() -> int:
+    """Memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 class OneLine(Exception):
