@@ -192,8 +192,8 @@ class TestPredict:
         for error in (full, MemoryError("Unable to allocate 9 GiB")):
             monkeypatch.setattr(Predictor, "predict", fails(error))
             for command in (("predict", workdir, pictures), ("evaluate", workdir)):
-                said = f"batch_size is 7: there is not enough memory for so many inputs at once ({error})"
-                refused(capsys, said, *command, "--batch_size=7")
+                told = refused(capsys, "batch_size is 7: ", *command, "--batch_size=7")
+                assert told.endswith(f"not enough memory for so many inputs at once ({error})")
         monkeypatch.setattr(Predictor, "predict", fails(other))
         with pytest.raises(jax.errors.JaxRuntimeError, match="nobody foresaw"):
             main(["jdecouple", "predict", str(workdir), str(pictures)])
