@@ -118,11 +118,9 @@ def require_number(*, positive: bool = False, below: float = math.inf, **values:
             isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) < below
         )
         if not number or (positive and value == 0):
-            kind = "finite number of at least 0"
-            if positive:
-                kind = "finite number above 0"
-            elif below < math.inf:
-                kind = f"number in [0, {below})"
+            kind = f"finite number {'above' if positive else 'of at least'} 0"
+            if below < math.inf:
+                kind = f"number in {'(' if positive else '['}0, {below})"
             raise ValueError(f"{name} is {value!r}: a {kind} is needed")
 
 

@@ -13,7 +13,10 @@ LATER = {
 
 
 def test_a_fresh_interpreter_imports_little():
-    program = "import sys, jdecouple; print(*sys.modules)"
+    program = (
+        "import sys, jdecouple; [getattr(jdecouple, name) for name in jdecouple.__all__]; "
+        "print(*sys.modules)"
+    )
     found = subprocess.run(
         [sys.executable, "-c", program],
         capture_output=True,

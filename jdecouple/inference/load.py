@@ -38,7 +38,8 @@ def load(
 ) -> Run:
     """Loads a trained network; the data are not needed, and nothing is written.
 
-    A training may go on in the workdir meanwhile.
+    It has the averages of the weights, where these were trained with `ema`. A training may go on in
+    the workdir meanwhile.
 
     Args:
         workdir: what it was trained with.

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from jdecouple._errors import gigabytes, machine_bytes
 from jdecouple.data import Dataset
 from jdecouple.methods import Method
-from jdecouple.methods.routes import Carry
+from jdecouple.methods.routes import Carry, accumulating
 from jdecouple.models import Model
 from jdecouple.pipeline import build
 from jdecouple.train.config import ConfigError, chosen
@@ -64,8 +64,9 @@ def check_state(
 ) -> None:
     """Raises ConfigError where weights and the optimiser's state are more than the devices have.
 
-    They are counted in an abstract pass over what `make_model` and the method's heads would hold;
-    what fails there fails when it is made, with a better message.
+    Averages of the weights are part of the state. All is counted in an abstract pass over what
+    `make_model` and the method's heads would hold; what fails there fails when it is made, with a
+    better message.
 
     Args:
         config: the complete configuration.
@@ -79,11 +80,14 @@ def check_state(
     if _layer_bytes(config, dataset) < _SMALL * have:
         return
 
+    optimizer = accumulating(optimizer, max(config.accumulate, method.route.accumulate))
+
     def make() -> tuple[Any, Any]:
         model = make_model(_keys(config.seed))
         units = build.build_units(model, method, carry, None, config.seed, None).units
         pairs = [unit.initial() for unit in units]
-        return pairs, [optimizer.init(params) for params, _ in pairs]
+        averages = [] if config.ema is None else pairs
+        return pairs, ([optimizer.init(params) for params, _ in pairs], averages)
 
     try:
         pairs, state = jax.eval_shape(make)

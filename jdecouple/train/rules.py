@@ -33,7 +33,7 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("seed", lambda n: 0 <= n < 2**32, f"a whole number from 0 to {2**32 - 1} is needed"),
     (
         "epochs steps eval_every log_every profile checkpoint.every checkpoint.keep "
-        "early_stopping.patience",
+        "accumulate early_stopping.patience",
         lambda n: 0 < n <= MOST,
         f"a whole number from 1 to {MOST} is needed",
     ),
@@ -58,6 +58,7 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda x: _rises(x, (int, float), 0),
         "increasing numbers from 0 on are needed",
     ),
+    ("ema", lambda x: 0 < x < 1, "a number above 0 and below 1 is needed"),
     ("model.width", lambda x: x < _MOST_WIDTH, f"a number below {_MOST_WIDTH} is needed"),
     (
         "model.depth mesh.stages num_stages",

@@ -84,6 +84,21 @@ class TestTaken:
         assert_equal(found, arrays_at(other, 18), taken)
         assert_equal(found, fresh, found.keys() - taken)
 
+    def test_averages(self, tmp_path, capsys):
+        """Those of the other run are taken, and its own begin there."""
+        values = {"method__name": "bp", "method__projector": None, "num_stages": 2, "ema": 0.5}
+        train_and_evaluate(tiny(**values, steps=2), tmp_path)
+        wanted = arrays_at(tmp_path, 2)
+        capsys.readouterr()
+        found, _, told = begun(tmp_path, capsys, **values)
+        assert "taken: block 0-1, classifier 1;" in told
+        averages = [name for name in found if "/ema/" in name]
+        assert averages
+        assert_equal(found, wanted, averages)
+        for name in averages:
+            np.testing.assert_array_equal(found[name.replace("/ema/", "/")], wanted[name])
+        assert any((wanted[name] != wanted[name.replace("/ema/", "/")]).any() for name in averages)
+
     def test_what_version_0_1_has_saved(self, capsys):
         old = runs.REPOSITORY / "tests" / "checkpoints_0.1" / "deinforeg"
         config = json.loads((old / "config.json").read_text())["config"]
