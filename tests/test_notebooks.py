@@ -2,8 +2,11 @@
 
 import json
 import re
+import sys
+import types
 from pathlib import Path
 
+import jax
 import nbformat
 import notebooks
 import pytest
@@ -59,6 +62,38 @@ class TestStored:
         (install,) = notebooks.tagged(notebook, "install")
         assert uses.index(True) == cells.index(install.source)
         assert notebooks.parameters(notebook)["PLATFORM"] == "gpu"
+
+    def test_tells_what_to_do_without_a_gpu(self, path):
+        notebook = notebooks.read(path)
+        with pytest.raises(AssertionError, match=r"hoose .* > .* all"):
+            exec(only(notebook, "PLATFORM,"), notebooks.parameters(notebook))
+
+
+def only(notebook: nbformat.NotebookNode, text: str) -> str:
+    """The one cell of code that holds a text."""
+    (source,) = [cell.source for cell in notebooks.code(notebook) if text in cell.source]
+    return source
+
+
+class TestColab:
+    notebook = notebooks.read(ROOT / "notebooks" / "colab_quickstart.ipynb")
+
+    def test_tells_what_to_do_with_the_jax_that_was_there(self, monkeypatch):
+        monkeypatch.setattr(jax, "__version_info__", (0, 7, 2))
+        with pytest.raises(AssertionError, match="Restart session, then Runtime > Run all"):
+            exec(only(self.notebook, "assert jax"), {"PLATFORM": "cpu"})
+
+    def test_keeps_runs_in_drive_if_asked(self, monkeypatch):
+        mounted: list[str] = []
+        colab = types.SimpleNamespace(drive=types.SimpleNamespace(mount=mounted.append))
+        monkeypatch.setitem(sys.modules, "google.colab", colab)
+        found = []
+        for save in (False, True):
+            names = {"SAVE_TO_DRIVE": save}
+            exec(only(self.notebook, "google.colab"), names)
+            found.append(str(names["RUNS"]))
+        assert found == ["runs", "/content/drive/MyDrive/jdecouple"]
+        assert mounted == ["/content/drive"]
 
 
 @pytest.mark.slow
