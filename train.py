@@ -1,6 +1,6 @@
 """Trains a network: python train.py --config configs/quickstart.py --workdir runs/quickstart."""
 
-from jdecouple.train.cli import main
+from jdecouple.__main__ import main
 
 if __name__ == "__main__":
-    main()
+    main("jdecouple.train.cli:main")

@@ -19,7 +19,7 @@ from runner import Columns, Spread
 
 import jdecouple as jd
 from jdecouple.inference.rules import NAMES
-from jdecouple.train.commands import dataset_of
+from jdecouple.train.evaluation import dataset_of
 
 ALL = "all blocks"
 COLUMNS: Columns = {

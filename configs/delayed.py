@@ -1,4 +1,4 @@
-"""Images as the papers on delayed gradients train them: configs/delayed.py:dataset,model,method,K.
+"""Images as the papers on delayed gradients train them: --config delayed:dataset,model,method,K.
 
 Data sets: a prepared TFDS image set (cifar10, cifar100, ...; --config.data.data_dir=FOLDER),
 digits or synthetic. Models: any; those of the papers are resnet20, resnet56, resnet110, resnet18,
@@ -6,7 +6,7 @@ resnet50, resnet101 and wrn28_10, and begin their stages where FDG's code does. 
 ddg, adl, and bp, which they compare with. K stages, 2 if left out, share devices where there are
 fewer.
 
-Command:   python train.py --config configs/delayed.py:cifar10,resnet56,fdg,3 --workdir runs/fdg
+Command:   jdecouple train --config delayed:cifar10,resnet56,fdg,3 --workdir runs/fdg
 Hardware:  K GPUs for the papers' 300 epochs (not measured yet); a CPU for less.
 Expected:  the papers' test errors stand in docs/methods.md; what half the width of resnet20 reaches
            on one CPU core in 4 epochs stands in bench/RESULTS.md.

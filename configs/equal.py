@@ -1,10 +1,10 @@
-"""The same settings for all methods: --config configs/equal.py:dataset,model,method.
+"""The same settings for all methods: --config equal:dataset,model,method.
 
 Data sets, models and methods: any. Adam 1e-3 -> 1e-5 (cosine), batch 128, 10 epochs, no
-augmentation, PyTorch's initial weights. No paper trains like this; theirs are in vision.py,
-delayed.py and text.py.
+augmentation, PyTorch's initial weights. No paper trains like this; theirs are in vision,
+delayed and text.
 
-Command:   python train.py --config configs/equal.py:digits,mlp,deinforeg --workdir runs/equal
+Command:   jdecouple train --config equal:digits,mlp,deinforeg --workdir runs/equal
            python bench/accuracy.py --data digits --methods bp scpl --models mlp --output runs/table
 Hardware:  anything; a CPU for reduced widths.
 Expected:  the tables of accuracies in bench/RESULTS.md.

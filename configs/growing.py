@@ -1,4 +1,4 @@
-"""Texts in two steps, as in DeInfoReg: --config configs/growing.py:dataset,model,method.
+"""Texts in two steps, as in DeInfoReg: --config growing:dataset,model,method.
 
 At first the embedding block and two others train on the first words of a text. Then they are
 frozen, and two more blocks train on what these give and on further words, which the first never
@@ -8,7 +8,7 @@ they are 8 and 16.
 Data sets: glue/sst2, imdb_reviews (prepared TFDS sets; --config.data.data_dir=FOLDER), or csv:PATH
 and parquet:PATH. Models: lstm, transformer. Methods: all local ones but infopro.
 
-Command:   python train.py --config configs/growing.py:glue/sst2,lstm,deinforeg --workdir runs/grown
+Command:   jdecouple train --config growing:glue/sst2,lstm,deinforeg --workdir runs/grown
            or step by step, with the same workdir: the first with --config.epochs=10, which ends
            before the net grows, the second without.
 Hardware:  a GPU at full width (not measured yet); a CPU for less.

@@ -1,6 +1,6 @@
 """DeInfoReg on scikit-learn's real handwritten digits: nothing to download.
 
-Command:   python train.py --config configs/quickstart.py --workdir runs/quickstart
+Command:   jdecouple train --config quickstart --workdir runs/quickstart
 Hardware:  two CPU cores (measured: AMD EPYC), about 25 s; one device or several give the same.
 Expected:  99.2 % test accuracy at each of the three exits after 10 epochs (seed 0;
            measured).

@@ -1,11 +1,11 @@
-"""Texts with the papers' settings: --config configs/text.py:dataset,model,method.
+"""Texts with the papers' settings: --config text:dataset,model,method.
 
 Data sets: glue/sst2, ag_news_subset, imdb_reviews (prepared TFDS sets;
 --config.data.data_dir=FOLDER), or csv:PATH and parquet:PATH (DBpedia-14 and other labelled texts,
 see docs/data.md). Models: lstm, transformer. Methods: all but infopro, which needs images; the
 papers' are bp, early_exit, al, scpl and deinforeg.
 
-Command:   python train.py --config configs/text.py:glue/sst2,lstm,deinforeg --workdir runs/sst2
+Command:   jdecouple train --config text:glue/sst2,lstm,deinforeg --workdir runs/sst2
 Hardware:  a GPU for the papers' 50 epochs at full width (not measured yet); a CPU for less.
 Expected:  measured on one CPU core, SST-2, two blocks of width 64 and 30 words, 2 epochs, accuracy
            on the set's own validation split (its test labels are hidden), mean of two seeds: lstm

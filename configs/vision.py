@@ -1,10 +1,10 @@
-"""Images with the papers' settings: --config configs/vision.py:dataset,model,method.
+"""Images with the papers' settings: --config vision:dataset,model,method.
 
 Data sets: digits, synthetic, or a prepared TFDS image set (cifar10, cifar100, fashion_mnist, ...;
 --config.data.data_dir=FOLDER) or folder:PATH. Models: any of jdecouple.models for images. Methods:
 any; those without settings of their own train as bp does.
 
-Command:   python train.py --config configs/vision.py:cifar10,vgg8,deinforeg --workdir runs/c10
+Command:   jdecouple train --config vision:cifar10,vgg8,deinforeg --workdir runs/c10
 Hardware:  a GPU for the papers' 200 epochs at full width (not measured yet); a CPU for less.
 Expected:  measured on two CPU cores, CIFAR-10, a quarter of the width, 2 epochs of Adam without
            augmentation, best exit on the test set: deinforeg 77.7 %, bp 79.2 %, scpl 68.6 %

@@ -1,9 +1,12 @@
 """What errors say: the first line of one, and checks of arguments in one dialect."""
 
+import difflib
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from numbers import Integral, Real
 from typing import Any
+
+_MOST_CHARACTERS = 100  # of a name that is compared with others
 
 
 def first_line(error: object) -> str:
@@ -20,6 +23,36 @@ def first_line(error: object) -> str:
     """
     line = next(iter(str(error).strip().splitlines()), type(error).__name__)
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+
+
+def did_you_mean(given: object, known: Iterable[str]) -> str:
+    """The end of a line that refuses a name: which of those `known` was probably meant, if any.
+
+    Capitals and the dashes of a flag make no difference; the last part of a key is enough.
+
+    >>> did_you_mean("DeInforeg", ("bp", "deinforeg"))
+    "; did you mean 'deinforeg'?"
+    >>> did_you_mean("learning_rat", ("optimizer.learning_rate", "seed"))
+    "; did you mean 'optimizer.learning_rate'?"
+    >>> did_you_mean("momentum", ("bp", "deinforeg"))
+    ''
+    """
+    plain = {name.lower().lstrip("-"): name for name in known}
+    names = {name.rpartition(".")[2]: plain[name] for name in plain} | plain
+    text = str(given)[:_MOST_CHARACTERS].lower().lstrip("-")
+    close = difflib.get_close_matches(text, names, 1)
+    return f"; did you mean {names[close[0]]!r}?" if close else ""
+
+
+def choices(given: object, allowed: Collection[str]) -> str:
+    """What a line says that refuses a name: those allowed, and the one that was probably meant.
+
+    >>> choices("bb", ("bp", "scpl"))
+    'allowed are bp, scpl'
+    >>> choices("scp", ("bp", "scpl"))
+    "allowed are bp, scpl; did you mean 'scpl'?"
+    """
+    return f"allowed are {', '.join(allowed)}{did_you_mean(given, allowed)}"
 
 
 def require_type(wanted: type, /, **values: Any) -> None:
@@ -83,4 +116,4 @@ def require_one_of(allowed: Collection[str], /, **values: Any) -> None:
     """
     for name, value in values.items():
         if value not in allowed:
-            raise ValueError(f"{name} is {value!r}: allowed are {', '.join(allowed)}")
+            raise ValueError(f"{name} is {value!r}: {choices(value, allowed)}")

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jdecouple._errors import require_int, require_number
+from jdecouple._errors import choices, require_int, require_number
 
 Schedule: TypeAlias = Callable[[Any], Any]
 LearningRate: TypeAlias = float | Schedule
@@ -216,13 +216,12 @@ def names() -> tuple[str, ...]:
 def get(name: str) -> Callable[..., optax.GradientTransformation]:
     """Optimiser called `name`; ValueError names those known."""
     if name not in _OPTIMIZERS:
-        raise ValueError(f"unknown optimizer {name!r}: allowed are {', '.join(names())}")
+        raise ValueError(f"unknown optimizer {name!r}: {choices(name, names())}")
     return _OPTIMIZERS[name]
 
 
 def get_schedule(name: str) -> Callable[..., Schedule]:
     """Learning-rate schedule called `name`; ValueError names those known."""
     if name not in _SCHEDULES:
-        known = ", ".join(_SCHEDULES)
-        raise ValueError(f"unknown learning-rate schedule {name!r}: allowed are {known}")
+        raise ValueError(f"unknown learning-rate schedule {name!r}: {choices(name, _SCHEDULES)}")
     return _SCHEDULES[name]

@@ -9,6 +9,8 @@ import dm_pix as pix
 import jax
 import jax.numpy as jnp
 
+from jdecouple._errors import choices
+
 Batch = dict[str, Any]
 
 JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
@@ -51,7 +53,7 @@ def get(name: str, *, mean: Sequence[float], std: Sequence[float]) -> Callable[.
         ValueError: an unknown name, or `mean` and `std` that are not as many positive figures.
     """
     if name not in _VIEWS:
-        raise ValueError(f"unknown augmentation {name!r}: allowed are {', '.join(names())}")
+        raise ValueError(f"unknown augmentation {name!r}: {choices(name, names())}")
     if len(mean) != len(std) or not all(value > 0 for value in std):
         raise ValueError(
             f"mean is {tuple(mean)} and std {tuple(std)}: as many of each, and std above 0, are "

@@ -33,6 +33,23 @@ def names() -> tuple[str, ...]:
     return tuple(_LOADERS)
 
 
+def options() -> dict[str, tuple[str, ...]]:
+    """The options of `load` that each of `names()` takes, and those that TFDS's sets take.
+
+    >>> options()["digits"]
+    ('validation', 'label_noise', 'image_size')
+    """
+    tfds = {"images of TFDS": sources.prepared_images, "texts of TFDS": texts.dataset}
+    taken = {name: {"label_noise", *_takes(loader)} for name, loader in _LOADERS.items()}
+    taken |= {name: {"label_noise", *_WHERE, *_takes(loader)} for name, loader in tfds.items()}
+    known = [key for key in _takes(load) if key != "name" and key not in _ALWAYS]
+    return {name: tuple(key for key in known if key in keys) for name, keys in taken.items()}
+
+
+def _takes(loader: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(loader).parameters)
+
+
 def register(name: str, loader: Callable[..., Dataset]) -> None:
     """Adds a data set; `load`, configurations and the command line then know its name.
 
@@ -128,7 +145,7 @@ def load(
         image_size: resize images to this many pixels a side (shorter side, then centre crop);
             the size of the synthetic images (32 if None).
         synthetic_size: synthetic examples for training and validation together; the test split
-            has a quarter as many. Other built-in sets refuse this and the next two.
+            has a quarter as many. Other built-in sets refuse it, `channels` and `num_classes`.
         channels: channels of the synthetic images, 1 or 3.
         num_classes: classes of the synthetic set.
         cache_bytes: decoded TFDS images are kept in memory if those of a split need no more.
@@ -187,7 +204,7 @@ def _loader(name: str, data_dir: Any, download: bool) -> Callable[..., Dataset]:
     """The loader of a data set, which its options alone are missing from."""
     if loader := _registered(name):
         return functools.partial(loader, name) if ":" in name else loader
-    builder = tfds_sets.prepared(name, data_dir=data_dir, download=download)
+    builder = tfds_sets.prepared(name, data_dir=data_dir, download=download, others=names())
     if tfds_texts.holds_texts(builder):
         return functools.partial(texts.dataset, name, *tfds_texts.splits(name, builder))
     return functools.partial(sources.prepared_images, name, builder)

@@ -8,7 +8,7 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from logging import LogRecord
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 
 from absl import logging
 
-from jdecouple._errors import first_line
+from jdecouple._errors import did_you_mean, first_line
 from jdecouple.data.splits import Records
 
 _PREPARE = (
@@ -29,13 +29,18 @@ _FILES_AT_ONCE = 16
 
 
 def prepared(
-    name: str, *, data_dir: str | os.PathLike[str] | None = None, download: bool = False
+    name: str,
+    *,
+    data_dir: str | os.PathLike[str] | None = None,
+    download: bool = False,
+    others: Iterable[str] = (),
 ) -> Any:
     """Opens a prepared set and returns its TFDS builder.
 
     TFDS 4.9 writes a set only with TensorFlow (its image encoder and example serialiser call
     it), so preparing runs in a process of its own and never brings TensorFlow into this one.
-    `data_dir` None is TFDS's own folder of prepared sets, `~/tensorflow_datasets`.
+    `data_dir` None is TFDS's own folder of prepared sets, `~/tensorflow_datasets`. A name that is
+    not known may be misspelt, as one of TFDS's or of the `others`.
 
     Raises:
         ValueError: the set is unknown or not prepared.
@@ -45,10 +50,10 @@ def prepared(
     if folder is not None and not folder.is_dir() and not download:
         raise FileNotFoundError(f"data_dir {str(folder)!r} does not exist")
     with _quiet():
-        builder = _builder(name, folder)
+        builder = _builder(name, folder, others)
         if download and not _is_readable(builder):
             _prepare(name, folder)
-            builder = _builder(name, folder)
+            builder = _builder(name, folder, others)
         if not _is_readable(builder):
             raise ValueError(_not_prepared(name, builder, folder))
     return builder
@@ -130,7 +135,7 @@ def _is_no_advice(record: LogRecord) -> bool:
     return "OpenCV is not installed" not in str(record.msg)
 
 
-def _builder(name: str, folder: Path | None) -> Any:
+def _builder(name: str, folder: Path | None, others: Iterable[str]) -> Any:
     import tensorflow_datasets as tfds
 
     where: dict[str, Any] = {"data_dir": folder and str(folder), "try_gcs": False}
@@ -141,9 +146,11 @@ def _builder(name: str, folder: Path | None) -> Any:
             importlib.import_module("tensorflow_datasets.text")
             return tfds.builder(name, **where)
     except Exception as error:
+        known = [*others, *tfds.list_builders(with_community_datasets=False)]
         raise ValueError(
             f"data set {name!r} cannot be opened ({first_line(error)}); "
             "give 'digits', 'synthetic', 'folder:', 'csv:' or 'parquet:' and a path, or a TFDS name"
+            f"{did_you_mean(name, known)}"
         ) from error
 
 

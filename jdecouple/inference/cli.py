@@ -8,11 +8,13 @@ import inspect
 import io
 import itertools
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from jdecouple._errors import did_you_mean
 from jdecouple._files import replace
 from jdecouple.data import csv_rows
 from jdecouple.data.columns import places_to_read
@@ -36,7 +38,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, command: str, documentation: str | None, batch_size: str = _BATCH_SIZE):
         super().__init__(
-            prog=f"python -m jdecouple {command}",
+            prog=f"jdecouple {command}",
             description=inspect.cleandoc(documentation or "").partition("\n\nRaises:")[0],
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -49,7 +51,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Refuses the arguments."""
-        raise ValueError(f"{message}; {' '.join(self.format_usage().split())}")
+        usage = " ".join(self.format_usage().split())
+        _, is_unknown, flag = message.partition("unrecognized arguments: ")
+        hint = did_you_mean(flag.split("=")[0], re.findall(r"--\w+", usage)) if is_unknown else ""
+        raise ValueError(f"{message}; {usage}{hint}")
 
 
 def predict(argv: Sequence[str]) -> None:
@@ -147,7 +152,7 @@ def calibrated(run: Run) -> Rule:
         rule.for_exits(len(run.exits))
     except FileNotFoundError:
         raise ValueError(
-            f"'{path}' is not there: python -m jdecouple calibrate {run.workdir} writes it"
+            f"'{path}' is not there: jdecouple calibrate {run.workdir} writes it"
         ) from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"'{path}' is no rule that calibrate wrote for this network") from error

@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from jdecouple._errors import choices
 from jdecouple.methods.objectives import (
     AssociatedLearning,
     AuxiliaryNet,
@@ -37,7 +38,7 @@ class Method:
 
     def __post_init__(self) -> None:
         if self.init not in ("flax", "torch"):
-            raise ValueError(f"init is {self.init!r}: allowed are flax, torch")
+            raise ValueError(f"init is {self.init!r}: {choices(self.init, ('flax', 'torch'))}")
 
 
 class MethodSpec(NamedTuple):
@@ -145,7 +146,7 @@ def spec(name: str) -> MethodSpec:
         ValueError: unknown method.
     """
     if name not in _METHODS:
-        raise ValueError(f"unknown method {name!r}: allowed are {', '.join(_METHODS)}")
+        raise ValueError(f"unknown method {name!r}: {choices(name, _METHODS)}")
     return _METHODS[name]
 
 
@@ -188,11 +189,8 @@ def get(name: str, *, init: str = "flax", **arguments: Any) -> Method:
     method = spec(name)
     own = [field.name for field in dataclasses.fields(method.objective)]
     for key in arguments:
-        if key not in (*own, *method.options):
-            raise TypeError(
-                f"method {name} takes no argument {key!r}: "
-                f"allowed are {', '.join([*own, *method.options, 'init'])}"
-            )
+        if key not in (known := [*own, *method.options, "init"]):
+            raise TypeError(f"method {name} takes no argument {key!r}: {choices(key, known)}")
     objective = {key: arguments[key] for key in own if key in arguments}
     route = {key: arguments.get(key, default) for key, default in method.options.items()}
     return Method(name, method.objective(**objective), method.route(**method.fixed, **route), init)

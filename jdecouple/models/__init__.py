@@ -18,6 +18,7 @@ Each raises ValueError where a size is not positive, a name unknown or an image 
 import inspect
 from collections.abc import Callable
 
+from jdecouple._errors import choices
 from jdecouple.models import layers
 from jdecouple.models.base import Model
 from jdecouple.models.lstm import lstm
@@ -92,7 +93,7 @@ def get(name: str) -> Callable[..., Model]:
         ValueError: No builder has that name.
     """
     if name not in _BUILDERS:
-        raise ValueError(f"unknown model {name!r}: allowed are {', '.join(names())}")
+        raise ValueError(f"unknown model {name!r}: {choices(name, names())}")
     return _BUILDERS[name]
 
 

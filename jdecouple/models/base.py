@@ -10,6 +10,8 @@ from typing import Any
 
 from flax import nnx
 
+from jdecouple._errors import choices
+
 
 @dataclasses.dataclass(frozen=True)
 class Model:
@@ -97,7 +99,7 @@ class Model:
             ValueError: The model has no such split, or it has none into that many stages.
         """
         if name not in self.splits:
-            allowed = f"allowed are {', '.join(self.splits)}" if self.splits else "it has none"
+            allowed = choices(name, self.splits) if self.splits else "it has none"
             raise ValueError(f"the model has no split {name!r}: {allowed}")
         cuts = self.splits[name]
         if num_stages not in cuts:

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import jax
 
 from jdecouple import schedules
-from jdecouple._errors import require_int, require_one_of
+from jdecouple._errors import choices, require_int, require_one_of
 from jdecouple.methods import Method
 from jdecouple.methods.routes import Carry, Metrics, Stage
 from jdecouple.pipeline.batch import PlacedBatch
@@ -111,10 +111,8 @@ def make_engine(
     """
     route, num_stages = method.route, len(stages)
     if schedule != "auto" and schedule not in route.schedules:
-        raise ValueError(
-            f"schedule {schedule!r} does not fit method {method.name}: "
-            f"allowed are auto, {', '.join(route.schedules)}"
-        )
+        allowed = choices(schedule, ("auto", *route.schedules))
+        raise ValueError(f"schedule {schedule!r} does not fit method {method.name}: {allowed}")
     require_one_of(ENGINES, engine=name)
     limit = 2 * num_stages if max_in_flight is None else max_in_flight
     require_int(1, max_in_flight=limit)

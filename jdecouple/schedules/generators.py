@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from jdecouple._errors import require_int
+from jdecouple._errors import choices, require_int
 from jdecouple.schedules.schedule import Action, Kind, Schedule, joins, split
 
 _F, _B, _S = Kind.FORWARD, Kind.BACKWARD, Kind.STEP
@@ -227,7 +227,7 @@ def build(
             that do not divide the stages or that the schedule does not take.
     """
     if name not in _GENERATORS:
-        raise ValueError(f"unknown schedule {name!r}: allowed are {', '.join(_GENERATORS)}")
+        raise ValueError(f"unknown schedule {name!r}: {choices(name, _GENERATORS)}")
     actions, is_local, is_delayed, takes_chunks = _GENERATORS[name]
     if chunks is None:
         chunks = 2 if takes_chunks and num_stages > 2 and num_stages % 2 == 0 else 1

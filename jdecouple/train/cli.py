@@ -1,40 +1,32 @@
-"""The command line of train.py: flags, one-line errors and exit codes."""
+"""The command line of train: flags, one-line errors and exit codes."""
 
 import errno
-import functools
-import inspect
 import logging as python_logging
-import operator
 import os
 import re
-import runpy
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from jdecouple._errors import first_line
+from jdecouple._errors import did_you_mean, first_line
 from jdecouple.checkpoint import CheckpointError
 from jdecouple.train import config as configuration
-from jdecouple.train import console, hosts, loop, programs
+from jdecouple.train import console, hosts, listing, loop, presets, programs
 from jdecouple.train.config import ConfigError
-from jdecouple.train.options import OWNERS, options
+from jdecouple.train.keys import KEYS
+from jdecouple.train.options import OWNERS
+from jdecouple.train.overrides import NAMES, override, typed
 
-_USAGE = (
-    "usage: python train.py --config FILE[:ARGUMENT] --workdir FOLDER [--nocache] "
-    "[--config.KEY=VALUE ...]"
-)
 _HOSTS = """Several processes (docs/multi-host.md); SLURM and Open MPI need no flags:
   --coordinator HOST:PORT   where process 0 waits for the others
   --num_processes N         processes in the run
   --process_index I         number of this one, from 0
   --transport_address HOST  where the others reach this one; by default as process 0 sees it
 On machines without one home, all need the same secret in JDECOUPLE_TOKEN."""
-_KEY = r"--?(?:no)?config\.([^=]*)(?:=(.*))?"
+_HELP = "--help KEY tells of a key alone, `jdecouple list keys` in a line of each."
 EXPECTED = (ConfigError, CheckpointError, loop.NonFiniteError, OSError, KeyboardInterrupt)
 # What ends a run although its input is good.
 _OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EMFILE, errno.ENFILE}
@@ -42,7 +34,7 @@ _OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EMF
 
 @console.lasting()
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs train.py.
+    """Trains as a command line says.
 
     Args:
         argv: the command line, the program first; by default the process's own.
@@ -65,9 +57,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                 programs.keep()
             loop.train_and_evaluate(config, workdir)
     except EXPECTED as error:
-        line, code = ending(error)
-        print(f"error: {line}", file=sys.stderr)
-        sys.exit(code)
+        console.refuse(*ending(error))
+
+
+def command(argv: Sequence[str]) -> None:
+    """Runs `jdecouple train` with these arguments."""
+    main(["jdecouple train", *argv])
 
 
 def _train_among(spec: hosts.ProcessSpec, config: ConfigDict, workdir: str) -> None:
@@ -93,7 +88,7 @@ def _train_among(spec: hosts.ProcessSpec, config: ConfigDict, workdir: str) -> N
 def ending(error: BaseException) -> tuple[str, int]:
     """What a run that ends by `error` says in one line, and its exit code."""
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted before anything new could be saved", 130
+        return console.INTERRUPTED
     if isinstance(error, EXPECTED):
         bad_input = isinstance(error, ConfigError) and not _of_the_machine(error)
         return first_line(error), 2 if bad_input else 1
@@ -115,105 +110,54 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, str]:
         SystemExit: with code 0 after `--help`.
     """
     given, program, rest = _own_flags(argv)
+    usage = _usage(program)
     for argument in rest:
-        if argument.startswith("-") and not re.match(_KEY, argument):
-            raise ConfigError(f"unknown flag {argument}; {_USAGE}")
+        if argument.startswith("-") and not override(argument):
+            raise ConfigError(f"unknown flag {argument}; {usage}{_flag_meant(given, argument)}")
     if not given.help and not (given.config and given.workdir):
-        raise ConfigError(f"--config and --workdir are needed; {_USAGE}")
-    loaded = _load(given.config) if given.config else {}
-    config, rest = _typed(loaded, {key: given[f"config.{key}.name"].value for key in OWNERS}, rest)
+        raise ConfigError(f"--config and --workdir are needed; {usage}")
+    chosen = {key: given[f"config.{key}"].value for key in NAMES}
+    names = {key: name for key, name in chosen.items() if name is not None}
+    config, rest = typed(presets.read(given.config) if given.config else {}, names, rest)
     if given.help:
-        print("\n\n".join([_USAGE, _HOSTS, f"Keys and their defaults:\n\n{config}", *_lists()]))
+        _help(config, usage, [argument for argument in rest if not override(argument)])
         sys.exit(0)
     overrides = flags.FlagValues()
     config_flags.DEFINE_config_dict("config", config, flag_values=overrides, sys_argv=rest)
     if extra := _parsed(overrides, [program, *rest], config)[1:]:
-        raise ConfigError(f"unknown argument {extra[0]!r}; {_USAGE}")
+        raise ConfigError(f"unknown argument {extra[0]!r}; {usage}")
     return configuration.filled(overrides.config), given.workdir
 
 
-def _typed(
-    loaded: Mapping[str, Any], names: Mapping[str, str | None], rest: list[str]
-) -> tuple[ConfigDict, list[str]]:
-    """What the file returned, with a typed key for all that may be set; the overrides left.
-
-    The command line may choose other `names` of the method, model and optimizer. An override by
-    None takes back what the file set, whoever's option it is, and leaves open what is open.
-    """
-    config, rest = {**loaded}, _joined(rest)
-    for section, name in names.items():
-        given = config.setdefault(section, {})
-        if name and _is_section(given):  # any other value is refused below
-            config[section] = {**given, "name": name}
-    last = {match[1]: match[2] for match in map(_override, rest) if match}
-    unset = {key for key, value in last.items() if value == "None"}
-    done = {key for key in unset if _take_back(config, key)}
-    complete = configuration.filled(config, all_options=True)
-    for key in last.keys() - done:
-        kind = configuration.value_type(complete, key)
-        if key in unset and kind is not ConfigDict and _value(complete, key) is None:
-            done.add(key)
-
-    def counts(argument: str) -> bool:
-        match = _override(argument)
-        if not match:
-            return True
-        later = match[2] == "None" and match[1] not in unset  # another value comes later
-        return match[1] not in done and not later
-
-    return complete, list(filter(counts, rest))
+def _usage(program: str) -> str:
+    program = "python train.py" if program.endswith("train.py") else "jdecouple train"
+    return (
+        f"usage: {program} --config FILE[:ARGUMENT] --workdir FOLDER [--nocache] "
+        "[--config.KEY=VALUE ...]"
+    )
 
 
-def _joined(rest: list[str]) -> list[str]:
-    """Arguments in which an override by None is one, as it may be two."""
-    joined: list[str] = []
-    for argument in rest:
-        if argument == "None" and joined and re.fullmatch(r"--?config\.[^=]+", joined[-1]):
-            joined[-1] += "=None"
-        else:
-            joined.append(argument)
-    return joined
+def _flag_meant(given: flags.FlagValues, argument: str) -> str:
+    """Which flag was probably meant by one that is unknown, or which key."""
+    name, keys = argument.partition("=")[0], [f"config.{key.name}" for key in KEYS]
+    return did_you_mean(name, (f"--{flag}" for flag in [*keys, *given]))
 
 
-def _override(argument: str) -> re.Match[str] | None:
-    return re.match(_KEY, argument)
-
-
-def _value(config: Any, key: str) -> Any:
-    return functools.reduce(operator.getitem, key.split("."), config)
-
-
-def _take_back(config: dict[str, Any], key: str) -> bool:
-    """Removes a key that is not at its default, out of copies of its sections; whether it is so."""
-    *path, last = key.split(".")
-    defaults = configuration.default()
-    for name in path:
-        if not _is_section(config.get(name)):
-            return False
-        config[name] = {**config[name]}
-        config, defaults = config[name], defaults.get(name) or {}
-    if _is_section(config.get(last, {})) or (last in defaults and config[last] == defaults[last]):
-        return False
-    del config[last]
-    return True
-
-
-def _is_section(value: Any) -> bool:
-    return isinstance(value, Mapping | ConfigDict)
+def _help(config: ConfigDict, usage: str, keys: Sequence[str]) -> None:
+    """Prints what --help prints: of the given keys, else of all flags and keys."""
+    if keys:
+        print("\n\n".join(listing.described(key) for key in keys))
+        return
+    files = f"FILE is a preset ({', '.join(presets.names())}), or a path.\n{_HELP}"
+    print("\n\n".join([usage, files, _HOSTS, f"Keys and their defaults:\n\n{config}", *_lists()]))
 
 
 def _lists() -> Iterator[str]:
     """What the sections of owners may set, by the name of each."""
     for section, registry in OWNERS.items():
         yield f"Options of config.{section} by its name, and their defaults:\n\n" + "\n".join(
-            f"  {name}: {', '.join(map(_shown, options(section, name).items()))}"
-            for name in registry.names()
+            f"  {name}: {listing.options_of(section, name)}" for name in registry.names()
         )
-
-
-def _shown(option: tuple[str, tuple[type, Any]]) -> str:
-    key, (_, value) = option
-    return key if value is inspect.Parameter.empty else f"{key}={value!r}"
 
 
 def parse_process_spec(argv: Sequence[str]) -> hosts.ProcessSpec | None:
@@ -236,7 +180,7 @@ def parse_process_spec(argv: Sequence[str]) -> hosts.ProcessSpec | None:
 def _own_flags(argv: Sequence[str]) -> tuple[flags.FlagValues, str, list[str]]:
     """Values of flags that decide what the others mean; the program; the other arguments."""
     given = flags.FlagValues()
-    names = (f"config.{section}.name" for section in OWNERS)
+    names = (f"config.{key}" for key in NAMES)
     for name in ("config", "workdir", "coordinator", "transport_address", *names):
         flags.DEFINE_string(name, None, "", flag_values=given)
     for name in ("num_processes", "process_index"):
@@ -262,24 +206,6 @@ def _parsed(
         wanted = "a section with keys" if kind is ConfigDict else f"a value of type {kind.__name__}"
         given = configuration.shown(match[2])
         raise ConfigError(f"config.{match[1]} is {given}: {wanted} is needed") from error
-
-
-def _load(config: str) -> Mapping[str, Any]:
-    """Calls `get_config` of a file, with what follows the first colon if anything does."""
-    path, *argument = config.split(":", 1)
-    if not Path(path).is_file():
-        raise ConfigError(f"--config {config}: there is no file {path!r}")
-    try:
-        get_config = runpy.run_path(path, run_name="config").get("get_config")
-        loaded = get_config(*argument) if callable(get_config) else None
-    except Exception as error:  # whatever the file does
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise ConfigError(f"--config {config}: {kind}{first_line(error)}") from error
-    if not isinstance(loaded, Mapping | ConfigDict):
-        raise ConfigError(
-            f"--config {config}: a function get_config() that returns a ConfigDict is needed"
-        )
-    return loaded
 
 
 def log_in_short() -> None:

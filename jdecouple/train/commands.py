@@ -1,34 +1,56 @@
-"""The commands of python -m jdecouple: which there are, what they say, and their exit codes."""
+"""The command jdecouple: which commands there are, and how they end."""
 
-from __future__ import annotations
-
-import argparse
 import contextlib
-import dataclasses
-import json
 import os
+import pkgutil
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from typing import NamedTuple
 
-import numpy as np
+from jdecouple._errors import choices
+from jdecouple.train import console
 
-from jdecouple._errors import first_line, require_number
-from jdecouple.data import Dataset, ImageInputs, Split
-from jdecouple.inference import calibration, cli, reports
-from jdecouple.inference.adaptive import require_exits
-from jdecouple.inference.load import load
-from jdecouple.inference.rules import NAMES
-from jdecouple.inference.run import Run
-from jdecouple.train import cli as train_cli
-from jdecouple.train import config as configuration
-from jdecouple.train import programs
-from jdecouple.train.config import ConfigError, one_line
-from jdecouple.train.run import load_data
 
-_SPLITS = ("validation", "test", "train")
-_MOST_IMAGE_BYTES = 1 << 30  # that the worst are drawn from
-_MEASURED_BATCHES = 8
+class Command(NamedTuple):
+    """A command.
+
+    Attributes:
+        run: "module:function", imported when it is called, as JAX and the like take seconds. The
+            function takes the arguments.
+        about: what it does.
+        compiles: whether it runs compiled programs, and raises what is wrong with its input.
+    """
+
+    run: str
+    about: str
+    compiles: bool = True
+
+
+COMMANDS = {
+    "train": Command("jdecouple.train.cli:command", "Trains a network.", compiles=False),
+    "predict": Command("jdecouple.inference.cli:predict", "Classifies images or texts."),
+    "evaluate": Command(
+        "jdecouple.train.evaluation:evaluate", "Measures every exit on labelled examples."
+    ),
+    "calibrate": Command(
+        "jdecouple.train.evaluation:calibrate", "Chooses by which rule inputs leave early."
+    ),
+    "export": Command(
+        "jdecouple.inference.cli:export", "Writes a network into a folder that serves it."
+    ),
+    "list": Command(
+        "jdecouple.train.commands:show", "Lists what there is to choose from.", compiles=False
+    ),
+}
+TOPICS = {
+    "methods": "jdecouple.train.listing:methods",
+    "models": "jdecouple.train.listing:models",
+    "optimizers": "jdecouple.train.listing:optimizers",
+    "data": "jdecouple.train.listing:data_sets",
+    "presets": "jdecouple.train.presets:summaries",
+    "keys": "jdecouple.train.listing:keys",
+}
+"""What `list` lists: a function that gives names and what there is to say of each."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -41,205 +63,59 @@ def main(argv: Sequence[str] | None = None) -> None:
         SystemExit: with code 2 after bad input, told in one line; 1 if the disk is full; 130 after
             Ctrl-C.
     """
-    command, *rest = [*(sys.argv if argv is None else argv)[1:], ""]
-    rest = rest[:-1]
-    if command == "train":
-        train_cli.main(["jdecouple train", *rest])
-        return
-    train_cli.log_in_short()
+    command, *rest = [*(sys.argv if argv is None else argv)[1:]] or ["help"]
     try:
-        if command in ("", "-h", "--help", "help"):
+        if command in ("-h", "--help", "help"):
             print(_usage())
-            return
-        if command not in _COMMANDS:
-            raise ConfigError(f"unknown command {command!r}: allowed are train, {_names()}")
-        programs.keep()
-        with one_line():
-            _COMMANDS[command](rest)
+        elif command == "--version":
+            print(pkgutil.resolve_name("jdecouple:__version__"))
+        elif command in COMMANDS:
+            _run(COMMANDS[command], rest)
+        else:
+            console.refuse(f"unknown command {command!r}: {choices(command, COMMANDS)}")
     except BrokenPipeError:  # whoever reads stdout has seen enough
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except train_cli.EXPECTED as error:
-        line, code = train_cli.ending(error)
-        print(f"error: {line}", file=sys.stderr)
-        sys.exit(code)
 
 
-def evaluate(argv: Sequence[str]) -> None:
-    """Measures a network on labelled examples of its data set.
+def _run(command: Command, arguments: Sequence[str]) -> None:
+    run = pkgutil.resolve_name(command.run)
+    if not command.compiles:
+        run(arguments)
+        return
+    from jdecouple.train import cli, programs
+    from jdecouple.train.errors import one_line
 
-    Prints the accuracy of every exit, and writes tables and pictures into a folder: exits.csv,
-    confusion.csv and .png, classes.csv, worst.csv (and .png of images), evaluation.json.
-    """
-    parser = _parser("evaluate", evaluate, "test")
-    parser.add_argument(
-        "--exit",
-        type=cli.exit_or("calibrated"),
-        help="that of the tables and pictures, by default the last; a number or 'calibrated'",
-    )
-    parser.add_argument("--output", type=Path, help="a folder, by default WORKDIR/evaluation_SPLIT")
-    given = parser.parse_args(argv)
-    run, split = _loaded(given)
-    logits, labels = run.logits(split, given.batch_size)
-    folder = given.output or run.workdir / f"evaluation_{split.name}"
-    calibrated = given.exit == "calibrated"
-    content = reports.write_evaluation(
-        folder,
-        logits,
-        labels,
-        class_names=run.class_names,
-        exits=run.exits,
-        exit=None if calibrated else given.exit,
-        rule=cli.calibrated(run) if calibrated else None,
-        images=_images(run, split),
-    )
-    print(f"{split.name} accuracy at step {run.step}, {content['examples']} examples")
-    for row in content["exits"]:
-        print(f"  exit {row['exit']}: {row['accuracy']:.2%}")
-    if calibrated:
-        print(f"  {content['answers']}: {content['accuracy']:.2%}")
-    print(f"more in {folder}")
+    cli.log_in_short()
+    try:
+        programs.keep()
+        with one_line():
+            run(arguments)
+    except BrokenPipeError:
+        raise
+    except cli.EXPECTED as error:
+        console.refuse(*cli.ending(error))
 
 
-def calibrate(argv: Sequence[str]) -> None:
-    """Chooses by which rule inputs leave early, on labelled examples of the data set.
-
-    The rule is kept as exits.json in the workdir, where `predict --exit=calibrated` finds it.
-    Tables, and a picture of accuracy against cost of all rules, are written into a folder.
-    """
-    parser = _parser("calibrate", calibrate, "validation")
-    parser.add_argument(
-        "--output", type=Path, help="the folder, by default WORKDIR/calibration_SPLIT"
-    )
-    parser.add_argument("--rule", choices=NAMES, default="confidence")
-    parser.add_argument("--patience", type=int, default=1, help="exits in succession that are sure")
-    wish = parser.add_mutually_exclusive_group(required=True)
-    wish.add_argument("--accuracy", type=float, help="fraction of right answers that is wanted")
-    wish.add_argument("--accuracy_loss", type=float, help="or what may be lost of the last exit's")
-    wish.add_argument("--cost", type=float, help="or the mean cost, as a share of the last exit's")
-    parser.add_argument(
-        "--time", action="store_true", help="costs are seconds, measured here, not operations"
-    )
-    given = parser.parse_args(argv)
-    if given.accuracy_loss is not None:
-        require_number(accuracy_loss=given.accuracy_loss)
-    run, split = _loaded(given)
-    require_exits(run.predictor)
-    logits, labels = run.logits(split, given.batch_size)
-    unit, costs = ("time", _seconds(run, split)) if given.time else ("operations", run.costs)
-    costs = costs / costs[-1]
-    accuracy, last = given.accuracy, float(np.mean(logits[-1].argmax(-1) == labels))
-    if given.accuracy_loss is not None:
-        accuracy = max(0.0, last - given.accuracy_loss)
-    heat = calibration.temperatures(logits, labels)
-    rule = calibration.choose(
-        *(given.rule, logits, labels, costs),
-        accuracy=accuracy,
-        cost=given.cost,
-        patience=given.patience,
-        temperatures=heat,
-    )
-    folder = given.output or run.workdir / f"calibration_{split.name}"
-    name = f"{unit}, as a share of those of all blocks"
-    about = {"step": run.step, "split": split.name}
-    found = reports.write_calibration(
-        *(folder, rule, logits, labels, costs), cost_name=name, exits=run.exits, about=about
-    )
-    path = run.workdir / cli.EXITS
-    reports.write_json(path, {"rule": found["rule"], **about})
-    accuracy, share = found["accuracy"], found["cost"]
-    print(f"{split.name} accuracy {accuracy:.2%} with {share:.1%} of the {unit}")
-    print(f"  with all {last:.2%}")
-    for row in found["exits"]:
-        print(
-            f"  exit {row['exit']}: {row['share']:.1%} leave; expected calibration error "
-            f"{row['ece']:.2%}, {row['scaled_ece']:.2%} with temperature {row['temperature']:.3g}"
-        )
-    print(f"the rule is in {path}, more in {folder}")
-
-
-_COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
-    "predict": cli.predict,
-    "evaluate": evaluate,
-    "calibrate": calibrate,
-    "export": cli.export,
-}
-
-
-def _names() -> str:
-    return ", ".join(_COMMANDS)
+def show(arguments: Sequence[str]) -> None:
+    """Prints a list of what there is to choose from, a line for each."""
+    topic, *rest = arguments or ("--help",)
+    if topic in ("-h", "--help"):
+        print(f"usage: jdecouple list {'|'.join(TOPICS)}")
+        return
+    if topic not in TOPICS or rest:
+        given = " ".join(arguments)
+        console.refuse(f"there is no list of {given!r}: {choices(topic, TOPICS)}")
+    rows = [*pkgutil.resolve_name(TOPICS[topic])()]
+    width = max(len(name) for name, _ in rows)
+    for name, said in rows:
+        print(f"{name:{width}}  {said}")
+    sys.stdout.flush()
 
 
 def _usage() -> str:
-    lines = [
-        f"  {name:10} {(run.__doc__ or '').splitlines()[0]}" for name, run in _COMMANDS.items()
-    ]
-    train = "  train      Trains a network: what train.py does."
-    usage = "usage: python -m jdecouple COMMAND WORKDIR ... (COMMAND --help tells more)"
-    return "\n".join([usage, "", train, *lines])
-
-
-def _parser(name: str, command: Callable[..., None], split: str) -> cli.Parser:
-    parser = cli.Parser(name, command.__doc__)
-    parser.add_argument("--split", choices=_SPLITS, default=split, help=f"by default {split}")
-    parser.add_argument("--data_dir", help="folder that now holds the data, if not that of before")
-    return parser
-
-
-def _loaded(given: argparse.Namespace) -> tuple[Run, Split]:
-    """The network and the examples that a command is about."""
-    run = load(given.workdir, given.step)
-    split = getattr(dataset_of(run, given.data_dir), given.split)
-    if not len(split):
-        raise ConfigError(f"the {given.split} split is empty: choose another with --split")
-    return run, split
-
-
-def dataset_of(run: Run, data_dir: str | None = None) -> Dataset:
-    """The data set that a network was trained on, as its config.json says.
-
-    Of an absolute PATH in its name, only the last part is looked for in `data_dir`.
-
-    Raises:
-        ConfigError: it cannot be loaded, or is no longer the same.
-    """
-    path = run.workdir / "config.json"
-    try:
-        config = configuration.validate(json.loads(path.read_text(encoding="utf-8"))["config"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise ConfigError(
-            f"'{path}' does not tell which data set was trained on: {reason}"
-        ) from error
-    if data_dir is not None:
-        config.data.data_dir = data_dir
-        kind, _, place = config.data.name.partition(":")
-        if (path := Path(place).expanduser()).is_absolute():
-            config.data.name = f"{kind}:{path.name}"
-    with one_line(config.data, "config.data"):
-        dataset = load_data(config)
-    now, before = dataset.inputs, run.inputs
-    if isinstance(now, ImageInputs) and isinstance(before, ImageInputs):
-        now = dataclasses.replace(now, dtype=before.dtype)
-    if now != before or dataset.class_names != run.description.class_names:
-        raise ConfigError(
-            f"data set {dataset.name!r} is no longer what was trained on: its classes or inputs "
-            "are others"
-        )
-    return dataset
-
-
-def _seconds(run: Run, split: Split) -> np.ndarray:
-    """Seconds of an example up to every exit, measured on up to eight batches."""
-    count = min(len(split), _MEASURED_BATCHES * run.description.batch_size)
-    return run.seconds(run.inputs.whole(split.gather(np.arange(count))))
-
-
-def _images(run: Run, split: Split) -> np.ndarray | None:
-    """The images of a split, to draw some of; None of texts, or of too many."""
-    shape, dtype = run.inputs.example
-    size = len(split) * int(np.prod(shape)) * np.dtype(dtype).itemsize
-    if run.inputs.kind != "images" or size > _MOST_IMAGE_BYTES:
-        return None
-    return split.gather(np.arange(len(split)))["x"]
+    usage = "usage: jdecouple COMMAND ... (COMMAND --help tells more), or jdecouple --version"
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {command.about}" for name, command in COMMANDS.items()]
+    return "\n".join([usage, "", *lines, "", f"list {'|'.join(TOPICS)}"])

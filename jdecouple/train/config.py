@@ -4,49 +4,27 @@ import contextlib
 import functools
 import json
 import operator
-import re
-from collections.abc import Iterator, Mapping
-from typing import Any, NoReturn, TypeGuard
+from collections.abc import Mapping
+from typing import Any, NoReturn
 
 from flax import traverse_util
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from jdecouple._errors import first_line
+from jdecouple._errors import choices, did_you_mean
+from jdecouple.train.errors import ConfigError, is_section, shown
+from jdecouple.train.errors import one_line as one_line  # where others look for it
+from jdecouple.train.keys import KEYS, nested
 from jdecouple.train.options import OWNERS, options
 from jdecouple.train.rules import MOST, RULES, clashes
-
-_MOST_CHARACTERS = 200  # of a value in a message
-
-
-class ConfigError(ValueError):
-    """A bad value, or input that does not fit; the message is one line."""
-
-
-@contextlib.contextmanager
-def one_line(section: Any = None, path: str = "config") -> Iterator[None]:
-    """Turns what is raised about given values, files or data into a ConfigError.
-
-    A message that begins with a key that `section`, which is at `path`, sets is about that.
-    """
-    try:
-        yield
-    except ConfigError:
-        raise
-    except (ValueError, TypeError, OSError, OverflowError) as error:
-        text = first_line(error)
-        text = text if len(text) <= 2 * _MOST_CHARACTERS else f"{text[: 2 * _MOST_CHARACTERS]}..."
-        key = re.split(r"\W", text, maxsplit=1)[0]
-        value = None if section is None else section.get(key)
-        known = value is not None and not _is_section(value)
-        raise ConfigError(f"{path}.{text}" if known else text) from error
 
 
 def default() -> ConfigDict:
     """The configuration that every file in configs/ starts from.
 
-    It is locked (an unknown key is an error), but for the sections `method`, `model` and
-    `optimizer`: these also take the options of what `name` chooses, or have its defaults.
+    Its keys are those of `keys.KEYS`. It is locked (an unknown key is an error), but for the
+    sections `method`, `model` and `optimizer`: these also take the options of what `name` chooses,
+    or have its defaults.
 
     >>> config = default()
     >>> config.method.name = "scpl"
@@ -54,75 +32,7 @@ def default() -> ConfigDict:
     >>> config.batch_size, config.optimizer.learning_rate
     (128, 0.001)
     """
-    # Every key needs a placeholder of its own: a shared one would link their values.
-    config = ConfigDict(
-        {
-            "method": {"name": "deinforeg"},
-            "model": {"name": "vgg8"},
-            "data": {
-                "name": "digits",
-                "data_dir": placeholder(str),  # of prepared TFDS sets; None: TFDS's own folder
-                "download": False,  # prepare a TFDS set that is missing
-                "augment": "none",
-                "label_noise": 0.0,  # share of the training labels that is drawn anew
-                "validation": placeholder(float),  # share of the training set held out
-                "image_size": placeholder(int),  # resize to this many pixels a side
-                "synthetic_size": 4096,
-                "channels": 3,  # of synthetic images
-                "num_classes": 10,  # of synthetic images
-                "max_length": placeholder(int),  # words kept of a text; None: the last bucket, 256
-                "parts": placeholder(tuple),  # words of each part that a text is cut into
-                "vocabulary_size": placeholder(int),  # None: 30000
-                "glove": placeholder(str),  # text file of word vectors
-                "label_column": placeholder(str),  # of CSV and Parquet files; None: by its name
-                "text_columns": placeholder(tuple),  # None: all others
-                "buckets": placeholder(tuple),  # lengths that batches of texts are padded to
-            },
-            "optimizer": {
-                "name": "adam",
-                "learning_rate": 1e-3,
-                "schedule": "cosine",
-                "end_learning_rate": 0.0,  # of the cosine
-                "decay_epochs": (),  # of step_decay
-                "decay_factor": 0.1,
-                "per_epoch": False,  # move the rate once an epoch, as the papers' code does
-                "warmup_epochs": 0.0,  # over which the rate rises to its schedule
-                "warmup_start": 0.01,  # share of the rate that it rises from
-            },
-            "growth": {
-                "blocks": placeholder(tuple),  # that exist, in turn; None: all from the start
-                "epochs": placeholder(tuple),  # from which on they do, the first 0
-                "steps": placeholder(tuple),  # or from which steps on
-                "freeze": True,  # what exists is trained no more when others are added
-            },
-            "engine": "mpmd",  # a call for every stage; "spmd": one for all; "auto": where it fits
-            "schedule": "auto",
-            "microbatches": 1,
-            "mesh": {
-                "stages": placeholder(int),  # None: as many as devices allow
-                "data": 1,
-                "replicas": placeholder(tuple),  # of each stage, instead of stages and data
-                "propose": False,  # choose boundaries and replicas by simulation, and print them
-            },
-            "num_stages": placeholder(int),  # None: mesh.stages
-            "boundaries": placeholder(tuple),  # blocks at which stages begin; None: balanced
-            "split": placeholder(str),  # or a published split of the model, such as "fdg"
-            "max_in_flight": placeholder(int),
-            "chunk": 1,  # batches that a stage trains on in one compiled call
-            "batch_size": 128,
-            "epochs": 1,
-            "steps": placeholder(int),  # wins over epochs
-            "eval_every": placeholder(int),  # steps; None: every epoch
-            "checkpoint": {"every": placeholder(int), "keep": 3},  # None: at every evaluation
-            "log_every": 50,
-            "profile": placeholder(int),  # steps to trace after the first 10; no stages are fused
-            "sufficient_direction": False,  # measure it with every line of the log (fr)
-            "dtype": "float32",
-            "clip_norm": placeholder(float),  # bound on the gradient's norm (synchronous methods)
-            "remat": "auto",  # what a forward keeps: none, elementwise, blocks, stages, offload
-            "seed": 0,
-        }
-    ).lock()
+    config = ConfigDict(nested()).lock()
     for section in OWNERS:
         config[section].unlock()
     return config
@@ -157,10 +67,10 @@ def filled(config: Mapping[str, Any], *, all_options: bool = False) -> ConfigDic
     complete = default()
     for section, registry in OWNERS.items():
         target, given = complete[section], config.get(section)
-        name = given.get("name", target.name) if _is_section(given) else target.name
+        name = given.get("name", target.name) if is_section(given) else target.name
         if name not in registry.names():
-            allowed = ", ".join(registry.names())
-            raise ConfigError(f"config.{section}.name is {shown(name)}: allowed are {allowed}")
+            allowed = choices(name, registry.names())
+            raise ConfigError(f"config.{section}.name is {shown(name)}: {allowed}")
         target.name = name
         for key, (kind, _) in options(section, name).items():
             target[key] = placeholder(kind)
@@ -187,26 +97,13 @@ def validate(config: Mapping[str, Any]) -> ConfigDict:
             value = functools.reduce(operator.getitem, path, complete).get(last)
             if value is not None and not fits(value):
                 raise ConfigError(f"config.{key} is {shown(value)}: {allowed}")
-    for key, value in traverse_util.flatten_dict(complete.to_dict(), sep=".").items():
+    for key, value in _flat(complete).items():
         numbers = value if isinstance(value, tuple) else (value,)
         if any(isinstance(n, int) and abs(n) > MOST for n in numbers) and key != "seed":
             raise ConfigError(f"config.{key} is {shown(value)}: at most {MOST} is allowed")
     for message in clashes(complete, default()):
         raise ConfigError(f"config.{message}")
     return complete
-
-
-def shown(value: Any) -> str:
-    """A value in a message: in Python's words, cut where those are long."""
-    try:
-        text = repr(value)
-    except ValueError:  # more digits than Python writes
-        return "a huge number"
-    if len(text) <= _MOST_CHARACTERS:
-        return text
-    if isinstance(value, int):
-        return "a huge number"
-    return f"{text[:_MOST_CHARACTERS]}... ({len(text)} characters)"
 
 
 # Keys that say where, in which order and how often something is done, and not what is learnt.
@@ -270,10 +167,6 @@ def check_identity(now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
         )
 
 
-def _is_section(value: Any) -> TypeGuard[Mapping[str, Any]]:
-    return isinstance(value, Mapping | ConfigDict)
-
-
 def _fill(target: ConfigDict, given: Any, path: str) -> None:
     for key, value in given.items():
         here, owned = f"{path}.{key}", path.removeprefix("config.") in OWNERS
@@ -281,8 +174,8 @@ def _fill(target: ConfigDict, given: Any, path: str) -> None:
             if owned and value is None:  # left at its default
                 continue
             _unknown_key(target, path, key)
-        if _is_section(target[key]):
-            if not _is_section(value):
+        if is_section(target[key]):
+            if not is_section(value):
                 raise ConfigError(f"{here} is {shown(value)}: a section with keys is needed")
             _fill(target[key], value, here)
             continue
@@ -307,11 +200,18 @@ def _unknown_key(section: Any, path: str, key: str) -> NoReturn:
         raise ConfigError(f"unknown key {path}.{key}: {path} is a value, without keys")
     owner = path.removeprefix("config.")
     if owner in OWNERS:
-        allowed = ", ".join(options(owner, section.name)) or "no options"
+        known = options(owner, section.name)
+        allowed = f"{', '.join(known) or 'no options'}{did_you_mean(key, known)}"
         raise ConfigError(
             f"{path}.{key} is set, but {owner} {section.name!r} takes only: {allowed}"
         )
-    raise ConfigError(f"unknown key {path}.{key}: allowed are {', '.join(sorted(section))}")
+    elsewhere = [*(each.name for each in KEYS), *_flat(section)]
+    hint = did_you_mean(key, section) or did_you_mean(key, elsewhere)
+    raise ConfigError(f"unknown key {path}.{key}: allowed are {', '.join(sorted(section))}{hint}")
+
+
+def _flat(section: ConfigDict) -> dict[str, Any]:
+    return traverse_util.flatten_dict(section.to_dict(), sep=".")
 
 
 def named(arguments: str) -> ConfigDict:

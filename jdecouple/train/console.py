@@ -1,10 +1,18 @@
-"""Keeps a run going where its stdout or stderr is closed, full or gone."""
+"""What a run says last, and how it goes on where its stdout or stderr is closed, full or gone."""
 
 import contextlib
 import os
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
+
+INTERRUPTED = "interrupted before anything new could be saved", 130
+
+
+def refuse(line: str, code: int = 2) -> NoReturn:
+    """Ends the process with one line on stderr."""
+    print(f"error: {line}", file=sys.stderr)
+    sys.exit(code)
 
 
 class Lasting:

@@ -1,7 +1,9 @@
 """Options of methods, models and optimizers: what a configuration may set, by their owner."""
 
 import contextlib
+import functools
 import inspect
+import re
 import types
 import typing
 from typing import Any
@@ -29,23 +31,65 @@ def options(section: str, name: str) -> dict[str, tuple[type, Any]]:
     Raises:
         ValueError: there is none of that name.
     """
-    if section == "method":
-        owners: tuple[Any, ...] = (spec(name).route, spec(name).objective, Method)
-        arguments = methods.arguments(name)
-    else:
-        builder = OWNERS[section].get(name)
-        owners = (builder,)
-        parameters = inspect.signature(builder).parameters.values()
-        arguments = {
-            p.name: p.default
-            for p in parameters
-            if p.name not in _FILLED and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-        }
+    arguments = _arguments(section, name)
     hints: dict[str, Any] = {}
-    for owner in owners:
+    for owner in _owners(section, name):
         with contextlib.suppress(NameError, TypeError):  # a name for type checkers; no annotations
             hints |= typing.get_type_hints(owner)
     return {key: (_type(hints.get(key), value), value) for key, value in arguments.items()}
+
+
+def meanings(section: str, name: str) -> dict[str, str]:
+    """What the options of a method, model or optimizer are: as its docstrings say.
+
+    >>> meanings("optimizer", "sgd")["momentum"]
+    'Decay of the accumulated gradient, in [0, 1).'
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    owners = [*map(inspect.unwrap, _owners(section, name))]
+    texts = [models.__doc__ if section == "model" else "", *(owner.__doc__ for owner in owners)]
+    found = functools.reduce(dict.__or__, map(described_arguments, texts))
+    return {key: found.get(key, "") for key in _arguments(section, name)}
+
+
+def described_arguments(documentation: str | None) -> dict[str, str]:
+    """What a docstring in Google's style says of its Args or Attributes, each in one line.
+
+    In the text of a package it is the list of what its functions share.
+
+    >>> described_arguments(described_arguments.__doc__)
+    {'documentation': "the docstring, with its lines' indentation or without."}
+
+    Args:
+        documentation: the docstring, with its lines'
+            indentation or without.
+    """
+    text = inspect.cleandoc(documentation or "")
+    items = re.findall(r"^- `(\w+)`: (.*(?:\n  .*)*)", text, re.M)
+    for part in re.findall(r"^(?:Args|Attributes):((?:\n(?: .*)?)+)", text, re.M):
+        items += re.findall(r"^ {4}(\w+)(?: \([^)]*\))?: (.*(?:\n {5,}.*)*)", part, re.M)
+    return {name: re.sub(r"[;.]?$", ".", " ".join(said.split()), count=1) for name, said in items}
+
+
+def _owners(section: str, name: str) -> tuple[Any, ...]:
+    """What names and describes the options of a section, the most important last."""
+    if section == "method":
+        return spec(name).route, spec(name).objective, Method
+    return (OWNERS[section].get(name),)
+
+
+def _arguments(section: str, name: str) -> dict[str, Any]:
+    """Options with their defaults."""
+    if section == "method":
+        return methods.arguments(name)
+    parameters = inspect.signature(OWNERS[section].get(name)).parameters.values()
+    return {
+        p.name: p.default
+        for p in parameters
+        if p.name not in _FILLED and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    }
 
 
 def _type(annotation: Any, value: Any) -> type:

@@ -193,7 +193,7 @@ def test_the_papers_on_delayed_gradients_are_all_there():
 @pytest.mark.parametrize("name", sorted({name for name, _ in CASES}))
 def test_docstring_gives_the_command(name):
     text = (FOLDER / f"{name}.py").read_text()
-    assert f"python train.py --config configs/{name}.py" in text
+    assert f"jdecouple train --config {name}" in text
 
 
 @pytest.mark.parametrize(
