@@ -1,0 +1,72 @@
+"""Every notebook is stored as a user should get it, and runs from top to bottom."""
+
+import json
+import re
+from pathlib import Path
+
+import nbformat
+import notebooks
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
+WHERE = "jdecouple/jdecouple/blob/main/notebooks/"
+BADGES = {
+    "colab": "https://colab.research.google.com/github/" + WHERE,
+    "kaggle": "https://kaggle.com/kernels/welcome?src=https://github.com/" + WHERE,
+}
+SMALL = {"colab_quickstart": ({"PLATFORM": "cpu", "EPOCHS": 2, "STEPS": 20}, 1)}
+"""Parameters and devices of its test, by the name of a notebook."""
+
+each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def badge(path: Path) -> str:
+    """Where the badge of a notebook leads to."""
+    return BADGES[path.stem.split("_")[0]] + path.name
+
+
+def test_all_are_tested():
+    assert SMALL.keys() == {path.stem for path in NOTEBOOKS}
+
+
+@each
+class TestStored:
+    def test_valid(self, path):
+        notebook = json.loads(path.read_text())
+        nbformat.validate(notebook)
+        assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+        assert notebook["metadata"]["kernelspec"]["name"] == "python3"
+
+    def test_without_outputs(self, path):
+        for cell in notebooks.code(notebooks.read(path)):
+            assert not cell.outputs
+            assert cell.execution_count is None
+
+    def test_first_cell_has_a_badge_that_opens_it(self, path):
+        first = notebooks.read(path).cells[0]
+        assert first.cell_type == "markdown"
+        assert first.source.startswith("# ")
+        assert f"]({badge(path)})" in first.source
+
+    def test_readme_has_its_badge(self, path):
+        assert f"]({badge(path)})" in (ROOT / "README.md").read_text()
+
+    def test_installs_before_jax_is_imported(self, path):
+        notebook = notebooks.read(path)
+        cells = [cell.source for cell in notebooks.code(notebook)]
+        uses = [re.search(r"\bjax|jdecouple", source) is not None for source in cells]
+        (install,) = notebooks.tagged(notebook, "install")
+        assert uses.index(True) == cells.index(install.source)
+        assert notebooks.parameters(notebook)["PLATFORM"] == "gpu"
+
+
+@pytest.mark.slow
+@each
+def test_runs(path, tmp_path):
+    values, devices = SMALL[path.stem]
+    executed = notebooks.execute(path, values, tmp_path, devices)
+    outputs = [output for cell in notebooks.code(executed) for output in cell.outputs]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    for output in outputs:  # a warning would be the first thing that a user sees
+        assert "Warning" not in output.get("text", "")
