@@ -18,7 +18,21 @@ BADGES = {
     "colab": "https://colab.research.google.com/github/" + WHERE,
     "kaggle": "https://kaggle.com/kernels/welcome?src=https://github.com/" + WHERE,
 }
-SMALL = {"colab_quickstart": ({"PLATFORM": "cpu", "EPOCHS": 2, "STEPS": 20}, 1)}
+KAGGLE = {
+    "PLATFORM": "cpu",
+    "WORK": ".",
+    "IMAGES": "none",
+    "IMAGE_SIZE": 8,
+    "BLOCKS": "8,8,M|16|16|16",
+    "PROJECTOR": "32-16",
+    "BATCH": 32,
+    "STEPS": 10,
+    "EPOCHS": 1,
+}
+SMALL = {
+    "colab_quickstart": ({"PLATFORM": "cpu", "EPOCHS": 2, "STEPS": 20}, 1),
+    "kaggle_two_gpus": (KAGGLE, 2),
+}
 """Parameters and devices of its test, by the name of a notebook."""
 
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -105,3 +119,9 @@ def test_runs(path, tmp_path):
     assert any("image/png" in output.get("data", {}) for output in outputs)
     for output in outputs:  # a warning would be the first thing that a user sees
         assert "Warning" not in output.get("text", "")
+    if path.stem == "kaggle_two_gpus":
+        header, *rows = (tmp_path / "submission.csv").read_text().split()
+        assert header == "id,label"
+        images = sorted(image.stem for image in (tmp_path / "digits" / "test").iterdir())
+        assert [row.split(",")[0] for row in rows] == images
+        assert {row.split(",")[1] for row in rows} <= set("0123456789")

@@ -53,6 +53,28 @@ def call_costs(timed_calls: Iterable[tuple[Call, float]], stages: Sequence[Stage
     )
 
 
+def measured_memory(trainer: Any, state: State, batch: Any) -> tuple[State, dict[jax.Device, int]]:
+    """Trains like `Trainer.step`, one call after another; gives the bytes of each device.
+
+    They are the most that was held at a time: the state, the batch, what waits for another call,
+    and what a call needs while it runs by XLA's own count. Unlike `Device.memory_stats` they do not
+    depend on what the process did before, and CPU devices have them too. What else `step` holds
+    are batches that are on their way while stages work at the same time.
+
+    Args:
+        trainer: a `jdecouple.Trainer`.
+        state: its state; donated.
+        batch: what `Trainer.step` takes.
+
+    Returns:
+        The new state, and bytes by device.
+
+    Raises:
+        ValueError: some stages are in other processes.
+    """
+    return trainer._once(trainer._engine.measure_memory, state, batch)
+
+
 def _num_bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 

@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
+import jax
+
 from jdecouple import schedules
 from jdecouple._errors import choices, require_int, require_one_of
 from jdecouple.methods import Method
@@ -77,6 +79,15 @@ class Engine(Protocol):
 
         Raises:
             ValueError: the stages have no calls of their own.
+        """
+
+    def measure_memory(
+        self, states: Any, batch: PlacedBatch, step: int
+    ) -> tuple[Sequence[Any], dict[jax.Device, int]]:
+        """Trains on one batch, waiting for every call; gives the most bytes of each device.
+
+        Raises:
+            ValueError: stages in several processes.
         """
 
     def wait(self, states: Any) -> None:

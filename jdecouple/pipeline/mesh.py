@@ -207,6 +207,12 @@ class StageDevices:
         return jax.tree.map(put, tree, shardings if own else jax.tree.map(self.sharding, tree))
 
 
+def require_one_process(placements: Sequence[StageDevices]) -> None:
+    """Raises ValueError, for a measurement, where another process runs a stage."""
+    if not all(placement.fully_addressable for placement in placements):
+        raise ValueError("measuring needs all stages in one process")
+
+
 # XLA's library for CPUs keeps single products. By default it also takes over convolutions, on one
 # thread, and the gradient of a filter as a convolution with a window as large as the image. What
 # is fused to a product or a sum may be wrong in jaxlib 0.10.1 and 0.10.2 (jax issue 39103: the last

@@ -1,4 +1,4 @@
-"""Temporary memory of compiled steps, by XLA's own count."""
+"""Memory of compiled steps, by XLA's own count."""
 
 import functools
 from typing import Any
@@ -31,8 +31,13 @@ def temporaries(name: str, **options: Any) -> list[int]:
         example=IMAGES,
         **options,
     )
+    return [call.temp_size_in_bytes for call in analyses(trainer, IMAGES)]
+
+
+def analyses(trainer: jd.Trainer, batch: Any) -> list[Any]:
+    """XLA's count of a step's one call, or of one a stage under a local method."""
     executor, state = trainer._engine._executor, trainer.init()
-    parts = trainer.put(IMAGES).parts
+    parts = trainer.put(batch).parts
     ids = executor.step_ids(executor.calls, 0)
     if executor.fuse:
         lowered = [executor._fused.lower(tuple(state.stages), dict(EMPTY), parts, ids)]
@@ -45,7 +50,7 @@ def temporaries(name: str, **options: Any) -> list[int]:
             )
             for call, own, carry in calls
         ]
-    return [call.compile().memory_analysis().temp_size_in_bytes for call in lowered]
+    return [call.compile().memory_analysis() for call in lowered]
 
 
 EMPTY: dict[str, dict] = {"carries": {}, "residuals": {}, "errors": {}}
@@ -73,3 +78,60 @@ def test_order_is_told_and_changes_nothing():
     found = jax.jit(after)(first, tree)
     for key, array in tree.items():
         assert found[key].tobytes() == array.tobytes()
+
+
+def held(trainer: jd.Trainer, batch: Any) -> list[int]:
+    """Bytes of every device in a step, which trains as any other does."""
+    first, found = jd.diagnostics.measured_memory(trainer, trainer.init(), batch)
+    second, _ = trainer.step(trainer.init(), batch)
+    assert first.step == second.step
+    arrays, others = trainer.to_arrays(first), trainer.to_arrays(second)
+    assert all(np.array_equal(arrays[name], others[name]) for name in others)
+    return [found[device] for device in sorted(found, key=lambda device: device.id)]
+
+
+@pytest.mark.parametrize(("devices", "calls"), [(1, 1), (2, 2)])
+def test_devices_hold_what_their_calls_need(devices, calls):
+    """Other arrays of the process do not count."""
+    other = jax.numpy.ones((500, 500))
+    data = nets.batches(1)[0]
+    mesh = jd.make_mesh(devices=jax.devices()[:devices], stages=devices)
+    trainer = nets.build("deinforeg", num_stages=2, mesh=mesh)
+    found = analyses(trainer, data)
+    assert len(found) == calls
+    assert held(trainer, data) == [
+        call.argument_size_in_bytes
+        + call.output_size_in_bytes
+        - call.alias_size_in_bytes
+        + call.temp_size_in_bytes
+        for call in found
+    ]
+    assert not other.is_deleted()
+
+
+def test_devices_hold_what_waits():
+    """Activations of all microbatches until the first error comes, or of one."""
+    data = nets.batches(1, size=64)[0]
+    most = {}
+    for schedule in ("gpipe", "sequential"):
+        trainer = nets.build(
+            "bp",
+            model=nets.mlp(depth=2),
+            mesh=jd.make_mesh(2),
+            microbatches=4,
+            schedule=schedule,
+            example=data,
+        )
+        most[schedule] = held(trainer, data)
+    kept = [stage.carry["x"].size * 4 for stage in trainer.stages]
+    for more, less, carry in zip(*most.values(), kept, strict=True):
+        assert more >= less + 3 * carry
+
+
+@pytest.mark.parametrize("engine", ["mpmd", pytest.param("spmd", marks=pytest.mark.slow)])
+def test_replicas_and_one_program_hold_as_much_on_every_device(engine):
+    data = nets.batches(1)[0]
+    mesh = jd.make_mesh(data=2) if engine == "mpmd" else jd.make_mesh(2)
+    trainer = nets.build("greedy_exit", model=nets.mlp(), engine=engine, mesh=mesh, example=data)
+    first, second = held(trainer, data)
+    assert first == second > 0

@@ -85,6 +85,12 @@ class MpmdEngine:
         """As `run` of one batch, but waits for every call before the next, and times it."""
         return self._executor.measure(states, batch.parts, step)
 
+    def measure_memory(
+        self, states: States, batch: PlacedBatch, step: int
+    ) -> tuple[States, dict[jax.Device, int]]:
+        """As `run` of one batch, but waits for every call, and gives the most bytes of a device."""
+        return self._executor.measure_memory(states, batch.parts, step)
+
     def wait(self, states: Any) -> None:
         """Blocks until all that was dispatched has run."""
         jax.block_until_ready((states, list(self._in_flight)))

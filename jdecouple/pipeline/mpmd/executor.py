@@ -14,7 +14,8 @@ import numpy as np
 
 from jdecouple.methods.routes import Accumulated, Carry, Metrics, Route, Stage
 from jdecouple.methods.routes.stage import error_shapes
-from jdecouple.pipeline.mesh import StageDevices, jit
+from jdecouple.pipeline.memory import Meter
+from jdecouple.pipeline.mesh import StageDevices, jit, require_one_process
 from jdecouple.pipeline.mpmd.stage_fns import (
     compile_stage_fn,
     make_norm_fn,
@@ -63,8 +64,7 @@ class Executor:
         self, states: Sequence[Any], parts: Sequence[Carry | None], step: int
     ) -> tuple[tuple, list[tuple[Call, float]]]:
         """As `run`, but waits for every call before the next; gives each with its seconds."""
-        if not all(placement.fully_addressable for placement in self.placements):
-            raise ValueError("measuring needs all stages in one process")
+        require_one_process(self.placements)
         if self.fuse:
             raise ValueError("the stages are fused into one call: measuring needs fuse=False")
         seconds: list[tuple[Call, float]] = []
@@ -84,6 +84,21 @@ class Executor:
         dispatch = functools.partial(self.dispatch, self.calls, functions)
         states, _ = self.iterate(dispatch, states, parts, step)
         return states, seconds
+
+    def measure_memory(
+        self, states: Sequence[Any], parts: Sequence[Carry | None], step: int
+    ) -> tuple[tuple, dict[jax.Device, int]]:
+        """As `run`, but waits for every call before the next; gives the most bytes of a device."""
+        meter = Meter(self.placements, (states, parts))
+        dispatch = meter.watch(self._fused, self.placements[0])
+        if not self.fuse:
+            functions = {
+                key: meter.watch(call, self.placements[key[0]])
+                for key, call in self._compiled.items()
+            }
+            dispatch = functools.partial(self.dispatch, self.calls, functions)
+        states, _ = self.iterate(dispatch, states, parts, step)
+        return states, meter.most
 
     def iterate(
         self,

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jdecouple.methods.routes import Carry, Metrics, Route, StageState
 from jdecouple.pipeline.batch import PlacedBatch
+from jdecouple.pipeline.memory import Meter
 from jdecouple.pipeline.spmd.program import BATCHES, Program
 from jdecouple.pipeline.spmd.sharded_state import Layout, ShardedState
 from jdecouple.pipeline.state import place_states
@@ -79,6 +80,15 @@ class SpmdEngine:
     def measure(self, states: Any, batch: PlacedBatch, step: int) -> NoReturn:
         """Refuses to time stages that are compiled into one program."""
         raise ValueError("engine 'spmd' has no calls of single stages: measuring needs 'mpmd'")
+
+    def measure_memory(
+        self, states: ShardedState, batch: PlacedBatch, step: int
+    ) -> tuple[ShardedState, dict[jax.Device, int]]:
+        """As `run` of one batch; waits, and gives the most bytes of each device."""
+        meter = Meter(self.placements, (states.arrays, batch.parts))
+        call = meter.watch(self.program.call, *self.placements)
+        arrays, _ = call(states.arrays, batch.parts, np.int32(step))
+        return ShardedState(self._layout, arrays), meter.most
 
     def wait(self, states: Any) -> None:
         """Blocks until all that was dispatched has run."""
