@@ -1,7 +1,9 @@
 """Tiny nets, batches and methods that the tests of the engine share."""
 
+import contextlib
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -180,6 +182,17 @@ def assert_clear(kind: Any, words: tuple[str, ...], call: Any) -> None:
     assert len(message) < 250
     for word in words:
         assert word in message, message
+
+
+@contextlib.contextmanager
+def nothing_compiles(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Any:
+    """Fails if anything is compiled within, or a dense layer so much as traced."""
+    call = layers.Linear.__call__
+    with jax.log_compiles(), caplog.at_level("WARNING"), monkeypatch.context() as patch:
+        patch.setattr(layers.Linear, "__call__", chex.assert_max_traces(call, n=0))
+        yield
+    compiled = [line for line in caplog.messages if "ompil" in line]
+    assert not compiled, compiled
 
 
 def logits_model() -> jd.Model:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+import chex
 import jax
 import numpy as np
 from ml_collections import ConfigDict
@@ -236,9 +237,8 @@ def assert_same_run(workdir: Path, reference: Path) -> None:
     step, arrays = final_arrays(workdir)
     wanted_step, wanted = final_arrays(reference)
     assert step == wanted_step
-    assert arrays.keys() == wanted.keys()
-    for name, array in wanted.items():
-        np.testing.assert_array_equal(arrays[name], array, err_msg=name, strict=True)
+    chex.assert_trees_all_equal_shapes_and_dtypes(arrays, wanted)
+    chex.assert_trees_all_equal(arrays, wanted)
     assert without_timing(lines(workdir)) == without_timing(lines(reference))
 
 

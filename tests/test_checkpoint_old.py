@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -48,9 +49,7 @@ def old_config(method: str, steps: int = 4) -> ConfigDict:
 def assert_close(workdir: Path, reference: Path) -> None:
     (step, arrays), (wanted_step, wanted) = map(runs.final_arrays, (workdir, reference))
     assert step == wanted_step
-    assert arrays.keys() == wanted.keys()
-    for name, array in wanted.items():
-        np.testing.assert_allclose(arrays[name], array, rtol=1e-5, atol=1e-5, err_msg=name)
+    chex.assert_trees_all_close(arrays, wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)

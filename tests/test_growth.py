@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import nets
@@ -66,7 +67,7 @@ def test_frozen_blocks_stay_as_they_are(name):
     assert nets.same_bits(of_blocks(after, (0, 1)), old)
     for index in (2, 3):
         new, begun = (of_blocks(x, (index,), ("params", "opt")) for x in (after, fresh))
-        assert all(np.isfinite(x).all() for x in new.values())
+        chex.assert_tree_all_finite(new)
         assert not nets.same_bits(new, begun)
     blocks = {key.split("/")[0] for key in metrics[-1]} - {"loss", "accuracy"}
     assert blocks == {"block_2", "block_3"}

@@ -1,3 +1,4 @@
+import chex
 import golden_vectors as gv
 import jax
 import jax.numpy as jnp
@@ -216,7 +217,7 @@ def test_optimizers_keep_dtypes(name, bits):
         params = {"w": jnp.asarray(WEIGHT, f"float{bits}"), "b": jnp.ones(2, f"float{bits}")}
         tx = optim.get(name)(optim.warmup(optim.cosine(0.1, 0.01, 4), 2))
         after = run(tx, params, [params, params])[-1]
-        assert {leaf.dtype for leaf in jax.tree.leaves(after)} == {jnp.dtype(f"float{bits}")}
+        chex.assert_trees_all_equal_shapes_and_dtypes(after, params)
         assert all(np.all(before != after[key]) for key, before in params.items())
 
 

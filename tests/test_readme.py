@@ -82,6 +82,7 @@ def test_the_objective_of_contributing_trains(library):
     [
         pytest.param(page, marks=[pytest.mark.slow] * (page.name in SLOW), id=page.name)
         for page in DOCUMENTS
+        if "```py" in page.read_text()
     ],
 )
 def test_snippets_of_documents_run(page, monkeypatch, tmp_path):

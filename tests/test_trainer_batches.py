@@ -5,6 +5,7 @@ import math
 import warnings
 from typing import Any
 
+import chex
 import jax.numpy as jnp
 import nets
 import numpy as np
@@ -97,7 +98,9 @@ def test_what_can_be_read_as_an_array_is_one(case):
 
 def test_an_example_may_be_any_array_like():
     trainer = nets.build("bp", example={"x": X.tolist(), "label": Tensor(LABEL)})
-    trainer.put(DATA[0])
+    (part,), (wanted,) = (each.put(DATA[0]).parts for each in (trainer, trainer_of("bp")))
+    chex.assert_trees_all_equal(part, wanted)
+    chex.assert_trees_all_equal_shapes_and_dtypes(part, wanted)
 
 
 BAD_BATCHES = {

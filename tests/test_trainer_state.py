@@ -100,6 +100,7 @@ def test_what_a_trainer_made_is_not_searched_again(monkeypatch):
     for _ in range(2):
         state, _ = trainer.step(state, DATA[0])
         trainer.evaluate(state, DATA[0])
+    assert state.step == 2
 
 
 # --- States of other trainers -------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import chex
 import golden_vectors as gv
 import jax
 import jax.numpy as jnp
@@ -50,14 +51,13 @@ def test_heads_keep_the_contract(objective, features, index):
     head = objective.head(where, nnx.Rngs(0))
     assert isinstance(head, objectives.Head)
     output, in_features, in_params = run(head, features)
-    assert output.loss.shape == ()
-    assert all(term.shape == () for term in output.metrics.values())
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((in_features, in_params)))
+    chex.assert_shape([output.loss, *output.metrics.values()], ())
+    chex.assert_tree_all_finite((in_features, in_params))
     evaluated = nnx.jit(type(head).logits)(head, features)
     if output.logits is None:
         assert evaluated is None
     else:
-        assert output.logits.shape == evaluated.shape == (8, CLASSES)
+        chex.assert_shape([output.logits, evaluated], (8, CLASSES))
     holds = getattr(head, "classifier", None) is classifier
     assert holds == (objective.trains_classifier and index == 3)
     again = objective.head(where, nnx.Rngs(0))
@@ -97,8 +97,7 @@ def test_gradients_are_finite_at_the_edges(objective, case):
     head = objective.head(site(features), nnx.Rngs(0))
     image = jnp.ones_like(IMAGES[:batch]) if "constant" in case else IMAGES[:batch]
     output, in_features, in_params = run(head, features, LABELS[:batch], image)
-    for leaf in jax.tree.leaves((output.loss, output.metrics, in_features, in_params)):
-        assert np.isfinite(leaf).all()
+    chex.assert_tree_all_finite((output.loss, output.metrics, in_features, in_params))
 
 
 @EACH

@@ -1,5 +1,6 @@
 """`jax_debug_nans` finds what is wrong, and nothing where all is well."""
 
+import chex
 import jax
 import nets
 import numpy as np
@@ -61,7 +62,7 @@ def test_sufficient_direction_is_measured():
     trainer = make("fr", fuse=False)
     state, _ = trainer.step(trainer.init(), DATA[0])
     measure = SufficientDirection(trainer)
-    assert np.isfinite(jax.device_get(list(measure(state).values()))).all()
+    chex.assert_tree_all_finite(measure(state))
     found = measure(trainer.finish(state))
     assert len(found) == 2
     assert np.isnan(jax.device_get(list(found.values()))).all()

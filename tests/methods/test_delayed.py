@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import nets
@@ -121,8 +122,8 @@ def test_state_goes_through_its_arrays(name):
 def test_queues_are_in_the_abstract_state(name):
     run = shared(name)
     state, _ = run.step(run.init(), DATA[0])
-    shapes = {key: (leaf.shape, leaf.dtype) for key, leaf in run.to_arrays(run.abstract()).items()}
-    assert shapes == {key: (leaf.shape, leaf.dtype) for key, leaf in run.to_arrays(state).items()}
+    arrays, template = run.to_arrays(state), run.to_arrays(run.abstract())
+    chex.assert_trees_all_equal_shapes_and_dtypes(arrays, template)
 
 
 @pytest.mark.parametrize("name", nets.marked(nets.EXACT))

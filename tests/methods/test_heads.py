@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import chex
 import golden_vectors as gv
 import jax
 import jax.numpy as jnp
@@ -201,12 +202,11 @@ def test_heads_keep_the_contract(objective, index):
         return
     assert isinstance(head, objectives.Head)
     output, evaluated = run_head(head)
-    assert output.loss.shape == ()
-    assert all(term.shape == () for term in output.metrics.values())
+    chex.assert_shape([output.loss, *output.metrics.values()], ())
     if output.logits is None:
         assert evaluated is None
     else:
-        assert output.logits.shape == evaluated.shape == (8, 5)
+        chex.assert_shape([output.logits, evaluated], (8, 5))
     holds = getattr(head, "classifier", None) is CLASSIFIER
     assert holds == (objective.trains_classifier and index == 1)
     again = objective.head(site(index=index, classifier=CLASSIFIER), nnx.Rngs(0))

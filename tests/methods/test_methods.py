@@ -7,6 +7,7 @@ row; arguments that make its heads small belong in `nets.ARGUMENTS`.
 import functools
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import nets
@@ -78,10 +79,9 @@ def test_metrics(name):
     """A loss for every head, their sum, and the accuracy of the last exit that training sees."""
     each = trainer(name)
     state, metrics = each.step(each.init(), batches(1)[0])
-    for value in metrics.values():
-        assert value.shape == ()
-        assert value.dtype == jnp.float32
-        assert np.isfinite(value)
+    chex.assert_shape(list(metrics.values()), ())
+    chex.assert_type(list(metrics.values()), jnp.float32)
+    chex.assert_tree_all_finite(metrics)
     values = {key: float(value) for key, value in metrics.items()}
     heads = [index for index, head in enumerate(each.heads(state)) if head is not None]
     assert blocks_with("loss", metrics) == heads
@@ -177,9 +177,9 @@ def test_only_the_own_loss_reaches_a_block_of_a_local_method(name):
 
 @METHODS
 def test_a_block_trains_on_the_losses_that_reach_it(name):
-    for arrays, used in zip(*gradients(name), strict=True):
-        for key, value in arrays.items():
-            np.testing.assert_allclose(used[key], value.sum(0), rtol=1e-9, atol=1e-12, err_msg=key)
+    of_losses, used = gradients(name)
+    wanted = jax.tree.map(lambda each: each.sum(0), of_losses)
+    chex.assert_trees_all_close(used, wanted, rtol=1e-9, atol=1e-12)
 
 
 # --- Training -------------------------------------------------------------------------------

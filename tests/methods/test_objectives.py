@@ -2,11 +2,13 @@
 
 import functools
 
+import chex
 import golden_vectors as gv
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl.testing import parameterized
 
 from jdecouple.methods import objectives
 
@@ -103,6 +105,37 @@ def test_similarity_of_feature_maps_golden(bits):
         assert_golden(gradient, bits, golden, "grad64.nhwc")
 
 
+def total(x, labels, golden):
+    terms = objectives.information_regularization(x, labels, int(golden["in.n_classes"]))
+    return sum(terms.values())
+
+
+def contrastive(x, labels, golden):
+    return objectives.supervised_contrastive(x, labels, float(golden["in.temperature"]))
+
+
+def similarity(x, labels, golden):
+    return objectives.similarity_matching(x, labels, int(golden["in.num_classes_onehot"]))
+
+
+class TestVariants(chex.TestCase):
+    """Compiled or operation by operation, of arrays on a device or of NumPy's: the same loss."""
+
+    @chex.variants(with_jit=True, without_jit=True, with_device=True, without_device=True)
+    @parameterized.named_parameters(
+        ("total", total, "deinforeg_loss", "loss_total", "x_of_total", 1.0),
+        ("contrastive", contrastive, "contrastive", "loss_deinforeg_repo", "x_deinforeg_repo", 1.0),
+        ("similarity", similarity, "predsim_similarity", "loss_sim_x0.99", "x_of_x0.99", 0.99),
+    )
+    def test_golden(self, loss, case, value, gradient, scale):
+        golden = gv.load(f"{case}__b8_d16_c5")
+        with jax.enable_x64(True):
+            run = self.variant(jax.value_and_grad(functools.partial(loss, golden=golden)))
+            found = run(jnp.asarray(golden["in.x"]), jnp.asarray(golden["in.labels"]))
+            assert_golden(found[0], 64, golden, f"out64.{value}", scale)
+            assert_golden(found[1], 64, golden, f"grad64.{gradient}", scale)
+
+
 @pytest.mark.parametrize("batch", [4, 6, 20])
 def test_covariance_by_its_definition(batch, x64):
     z = np.random.default_rng(batch).normal(size=(batch, 6))
@@ -130,8 +163,7 @@ LOSSES = [information, matching, objectives.supervised_contrastive]
 
 def value_and_gradient(loss, z, labels):
     value, gradient = jax.jit(jax.value_and_grad(loss))(z, labels)
-    assert np.isfinite(value)
-    assert np.isfinite(gradient).all()
+    chex.assert_tree_all_finite((value, gradient))
     return value, gradient
 
 

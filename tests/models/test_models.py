@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import nets
@@ -80,7 +81,7 @@ def test_vgg_reads_text_and_sequences_alike():
     assert [widths(block) for block in text.blocks] == [[6, 8, "M"], [10, "M"]]
     for a, b in zip(text.blocks, nested.blocks, strict=True):
         assert nnx.graphdef(a) == nnx.graphdef(b)
-        jax.tree.map(np.testing.assert_array_equal, parameters(a), parameters(b))
+        chex.assert_trees_all_equal(parameters(a), parameters(b))
     x = jnp.ones((2, 8, 8, 1))
     assert text.blocks[1](text.blocks[0](x)).shape == (2, 2, 2, 10)
 
@@ -92,8 +93,7 @@ def test_mlp_shapes(batch_norm):
     )
     assert len(model.blocks) == 3
     features, logits = apply(model, jnp.ones((2, 5, 5, 2)))
-    assert features.shape == (2, 6)
-    assert logits.shape == (2, 4)
+    chex.assert_shape((features, logits), [(2, 6), (2, 4)])
     assert (features >= 0).all()
     vector = models.mlp(4, input_size=11, activation="tanh", rngs=nnx.Rngs(0))
     assert vector.blocks[0](jnp.ones((2, 11))).shape == (2, 256)
@@ -146,7 +146,7 @@ def test_flax_init_has_zero_biases_and_depends_on_the_seed_alone(name):
         if isinstance(layer, nnx.Linear):
             assert not layer.bias[...].any()
     first = parameters(one.blocks[0])
-    jax.tree.map(np.testing.assert_array_equal, first, parameters(same.blocks[0]))
+    chex.assert_trees_all_equal(first, parameters(same.blocks[0]))
     different = map(np.array_equal, first, parameters(other.blocks[0]))
     assert not all(different)
 

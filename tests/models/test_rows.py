@@ -1,5 +1,6 @@
 """Sums over rows and the gradient of BatchNorm, against JAX's own in float64."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,11 +24,9 @@ def test_batch_norm_and_its_gradient(shape, x64):
     scale, bias = jnp.asarray(RNG.normal(1, 0.3, shape[-1])), jnp.asarray(RNG.normal(size=3))
     wanted, pull_wanted = jax.vjp(plain_batch_norm, x, scale, bias)
     found, pull = jax.vjp(lambda *given: rows.batch_norm(*given, 1e-5), x, scale, bias)
-    for one, other in zip(found, wanted, strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-12)
+    chex.assert_trees_all_close(found, wanted, rtol=1e-10, atol=1e-12)
     cotangent = (error, jnp.zeros(3), jnp.zeros(3))
-    for one, other in zip(pull(cotangent), pull_wanted(cotangent), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-10)
+    chex.assert_trees_all_close(pull(cotangent), pull_wanted(cotangent), rtol=1e-9, atol=1e-10)
 
 
 def test_batch_norm_keeps_its_input_alone(x64):
@@ -63,8 +62,7 @@ def test_a_product_and_its_gradient(lead, x64):
     wanted, pull_wanted = jax.vjp(jnp.matmul, x, kernel)
     found, pull = jax.vjp(rows.multiply_rows, x, kernel)
     np.testing.assert_array_equal(found, wanted)
-    for one, other in zip(pull(error), pull_wanted(error), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-13)
+    chex.assert_trees_all_close(pull(error), pull_wanted(error), rtol=1e-12, atol=1e-13)
 
 
 def test_a_product_of_two_dtypes():

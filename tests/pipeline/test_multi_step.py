@@ -6,10 +6,10 @@ import json
 import signal
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import nets
-import numpy as np
 import pytest
 import runs
 
@@ -197,10 +197,11 @@ def test_metrics_are_arrays(devices, count, x64):
     _, metrics = engine.steps(engine.init(), engine.put(groups(count)[0]))
     _, single = engine.step(engine.init(), groups(1)[0][0])
     assert list(metrics) == list(single)
-    for name, column in metrics.items():
-        assert isinstance(column, jax.Array)
-        assert (column.shape, single[name].shape) == ((count,), ())
-        np.testing.assert_allclose(column[0], single[name], rtol=1e-6)
+    assert all(isinstance(column, jax.Array) for column in metrics.values())
+    chex.assert_shape(list(metrics.values()), (count,))
+    first = {name: column[0] for name, column in metrics.items()}
+    chex.assert_trees_all_equal_shapes_and_dtypes(first, single)
+    chex.assert_trees_all_close(first, single, rtol=1e-6)
 
 
 # --- What is refused -------------------------------------------------------------------------

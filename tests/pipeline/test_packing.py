@@ -1,5 +1,6 @@
 """A carry that crosses between processes as one array arrives bit for bit."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,7 +41,6 @@ def test_bits_arrive(name, x64):
     assert (array.shape, array.dtype) == (packed(shapes).shape, packed(shapes).dtype)
     assert array.nbytes == sum(leaf.nbytes for leaf in jax.tree.leaves(sent))
     found = jax.jit(lambda array: unpack(array, shapes))(array)
-    assert jax.tree.structure(found) == jax.tree.structure(sent)
-    for here, there in zip(jax.tree.leaves(found), jax.tree.leaves(sent), strict=True):
-        assert (here.shape, here.dtype) == (there.shape, there.dtype)
-        assert np.asarray(here).tobytes() == np.asarray(there).tobytes()
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, sent)
+    bits = [[np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(x)] for x in (found, sent)]
+    assert bits[0] == bits[1]

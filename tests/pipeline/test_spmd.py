@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from typing import Any
 
+import chex
 import jax
 import nets
 import numpy as np
@@ -131,9 +132,7 @@ def test_what_one_engine_began_the_other_ends(first, second, name, net):
     state, metrics = in_groups(began, batches, [5, 5])
     arrays = nets.to_arrays(began, state)
     template = ends.to_arrays(ends.abstract())
-    assert {k: (v.shape, v.dtype) for k, v in arrays.items()} == {
-        k: (v.shape, v.dtype) for k, v in template.items()
-    }
+    chex.assert_trees_all_equal_shapes_and_dtypes(arrays, template)
     sizes = [5, 5] if second == "spmd" else [1] * 10
     state, others = in_groups(ends, batches, sizes, ends.from_arrays(10, arrays))
     assert_close((nets.to_arrays(ends, state), metrics + others), reference(name, net))
@@ -155,10 +154,8 @@ def test_what_is_read_from_a_state_is_that_of_the_blocks():
     (values, states, arrays), (wanted, expected, after) = found
     assert values == pytest.approx(wanted)
     assert nets.largest_error(arrays, after) < TOLERANCE
-    for here, there in zip(states, expected, strict=True):
-        assert len(here) == len(there) > 0
-        for mine, other in zip(here, there, strict=True):
-            np.testing.assert_allclose(mine, other, atol=TOLERANCE)
+    assert all(states)
+    chex.assert_trees_all_close(states, expected, rtol=1e-7, atol=TOLERANCE)
 
 
 def test_a_device_group_holds_its_own_block_and_room_for_the_ends():
@@ -248,10 +245,11 @@ def test_metrics_are_scalars_of_a_step_and_arrays_of_a_list():
     for count in (1, 2):
         _, metrics = trainer.steps(trainer.init(), [batch] * count)
         assert metrics.keys() == single.keys()
-        for name, column in metrics.items():
-            assert isinstance(column, jax.Array)
-            assert (single[name].shape, column.shape) == ((), (count,))
-            assert float(column[0]) == pytest.approx(float(single[name]), rel=1e-6)
+        assert all(isinstance(column, jax.Array) for column in metrics.values())
+        chex.assert_shape(list(metrics.values()), (count,))
+        first = {name: column[0] for name, column in metrics.items()}
+        chex.assert_trees_all_equal_shapes_and_dtypes(first, single)
+        chex.assert_trees_all_close(first, single, rtol=1e-6)
 
 
 def test_weights_are_kept_once_for_all_ticks():

@@ -4,6 +4,7 @@ import functools
 import json
 from itertools import islice
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -155,8 +156,7 @@ def test_equal_to_training_on_padded_batches(x64, split, arguments):
             assert float(metrics[key]) == pytest.approx(float(value), rel=1e-6), key
     assert len(used) == len(BUCKETS)
     found, wanted = whole.to_arrays(state), whole.to_arrays(other)
-    for leaf in wanted:
-        np.testing.assert_allclose(found[leaf], wanted[leaf], rtol=1e-9, atol=1e-12, err_msg=leaf)
+    chex.assert_trees_all_close(found, wanted, rtol=1e-9, atol=1e-12)
 
 
 def test_weights_that_depend_on_the_length_are_refused(split):

@@ -240,7 +240,9 @@ class TestIdentity:
         again.optimizer.learning_rate = 0.5
         again.data.data_dir = "/elsewhere"
         again.mesh.stages = 3
-        configuration.check_identity(configuration.identity(again), before)
+        after = configuration.identity(again)
+        configuration.check_identity(after, before)
+        assert after == before
 
     @pytest.mark.parametrize("folder", sorted(OLDER.iterdir()), ids=lambda folder: folder.name)
     def test_of_a_run_that_version_0_1_wrote(self, folder):

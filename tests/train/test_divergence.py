@@ -3,6 +3,7 @@
 import json
 import os
 
+import chex
 import numpy as np
 import pytest
 from runs import arrays_at, cheap, fingerprint
@@ -122,7 +123,7 @@ def test_a_run_that_explodes_goes_back_by_itself(tmp_path, caplog, capsys):
     assert told.startswith("the largest weight after step 31 is ")
     assert "from step 31 on may be spoilt, the last good one is 30; to go back, stop" in told
     assert steps(tmp_path) == [30, 31, 32]  # of which two were to be kept
-    assert all(np.isfinite(array).all() for array in arrays_at(tmp_path, 32).values())
+    chex.assert_tree_all_finite(arrays_at(tmp_path, 32))
 
     caplog.clear()
     with pytest.raises(NonFiniteError) as error:

@@ -94,10 +94,10 @@ def test_a_forked_process_does_not_hold_it(tmp_path):
         os.read(ready[0], 1)
     try:
         with only_run(tmp_path):
-            pass
+            assert os.waitpid(child, os.WNOHANG) == (0, 0)  # it lives
     finally:
         os.write(done[1], b"1")
-        os.waitpid(child, 0)
+        assert os.waitpid(child, 0)[1] == 0
         for descriptor in (*ready, *done):
             os.close(descriptor)
 

@@ -4,6 +4,7 @@ import socket
 import threading
 import time
 
+import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -215,9 +216,8 @@ class TestExchange:
         given = together([lambda member=member: pass_on(member) for member in three])
         assert [sorted(each) for each in given] == [sorted(each) for each in wanted]
         for each in given:
-            for name, array in each.items():
-                expected = {**arrays[0], **arrays[1]}[name]
-                np.testing.assert_array_equal(array, expected, strict=True)
+            sent = arrays[0] | arrays[1]
+            chex.assert_trees_all_equal(each, {name: sent[name] for name in each}, strict=True)
 
     def test_metrics_of_all_blocks(self, three):
         """The sum is that of the stages: in their order, in single precision."""

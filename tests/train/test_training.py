@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -194,7 +195,7 @@ class TestNonFinite:
         checkpoints = Checkpointer(tmp_path / "checkpoints", read_only=True)
         assert f"the last good checkpoint is {checkpoints.latest_step}" in told[0]
         for step in checkpoints.steps():
-            assert all(np.isfinite(x).all() for x in runs.arrays_at(tmp_path, step).values())
+            chex.assert_tree_all_finite(runs.arrays_at(tmp_path, step))
         assert runs.fingerprint(tmp_path / "checkpoints" / "9") == before
         if every == 9:  # With a sane learning rate the run goes on.
             command_line.main(["train.py", *arguments(tmp_path, **given, epochs=2)])

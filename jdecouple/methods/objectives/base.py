@@ -97,7 +97,6 @@ class Head(Protocol):
             carry: "label" holds int labels `[batch]`, "x" the block's input; what else there is
                 came with the batch or from the heads below.
         """
-        raise NotImplementedError
 
     def logits(self, features: Any) -> jax.Array | None:
         """Logits `[batch, classes]` for evaluation; None if the head is no exit."""
