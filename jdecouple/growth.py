@@ -88,7 +88,8 @@ def from_arrays(trainer: Trainer, step: int, arrays: Mapping[str, Any]) -> State
     """The state of a model that has grown since `arrays` were kept, as those of a checkpoint.
 
     As `Trainer.from_arrays`, but blocks that the arrays do not hold begin fresh, and so does the
-    optimiser state of a block that was frozen and is so no more.
+    optimiser state of a block that was frozen and is so no more. Averages of weights that had none
+    begin as these.
 
     Raises:
         ValueError: the arrays do not hold the first block, or of a block that they hold an array
@@ -105,7 +106,12 @@ def from_arrays(trainer: Trainer, step: int, arrays: Mapping[str, Any]) -> State
     begun = {name: leaf for name, leaf in fresh.items() if is_fresh(name)}
     if any(name.startswith("block_0/params/") for name in begun):
         raise ValueError("arrays hold no block_0, with which the model begins: nothing has grown")
-    return trainer.from_arrays(step, {**begun, **arrays})
+    averages = {
+        name: arrays[name.replace("/ema/", "/", 1)].astype(leaf.dtype)
+        for name, leaf in fresh.items()
+        if name.split("/")[1] == "ema" and name not in arrays and name not in begun
+    }
+    return trainer.from_arrays(step, {**begun, **averages, **arrays})
 
 
 class Readout(nnx.Module):

@@ -80,6 +80,8 @@ class Trainer:
         transform: Transform | None = None,
         dtype: Any = None,
         clip_norm: float | None = None,
+        accumulate: int = 1,
+        ema: float | None = None,
         remat: str | Sequence[str] = "auto",
         fuse: bool | None = None,
         max_in_flight: int | None = None,
@@ -109,6 +111,9 @@ class Trainer:
                 statistics and losses keep theirs. None leaves everything as it is.
             clip_norm: bound on the norm of the gradient of all blocks (synchronous methods; for
                 others, `optax.clip_by_global_norm` in the optimizer clips each block).
+            accumulate: batches to an optimiser step, which takes the mean of their gradients.
+            ema: decay, in (0, 1), of an exponential moving average of weights and statistics, to
+                evaluate with; it moves with every optimiser step. None keeps none.
             remat: what a forward keeps for its backward: "none" (all that differentiation asks
                 for), "elementwise" (results of products and convolutions), "blocks" or "stages"
                 (inputs), "offload" (as "elementwise", on the host); or one of these a stage.
@@ -148,7 +153,8 @@ class Trainer:
         self.num_classes = built.num_classes
         self.options = options | {"example": shapes, "num_classes": built.num_classes}
         self.boundaries = build.split_blocks(model, built, method.route, num_stages, boundaries)
-        common = {"seed": seed, "num_microbatches": microbatches, "transform": transform}
+        common: dict[str, Any] = {"seed": seed, "num_microbatches": microbatches}
+        common |= {"transform": transform, "accumulate": accumulate, "ema": ema}
         self.stages = build.build_stages(
             built, method, self.boundaries, received, optimizer, remat, clip_norm, **common
         )
@@ -180,8 +186,9 @@ class Trainer:
         """The state's own arrays by names that do not depend on the partition.
 
         Returns:
-            "block_{i}/params/...", "block_{i}/stats/...", "block_{i}/opt/..." to array, for the
-            blocks of this process; what a checkpoint holds.
+            "block_{i}/params/...", "block_{i}/stats/...", "block_{i}/opt/...", with `ema`
+            "block_{i}/ema/params/..." and "block_{i}/ema/stats/..." to array, for the blocks of
+            this process; what a checkpoint holds.
         """
         self._states.check(state, abstract=True)
         return states.to_arrays(self.stages, state)
@@ -227,14 +234,14 @@ class Trainer:
         restored = restore_alone(directory, self.to_arrays(self.abstract()))
         return self.from_arrays(restored.step, restored.arrays)
 
-    def modules(self, state: State) -> list[nnx.Module | None]:
+    def modules(self, state: State, *, averaged: bool = True) -> list[nnx.Module | None]:
         """Trained nnx modules: one per block, then the classifier if the model has one.
 
         A classifier that the method does not train is returned as it was given; blocks of
-        other processes are None.
+        other processes are None. With `ema` they hold the averages, unless not `averaged`.
         """
         self._states.check(state)
-        pairs = states.modules(self.stages, state)
+        pairs = states.modules(self.stages, state, averaged)
         blocks = [block for block, _ in pairs]
         if self.model.classifier is None:
             return blocks
@@ -242,10 +249,10 @@ class Trainer:
             return [*blocks, getattr(pairs[-1][1], "classifier", None)]
         return [*blocks, self.model.classifier]
 
-    def heads(self, state: State) -> list[nnx.Module | None]:
-        """Trained heads, one per block; None where a block has none."""
+    def heads(self, state: State, *, averaged: bool = True) -> list[nnx.Module | None]:
+        """Trained heads, one per block; None where a block has none. Averages as in `modules`."""
         self._states.check(state)
-        return [head for _, head in states.modules(self.stages, state)]
+        return [head for _, head in states.modules(self.stages, state, averaged)]
 
     def local_indices(self, size: int, parts: int = 1) -> np.ndarray:
         """Which examples of a batch of `size` in `parts` microbatches this process takes in."""
@@ -367,7 +374,7 @@ class Trainer:
         Returns:
             "loss" (mean cross-entropy) and "accuracy" of the final exit, and
             "exit_{i}/loss", "exit_{i}/accuracy" of the exit at block i. Under several
-            processes all call it and all get all of them.
+            processes all call it and all get all of them. With `ema` they are the averages'.
 
         Raises:
             ValueError: no examples, or what `put` refuses for another reason than its size.

@@ -84,6 +84,131 @@ def test_adam_decays_decoupled(weight_decay, x64):
         np.testing.assert_allclose(params["w"], weight, rtol=1e-10)
 
 
+def test_adamw_is_adam_with_decay(x64):
+    """By default PyTorch's, and of the same layout whatever the decay is."""
+    params, gradients = {"w": jnp.asarray(WEIGHT)}, [{"w": jnp.asarray(g)} for g in GRADIENTS]
+    for decay in (0.0, 0.1):
+        found = run(optim.adamw(0.01, b1=0.8, weight_decay=decay), params, gradients)
+        wanted = run(optim.adam(0.01, b1=0.8, weight_decay=decay), params, gradients)
+        np.testing.assert_allclose(found[-1]["w"], wanted[-1]["w"], rtol=1e-14)
+    default = run(optim.adamw(0.01), params, gradients)[-1]["w"]
+    np.testing.assert_array_equal(
+        default, run(optim.adamw(0.01, weight_decay=0.01), params, gradients)[-1]["w"]
+    )
+    states = [jax.tree.structure(optim.adamw(0.1, weight_decay=x).init(params)) for x in (0.0, 0.1)]
+    assert states[0] == states[1]
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_nadam_looks_ahead(weight_decay, x64):
+    tx = optim.nadam(0.01, b1=0.8, b2=0.95, eps=1e-6, weight_decay=weight_decay)
+    history = run(tx, {"w": jnp.asarray(WEIGHT)}, [{"w": jnp.asarray(g)} for g in GRADIENTS])
+    weight, first, second = WEIGHT.copy(), 0.0, 0.0
+    for t, (gradient, params) in enumerate(zip(GRADIENTS, history, strict=True), start=1):
+        first = 0.8 * first + 0.2 * gradient
+        second = 0.95 * second + 0.05 * gradient**2
+        ahead = 0.8 * first / (1 - 0.8 ** (t + 1)) + 0.2 * gradient / (1 - 0.8**t)
+        scaled = ahead / (np.sqrt(second / (1 - 0.95**t)) + 1e-6)
+        weight = weight - 0.01 * (scaled + weight_decay * weight)
+        np.testing.assert_allclose(params["w"], weight, rtol=1e-10)
+
+
+def orthogonalised(matrix):
+    """Five Newton-Schulz iterations with Jordan's coefficients, of the wide form."""
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if tall else matrix
+    x = x / np.linalg.norm(x)
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x.T if tall else x
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("block/dense/kernel", (6, 4)), ("block/conv/kernel", (3, 3, 2, 5))]
+)
+def test_muon_orthogonalises_kernels(name, shape, x64):
+    """A convolution's as the matrix [height width in, out]."""
+    rng = np.random.default_rng(0)
+    weight, *gradients = (rng.normal(size=shape) for _ in range(4))
+    tx = optim.muon(0.01, beta=0.9, weight_decay=0.1)
+    history = run(tx, {name: jnp.asarray(weight)}, [{name: jnp.asarray(g)} for g in gradients])
+    flat, matrix, momentum = (-1, shape[-1]), weight.reshape(-1, shape[-1]), 0.0
+    for t, (gradient, params) in enumerate(zip(gradients, history, strict=True), start=1):
+        momentum = 0.9 * momentum + 0.1 * gradient.reshape(flat)
+        ahead = 0.9 * momentum / (1 - 0.9 ** (t + 1)) + 0.1 * gradient.reshape(flat) / (1 - 0.9**t)
+        update = 0.2 * np.sqrt(max(matrix.shape)) * orthogonalised(ahead)
+        matrix = matrix - 0.01 * (update + 0.1 * matrix)
+        np.testing.assert_allclose(params[name].reshape(flat), matrix, rtol=1e-6)
+
+
+def test_muon_leaves_all_else_to_nadam(x64):
+    shapes = {
+        "block/dense/bias": (4,),
+        "block/table": (6, 4),
+        "block/lstm/kernel": (2, 6, 4),
+        "head/classifier/kernel": (6, 4),
+    }
+    rng = np.random.default_rng(0)
+    params, *gradients = (
+        {name: jnp.asarray(rng.normal(size=shape)) for name, shape in shapes.items()}
+        for _ in range(4)
+    )
+    found = run(optim.muon(0.01, weight_decay=0.1), params, gradients)[-1]
+    wanted = run(optim.nadam(0.01, weight_decay=0.1), params, gradients)[-1]
+    for name in shapes:
+        np.testing.assert_allclose(found[name], wanted[name], rtol=1e-12)
+
+
+def own(schedule, *, slope: float = 2.0):
+    """An optimiser of one's own, whose learning rate has another name."""
+    return optax.scale_by_learning_rate(lambda count: slope * schedule(count))
+
+
+def none_at_all(learning_rate):
+    return learning_rate
+
+
+def without_arguments():
+    return optax.identity()
+
+
+class TestImported:
+    def test_by_name(self, x64):
+        params, gradients = {"w": jnp.asarray(WEIGHT)}, [{"w": jnp.asarray(g)} for g in GRADIENTS]
+        found = run(optim.get("optax:lion")(0.01, b1=0.8), params, gradients)[-1]["w"]
+        np.testing.assert_array_equal(
+            found, run(optax.lion(0.01, b1=0.8), params, gradients)[-1]["w"]
+        )
+
+    def test_first_argument(self):
+        tx = optim.get(f"{__name__}:own")(optim.constant(0.25), slope=4.0)
+        [after] = run(tx, {"w": jnp.ones(1)}, [{"w": jnp.ones(1)}])
+        assert after["w"] == 0.0
+
+    @pytest.mark.parametrize(
+        ("name", "reason"),
+        [
+            ("no_such_module:f", "No module named 'no_such_module'"),
+            ("optax:lyon", "module 'optax' has no attribute 'lyon'"),
+            (":lion", "Empty module name"),
+            ("optax:__version__", f"{optax.__version__!r} is not a callable object"),
+            (f"{__name__}:without_arguments", "without_arguments takes no learning rate"),
+        ],
+    )
+    def test_what_there_is_not(self, name, reason):
+        with pytest.raises(ValueError, match="which does not work: ") as caught:
+            optim.get(name)
+        assert str(caught.value) == f"name is {name!r}, which does not work: {reason}"
+
+    def test_what_makes_none(self):
+        message = "what none_at_all returns is a float: a optax GradientTransformation is needed"
+        with pytest.raises(ValueError, match=message):
+            optim.get(f"{__name__}:none_at_all")(0.1)
+        with pytest.raises(ValueError, match="unexpected keyword argument 'slop'"):
+            optim.get(f"{__name__}:own")(optim.constant(0.1), slop=1)
+
+
 @pytest.mark.parametrize("name", optim.names())
 @pytest.mark.parametrize("bits", [64, 32])
 def test_optimizers_keep_dtypes(name, bits):
@@ -175,7 +300,7 @@ def test_every_reads_the_schedule_of_passes():
         (lambda: optim.every(optim.constant(1.0), 1.5), "passes is 1.5: a whole number"),
         (
             lambda: optim.get("adamax"),
-            "unknown optimizer 'adamax': allowed are adam, lars, sgd",
+            "unknown optimizer 'adamax': allowed are adam, adamw, lars, muon, nadam, sgd, module",
         ),
         (
             lambda: optim.get_schedule("linear"),

@@ -14,7 +14,15 @@ from flax import nnx
 from jdecouple._errors import first_line, require_int, require_number, require_type
 from jdecouple.methods import Method
 from jdecouple.methods.objectives import BlockInfo
-from jdecouple.methods.routes import REMATS, Carry, Route, Stage, Synchronous, Unit
+from jdecouple.methods.routes import (
+    REMATS,
+    Carry,
+    Route,
+    Stage,
+    Synchronous,
+    Unit,
+    accumulating,
+)
 from jdecouple.methods.routes.stage import Transform
 from jdecouple.methods.routes.unit import share_traces
 from jdecouple.models import Model
@@ -284,6 +292,23 @@ def _remats(remat: Any, method: Method, num_stages: int, num_microbatches: int) 
     return chosen
 
 
+def _check_accumulate(accumulate: int, method: Method, clip_norm: float | None) -> None:
+    """Raises ValueError for a number of batches to a step that does not fit what else is asked."""
+    require_int(1, accumulate=accumulate)
+    if accumulate == 1:
+        return
+    if (passes := method.route.accumulate) > 1:
+        raise ValueError(
+            f"accumulate is {accumulate}, and method {method.name} accumulates {passes} backward "
+            "passes of its own: leave one of them at 1"
+        )
+    if clip_norm is not None:
+        raise ValueError(
+            f"accumulate is {accumulate}, which clip_norm does not bound the sum of: leave it at "
+            "None, or clip each block by optax.clip_by_global_norm in the optimizer"
+        )
+
+
 def build_stages(
     built: BuiltModel,
     method: Method,
@@ -292,6 +317,8 @@ def build_stages(
     optimizer: optax.GradientTransformation | optax.MultiSteps,
     remat: str | Sequence[str],
     clip_norm: float | None,
+    accumulate: int,
+    ema: float | None,
     **common: Any,
 ) -> tuple[Stage, ...]:
     """Cuts the units into stages.
@@ -302,12 +329,15 @@ def build_stages(
     Raises:
         TypeError: an optimizer that is none.
         ValueError: an optimizer that needs more than gradients, `remat` of another number of
-            stages, or a norm that the method cannot bound.
+            stages, a norm that the method cannot bound, or values out of range.
     """
     if isinstance(optimizer, optax.MultiSteps):
         optimizer = optimizer.gradient_transformation()
     require_type(optax.GradientTransformation, optimizer=optimizer)
     _check_update(optimizer, built.units)
+    _check_accumulate(accumulate, method, clip_norm)
+    if ema is not None:
+        require_number(positive=True, below=1, ema=ema)
     num_stages = len(boundaries)
     remats = _remats(remat, method, num_stages, common["num_microbatches"])
     if clip_norm is not None:
@@ -327,9 +357,10 @@ def build_stages(
                 index=k,
                 num_stages=num_stages,
                 units=built.units[start:end],
-                optimizer=method.route.optimizer(k, optimizer),
+                optimizer=accumulating(method.route.optimizer(k, optimizer), accumulate),
                 remat=remats[k],
                 clip_norm=clip_norm,
+                ema=ema,
                 carry=carry,
                 **common,
             )

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jdecouple.methods.routes import Carry, Stage, Unit
+from jdecouple.methods.routes import Carry, Stage, Unit, averaged
 from jdecouple.methods.routes.stage import Transform, transformed
 from jdecouple.pipeline.batch import as_inputs, check_like, each_batch
 from jdecouple.pipeline.build import abstract
@@ -21,7 +21,10 @@ from jdecouple.pipeline.mesh import StageDevices
 from jdecouple.pipeline.transfer import transfer
 
 States = Sequence[Any]
-"""Of every stage its "params" and "stats", one entry a unit; None for those of other processes."""
+"""Of every stage its "params" and "stats", one entry a unit; None for those of other processes.
+
+Where it has averages of them, "ema", these count.
+"""
 
 
 class Exit(NamedTuple):
@@ -133,7 +136,7 @@ class Predictor:
 
     def place(self, states: States) -> tuple:
         """Puts "params" and "stats" of every stage on its devices; a copy."""
-        kept = [{kind: state[kind] for kind in ("params", "stats")} for state in states]
+        kept = [averaged(state) for state in states]
         return tuple(
             placement.place(state, jax.tree.map(lambda _, p=placement: p.replicated, state))
             for placement, state in zip(self.placements, kept, strict=True)
@@ -181,9 +184,7 @@ class Predictor:
 
         Every batch is padded with its last row, to the largest so far, and to `size` rows at least.
         """
-        states = tuple(
-            state and {"params": state["params"], "stats": state["stats"]} for state in states
-        )
+        states = tuple(state and averaged(state) for state in states)
         # As many batches rise as there are calls there and back. Between processes they go one by
         # one: JAX's sockets (0.10) may come to a stop where arrays cross in both directions.
         depth = 2 * len(self.legs) if self.one_process and len(self.legs) > 1 else 1

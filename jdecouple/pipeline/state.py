@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jdecouple.methods.routes import Route, Stage
+from jdecouple.methods.routes import Route, Stage, averaged
 from jdecouple.pipeline.mesh import StageDevices
 from jdecouple.schedules import Schedule
 
@@ -28,9 +28,9 @@ class State:
 
     Attributes:
         step: batches dispatched so far.
-        stages: state of every stage ("params", "stats", "opt", and with a delayed method "queues");
-            None for the stages of other processes. With engine "spmd" the arrays are stacked, and
-            cut when a stage is asked for.
+        stages: state of every stage ("params", "stats", "opt", with averages "ema", and with a
+            delayed method "queues"); None for the stages of other processes. With engine "spmd" the
+            arrays are stacked, and cut when a stage is asked for.
         since: number of the first batch after the stages were last empty, as their states hold it.
     """
 
@@ -207,7 +207,7 @@ def leaf_names(stage: Stage, values: Any) -> list[str]:
     for path, _ in jax.tree_util.tree_leaves_with_path(values):
         kind, *rest = (jax.tree_util.keystr((key,), simple=True) for key in path)
         owner = f"stage_{stage.index}"
-        if kind in ("params", "stats", "opt"):
+        if kind in ("params", "stats", "opt", "ema"):
             unit, *rest = rest
             owner = f"block_{stage.units[int(unit)].index}"
         if kind == "queues":
@@ -259,9 +259,12 @@ def place_states(
 
 
 def modules(
-    stages: Sequence[Stage], state: State
+    stages: Sequence[Stage], state: State, average: bool = True
 ) -> list[tuple[nnx.Module | None, nnx.Module | None]]:
-    """Every block and its head as nnx modules; None for those of other processes."""
+    """Every block and its head as nnx modules; None for those of other processes.
+
+    They have averages of the weights, where there are any and these are asked for.
+    """
     pairs: list[tuple[nnx.Module | None, nnx.Module | None]] = []
     for stage, values in zip(stages, state.stages, strict=True):
         if values is None:
@@ -269,6 +272,7 @@ def modules(
             continue
         # Copies, because the next step donates the state's own buffers; bound to no device, because
         # a caller applies blocks of several stages to one input.
+        values = averaged(values) if average else values
         arrays = values["params"], values["stats"]
         copies = jax.tree.map(lambda leaf: jnp.asarray(np.array(leaf)), arrays)
         pairs += [unit.modules(*pair) for unit, *pair in zip(stage.units, *copies, strict=True)]

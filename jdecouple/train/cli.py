@@ -130,7 +130,8 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, str]:
 
 
 def _usage(program: str) -> str:
-    program = "python train.py" if program.endswith("train.py") else "jdecouple train"
+    if program.endswith("train.py"):
+        program = "python train.py"
     return (
         f"usage: {program} --config FILE[:ARGUMENT] --workdir FOLDER [--nocache] "
         "[--config.KEY=VALUE ...]"

@@ -38,6 +38,9 @@ COMMANDS = {
     "export": Command(
         "jdecouple.inference.cli:export", "Writes a network into a folder that serves it."
     ),
+    "find_lr": Command(
+        "jdecouple.train.lr_finder:main", "Finds a learning rate for a configuration."
+    ),
     "list": Command(
         "jdecouple.train.commands:show", "Lists what there is to choose from.", compiles=False
     ),

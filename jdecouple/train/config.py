@@ -15,7 +15,7 @@ from jdecouple._errors import choices, did_you_mean
 from jdecouple.train.errors import ConfigError, is_section, shown
 from jdecouple.train.errors import one_line as one_line  # where others look for it
 from jdecouple.train.keys import KEYS, nested
-from jdecouple.train.options import OWNERS, options
+from jdecouple.train.options import OWNERS, is_imported, options
 from jdecouple.train.rules import MOST, RULES, clashes
 
 
@@ -68,11 +68,13 @@ def filled(config: Mapping[str, Any], *, all_options: bool = False) -> ConfigDic
     for section, registry in OWNERS.items():
         target, given = complete[section], config.get(section)
         name = given.get("name", target.name) if is_section(given) else target.name
-        if name not in registry.names():
-            allowed = choices(name, registry.names())
-            raise ConfigError(f"config.{section}.name is {shown(name)}: {allowed}")
+        if name not in (known := registry.names()) and not is_imported(section, name):
+            known = (*known, "module:function") if section == "optimizer" else known
+            raise ConfigError(f"config.{section}.name is {shown(name)}: {choices(name, known)}")
         target.name = name
-        for key, (kind, _) in options(section, name).items():
+        with one_line(target, f"config.{section}"):
+            arguments = options(section, name)
+        for key, (kind, _) in arguments.items():
             target[key] = placeholder(kind)
     _fill(complete, config, "config")
     for section in () if all_options else OWNERS:
@@ -121,16 +123,21 @@ def settings(config: ConfigDict, total_steps: int) -> dict[str, Any]:
     """
     arguments = options("optimizer", config.optimizer.name).items()
     optimizer = {key: value for key, (_, value) in arguments} | config.optimizer.to_dict()
-    values = config.to_dict() | {f"optimizer.{key}": value for key, value in optimizer.items()}
+    parts = {"optimizer": optimizer, "early_stopping": config.early_stopping.to_dict()}
+    values = config.to_dict() | traverse_util.flatten_dict(parts, sep=".")
     values["steps"] = total_steps
-    for key in (*identity(config), *_FREE, "growth", "optimizer", "epochs"):
+    for key in (*identity(config), *_FREE, *parts, "growth", "epochs", "init_from"):
         values.pop(key, None)
-    return json.loads(json.dumps(values, default=repr))
+    return json.loads(json.dumps(values, default=lambda x: getattr(x, "__qualname__", repr(x))))
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Key, old and new value of what differs between two `settings`; None where there is none."""
-    pairs = {key: (before.get(key), now.get(key)) for key in {**before, **now}}
+    """Key, old and new value of what differs between two `settings`; None where there is none.
+
+    A key that earlier versions did not know had its default.
+    """
+    known = {key.name: key.value for key in KEYS}
+    pairs = {key: (before.get(key, known.get(key)), now.get(key)) for key in {**before, **now}}
     return [(key, old, new) for key, (old, new) in pairs.items() if old != new]
 
 
@@ -147,6 +154,8 @@ def identity(config: ConfigDict) -> dict[str, Any]:
         values["data"].pop(key, None)
     if config.growth.blocks is not None:
         values["growth"] = {k: v for k, v in config.growth.items() if v is not None}
+    if config.init_from is not None:
+        values["init_from"] = config.init_from
     return json.loads(json.dumps(values))
 
 

@@ -145,7 +145,8 @@ def dataset_of(run: Run, data_dir: str | None = None) -> Dataset:
     """
     path = run.workdir / "config.json"
     try:
-        config = configuration.validate(json.loads(path.read_text(encoding="utf-8"))["config"])
+        content = json.loads(path.read_text(encoding="utf-8"))["config"]
+        config = configuration.validate({**content, "optimizer": {}})  # it may be in another place
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise ConfigError(

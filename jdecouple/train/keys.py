@@ -57,7 +57,7 @@ KEYS: tuple[Key, ...] = (
         "Lengths that batches of texts are padded to, the last data.max_length; None: that alone.",
         "data sets of texts",
     ),
-    Key("optimizer.name", "adam", "How gradients become updates."),
+    Key("optimizer.name", "adam", "How gradients become updates; or any, as module:function."),
     Key("optimizer.learning_rate", 1e-3, "The rate at which its schedule begins."),
     Key("optimizer.schedule", "cosine", "How the learning rate moves."),
     Key("optimizer.end_learning_rate", 0.0, "Where the cosine ends."),
@@ -83,6 +83,18 @@ KEYS: tuple[Key, ...] = (
         True,
         "Whether the blocks that exist train no more when others are added.",
         "local methods",
+    ),
+    Key(
+        "early_stopping.patience",
+        int,
+        "Evaluations without a better validation accuracy after which the run ends; None: never.",
+        "data sets with a validation split",
+    ),
+    Key(
+        "early_stopping.min_delta",
+        0.0,
+        "What the accuracy must rise by to be better.",
+        "data sets with a validation split",
     ),
     Key(
         "engine",
@@ -125,8 +137,16 @@ KEYS: tuple[Key, ...] = (
     ),
     Key("dtype", "float32", "What is computed in; weights, statistics and losses are float32."),
     Key("clip_norm", float, "Bound on the norm of the gradient.", "synchronous methods"),
+    Key("accumulate", 1, "Batches to an optimizer step, which takes the mean of their gradients."),
+    Key("ema", float, "Decay of averages of the weights, which are evaluated; None: no averages."),
     Key("remat", "auto", "What a forward keeps: none, elementwise, blocks, stages or offload."),
     Key("seed", 0, "Root of all random keys."),
+    Key(
+        "init_from",
+        str,
+        "A workdir, or WORKDIR@STEP, with whose weights a new run begins (fine-tuning).",
+        "runs whose model does not grow",
+    ),
 )
 
 

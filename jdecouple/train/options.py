@@ -19,6 +19,11 @@ _FILLED |= {"vocabulary_size", "max_length", "embeddings", "learning_rate"}
 _TYPES = {bool, int, float, str, tuple}
 
 
+def is_imported(section: str, name: Any) -> bool:
+    """Whether a section chooses by "module:function", as that of the optimizer may."""
+    return section == "optimizer" and isinstance(name, str) and ":" in name
+
+
 def options(section: str, name: str) -> dict[str, tuple[type, Any]]:
     """Types and defaults of what a section may set for a method, model or optimizer.
 

@@ -104,7 +104,10 @@ def _place(config: str) -> tuple[Any, ...]:
 
 @contextlib.contextmanager
 def _neighbours(path: Path) -> Iterator[None]:
-    """Lets a file import what lies beside it, as Python does for a program."""
+    """Lets a file import what lies beside it, as Python does for a program.
+
+    That of a user goes on to be found, last of all, as a key may name it: an optimizer.
+    """
     place = str(path.resolve().parent)
     sys.path.insert(0, place)
     try:
@@ -112,3 +115,5 @@ def _neighbours(path: Path) -> Iterator[None]:
     finally:
         with contextlib.suppress(ValueError):  # the file itself took it away
             sys.path.remove(place)
+    if path.parent != folder() and place not in sys.path:
+        sys.path.append(place)

@@ -59,7 +59,8 @@ def write_config(folder: Path, run: Run, history: Sequence[Mapping[str, Any]] = 
 def parameters(trainer: Trainer) -> int:
     """Numbers that a trainer's blocks, heads and classifier learn."""
     leaves = trainer.to_arrays(trainer.abstract())
-    return sum(int(np.prod(leaf.shape)) for name, leaf in leaves.items() if "/params/" in name)
+    weights = (leaf for name, leaf in leaves.items() if name.split("/")[1] == "params")
+    return sum(int(np.prod(leaf.shape)) for leaf in weights)
 
 
 def summary(
@@ -179,7 +180,7 @@ def _draw_losses(axes: Any, lines: Sequence[Line]) -> None:
     blocks = _indices(train, "block", "loss")
     series = {f"block {i}": _series(train, f"block_{i}/loss") for i in blocks}
     series = series or {"loss": _series(train, "loss")}
-    for label, colour in zip(series, _colours(len(series)), strict=True):
+    for label, colour in zip(series, block_colours(len(series)), strict=True):
         _draw(axes, series[label], label=label, color=colour, marker="o")
     values = [y for _, ys in series.values() for y in ys if math.isfinite(y)]
     if values and min(values) > 0 and max(values) > _LOG_SCALE_ABOVE * min(values):
@@ -189,7 +190,7 @@ def _draw_losses(axes: Any, lines: Sequence[Line]) -> None:
 
 def _draw_accuracies(axes: Any, lines: Sequence[Line]) -> None:
     exits = _indices(lines, "(?:exit|block)", "accuracy")
-    colours = {f"exit {i}": c for i, c in zip(exits, _colours(len(exits)), strict=True)}
+    colours = {f"exit {i}": c for i, c in zip(exits, block_colours(len(exits)), strict=True)}
     drawn = []
     for split in SPLITS:
         part = [line for line in lines if line["split"] == split]
@@ -229,7 +230,7 @@ def _finish(axes: Any, label: str, splits: Iterable[str]) -> None:
         axes.legend(handles=entries, fontsize="small", ncols=1 + len(entries) // 9)
 
 
-def _colours(count: int) -> list[Any]:
+def block_colours(count: int) -> list[Any]:
     """Colours that run with depth, all dark enough on white."""
     from matplotlib import colormaps
 

@@ -77,12 +77,14 @@ def build(config: ConfigDict | Mapping) -> Run:
     with one_line(config):
         steps_per_epoch = data.steps_per_epoch(dataset.train, config.batch_size)
         example = dataset.train.gather(np.arange(config.batch_size))
+    _check_validation(config, dataset)
     total_steps = config.steps or config.epochs * steps_per_epoch
-    _check_length(config, total_steps, method.route.accumulate)
+    accumulate = max(config.accumulate, method.route.accumulate)  # not both, says the trainer
+    _check_length(config, total_steps, accumulate)
     starts = phases.starts(config, steps_per_epoch)
     with one_line(config.optimizer, "config.optimizer"):
         optimizers = [
-            _optimizer(config, steps, steps_per_epoch, method.route.accumulate)
+            _optimizer(config, steps, steps_per_epoch, accumulate)
             for steps in phases.scheduled(config, starts, total_steps)
         ]
     with one_line(config.model, "config.model"):
@@ -102,6 +104,8 @@ def build(config: ConfigDict | Mapping) -> Run:
             transform=transform,
             dtype=DTYPES[config.dtype],
             clip_norm=config.clip_norm,
+            accumulate=config.accumulate,
+            ema=config.ema,
             remat=config.remat,
             fuse=False if config.profile else None,  # a timeline shows stages
             max_in_flight=config.max_in_flight,
@@ -145,6 +149,15 @@ def build(config: ConfigDict | Mapping) -> Run:
     )
 
 
+def _check_validation(config: ConfigDict, dataset: data.Dataset) -> None:
+    """Raises ConfigError for early stopping without examples to judge it by."""
+    if config.early_stopping.patience is not None and not len(dataset.validation):
+        raise ConfigError(
+            f"config.early_stopping.patience is {config.early_stopping.patience}: data set "
+            f"{dataset.name!r} has no validation split to judge it by; set config.data.validation"
+        )
+
+
 def _check_parts(config: ConfigDict, trainer: Trainer) -> None:
     """Raises ConfigError for a part of the texts that no block reads."""
     read = {name for stage in trainer.stages for unit in stage.units for name in unit.inputs}
@@ -164,8 +177,9 @@ def _check_length(config: ConfigDict, total_steps: int, accumulate: int) -> None
             f"{total_steps}"
         )
     if accumulate > total_steps:
+        key = "accumulate" if config.accumulate > 1 else "method.accumulate"
         raise ConfigError(
-            f"config.method.accumulate is {accumulate}: the run has {total_steps} step(s), so that "
+            f"config.{key} is {accumulate}: the run has {total_steps} step(s), so that "
             "its optimizer would not step once"
         )
     needed = WARM_UP_STEPS + (config.profile or 0)

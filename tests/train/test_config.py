@@ -120,7 +120,7 @@ def test_an_older_file_holds_the_options_of_all():
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"batchsize": 3}, "unknown key config.batchsize: allowed are batch_size"),
+        ({"batchsize": 3}, "unknown key config.batchsize: allowed are accumulate, batch_size"),
         ({"data": {"nam": "x"}}, "unknown key config.data.nam: allowed are augment"),
         ({"data": "digits"}, "config.data is 'digits': a section with keys is needed"),
         ({"batch_size": True}, "config.batch_size is True: a value of type int is needed"),

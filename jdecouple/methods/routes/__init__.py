@@ -8,6 +8,7 @@ from jdecouple.methods.routes.route import Route, Staleness
 from jdecouple.methods.routes.stage import Accumulated, Metrics, Stage, StageState, add
 from jdecouple.methods.routes.synchronous import Synchronous
 from jdecouple.methods.routes.unit import Carry, Unit
+from jdecouple.methods.routes.updates import accumulating, averaged
 
 __all__ = [
     "REMATS",
@@ -22,7 +23,9 @@ __all__ = [
     "Staleness",
     "Synchronous",
     "Unit",
+    "accumulating",
     "add",
     "after",
+    "averaged",
     "repeated",
 ]

@@ -20,6 +20,7 @@ from jdecouple.methods.routes.route import Forward, Route, Staleness
 from jdecouple.methods.routes.stage import Stage, StageState
 from jdecouple.methods.routes.synchronous import linearize, pull_back
 from jdecouple.methods.routes.unit import Carry
+from jdecouple.methods.routes.updates import accumulating
 
 # (forward, backward): schedule
 _SCHEDULES = {
@@ -122,14 +123,7 @@ class Delayed(Route):
         """Accumulation over backward passes, and the first stage's factor."""
         if stage == 0 and self.first_stage_lr_scale != 1:
             optimizer = optax.chain(optimizer, optax.scale(self.first_stage_lr_scale))
-        if self.accumulate > 1:
-            optimizer = optax.MultiSteps(
-                optimizer,
-                self.accumulate,
-                use_grad_mean=self.accumulate_mean,
-                accumulator_dtype=jax.dtypes.canonicalize_dtype(jnp.float64),
-            ).gradient_transformation()
-        return optimizer
+        return accumulating(optimizer, self.accumulate, mean=self.accumulate_mean)
 
     def staleness(self, stage: int, num_stages: int) -> Staleness:
         """Staleness in the steady state; under accumulation the average over its passes.

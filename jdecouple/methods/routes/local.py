@@ -18,6 +18,7 @@ from jdecouple.methods.routes.stage import (
     totals,
 )
 from jdecouple.methods.routes.unit import Carry
+from jdecouple.methods.routes.updates import averaged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,17 +40,20 @@ class Local(Route):
     def forward(self, stage: Stage, state: StageState, carry: Carry, step_id: jax.Array) -> Forward:
         """Forward of every unit with its loss; the residuals hold its backward.
 
-        That of a frozen unit has neither.
+        That of a frozen unit, which is as it is evaluated, has neither.
         """
         carry = stage.prepare(carry, step_id, True)
         moved: list[Any] = []
         residuals: list[Any] = []
         metrics: Metrics = {}
-        for unit, params, stats in zip(stage.units, state["params"], state["stats"], strict=True):
+        fixed = averaged(state)
+        units = zip(stage.units, state["params"], state["stats"], strict=True)
+        for number, (unit, params, stats) in enumerate(units):
             if unit.frozen:
                 moved.append(stats)
                 residuals.append(None)
-                carry = next_carry(carry, *unit.pass_on(params, stats, carry))
+                values = fixed["params"][number], fixed["stats"][number]
+                carry = next_carry(carry, *unit.pass_on(*values, carry))
                 continue
 
             def loss(params, unit=unit, stats=stats, carry=carry):

@@ -11,8 +11,10 @@ import optax
 
 from jdecouple.methods.objectives import HeadOutput
 from jdecouple.methods.routes.unit import Carry, Unit
+from jdecouple.methods.routes.updates import begin_average, has_stepped, move_average
 
-# "params", "stats" and "opt": each a tuple with one entry a unit.
+# "params", "stats" and "opt", and where weights are averaged "ema": each a tuple with one entry a
+# unit.
 StageState = dict[str, Any]
 Metrics = dict[str, jax.Array]
 Transform = Callable[[Carry, jax.Array, bool], Carry]
@@ -38,6 +40,7 @@ class Stage:
         num_microbatches: M; gradients and metrics are means over it.
         transform: augmentation, run by the first stage alone.
         clip_norm: bound on the norm of the gradient of all stages together; None clips nothing.
+        ema: decay of the moving averages of weights and statistics; None keeps none.
         remat: what a forward keeps for its backward, one of `REMATS`.
         carry: shapes of the carry that the stage receives, one microbatch.
     """
@@ -50,6 +53,7 @@ class Stage:
     num_microbatches: int
     transform: Transform | None
     clip_norm: float | None
+    ema: float | None
     remat: str
     carry: Carry
 
@@ -75,7 +79,7 @@ class Stage:
         """Fresh state: weights of the modules, optimiser states of the units."""
         pairs = [unit.initial() for unit in self.units]
         params = tuple(params for params, _ in pairs)
-        return {
+        state = {
             "params": params,
             "stats": tuple(stats for _, stats in pairs),
             "opt": tuple(
@@ -83,6 +87,11 @@ class Stage:
                 for unit, unit_params in zip(self.units, params, strict=True)
             ),
         }
+        if self.ema is not None:
+            state["ema"] = tuple(
+                begin_average({"params": params, "stats": stats}) for params, stats in pairs
+            )
+        return state
 
     def prepare(self, carry: Carry, step_id: jax.Array, train: bool) -> Carry:
         """Applies the transform to what enters the first stage.
@@ -116,6 +125,7 @@ class Stage:
     ) -> StageState:
         """One optimiser step of every unit with the mean of the microbatches' summed gradients.
 
+        Averages move where the optimiser does step, and does not wait for further gradients.
         Frozen units stay as they are. `squared_norm` is that of the mean gradient of all stages,
         where it is to be clipped.
         """
@@ -136,7 +146,20 @@ class Stage:
             updates, new_opt = self.optimizer.update(grads, unit_opt, weights)
             params.append(optax.apply_updates(weights, updates))
             opt.append(new_opt)
-        return {**state, "params": tuple(params), "opt": tuple(opt)}
+        new = {**state, "params": tuple(params), "opt": tuple(opt)}
+        return new if self.ema is None else {**new, "ema": self._averages(state, new)}
+
+    def _averages(self, before: StageState, after: StageState) -> tuple:
+        assert self.ema is not None
+        averages = []
+        for number, unit in enumerate(self.units):
+            average = before["ema"][number]
+            if not unit.frozen:
+                arrays = {kind: after[kind][number] for kind in ("params", "stats")}
+                stepped = has_stepped(before["opt"][number], after["opt"][number])
+                average = move_average(self.ema, average, arrays, stepped)
+            averages.append(average)
+        return tuple(averages)
 
     def mean(self, metrics: Metrics) -> Metrics:
         """Turns sums over the microbatches into means."""

@@ -99,7 +99,8 @@ def _in_turn(
 
     What a unit keeps is free again before the next begins.
     """
-    units, shared = ("params", "stats", "opt"), {k: v for k, v in state.items() if k == "since"}
+    shared = {name: value for name, value in state.items() if name == "since"}
+    units = [name for name in state if name not in shared]
     changed: dict[str, list] = {name: [] for name in units}
     metrics: Metrics = {}
     for number, part in enumerate(stage.parts()):

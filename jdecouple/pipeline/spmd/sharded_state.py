@@ -14,13 +14,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jdecouple.methods.routes import Stage, StageState
 from jdecouple.pipeline.mesh import StageDevices
 
-PARTS = ("params", "stats", "opt")
-
 Slot = tuple[int, int]
 """(block class, number): room for one block of the class in every device group."""
 
 Arrays = dict[str, dict[Slot, Any]]
-"""State of all stages, or of a device group: "params", "stats" and "opt" of every slot."""
+"""State of all stages, or of a device group: "params", "stats" and the like of every slot."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -83,16 +81,16 @@ class Layout:
     @cached_property
     def slot_shapes(self) -> Arrays:
         """Shapes of the state of the block in every slot."""
-        shapes: Arrays = {part: {} for part in PARTS}
+        shapes: Arrays = {part: {} for part in self.shapes[0]}
         for (_, slots), state in zip(self.owner, self.shapes, strict=True):
-            for part in PARTS:
+            for part in shapes:
                 shapes[part] |= zip(slots, state[part], strict=True)
         return shapes
 
     def stack(self, states: Sequence[StageState]) -> "ShardedState":
         """Stacks placed states of all stages, whose memory it takes over."""
         arrays: Arrays = {}
-        for part in PARTS:
+        for part in self.shapes[0]:
             blocks: dict[Slot, dict[int, Any]] = collections.defaultdict(dict)  # by device group
             for (group, slots), state in zip(self.owner, states, strict=True):
                 for slot, block in zip(slots, state[part], strict=True):
@@ -138,7 +136,7 @@ class Layout:
                 jax.tree.map(cut, arrays[part][slot], shape)
                 for slot, shape in zip(slots, shapes[part], strict=True)
             )
-            for part in PARTS
+            for part in shapes
         }
 
 
