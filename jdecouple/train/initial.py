@@ -18,8 +18,8 @@ from jdecouple.train.run import Run
 from jdecouple.trainer import State, Trainer
 
 
-def begin(run: Run, processes: hosts.MultiProcess) -> State:
-    """The state of a new run, step 0, with weights of `config.init_from` where that is set.
+def begin(run: Run, trainer: Trainer, processes: hosts.MultiProcess) -> State:
+    """The state of a trainer for a new run, step 0, with weights of `init_from` where that is set.
 
     A line tells what is taken. The first process reads and sends every other one what its stages
     need. All call it.
@@ -27,7 +27,6 @@ def begin(run: Run, processes: hosts.MultiProcess) -> State:
     Raises:
         ConfigError: `init_from` holds no checkpoint that can be used, or another network's.
     """
-    trainer = run.at(0).trainer
     if run.config.init_from is not None:
         found: dict[str, np.ndarray] = {}
         if processes.first:

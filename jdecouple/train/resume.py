@@ -44,7 +44,7 @@ def restore(
     step, extra = position or (0, None)
     trainer = run.at(step).trainer
     if position is None:
-        return begin(run, processes), None
+        return begin(run, trainer, processes), None
     names = list(trainer.to_arrays(trainer.abstract(addressable=True)))
     arrays = hosts.scatter(processes, names, restored.arrays if restored else {})
     return trainer.from_arrays(step, arrays), extra

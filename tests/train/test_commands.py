@@ -11,10 +11,18 @@ import runs
 
 import jdecouple as jd
 from jdecouple.data.loaders import options as data_options
-from jdecouple.train import cli, commands, listing
+from jdecouple.train import cli, commands, listing, programs
 from jdecouple.train.config import ConfigError, default, filled, validate
 from jdecouple.train.keys import KEYS
 from jdecouple.train.options import OWNERS, meanings, options
+
+
+@pytest.fixture(autouse=True)
+def _in_this_process(monkeypatch):
+    """Logging stays pytest's, and no folder of the user is used."""
+    monkeypatch.setattr(cli, "log_in_short", lambda: None)
+    monkeypatch.setattr(programs, "keep", lambda: None)
+
 
 # Of a Ctrl-C a library that is being imported may make something else.
 IMPORT = """
@@ -83,9 +91,7 @@ class TestCommands:
             (["train", "--config=quikstart", "--workdir=w"], "; did you mean 'quickstart'?"),
         ],
     )
-    def test_refused(self, capsys, monkeypatch, arguments, said):
-        monkeypatch.setattr(cli, "log_in_short", lambda: None)
-        monkeypatch.setattr("jdecouple.train.programs.keep", lambda: None)
+    def test_refused(self, capsys, arguments, said):
         assert said in refused(capsys, *arguments)
 
     def test_what_needs_no_jax_imports_none(self, tmp_path):
@@ -157,6 +163,7 @@ class TestKeys:
     def test_every_key_has_a_meaning(self):
         for key in listing.entries():
             assert re.fullmatch(r"[^a-z\n].{10,}\.", key.meaning), key
+            assert "docstring" not in key.meaning
             assert key.kind is not object
 
     def test_the_options_of_data_say_what_they_are_in_one_place(self):
@@ -194,6 +201,17 @@ class TestKeys:
                 f"Decay of the accumulated {kind}, in [0, 1).\n  float, by default {default_value}"
             )
             assert f"{said}\n  taken by: optimizer {name}" in text
+
+    def test_an_optimizer_of_optax(self, capsys):
+        argv = ["--config.optimizer.name=optax:lion", "--help", "optimizer.b2"]
+        with pytest.raises(SystemExit):
+            cli.main(["jdecouple train", *argv])
+        text = capsys.readouterr().out
+        assert "taken by: optimizer adam, adamw, nadam" in text
+        assert re.search(
+            r"\n  [A-Z].*\.\n  float, by default 0.99\n  taken by: .* optax:lion\n", text
+        )
+        assert "docstring" not in text
 
     def test_what_many_take(self):
         text = listing.described("data.image_size")

@@ -14,6 +14,7 @@ from jdecouple.train import hosts
 from jdecouple.train.config import ConfigError, validate
 from jdecouple.train.initial import _check_words, _place_and_step, begin
 from jdecouple.train.loop import train_and_evaluate
+from jdecouple.train.lr_finder import find_lr
 from jdecouple.train.run import build
 
 
@@ -28,15 +29,16 @@ def begun(place, capsys, **values):
     run = build(tiny(**values))
     fresh = run.trainer.to_arrays(run.trainer.init())
     run.config.init_from = str(place)
-    state = begin(run, hosts.SingleProcess())
+    state = begin(run, run.trainer, hosts.SingleProcess())
     assert state.step == 0
     (told,) = capsys.readouterr().out.splitlines()
     return run.trainer.to_arrays(state), fresh, told
 
 
 def refused(place, **values):
+    run = build(tiny(**values, init_from=str(place)))
     with pytest.raises(ConfigError) as error:
-        begin(build(tiny(**values, init_from=str(place))), hosts.SingleProcess())
+        begin(run, run.trainer, hosts.SingleProcess())
     assert "\n" not in str(error.value)
     prefix = f"config.init_from is {str(place)!r}: "
     assert str(error.value).startswith(prefix)
@@ -99,11 +101,15 @@ class TestTaken:
             np.testing.assert_array_equal(found[name.replace("/ema/", "/")], wanted[name])
         assert any((wanted[name] != wanted[name.replace("/ema/", "/")]).any() for name in averages)
 
+    def test_a_rate_is_found_for_these_weights(self, other, tmp_path, capsys):
+        find_lr(tiny(init_from=f"{other}@18"), tmp_path, low=1e-6, high=1e-5, steps=10)
+        assert f"begins with checkpoint 18 of {other}; taken: block 0-1" in capsys.readouterr().out
+
     def test_what_version_0_1_has_saved(self, capsys):
         old = runs.REPOSITORY / "tests" / "checkpoints_0.1" / "deinforeg"
         config = json.loads((old / "config.json").read_text())["config"]
         run = build({**config, "init_from": str(old)})
-        state = begin(run, hosts.SingleProcess())
+        state = begin(run, run.trainer, hosts.SingleProcess())
         step, wanted = runs.final_arrays(old)
         assert f"checkpoint {step} of " in capsys.readouterr().out
         found = run.trainer.to_arrays(state)
