@@ -28,12 +28,13 @@ def test_batches_are_one_large_batch(name, x64):
     options = {"optimizer": jd.optim.adam(optax.linear_schedule(0.1, 0.01, 2)), **EXACT[name]}
     states = []
     for parts, more in ((data, {"accumulate": COUNT}), (large, {})):
-        model = nets.mlp(depth=2, param_dtype=jnp.float64)
+        model = nets.mlp(param_dtype=jnp.float64)
         trainer = nets.build(name, model=model, example=parts[0], **options, **more)
         states.append(nets.weights(trainer, nets.trained(trainer, parts, len(parts))[0]))
     assert nets.largest_error(*states) < 1e-12
 
 
+@pytest.mark.slow
 def test_several_steps_in_a_call_accumulate_alike():
     data = nets.batches()
     trainer = nets.build("greedy_exit", accumulate=2, num_stages=2)

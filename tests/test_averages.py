@@ -26,16 +26,16 @@ PIPELINES = {
     "fdg": {"num_stages": 2, "accumulate": 2},
     "adl": {"num_stages": 2},
 }
-MOVES = {"bp": 4, "early_exit": 10, "deinforeg": 15, "gpipe": 15, "al": 10, "fdg": 3, "adl": 3}
+MOVES = {"bp": 4, "early_exit": 10, "deinforeg": 20, "gpipe": 20, "al": 10, "fdg": 3, "adl": 3}
 """Steps of blocks in five batches."""
-NAMES = pytest.mark.parametrize("name", nets.marked(PIPELINES, ("bp", "deinforeg")))
+NAMES = pytest.mark.parametrize("name", nets.marked(PIPELINES, ("bp",)))
 
 
 @functools.cache
 def build(name: str) -> jd.Trainer:
     """Blocks with BatchNorm; "gpipe" is backpropagation by the engine spmd."""
     options = PIPELINES[name]
-    model = nets.mlp(depth=3 if options is SPMD else 2, batch_norm=True)
+    model = nets.mlp(depth=4 if options is SPMD else 2, batch_norm=True)
     return nets.build("bp" if name == "gpipe" else name, model=model, ema=DECAY, **options)
 
 
@@ -72,13 +72,15 @@ def test_averages_are_numpys(name):
         moves += len(moved)
         for kind in kinds:
             for key, x in part(after, kind).items():
-                if key.split("/")[0] in moved:
-                    wanted[kind][key] = DECAY * wanted[kind][key] + (1 - DECAY) * x
+                if key.split("/")[0] not in moved:
+                    continue
+                if kind == "stats" and trainer.schedule.overlapping and key.startswith("block_0/"):
+                    x = part(before, kind)[key]  # its forward, of a later batch, comes behind
+                wanted[kind][key] = DECAY * wanted[kind][key] + (1 - DECAY) * x
             found = part(after, "ema", kind)
             assert nets.largest_error(found, wanted[kind]) < 1e-6
             assert all(x.dtype == np.float32 for x in found.values())
         before = after
-
     assert moves == MOVES[name]
 
 
@@ -173,10 +175,10 @@ def test_growing(freeze):
 
 def test_averages_that_begin_late_begin_as_the_weights():
     """Blocks of a model that was trained without them, as `grow` and a run that goes on find it."""
-    trainer = nets.build("deinforeg", model=nets.mlp(depth=3, batch_norm=True))
+    trainer = nets.build("bp")
     arrays = nets.to_arrays(trainer, trainer.init())
     assert not any("/ema/" in name for name in arrays)
-    other = build("deinforeg")
+    other = nets.build("bp", ema=DECAY)
     arrays = {name: x + 1 if x.dtype == np.float32 else x for name, x in arrays.items()}
     found = nets.to_arrays(other, growth.from_arrays(other, 0, arrays))
     averages = {name.replace("/ema/", "/"): x for name, x in found.items() if "/ema/" in name}
