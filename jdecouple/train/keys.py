@@ -85,6 +85,18 @@ KEYS: tuple[Key, ...] = (
         "local methods",
     ),
     Key(
+        "early_stopping.patience",
+        int,
+        "Evaluations without a better validation accuracy after which the run ends; None: never.",
+        "data sets with a validation split",
+    ),
+    Key(
+        "early_stopping.min_delta",
+        0.0,
+        "What the accuracy must rise by to be better.",
+        "data sets with a validation split",
+    ),
+    Key(
         "engine",
         "mpmd",
         "Calls for every stage (mpmd), one program (spmd), or what fits (auto).",
@@ -123,12 +135,23 @@ KEYS: tuple[Key, ...] = (
         "Whether it is measured how far late gradients agree with backpropagation's.",
         "method fr",
     ),
-    Key("dtype", "float32", "What is computed in; weights, statistics and losses are float32."),
+    Key(
+        "dtype",
+        "float32",
+        "What is computed in: float32, bfloat16 or float16 (with scaled losses); weights, "
+        "statistics and losses are float32.",
+    ),
     Key("clip_norm", float, "Bound on the norm of the gradient.", "synchronous methods"),
     Key("accumulate", 1, "Batches to an optimizer step, which takes the mean of their gradients."),
     Key("ema", float, "Decay of averages of the weights, which are evaluated; None: no averages."),
     Key("remat", "auto", "What a forward keeps: none, elementwise, blocks, stages or offload."),
     Key("seed", 0, "Root of all random keys."),
+    Key(
+        "init_from",
+        str,
+        "A workdir, or WORKDIR@STEP, with whose weights a new run begins (fine-tuning).",
+        "runs whose model does not grow",
+    ),
 )
 
 

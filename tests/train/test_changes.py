@@ -47,7 +47,8 @@ class TestSettings:
         optimizer = {key for key in default().optimizer if key != "name"}
         optimizer |= {"momentum", "nesterov", "weight_decay"}
         assert counted.keys() == {f"optimizer.{key}" for key in optimizer} | {
-            *("steps", "eval_every", "microbatches", "dtype", "clip_norm", "accumulate", "ema")
+            *("steps", "eval_every", "microbatches", "dtype", "clip_norm", "accumulate", "ema"),
+            *("early_stopping.patience", "early_stopping.min_delta"),
         }
         assert counted["steps"] == 7
 
@@ -83,7 +84,7 @@ class TestFinished:
         assert stopped.value.code == 2
         printed = capfd.readouterr()
         assert printed.out.startswith("model mlp | method bp | ")
-        assert printed.out.count("\n") == 1
+        assert printed.out.count("\n") == 2
         assert printed.err == (
             "error: the workdir holds step 4, where this configuration ends, trained with "
             f"{said}: choose another workdir, the same values, or more config.steps\n"

@@ -2,18 +2,39 @@
 
 import itertools
 import re
+import subprocess
+import sys
 import tomllib
 
 import pytest
 import runs
 
 import jdecouple as jd
-from jdecouple import __main__ as entry
 from jdecouple.data.loaders import options as data_options
 from jdecouple.train import cli, commands, listing
 from jdecouple.train.config import ConfigError, default, filled, validate
 from jdecouple.train.keys import KEYS
 from jdecouple.train.options import OWNERS, meanings, options
+
+# Of a Ctrl-C a library that is being imported may make something else.
+IMPORT = """
+import signal
+try:
+  signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+  raise ImportError
+"""
+
+
+def python(*arguments, cwd):
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env=runs.environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def run(capsys, *arguments):
@@ -67,15 +88,23 @@ class TestCommands:
         monkeypatch.setattr("jdecouple.train.programs.keep", lambda: None)
         assert said in refused(capsys, *arguments)
 
-    def test_ctrl_c_while_python_imports(self, capsys, monkeypatch):
-        def interrupted(_):
-            raise KeyboardInterrupt
+    def test_what_needs_no_jax_imports_none(self, tmp_path):
+        script = "import sys, jdecouple; from jdecouple.train.commands import main\n"
+        script += (
+            "for argv in (['--version'], ['list', 'presets'], ['--help']): main(['', *argv])\n"
+        )
+        script += "assert not {'jax', 'flax', 'orbax', 'numpy'} & {*sys.modules}, [*sys.modules]"
+        done = python("-c", script, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "\nquickstart  DeInfoReg" in done.stdout
 
-        monkeypatch.setattr("pkgutil.resolve_name", interrupted)
-        with pytest.raises(SystemExit) as stopped:
-            entry.main()
-        assert stopped.value.code == 130
-        assert capsys.readouterr().err == "error: interrupted before anything new could be saved\n"
+    @pytest.mark.parametrize("module", [IMPORT, "def main():\n  raise KeyboardInterrupt"])
+    def test_ctrl_c(self, tmp_path, module):
+        (tmp_path / "slow.py").write_text(module)
+        script = "from jdecouple.__main__ import main; main('slow:main')"
+        done = python("-c", script, cwd=tmp_path)
+        assert done.returncode == 130
+        assert done.stderr == "error: interrupted before anything new could be saved\n"
 
 
 class TestMeant:
