@@ -1,4 +1,4 @@
-"""What a run computes on: its first line, and a warning of a GPU that it leaves alone."""
+"""What a run says first: what it trains, on what, and a warning of a GPU that it leaves alone."""
 
 import collections
 import os
@@ -8,25 +8,27 @@ from importlib import metadata
 from pathlib import Path
 
 import jax
+from ml_collections import ConfigDict
 
+from jdecouple._errors import first_line
 from jdecouple.train.run import Run
 
 _PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin")
 
 
+def introduce(config: ConfigDict) -> None:
+    """Prints what a checked configuration trains, before it is built, which may take seconds."""
+    parts = {key: config[key].name for key in ("model", "method", "data")} | {"dtype": config.dtype}
+    print(first_line(" | ".join(f"{name} {value}" for name, value in parts.items())), flush=True)
+
+
 def announce(run: Run) -> None:
-    """Prints what runs on what; on stderr, if that is so, that a GPU is not used."""
+    """Prints on what it is trained; on stderr, if that is so, that a GPU is not used."""
     trainer = run.trainer
     used = {device for placement in trainer.placements for device in placement.devices}
     kinds = collections.Counter(device.device_kind for device in used)
-    parts = {
-        "model": run.config.model.name,
-        "method": run.config.method.name,
-        "stages": len(trainer.stages),
-        "devices": ", ".join(f"{count} x {kind}" for kind, count in sorted(kinds.items())),
-        "dtype": run.config.dtype,
-    }
-    print(" | ".join(f"{name} {value}" for name, value in parts.items()), flush=True)
+    listed = ", ".join(f"{count} x {kind}" for kind, count in sorted(kinds.items()))
+    print(f"stages {len(trainer.stages)} | devices {listed}", flush=True)
     if run.proposal is not None:
         print(f"proposal: {run.proposal}")
     if run.grows:

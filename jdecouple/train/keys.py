@@ -135,7 +135,12 @@ KEYS: tuple[Key, ...] = (
         "Whether it is measured how far late gradients agree with backpropagation's.",
         "method fr",
     ),
-    Key("dtype", "float32", "What is computed in; weights, statistics and losses are float32."),
+    Key(
+        "dtype",
+        "float32",
+        "What is computed in: float32, bfloat16 or float16 (with scaled losses); weights, "
+        "statistics and losses are float32.",
+    ),
     Key("clip_norm", float, "Bound on the norm of the gradient.", "synchronous methods"),
     Key("accumulate", 1, "Batches to an optimizer step, which takes the mean of their gradients."),
     Key("ema", float, "Decay of averages of the weights, which are evaluated; None: no averages."),

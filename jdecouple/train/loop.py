@@ -18,6 +18,7 @@ from jdecouple._errors import OneLine
 from jdecouple._files import local_folder
 from jdecouple.checkpoint import Checkpointer
 from jdecouple.pipeline.batch import PlacedBatch
+from jdecouple.train import config as configuration
 from jdecouple.train import devices, hosts, notebook, report
 from jdecouple.train.config import one_line
 from jdecouple.train.divergence import Range, fault, left_out
@@ -68,8 +69,11 @@ def train_and_evaluate(
     """
     with one_line():
         folder = local_folder(workdir)
-    run = build(config)
+    config = configuration.validate(config)
     processes = processes or hosts.SingleProcess()
+    if processes.first:
+        devices.introduce(config)
+    run = build(config)
     if processes.first:
         devices.announce(run)
     title = f"{run.config.method.name} on {run.config.data.name}"  # of the pictures

@@ -128,7 +128,9 @@ def find_lr(
         if not low < high:
             raise ValueError(f"high is {high}: more than low, {low}, is needed")
         folder = local_folder(workdir)
-    run = build(_without_buckets(config)).at(1)
+    config = _without_buckets(config)
+    devices.introduce(config)
+    run = build(config).at(1)
     devices.announce(run)
     curves = curves_of(run, np.geomspace(low, high, steps))
     with one_line():

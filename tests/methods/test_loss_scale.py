@@ -154,7 +154,7 @@ def test_one_bad_microbatch_leaves_the_whole_step_out():
 # --- The numbers -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", nets.marked(jd.methods.names(), ("deinforeg",)))
+@pytest.mark.parametrize("name", nets.marked(jd.methods.names(), ("bp",)))
 def test_training_is_that_of_float32(name):
     """To the rounding of float16, about 1e-3, which grows with the steps."""
     trainer, exact = half(name), half(name, dtype=None)
@@ -194,6 +194,20 @@ def test_an_error_with_its_scale_goes_to_replicas():
     assert nets.largest_error(*found) < 2e-3
 
 
+def test_stages_apart_leave_out_the_same_steps():
+    """Each has a copy of the scale, and hears of the norm of all."""
+    found = []
+    for options in ({}, {"mesh": jd.make_mesh(2), "schedule": "1f1b"}):
+        trainer = half("bp", **options)
+        state, metrics = nets.trained(trainer, DATA, 10, begun(trainer, 2.0**24))
+        scales = [(each["loss_scale"], each["skipped"]) for each in metrics]
+        found.append((nets.weights(trainer, state), scales))
+    (weights, scales), (wanted, expected) = found
+    assert scales == expected
+    assert {skipped for _, skipped in scales} == {0, 1}
+    assert nets.largest_error(weights, wanted) < 0.01
+
+
 def run(name: str, **options: Any) -> tuple[list, dict]:
     """Scales in every step, and the weights, of a run that begins with an overflow."""
     model, start = nets.user_model(dropout=0.0), 2.0 ** (19 if name == "early_exit" else 24)
@@ -211,7 +225,7 @@ reference = functools.cache(run)
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("bp", {"num_stages": 2, "schedule": "1f1b"}),
+        pytest.param("bp", {"num_stages": 2, "schedule": "1f1b"}, marks=pytest.mark.slow),
         pytest.param("bp", {"num_stages": 4, "engine": "spmd"}, marks=pytest.mark.slow),
         pytest.param("bp", {"num_stages": 4, "schedule": "gpipe"}, marks=pytest.mark.slow),
         pytest.param(

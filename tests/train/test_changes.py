@@ -84,7 +84,7 @@ class TestFinished:
         assert stopped.value.code == 2
         printed = capfd.readouterr()
         assert printed.out.startswith("model mlp | method bp | ")
-        assert printed.out.count("\n") == 1
+        assert printed.out.count("\n") == 2
         assert printed.err == (
             "error: the workdir holds step 4, where this configuration ends, trained with "
             f"{said}: choose another workdir, the same values, or more config.steps\n"

@@ -1,4 +1,4 @@
-"""The first line of a run, and the warning of a GPU that it does not use."""
+"""The first lines of a run, and the warning of a GPU that it does not use."""
 
 import types
 
@@ -24,23 +24,27 @@ def nobody_asked(monkeypatch):
     monkeypatch.setattr(devices, "cuda_plugins", dict)
 
 
-def test_first_line(run, capsys):
+def test_first_lines(run, capsys):
+    devices.introduce(run.config)
     devices.announce(run)
     out, err = capsys.readouterr()
-    assert out == "model mlp | method deinforeg | stages 1 | devices 1 x cpu | dtype bfloat16\n"
+    assert out == (
+        "model mlp | method deinforeg | data synthetic | dtype bfloat16\n"
+        "stages 1 | devices 1 x cpu\n"
+    )
     assert err == ""  # the tests ask for the CPU
 
 
 def test_devices_are_counted_once(capsys):
     delayed = build(runs.tiny(num_stages=2, mesh__stages=2, mesh__data=2))
     devices.announce(delayed)
-    assert "| stages 2 | devices 4 x cpu |" in capsys.readouterr().out
+    assert capsys.readouterr().out == "stages 2 | devices 4 x cpu\n"
 
 
 def test_a_proposal_follows_it(capsys):
     devices.announce(build(runs.tiny(mesh__stages=2, mesh__propose=True)))
     first, second = capsys.readouterr().out.splitlines()
-    assert first.startswith("model mlp | ")
+    assert first.startswith("stages 2 | ")
     assert second.startswith("proposal: ")
 
 
@@ -123,6 +127,14 @@ def test_the_cpu_is_meant_where_it_was_asked_for(monkeypatch, option, value, mea
     assert devices.cpu_is_meant()
 
 
-def test_it_is_the_first_line(tmp_path, capsys):
+def test_the_first_comes_before_anything_is_built(tmp_path, capsys, monkeypatch):
+    printed = []
+
+    def built(config):
+        printed.append(capsys.readouterr().out)
+        return build(config)
+
+    monkeypatch.setattr(loop, "build", built)
     loop.train_and_evaluate(runs.tiny(steps=1), tmp_path)
-    assert capsys.readouterr().out.startswith("model mlp | method deinforeg | stages 1 | ")
+    assert printed == ["model mlp | method deinforeg | data synthetic | dtype float32\n"]
+    assert capsys.readouterr().out.startswith("stages 1 | devices ")

@@ -23,6 +23,7 @@ def finished(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_logs_its_scales_and_keeps_float32(finished):
     """A start in which the gradients overflow would be logged as well."""
     rows = [line for line in lines(finished) if line["split"] == "train"]
