@@ -8,6 +8,7 @@ import chex
 import golden_vectors as gv
 import jax
 import jax.numpy as jnp
+import nets
 import numpy as np
 import pytest
 from flax import nnx
@@ -38,7 +39,9 @@ OBJECTIVES = {
     "scpl-pool": SupervisedContrastive(hidden=6, features=4, head_pool=2),
     "dgl-pool": AuxiliaryNet("linear", head_pool=2),
 }
-EACH = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())
+FEW = pytest.mark.parametrize(  # one of each kind, and one that pools
+    "name", nets.marked(OBJECTIVES, ("dgl", "predsim", "infopro", "deinforeg-pool"))
+)
 PLACES = [  # of a head, and what it reads: maps or vectors
     pytest.param(name, index, kind, marks=[] if fast else [pytest.mark.slow])
     for name in OBJECTIVES
@@ -77,8 +80,9 @@ def test_heads_keep_the_contract(name, index, kind):
     hash(nnx.graphdef(head))
 
 
-@EACH
-def test_heads_lose_in_float32(objective):
+@FEW
+def test_heads_lose_in_float32(name):
+    objective = OBJECTIVES[name]
     features = MAPS.astype(jnp.bfloat16)
     output, in_features, _ = run(objective.head(site(features), nnx.Rngs(0)), features)
     assert output.loss.dtype == jnp.float32
@@ -120,8 +124,9 @@ def test_gradients_are_finite_at_the_edges(name, case):
     chex.assert_tree_all_finite((output.loss, output.metrics, in_features, in_params))
 
 
-@EACH
-def test_a_sequence_is_read_through_its_summary(objective):
+@FEW
+def test_a_sequence_is_read_through_its_summary(name):
+    objective = OBJECTIVES[name]
     features = {"h": MAPS[:, 0], "mask": jnp.ones(MAPS.shape[:2]), "summary": VECTORS}
     shapes = jax.eval_shape(lambda: features)
     where = dataclasses.replace(site(VECTORS), features=shapes)
