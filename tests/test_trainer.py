@@ -367,10 +367,17 @@ def test_evaluation_counts_every_example_once(name):
         assert [found[key] for key in exits] == [wanted[key] for key in exits]
 
 
-@METHODS
+OTHER_MESHES = [{}, {"mesh": (1, 3), "batch": 15}, {"mesh": (2, 2)}]
+FAST = [(name, {}) for name in nets.REPRESENTATIVES]
+FAST += [("early_exit", OTHER_MESHES[1]), ("al", OTHER_MESHES[1])]
+
+
 @pytest.mark.parametrize(
-    "options",
-    [{}, pytest.param({"mesh": (2, 2)}, marks=pytest.mark.slow), {"mesh": (1, 3), "batch": 15}],
+    ("name", "options"),
+    [
+        case if case in FAST else pytest.param(*case, marks=pytest.mark.slow)
+        for case in itertools.product(jd.methods.names(), OTHER_MESHES)
+    ],
 )
 def test_evaluation_does_not_depend_on_the_mesh(name, options):
     trainer = shared(name)
@@ -403,7 +410,7 @@ def test_evaluation_changes_nothing():
 # --- Compute dtype --------------------------------------------------------------------------
 
 
-@METHODS
+@pytest.mark.parametrize("name", nets.marked(jd.methods.names(), ("bp", "deinforeg", "fdg")))
 def test_bfloat16_computes_and_float32_keeps(name):
     trainer = nets.build(name, dtype=jnp.bfloat16, num_stages=2)
     state, metrics = nets.trained(trainer, DATA[:1], 40)

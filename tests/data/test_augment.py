@@ -1,12 +1,18 @@
 import colorsys
 import functools
+from importlib.metadata import version
 
 import jax
 import jax.numpy as jnp
+import nets
 import numpy as np
 import pytest
 
 from jdecouple.data import augment
+
+# Without XLA's optimisations, which users have, jaxlib 0.11 computes other hues.
+if not version("jaxlib").startswith("0.10."):
+    pytestmark = pytest.mark.usefixtures("optimized")
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 UNIT = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
@@ -32,7 +38,8 @@ def augmented(name, x, key_array, train=True, **statistics):
     return np.asarray(compiled(name, **statistics)({"x": x}, key_array, train)["x"])
 
 
-@pytest.mark.parametrize("name", augment.names())
+# "two_views" is a "basic" one and a "strong" one.
+@pytest.mark.parametrize("name", nets.marked(augment.names(), ("none", "basic", "strong")))
 class TestEveryAugmentation:
     def test_shape_and_dtype(self, name):
         x = images(6)

@@ -48,7 +48,7 @@ def predictor(stages: int, size: int, name: str, patience: int) -> AdaptivePredi
     return AdaptivePredictor(trainer.predictor, state.stages, rule(name, patience), size)
 
 
-@pytest.mark.parametrize("stages", [1, 3])
+@pytest.mark.parametrize("stages", nets.marked((1, 3), fast=(3,)))
 @pytest.mark.parametrize("size", nets.marked((1, 7, 128), fast=(7,)))
 def test_examples_leave_where_a_plain_reading_says(stages, size):
     for name, patience in RULES:

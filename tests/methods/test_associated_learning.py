@@ -209,7 +209,7 @@ def by_hand(trainer, state, data):
 @pytest.mark.parametrize(
     ("stages", "data", "options"),
     [
-        (1, 1, {}),
+        pytest.param(1, 1, {}, marks=pytest.mark.slow),
         pytest.param(1, 1, {"fuse": False}, marks=pytest.mark.slow),
         pytest.param(2, 1, {"max_in_flight": 1}, marks=pytest.mark.slow),
         pytest.param(4, 1, {}, marks=pytest.mark.slow),

@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+import itertools
 
 import chex
 import golden_vectors as gv
 import jax
 import jax.numpy as jnp
+import nets
 import numpy as np
 import pytest
 from flax import nnx
@@ -37,13 +39,26 @@ OBJECTIVES = {
     "scpl-pool": SupervisedContrastive(hidden=6, features=4, head_pool=2),
     "dgl-pool": AuxiliaryNet("linear", head_pool=2),
 }
-EACH = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())
+FEW = pytest.mark.parametrize(  # one of each kind, and one that pools
+    "name", nets.marked(OBJECTIVES, ("dgl", "predsim", "infopro", "deinforeg-pool"))
+)
+PLACES = [  # of a head, and what it reads: maps or vectors
+    pytest.param(name, index, kind, marks=[] if fast else [pytest.mark.slow])
+    for name in OBJECTIVES
+    for index, kind, fast in (
+        (0, "maps", name.startswith("infopro")),  # whose first block reconstructs the image
+        (1, "maps", True),
+        (3, "maps", True),
+        (0, "vectors", False),
+        (1, "vectors", True),
+        (3, "vectors", False),
+    )
+]
 
 
-@EACH
-@pytest.mark.parametrize("index", [0, 1, 3])
-@pytest.mark.parametrize("features", [MAPS, VECTORS], ids=["maps", "vectors"])
-def test_heads_keep_the_contract(objective, features, index):
+@pytest.mark.parametrize(("name", "index", "kind"), PLACES)
+def test_heads_keep_the_contract(name, index, kind):
+    objective, features = OBJECTIVES[name], {"maps": MAPS, "vectors": VECTORS}[kind]
     assert isinstance(objective, objectives.Objective)
     size = int(np.prod(features.shape[1:]))
     classifier = layers.perceptron(size, (CLASSES,), rngs=nnx.Rngs(7))
@@ -65,8 +80,9 @@ def test_heads_keep_the_contract(objective, features, index):
     hash(nnx.graphdef(head))
 
 
-@EACH
-def test_heads_lose_in_float32(objective):
+@FEW
+def test_heads_lose_in_float32(name):
+    objective = OBJECTIVES[name]
     features = MAPS.astype(jnp.bfloat16)
     output, in_features, _ = run(objective.head(site(features), nnx.Rngs(0)), features)
     assert output.loss.dtype == jnp.float32
@@ -87,10 +103,18 @@ EDGES = {
 }
 
 
-@EACH
-@pytest.mark.parametrize("case", EDGES)
-def test_gradients_are_finite_at_the_edges(objective, case):
-    features = EDGES[case]
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [
+        # Shapes of their own are compiled for each: three kinds of head stand for the others.
+        pytest.param(name, case, marks=[] if fast else [pytest.mark.slow])
+        for name in OBJECTIVES
+        for case, features in EDGES.items()
+        for fast in [features.shape == MAPS.shape or name in ("dgl", "predsim", "infopro")]
+    ],
+)
+def test_gradients_are_finite_at_the_edges(name, case):
+    objective, features = OBJECTIVES[name], EDGES[case]
     batch = features.shape[0]
     if batch == 1 and isinstance(objective, InformationRegularization):
         pytest.skip("its variance needs two examples")
@@ -100,8 +124,9 @@ def test_gradients_are_finite_at_the_edges(objective, case):
     chex.assert_tree_all_finite((output.loss, output.metrics, in_features, in_params))
 
 
-@EACH
-def test_a_sequence_is_read_through_its_summary(objective):
+@FEW
+def test_a_sequence_is_read_through_its_summary(name):
+    objective = OBJECTIVES[name]
     features = {"h": MAPS[:, 0], "mask": jnp.ones(MAPS.shape[:2]), "summary": VECTORS}
     shapes = jax.eval_shape(lambda: features)
     where = dataclasses.replace(site(VECTORS), features=shapes)
@@ -277,10 +302,16 @@ POOLING = [
     functools.partial(SupervisedContrastive, hidden=6, features=4),
     functools.partial(AuxiliaryNet, "linear"),
 ]
+FAST_POOLING = [(POOLING[0], 0), (POOLING[3], 3)]
 
 
-@pytest.mark.parametrize("objective", POOLING)
-@pytest.mark.parametrize("index", [0, 3])
+@pytest.mark.parametrize(
+    ("objective", "index"),
+    [
+        pytest.param(*case, marks=[] if case in FAST_POOLING else [pytest.mark.slow])
+        for case in itertools.product(POOLING, (0, 3))
+    ],
+)
 def test_head_pool(objective, index):
     """0 is off, as many bins as pixels change nothing, fewer are a head on the means."""
     classifier = layers.perceptron(108, (CLASSES,), rngs=nnx.Rngs(7))

@@ -32,7 +32,7 @@ def losses(trainer, steps: int = 3) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("name", jd.methods.names())
+@nets.METHODS
 def test_every_method_trains(name):
     late = [np.nan] if name in ("fdg", "adl") else []
     found = losses(make(name))

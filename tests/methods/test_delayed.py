@@ -126,7 +126,7 @@ def test_queues_are_in_the_abstract_state(name):
     chex.assert_trees_all_equal_shapes_and_dtypes(arrays, template)
 
 
-@pytest.mark.parametrize("name", nets.marked(nets.EXACT))
+@pytest.mark.parametrize("name", nets.marked(nets.EXACT, ("bp", "deinforeg")))
 def test_other_methods_have_nothing_to_finish(name):
     run = nets.build(name)
     state = run.init()

@@ -77,7 +77,23 @@ CASES = [
     Case("ddg", 3, nesterov=True),
     *(Case(name, 3, arguments, lr=fading) for name, arguments in MAIN),
 ]
-EVERY_CASE = pytest.mark.parametrize("case", CASES, ids=str)
+# Each method on four stages, in one call and on four devices; of what may differ else, each once.
+FAST = [
+    *(
+        Case(name, 4, arguments, placed)
+        for name, arguments in MAIN
+        for placed in ("fused", "spread")
+    ),
+    *(Case(name, 3, arguments) for name, arguments in (*OTHERS[:3], OTHERS[6])),
+    Case("fdg", 1),
+    Case("ddg", 2),
+    Case("fr", 4, placed="apart"),
+    Case("adl", 4, MAIN[3][1], "apart"),
+    Case("fdg", 2, placed="data"),
+    Case("ddg", 3, nesterov=True),
+    Case("adl", 3, MAIN[3][1], lr=fading),
+]
+EVERY_CASE = pytest.mark.parametrize("case", nets.marked(CASES, FAST), ids=str)
 
 
 # --- The simulation itself ------------------------------------------------------------------
@@ -320,8 +336,8 @@ def with_frozen_weights(name: str, num_stages: int, arguments: tuple) -> dict[st
         variant("ddg"),
         variant("fr"),
         variant("fdg"),
-        variant("fdg", current_weights=True),
-        variant("adl", accumulate=1),
+        pytest.param(*variant("fdg", current_weights=True), marks=pytest.mark.slow),
+        pytest.param(*variant("adl", accumulate=1), marks=pytest.mark.slow),
     ],
 )
 def test_where_weights_stand_still_nothing_is_late(name, arguments):

@@ -21,6 +21,10 @@ BLOCKS = 3
 STEPS = 8  # enough for the late errors of delayed methods to reach the first stage
 BATCH = 8
 METHODS = pytest.mark.parametrize("name", jd.methods.names())
+SLOW = ("scpl", "dgl", "predsim", "infopro")  # local ones, as deinforeg; a new row is a fast one
+MOST = pytest.mark.parametrize(
+    "name", nets.marked(jd.methods.names(), {*jd.methods.names()} - {*SLOW})
+)
 
 
 pytestmark = pytest.mark.usefixtures("module_x64")
@@ -160,7 +164,7 @@ def largest(arrays: dict[str, np.ndarray], loss: int) -> float:
     return max(float(np.abs(array[loss]).max()) for array in arrays.values())
 
 
-@METHODS
+@MOST
 def test_only_the_own_loss_reaches_a_block_of_a_local_method(name):
     """And of the others every loss reaches all blocks below it."""
     of_losses, _ = gradients(name)
@@ -175,7 +179,7 @@ def test_only_the_own_loss_reaches_a_block_of_a_local_method(name):
                 assert largest(own, loss) > 1e-12, (loss, index)
 
 
-@METHODS
+@MOST
 def test_a_block_trains_on_the_losses_that_reach_it(name):
     of_losses, used = gradients(name)
     wanted = jax.tree.map(lambda each: each.sum(0), of_losses)
@@ -185,7 +189,7 @@ def test_a_block_trains_on_the_losses_that_reach_it(name):
 # --- Training -------------------------------------------------------------------------------
 
 
-@METHODS
+@MOST
 def test_pipelined_equals_sequential(name):
     """Three stages on three devices; where lateness depends on them, three stages on one."""
     found = trained(name, BLOCKS, BLOCKS)

@@ -64,11 +64,11 @@ def weighted(modules):
     [  # millions as printed, parameters as those of the papers' code
         ("resnet20", 0.27, 269_722, 9),
         ("resnet56", 0.85, 853_018, 27),
-        ("resnet110", 1.7, 1_727_962, 54),
+        pytest.param("resnet110", 1.7, 1_727_962, 54, marks=pytest.mark.slow),
         ("resnet18", 11.17, 11_173_962, 8),
         ("resnet34", 21.28, 21_282_122, 16),
         ("resnet50", 23.52, 23_520_842, 16),
-        ("resnet101", 42.51, 42_512_970, 33),
+        pytest.param("resnet101", 42.51, 42_512_970, 33, marks=pytest.mark.slow),
         ("wrn28_10", 36.5, 36_489_290, 12),
     ],
 )
@@ -202,10 +202,18 @@ def test_strides_stand_where_the_papers_code_has_them():
     [
         ("resnet20", {2: (5,), 3: (4, 7)}),
         ("resnet56", {2: (14,), 3: (10, 19), 4: (7, 14, 21)}),
-        ("resnet110", {2: (28,), 3: (19, 37), 4: (14, 28, 42), 5: (11, 22, 33, 44)}),
+        pytest.param(
+            "resnet110",
+            {2: (28,), 3: (19, 37), 4: (14, 28, 42), 5: (11, 22, 33, 44)},
+            marks=pytest.mark.slow,
+        ),
         ("resnet18", {2: (5,), 3: (3, 6)}),
         ("resnet50", {2: (8,), 3: (6, 11), 4: (5, 9, 13)}),
-        ("resnet101", {2: (17,), 3: (12, 23), 4: (9, 17, 25), 5: (7, 14, 21, 28)}),
+        pytest.param(
+            "resnet101",
+            {2: (17,), 3: (12, 23), 4: (9, 17, 25), 5: (7, 14, 21, 28)},
+            marks=pytest.mark.slow,
+        ),
         ("wrn28_10", {2: (7,), 3: (5, 9), 4: (4, 7, 10)}),
     ],
 )
@@ -220,7 +228,7 @@ def test_fdg_splits(name, fdg):
         (14, {2: (3,), 3: (2, 6)}),
         (20, {2: (5,), 3: (3, 8)}),  # into 4, the last part would be the pooling alone
         (56, {2: (14,), 3: (9, 20), 4: (6, 14, 22)}),
-        (110, {2: (27,), 3: (18, 38), 4: (13, 28, 43)}),
+        pytest.param(110, {2: (27,), 3: (18, 38), 4: (13, 28, 43)}, marks=pytest.mark.slow),
     ],
 )
 def test_features_replay_splits(depth, fr):

@@ -20,6 +20,7 @@ import jdecouple as jd
 STEPS = 20
 TOLERANCE = 1e-12
 METHODS = nets.METHODS
+FEW = pytest.mark.parametrize("name", nets.marked(jd.methods.names(), ("bp", "deinforeg", "fdg")))
 LOCAL = [name for name in jd.methods.names() if nets.method(name).route.local]
 
 
@@ -131,7 +132,7 @@ def test_pipelined_equals_sequential_with_microbatches(name, stages, data, micro
     assert_close(found, run(name, "plain", 1, 1, microbatches))
 
 
-@METHODS
+@FEW
 def test_stages_apart_on_one_device_are_the_same_to_the_bit(name):
     assert_same(run(name, "dropout", 2, devices=1, fuse=False), run(name, "dropout", 2))
 
@@ -142,7 +143,7 @@ def test_more_stages_than_devices_are_the_same_to_the_bit(name):
     assert_same(found, run(name, "augmented", 4))
 
 
-@METHODS
+@FEW
 def test_more_stages_than_devices_fused(name):
     """Two stages on one device become one call."""
     assert_close(run(name, "dropout", 2, devices=1), run(name, "dropout", 2))
@@ -268,7 +269,7 @@ def test_synchronous_route_is_backpropagation(x64):
 # --- The local route: no gradient crosses a boundary ----------------------------------------
 
 
-@METHODS
+@FEW
 @pytest.mark.parametrize("stages", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_only_local_methods_ignore_the_block_above(name, stages):
     """Weights of three blocks after five steps, where the last of four differs."""
@@ -338,7 +339,7 @@ def with_louder_last_head(name: str, *, louder: bool) -> dict[str, np.ndarray]:
     return {key: value for key, value in arrays.items() if key.startswith("block_0/")}
 
 
-@METHODS
+@FEW
 def test_only_local_methods_ignore_the_loss_above(name):
     same = nets.same_bits(
         with_louder_last_head(name, louder=True), with_louder_last_head(name, louder=False)

@@ -74,7 +74,7 @@ def check(name: str, net: str, stages: int, data: int, group: int, **options: An
         pytest.param("bp", "vgg", 2, 2, 5, 1, marks=pytest.mark.slow),
         ("bp", "ends", 4, 1, 5, 1),
         pytest.param("bp", "residual", 2, 2, 5, 1, marks=pytest.mark.slow),
-        ("bp", "mlp", 4, 1, 5, 4),
+        pytest.param("bp", "mlp", 4, 1, 5, 4, marks=pytest.mark.slow),
         pytest.param("bp", "dropout", 2, 2, 5, 2, marks=pytest.mark.slow),
         pytest.param("bp", "dropout", 1, 1, 5, 2, marks=pytest.mark.slow),
     ],
@@ -139,10 +139,10 @@ def test_what_one_engine_began_the_other_ends(first, second, name, net):
 
 
 def test_what_is_read_from_a_state_is_that_of_the_blocks():
-    batches = setting("dropout")[1]
+    batches = setting("norm")[1]
     found = []
     for engine in ("mpmd", "spmd"):
-        trainer = build("scpl", "dropout", 4, engine=engine)
+        trainer = build("scpl", "norm", 2, engine=engine)
         state, _ = in_groups(trainer, batches, [3])
         before = nets.to_arrays(trainer, state)
         values = trainer.evaluate(state, batches)
@@ -204,7 +204,10 @@ def _time(event: dict) -> float:
 
 @pytest.mark.parametrize(
     ("engine", "count"),
-    [("spmd", {"spmd": 1, "metrics": 1}), ("mpmd", {f"stage{k}_FBS": 5 for k in range(4)})],
+    [
+        ("spmd", {"spmd": 1, "metrics": 1}),
+        pytest.param("mpmd", {f"stage{k}_FBS": 5 for k in range(4)}, marks=pytest.mark.slow),
+    ],
 )
 def test_dispatches(engine, count, tmp_path):
     """Five batches in four stages: one dispatch of the stages, where there are twenty."""
@@ -239,8 +242,8 @@ def test_placed_batches_and_a_step_are_the_same_training():
 
 
 def test_metrics_are_scalars_of_a_step_and_arrays_of_a_list():
-    trainer = build("bp", "dropout", 2)
-    batch = setting("dropout")[1][0]
+    trainer = build("bp", "mlp", 2)
+    batch = setting("mlp")[1][0]
     _, single = trainer.step(trainer.init(), batch)
     for count in (1, 2):
         _, metrics = trainer.steps(trainer.init(), [batch] * count)

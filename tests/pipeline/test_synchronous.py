@@ -24,7 +24,8 @@ CLIP = 0.65  # some of the gradients are longer, some shorter
 SCHEDULES = ("sequential", "gpipe", "1f1b", "interleaved_1f1b")
 DATA = nets.batches(dtype=np.float64)
 SIZES = [*itertools.product((1, 2, 4), (1, 2, 4, 8))]
-FAST = [((2, 2), schedule, clip_norm) for schedule in SCHEDULES for clip_norm in (None, CLIP)]
+FAST = [((2, 2), schedule, None) for schedule in SCHEDULES]
+FAST += [((2, 2), "gpipe", CLIP)]
 FAST += [((4, 8), schedule, CLIP) for schedule in ("1f1b", "interleaved_1f1b")]
 
 
@@ -74,7 +75,7 @@ def with_batch_norm(stages: int, schedule: str) -> dict[str, np.ndarray]:
     return nets.to_arrays(trainer, state)
 
 
-@pytest.mark.parametrize("schedule", nets.marked(SCHEDULES, ("gpipe", "1f1b")))
+@pytest.mark.parametrize("schedule", nets.marked(SCHEDULES, ("1f1b",)))
 def test_batch_statistics_are_those_of_the_microbatches(schedule):
     """Running statistics move once for every microbatch, in order, whatever the schedule."""
     found = with_batch_norm(2, schedule)
@@ -282,7 +283,7 @@ def test_bad_replicas_are_refused(replicas, words):
     [
         ("bp", "1f1b", 4),
         pytest.param("deinforeg", "auto", 2, marks=pytest.mark.slow),
-        ("fdg", "auto", 1),
+        pytest.param("fdg", "auto", 1, marks=pytest.mark.slow),
         pytest.param("fr", "auto", 1, marks=pytest.mark.slow),
     ],
 )

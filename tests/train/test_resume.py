@@ -43,6 +43,9 @@ def writing(folder: Path) -> bool:
     return checkpoints.is_dir() and any("tmp" in name for name in os.listdir(checkpoints))
 
 
+KILLS = (reached(6), writing, evaluated(9), writing)
+
+
 def kill(folder: Path, when, **values) -> None:
     """Starts or continues the run in a folder and kills it in the state `when`."""
     fresh = latest(folder) is None
@@ -113,13 +116,17 @@ class TestDelayed:
     """What waits between two iterations is part of a checkpoint."""
 
     @pytest.mark.parametrize(
-        "values",
-        [FDG, pytest.param(delayed("adl", method__accumulate=2), marks=pytest.mark.slow)],
-        ids=lambda v: v["method__name"],
+        ("values", "kills"),
+        [
+            (FDG, KILLS[2:]),
+            pytest.param(FDG, KILLS, marks=pytest.mark.slow),
+            pytest.param(delayed("adl", method__accumulate=2), KILLS, marks=pytest.mark.slow),
+        ],
+        ids=["fdg", "fdg more often", "adl"],
     )
-    def test_killed_again_and_again(self, tmp_path, values):
+    def test_killed_again_and_again(self, tmp_path, values, kills):
         reference = finished(**values)
-        for when in (reached(6), writing, evaluated(9), writing):
+        for when in kills:
             kill(tmp_path, when, **values)
         step, arrays = runs.final_arrays(tmp_path)
         assert 0 < step < TOTAL

@@ -84,6 +84,7 @@ def test_train_py(tmp_path):
     runs.assert_same_run(tmp_path / "new" / "folder", finished())
 
 
+@pytest.mark.slow
 def test_train_py_with_bad_input(tmp_path):
     done = python("train.py", *arguments(tmp_path / "new", model__name="resnet999"))
     assert done.returncode == 2
