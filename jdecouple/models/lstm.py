@@ -79,10 +79,8 @@ class BidirectionalLSTM(nnx.Module):
 
     def _gates(self, words: jax.Array, direction: int) -> jax.Array:
         """What inputs and bias add to the gates of a direction, `[time, batch, 4 hidden]`."""
-        flat = words.reshape(-1, words.shape[-1])
-        gates = rows.multiply_rows(flat, self.kernel[...][direction])
-        gates = gates + rows.broadcast_rows(self.bias[...][direction], gates.shape)
-        return gates.reshape(*words.shape[:-1], -1)
+        gates = rows.multiply_rows(words, self.kernel[...][direction])
+        return gates + rows.broadcast_rows(self.bias[...][direction], gates.shape[1:])
 
 
 Pair: TypeAlias = tuple[jax.Array, jax.Array]  # an array of each direction

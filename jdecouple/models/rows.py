@@ -77,11 +77,13 @@ broadcast_rows.defvjp(_broadcast_rows_fwd, _broadcast_rows_bwd)
 
 @jax.custom_vjp
 def multiply_rows(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`x` `[..., rows, in]` times `kernel` `[..., in, out]`, leading axes alike.
+    """`x` `[..., in]` times `kernel` `[in, out]`.
 
     The kernel's gradient is computed as the kernel lies. JAX's own is `[out, in]` and then
     transposed. XLA makes one product of the two, but not where the rows lie on several devices: the
     sum over devices comes between them, and what reads it goes through memory column by column.
+    The leading axes stay apart, because devices that share one which is not the first would have to
+    gather it before it could be joined with others.
     """
     return x @ kernel
 
@@ -92,8 +94,9 @@ def _multiply_rows_fwd(x, kernel):
 
 def _multiply_rows_bwd(residuals, cotangent):
     x, kernel = residuals
-    grad_x = jnp.einsum("...ro,...io->...ri", cotangent, kernel)
-    grad_kernel = jnp.einsum("...ri,...ro->...io", x, cotangent)
+    leading = tuple(range(x.ndim - 1))
+    grad_x = jnp.einsum("...o,io->...i", cotangent, kernel)
+    grad_kernel = jnp.tensordot(x, cotangent, (leading, leading))
     return grad_x.astype(x.dtype), grad_kernel.astype(kernel.dtype)
 
 

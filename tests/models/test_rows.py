@@ -57,7 +57,7 @@ def test_bfloat16_is_summed_in_float32():
 
 @pytest.mark.parametrize("lead", [(), (2,)])
 def test_a_product_and_its_gradient(lead, x64):
-    x, kernel = (jnp.asarray(RNG.normal(size=(*lead, *size))) for size in ((7, 4), (4, 3)))
+    x, kernel = (jnp.asarray(RNG.normal(size=size)) for size in ((*lead, 7, 4), (4, 3)))
     error = jnp.asarray(RNG.normal(size=(*lead, 7, 3)))
     wanted, pull_wanted = jax.vjp(jnp.matmul, x, kernel)
     found, pull = jax.vjp(rows.multiply_rows, x, kernel)
