@@ -6,9 +6,11 @@ from jdecouple.train import console
 
 
 def main(place: str = "jdecouple.train.commands:main") -> None:
-    """Runs the function at "module:name"; Ctrl-C while it is imported is told in one line, too."""
+    """Runs the function at "module:name", and ends with one line where Ctrl-C is pressed."""
+    with console.ends_at_once():
+        run = pkgutil.resolve_name(place)
     try:
-        pkgutil.resolve_name(place)()
+        run()
     except KeyboardInterrupt:
         console.refuse(*console.INTERRUPTED)
 

@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import os
 from collections.abc import Collection, Iterable
 from numbers import Integral, Real
 from typing import Any
@@ -23,6 +24,24 @@ def first_line(error: object) -> str:
     """
     line = next(iter(str(error).strip().splitlines()), type(error).__name__)
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+
+
+def gigabytes(size: int) -> str:
+    """A number of bytes in a message."""
+    return f"{size / 1e9:,.1f} GB"
+
+
+def machine_bytes() -> int:
+    """Memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+class OneLine(Exception):
+    """An error about what the user gave or did: a notebook shows its line, without a traceback."""
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows of it."""
+        return [f"{type(self).__name__}: {first_line(self)}"]
 
 
 def did_you_mean(given: object, known: Iterable[str]) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from jdecouple._errors import first_line, require_int
+from jdecouple._errors import OneLine, first_line, require_int
 from jdecouple._files import local_folder, replace
 from jdecouple.checkpoint.document import (
     FORMAT,
@@ -42,7 +42,7 @@ Accept = Callable[[dict[str, Any]], str | None]
 Template = Mapping[str, Any]
 
 
-class CheckpointError(ValueError):
+class CheckpointError(OneLine, ValueError):
     """A checkpoint cannot be written, or none of those present can be used."""
 
 
@@ -194,6 +194,10 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
         self.wait()
         self._refused |= {*steps}
         return self._set_refused_aside()
+
+    def refuse(self, step: int) -> None:
+        """Passes a checkpoint over from now on, as `restore` does with one that is refused."""
+        self._refused.add(step)
 
     def close(self) -> None:
         """Waits for the save in flight and releases the directory; may be called again."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import dm_pix as pix
 import jax
 import jax.numpy as jnp
 
@@ -99,6 +98,8 @@ def names() -> tuple[str, ...]:
 
 def basic_view(key: jax.Array, image: jax.Array) -> jax.Array:
     """Random pad-and-crop and flip of one image [H, W, C]; float32 in 0..1."""
+    import dm_pix as pix  # it takes as long to import as a fifth of JAX
+
     height, width, channels = image.shape
     crop_key, flip_key = jax.random.split(key)
     vertical, horizontal = height // 8, width // 8
@@ -124,6 +125,8 @@ def colour_jitter(key: jax.Array, image: jax.Array) -> jax.Array:
     by a factor from `1 +- strength`; hue is shifted by up to 0.1 of a turn. The result is clipped
     to 0..1 after each, as torchvision does. The image is float32 [H, W, 1 or 3] in 0..1.
     """
+    import dm_pix as pix
+
     brightness, contrast, saturation, hue = jax.random.uniform(key, (4,), jnp.float32, -1.0)
     image = _blend(image, 0.0, 1 + JITTER["brightness"] * brightness)
     image = _blend(image, _luma(image).mean(), 1 + JITTER["contrast"] * contrast)
@@ -146,6 +149,8 @@ def _blend(image: jax.Array, other: jax.Array | float, factor: jax.Array) -> jax
 
 
 def _luma(image: jax.Array) -> jax.Array:
+    import dm_pix as pix
+
     return image if image.shape[-1] == 1 else pix.rgb_to_grayscale(image)
 
 

@@ -10,12 +10,14 @@ import stat
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from jdecouple._errors import first_line
+
+if TYPE_CHECKING:
+    from PIL import Image, ImageFile
 
 # What a file holds decides, not its name. Pillow knows more: for one it starts Ghostscript.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -39,6 +41,8 @@ class Head(NamedTuple):
 
 def head(path: str) -> Head:
     """Reads the head of an image file, without its pixels; ValueError as of `decode`."""
+    from PIL import ExifTags
+
     with _opened(path) as picture:
         width, height = picture.size
         if picture.format == "TIFF":  # of which some versions of Pillow turn the size, others not
@@ -70,6 +74,8 @@ def decode(path: str, channels: int, size: tuple[int, int] | None = None) -> np.
         ValueError: the file cannot be read, is no such image, or has pixels of 32 bits. The error
             is one line that names the file.
     """
+    from PIL import ImageOps
+
     with _opened(path) as opened:
         ImageOps.exif_transpose(opened, in_place=True)
         return pixels(opened, channels, size)
@@ -81,6 +87,8 @@ def pixels(picture: Image.Image, channels: int, size: tuple[int, int] | None = N
     Raises:
         ValueError: they have 32 bits.
     """
+    from PIL import Image
+
     if picture.mode in _TOO_DEEP:
         raise ValueError(f"pixels have 32 bits (mode {picture.mode}): 8 or 16 are needed")
     if picture.mode.startswith("I;16"):
@@ -127,6 +135,8 @@ def resize_image(image: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
     """Brings an image to `shape` as `fit` does: uint8 [H, W, C]."""
     if image.shape == shape:
         return image
+    from PIL import Image
+
     picture = Image.fromarray(image[..., 0] if shape[-1] == 1 else image)
     return np.asarray(fit(picture, *shape[:2])).reshape(shape)
 
@@ -135,6 +145,8 @@ def fit(picture: Image.Image, height: int, width: int) -> Image.Image:
     """Resizes the shorter side (bilinear, antialiased), then crops the centre."""
     if picture.size == (width, height):
         return picture
+    from PIL import Image
+
     scale = max(height / picture.height, width / picture.width)
     wide = max(width, round(picture.width * scale))
     high = max(height, round(picture.height * scale))
@@ -183,6 +195,8 @@ def _opened(path: str) -> Iterator[ImageFile.ImageFile]:
 @contextlib.contextmanager
 def _recognized(file: IO[bytes]) -> Iterator[ImageFile.ImageFile]:
     """Reads the head of a file; ValueError for another format or too many pixels."""
+    from PIL import Image, UnidentifiedImageError
+
     try:
         with Image.open(file, formats=FORMATS) as picture:
             if math.prod(picture.size) > MOST_PIXELS:
@@ -196,6 +210,8 @@ def _recognized(file: IO[bytes]) -> Iterator[ImageFile.ImageFile]:
 
 def _orientation(picture: ImageFile.ImageFile, path: str) -> int:
     """EXIF orientation, for which pixels are decoded only where it may lie behind them."""
+    from PIL import ExifTags, Image
+
     if picture.format == "PNG" and not _ends_with_text(path):
         exif = Image.Image.getexif(picture)  # that of PNG decodes the pixels in any case
     else:

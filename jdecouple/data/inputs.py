@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from PIL import Image, ImageOps
 
 from jdecouple._errors import first_line
 from jdecouple.data import augment, images
@@ -97,6 +96,8 @@ class ImageInputs:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _one(self, item: Any) -> np.ndarray:
+        from PIL import Image, ImageOps
+
         *size, channels = self.image_shape
         if isinstance(item, str | os.PathLike):
             return images.decode(os.fspath(item), channels, (size[0], size[1]))[None]

@@ -6,10 +6,12 @@ import os
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 PADDING, UNKNOWN = 0, 1
 _RESERVED = ("[padding]", "[unknown]")  # no word of a text has brackets
@@ -48,6 +50,8 @@ class Vocabulary:
 
         There are at most `size` numbers, the two reserved ones included.
         """
+        from tokenizers import trainers
+
         tokenizer = _tokenizer({})
         trainer = trainers.WordLevelTrainer(
             vocab_size=size - len(_RESERVED), show_progress=False, special_tokens=[]
@@ -152,6 +156,8 @@ def _finite(values: list[str], where: str) -> np.ndarray:
 
 
 def _tokenizer(numbers: dict[str, int]) -> Tokenizer:
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+
     tokenizer = Tokenizer(models.WordLevel(numbers, unk_token=_RESERVED[UNKNOWN]))
     tokenizer.normalizer = normalizers.Sequence(
         [

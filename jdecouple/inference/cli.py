@@ -90,9 +90,9 @@ def predict(argv: Sequence[str]) -> None:
     exit = calibrated(run) if given.exit == "calibrated" else given.exit
     columns = None if given.column is None else given.column.split(",")
     rows = read_rows(run.inputs, given.inputs, columns)
-    size = _BATCHES * (given.batch_size or run.description.batch_size)
+    size = _BATCHES * run.rows(given.batch_size)
     found: list[dict[str, Any]] = []
-    while part := [*itertools.islice(rows, max(1, size))]:
+    while part := [*itertools.islice(rows, size)]:
         names, items = zip(*part, strict=True)
         found += _answers(names, run.predict(list(items), exit, given.batch_size))
     if not found:

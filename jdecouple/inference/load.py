@@ -6,6 +6,7 @@ import itertools
 import os
 from collections.abc import Mapping
 from numbers import Integral
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 _ATTEMPTS = 10  # to read what a training may have just deleted
 _KINDS = ("params", "stats")
-_AVERAGES = "ema"
+_AVERAGES = "ema"  # of both, where a run keeps them
 
 
 def load(
@@ -43,7 +44,8 @@ def load(
     Args:
         workdir: what it was trained with.
         step: that of a checkpoint, "last", or "best": the one of the highest validation accuracy,
-            the last where none has been validated.
+            the last where none has been validated. A warning tells if another one is taken, as
+            that is damaged.
         mesh: what `jdecouple.make_mesh` returns, to spread the blocks over several devices; by
             default all are on the first.
 
@@ -53,14 +55,9 @@ def load(
         ValueError: there is no such checkpoint, or it cannot be used; in one line. A model, method
             or data set of one's own has to be registered first.
     """
-    from jdecouple.checkpoint import Checkpointer  # Orbax, which takes as long as much of JAX
-
     folder = local_folder(workdir)
-    if not (folder / "checkpoints").is_dir():
-        raise FileNotFoundError(f"there is no run in '{folder}': it has no folder 'checkpoints'")
-    checkpoints = Checkpointer(folder / "checkpoints", read_only=True)
-    restored = _read(checkpoints, step)
-    where = f"checkpoint {restored.step} in {checkpoints.directory}"
+    restored = read_weights(folder, step)
+    where = f"checkpoint {restored.step} in {(folder / 'checkpoints').absolute()}"
     if "inference" not in restored.extra:
         raise ValueError(
             f"{where} does not describe its network, as those of version 0.1 do not: train it on "
@@ -87,31 +84,67 @@ def load(
     )
 
 
-def _read(checkpoints: Checkpointer, step: int | str) -> Restored:
-    """Reads a checkpoint; another one where a training has deleted the first meanwhile."""
+def read_weights(folder: Path, step: int | str) -> Restored:
+    """Reads weights and statistics of a run, "block_0/params/..." and "block_0/stats/...".
+
+    They are the averages of these, where the run keeps some. In place of the best or last
+    checkpoint the next one is read where that is damaged; a warning tells it.
+
+    Args:
+        folder: the workdir.
+        step: as of `load`.
+
+    Raises:
+        FileNotFoundError, ValueError: as of `load`.
+    """
+    from jdecouple.checkpoint import Checkpointer  # Orbax, which takes as long as much of JAX
+
+    if not (folder / "checkpoints").is_dir():
+        raise FileNotFoundError(f"there is no run in '{folder}': it has no folder 'checkpoints'")
+    checkpoints = Checkpointer(folder / "checkpoints", read_only=True)
+    if step in ("best", "last"):
+        restored = _read(checkpoints, step == "best")
+    elif not isinstance(step, Integral) or isinstance(step, bool):
+        raise ValueError(f"step is {step!r}: 'best', 'last' or that of a checkpoint is needed")
+    else:
+        restored = checkpoints.read(int(step), _is_needed)
+    averages = {
+        name.replace(f"/{_AVERAGES}/", "/", 1): array
+        for name, array in restored.arrays.items()
+        if name.split("/")[1] == _AVERAGES
+    }
+    arrays = {name: x for name, x in restored.arrays.items() if name.split("/")[1] in _KINDS}
+    return restored._replace(arrays=arrays | averages)
+
+
+def _read(checkpoints: Checkpointer, by_validation: bool) -> Restored:
+    """Reads the best or last checkpoint, while a training may delete and save some."""
+    damaged: dict[int, str] = {}
     for attempt in itertools.count(1):
-        chosen = _choose(checkpoints, step)
+        present = checkpoints.steps()
+        sound = checkpoints.extras()
+        for step in ({*present} - {*sound}) & {*checkpoints.steps()}:
+            damaged[step] = "info/metadata is damaged"
+        if not sound:
+            reason = "".join(f": {step}: {damaged[step]}" for step in [*damaged][-1:])
+            raise ValueError(f"no usable checkpoint in {checkpoints.directory}{reason}")
+        best = checkpoints.best_step if by_validation else None
+        chosen = max(sound) if best is None else best
         try:
-            return checkpoints.read(chosen, _is_needed)
-        except ValueError:
-            if chosen == step or chosen in checkpoints.steps() or attempt == _ATTEMPTS:
+            restored = checkpoints.read(chosen, _is_needed)
+        except ValueError as error:
+            if chosen in checkpoints.steps():
+                damaged[chosen] = first_line(error)
+                checkpoints.refuse(chosen)
+            elif attempt == _ATTEMPTS:
                 raise
+            continue
+        passed = [step for step in sorted(damaged) if by_validation or step > chosen]
+        if passed:
+            listed = ", ".join(map(str, passed))
+            logging.warning("checkpoint %s is damaged: %d is taken instead", listed, chosen)
+        return restored
     raise AssertionError
-
-
-def _choose(checkpoints: Checkpointer, step: int | str) -> int:
-    if step not in ("best", "last"):
-        if not isinstance(step, Integral) or isinstance(step, bool):
-            raise ValueError(f"step is {step!r}: 'best', 'last' or that of a checkpoint is needed")
-        return int(step)
-    latest = checkpoints.latest_step  # before a training has saved another
-    sound = checkpoints.extras()
-    if latest is None or not sound:
-        raise ValueError(f"no usable checkpoint in {checkpoints.directory}")
-    if latest > (last := max(sound)):
-        logging.warning("checkpoint %d is damaged: %d is the last that can be used", latest, last)
-    best = checkpoints.best_step if step == "best" else None
-    return last if best is None else best
 
 
 def _is_needed(name: str) -> bool:
@@ -120,13 +153,11 @@ def _is_needed(name: str) -> bool:
 
 
 def _values(unit: Unit, arrays: Mapping[str, np.ndarray]) -> tuple[Arrays, Arrays]:
-    """The arrays of a unit, averages where there are any; ValueError for one that does not fit."""
+    """The arrays of a unit; ValueError for one that does not fit."""
     found: tuple[Arrays, Arrays] = ({}, {})
     for kind, wanted, values in zip(_KINDS, unit.initial(), found, strict=True):
         for key, like in wanted.items():
-            name = f"block_{unit.index}/{_AVERAGES}/{kind}/{key}"
-            if name not in arrays:
-                name = f"block_{unit.index}/{kind}/{key}"
+            name = f"block_{unit.index}/{kind}/{key}"
             holds = spec(arrays[name]) if name in arrays else "nothing"
             if holds != spec(like):
                 raise ValueError(

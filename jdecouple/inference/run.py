@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jdecouple._errors import require_int
+from jdecouple._errors import first_line, gigabytes, machine_bytes, require_int
 from jdecouple.data import Split, evaluation_batches
 from jdecouple.data.inputs import Inputs
 from jdecouple.inference import calibration, costs
@@ -29,6 +30,8 @@ from jdecouple.pipeline.batch import as_arrays
 from jdecouple.pipeline.build import BuiltModel
 from jdecouple.pipeline.mesh import StageDevices
 from jdecouple.pipeline.predict import Predictor
+
+_NUMBER_BYTES = 4  # of a pixel or a word, as the network reads it
 
 Arrays = dict[str, Any]
 Labelled = Split | Mapping[str, Any] | Iterable[Mapping[str, Any]]
@@ -146,10 +149,15 @@ class Run:
                 fewer are padded to it.
 
         Raises:
-            TypeError, ValueError: what `inputs.encode` refuses, or an exit that there is not.
+            TypeError, ValueError: what `inputs.encode` refuses, an exit that there is not, or a
+                batch that is more than the memory.
         """
-        x = self.inputs.encode(x)
-        size, predictor = self._size(batch_size), self._predictor_for(x)
+        size, x = self.rows(batch_size), self.inputs.encode(x)
+        with _in_memory(size):
+            return self._predict(x, exit, size)
+
+    def _predict(self, x: np.ndarray, exit: int | Rule | None, size: int) -> Predictions:
+        predictor = self._predictor_for(x)
         parts = (x[first : first + size] for first in range(0, len(x), size))
         batches = map(self.inputs.entries, parts)
         if isinstance(exit, Rule):
@@ -174,9 +182,10 @@ class Run:
         """Logits of all exits, [exits, n, classes], and labels [n] of labelled examples.
 
         Raises:
-            ValueError: there are none, or others than the network reads.
+            ValueError: there are none, or others than the network reads, or a batch that is more
+                than the memory.
         """
-        size = self._size(batch_size)
+        size = self.rows(batch_size)
         labels: list[np.ndarray] = []
 
         def batches() -> Iterator[Mapping[str, Any]]:
@@ -188,7 +197,8 @@ class Run:
         if (first := next(given, None)) is None:
             raise ValueError("there are no examples: at least one is needed")
         predictor = self._predictor_for(first["x"])
-        logits = predictor.predict(self._states, itertools.chain([first], given), size=size)
+        with _in_memory(size):
+            logits = predictor.predict(self._states, itertools.chain([first], given), size=size)
         return logits, np.concatenate(labels)
 
     def calibrate(
@@ -309,10 +319,20 @@ class Run:
             raise ValueError(f"exit is {exit!r}: allowed are {allowed}, or a rule")
         return self.exits.index(chosen)
 
-    def _size(self, batch_size: int | None) -> int:
-        """Rows of a batch, of which every replica has as many."""
+    def rows(self, batch_size: int | None) -> int:
+        """Rows of a batch, of which every replica has as many.
+
+        Raises:
+            ValueError: a size that is no whole number, or whose inputs are more than the memory.
+        """
         size = self.description.batch_size if batch_size is None else batch_size
         require_int(1, batch_size=size)
+        needed = size * math.prod(self.inputs.example[0]) * _NUMBER_BYTES
+        if needed > (have := machine_bytes()):
+            raise ValueError(
+                f"batch_size is {size}: its inputs need {gigabytes(needed)} in memory, but this "
+                f"machine has {gigabytes(have)}"
+            )
         replicas = self.predictor.replicas
         return -(-size // replicas) * replicas
 
@@ -337,6 +357,20 @@ class Run:
     @property
     def _cuts(self) -> list[tuple[int, int]]:
         return [*itertools.pairwise((*self.boundaries, len(self.units)))]
+
+
+@contextlib.contextmanager
+def _in_memory(size: int) -> Iterator[None]:
+    """Turns an error about a lack of memory, here or of a device, into a ValueError."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            raise ValueError(
+                f"batch_size is {size}: there is not enough memory for so many inputs at once "
+                f"({first_line(error)})"
+            ) from error
+        raise
 
 
 def _batches(data: Labelled, size: int) -> Iterable[Mapping[str, Any]]:

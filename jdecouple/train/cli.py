@@ -147,7 +147,8 @@ def _flag_meant(given: flags.FlagValues, argument: str) -> str:
 def _help(config: ConfigDict, usage: str, keys: Sequence[str]) -> None:
     """Prints what --help prints: of the given keys, else of all flags and keys."""
     if keys:
-        print("\n\n".join(listing.described(key) for key in keys))
+        chosen = {section: config[section].name for section in OWNERS}
+        print("\n\n".join(listing.described(key, chosen) for key in keys))
         return
     files = f"FILE is a preset ({', '.join(presets.names())}), or a path.\n{_HELP}"
     print("\n\n".join([usage, files, _HOSTS, f"Keys and their defaults:\n\n{config}", *_lists()]))

@@ -83,13 +83,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(command: Command, arguments: Sequence[str]) -> None:
-    run = pkgutil.resolve_name(command.run)
+    with console.ends_at_once():
+        run = pkgutil.resolve_name(command.run)
+        if command.compiles:
+            from jdecouple.train import cli, programs
+            from jdecouple.train.errors import one_line
     if not command.compiles:
         run(arguments)
         return
-    from jdecouple.train import cli, programs
-    from jdecouple.train.errors import one_line
-
     cli.log_in_short()
     try:
         programs.keep()
@@ -110,7 +111,8 @@ def show(arguments: Sequence[str]) -> None:
     if topic not in TOPICS or rest:
         given = " ".join(arguments)
         console.refuse(f"there is no list of {given!r}: {choices(topic, TOPICS)}")
-    rows = [*pkgutil.resolve_name(TOPICS[topic])()]
+    with console.ends_at_once():
+        rows = [*pkgutil.resolve_name(TOPICS[topic])()]
     width = max(len(name) for name, _ in rows)
     for name, said in rows:
         print(f"{name:{width}}  {said}")

@@ -123,9 +123,10 @@ def settings(config: ConfigDict, total_steps: int) -> dict[str, Any]:
     """
     arguments = options("optimizer", config.optimizer.name).items()
     optimizer = {key: value for key, (_, value) in arguments} | config.optimizer.to_dict()
-    values = config.to_dict() | {f"optimizer.{key}": value for key, value in optimizer.items()}
+    parts = {"optimizer": optimizer, "early_stopping": config.early_stopping.to_dict()}
+    values = config.to_dict() | traverse_util.flatten_dict(parts, sep=".")
     values["steps"] = total_steps
-    for key in (*identity(config), *_FREE, "growth", "optimizer", "epochs"):
+    for key in (*identity(config), *_FREE, *parts, "growth", "epochs", "init_from"):
         values.pop(key, None)
     return json.loads(json.dumps(values, default=lambda x: getattr(x, "__qualname__", repr(x))))
 
@@ -135,9 +136,8 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str
 
     A key that earlier versions did not know had its default.
     """
-    known = default()
-    before = {key: known[key] for key in now if key in known} | {**before}
-    pairs = {key: (before.get(key), now.get(key)) for key in {**before, **now}}
+    known = {key.name: key.value for key in KEYS}
+    pairs = {key: (before.get(key, known.get(key)), now.get(key)) for key in {**before, **now}}
     return [(key, old, new) for key, (old, new) in pairs.items() if old != new]
 
 
@@ -154,6 +154,8 @@ def identity(config: ConfigDict) -> dict[str, Any]:
         values["data"].pop(key, None)
     if config.growth.blocks is not None:
         values["growth"] = {k: v for k, v in config.growth.items() if v is not None}
+    if config.init_from is not None:
+        values["init_from"] = config.init_from
     return json.loads(json.dumps(values))
 
 

@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
@@ -13,6 +15,30 @@ def refuse(line: str, code: int = 2) -> NoReturn:
     """Ends the process with one line on stderr."""
     print(f"error: {line}", file=sys.stderr)
     sys.exit(code)
+
+
+@contextlib.contextmanager
+def ends_at_once() -> Iterator[None]:
+    """Context of imports, in which Ctrl-C ends the process with its line, and nothing is saved.
+
+    A KeyboardInterrupt may come out of an import as an ImportError, or not at all. Where Ctrl-C is
+    ignored, or outside the main thread, nothing is changed.
+    """
+
+    def end(*_: object) -> None:
+        line, code = INTERRUPTED
+        os.write(2, f"error: {line}\n".encode())
+        os._exit(code)
+
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not usual or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Lasting:

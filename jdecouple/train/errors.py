@@ -7,12 +7,12 @@ from typing import Any, TypeGuard
 
 from ml_collections import ConfigDict
 
-from jdecouple._errors import first_line
+from jdecouple._errors import OneLine, first_line
 
 _MOST_CHARACTERS = 200  # of a value in a message
 
 
-class ConfigError(ValueError):
+class ConfigError(OneLine, ValueError):
     """A bad value, or input that does not fit; the message is one line."""
 
 

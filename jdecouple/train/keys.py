@@ -85,6 +85,18 @@ KEYS: tuple[Key, ...] = (
         "local methods",
     ),
     Key(
+        "early_stopping.patience",
+        int,
+        "Evaluations without a better validation accuracy after which the run ends; None: never.",
+        "data sets with a validation split",
+    ),
+    Key(
+        "early_stopping.min_delta",
+        0.0,
+        "What the accuracy must rise by to be better.",
+        "data sets with a validation split",
+    ),
+    Key(
         "engine",
         "mpmd",
         "Calls for every stage (mpmd), one program (spmd), or what fits (auto).",
@@ -129,6 +141,12 @@ KEYS: tuple[Key, ...] = (
     Key("ema", float, "Decay of averages of the weights, which are evaluated; None: no averages."),
     Key("remat", "auto", "What a forward keeps: none, elementwise, blocks, stages or offload."),
     Key("seed", 0, "Root of all random keys."),
+    Key(
+        "init_from",
+        str,
+        "A workdir, or WORKDIR@STEP, with whose weights a new run begins (fine-tuning).",
+        "runs whose model does not grow",
+    ),
 )
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jdecouple import data
@@ -41,15 +41,16 @@ class Entry:
         return f"{kind}, {'no default' if needed else f'by default {self.default!r}'}"
 
 
-def entries() -> list[Entry]:
+def entries(chosen: Mapping[str, str] = {}) -> list[Entry]:
     """All keys, and the options of all methods, models and optimizers.
 
-    Owners that mean the same by an option, with the same default, share an entry.
+    Owners that mean the same by an option, with the same default, share an entry. An optimizer that
+    is `chosen` as "module:function" is one of them.
     """
     found = [*map(_entry, KEYS)]
     for section, registry in OWNERS.items():
         shared: dict[Any, Entry] = {}
-        for name in registry.names():
+        for name in dict.fromkeys([*registry.names(), *filter(None, [chosen.get(section)])]):
             meaning = meanings(section, name)
             for key, (kind, default) in options(section, name).items():
                 said = _sentence(meaning[key])
@@ -72,16 +73,18 @@ def _entry(key: Any) -> Entry:
 
 
 def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:]
+    return text[:1].upper() + text[1:] if text else "Its docstring does not say."
 
 
-def described(key: str) -> str:
+def described(key: str, chosen: Mapping[str, str] = {}) -> str:
     """Meaning, type, default and takers of a key, of an option, or of all in a section.
+
+    The options of what is `chosen`, by section, are known as well.
 
     Raises:
         ConfigError: there is no such key.
     """
-    wanted, known = key.lstrip("-").removeprefix("config."), entries()
+    wanted, known = key.lstrip("-").removeprefix("config."), entries(chosen)
     found = [entry for entry in known if f"{entry.key}.".startswith(f"{wanted}.")]
     found = found or [entry for entry in known if entry.key.endswith(f".{wanted}")]
     if not found:

@@ -4,11 +4,8 @@ import contextlib
 import dataclasses
 import itertools
 import os
-import signal
-import threading
 import time
 from collections.abc import Mapping
-from types import FrameType
 from typing import Any
 
 import jax
@@ -17,30 +14,35 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from jdecouple import data, growth
+from jdecouple._errors import OneLine
 from jdecouple._files import local_folder
 from jdecouple.checkpoint import Checkpointer
 from jdecouple.pipeline.batch import PlacedBatch
-from jdecouple.train import devices, hosts, report
+from jdecouple.train import devices, hosts, notebook, report
 from jdecouple.train.config import one_line
 from jdecouple.train.divergence import Range
+from jdecouple.train.interrupt import Interrupt
 from jdecouple.train.lock import only_run
 from jdecouple.train.metrics import Interval, MetricsWriter, Progress, clock, read_metrics
 from jdecouple.train.profile import Profile
-from jdecouple.train.resume import describe, open_metrics, origin, record, restore
+from jdecouple.train.resume import describe, open_metrics, origin, record, restore, stopping
 from jdecouple.train.run import Run, build, check_alike
 from jdecouple.trainer import State, Trainer
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(OneLine, RuntimeError):
     """The loss or a parameter became infinite or NaN; the message names step and block."""
 
 
+@notebook.stop_button()
 def train_and_evaluate(
     config: ConfigDict | Mapping,
     workdir: str | os.PathLike[str],
     processes: hosts.MultiProcess | None = None,
 ) -> dict[str, Any]:
     """Trains as a configuration says; continues what the workdir already holds.
+
+    In a notebook the progress is a bar, and the curves are shown at the end.
 
     Args:
         config: made from `jdecouple.config.default()`.
@@ -50,8 +52,9 @@ def train_and_evaluate(
         processes: what `jdecouple.train.hosts.join` returned, where there are several.
 
     Returns:
-        "step"; "finished" (False after a signal such as Ctrl-C, which saves and returns); and, when
-        finished, on the first process, "test" (metrics at the last step),
+        "step"; "finished" (False after a signal such as Ctrl-C, which saves and returns); "reason"
+        where early stopping has finished it before its last step; and, when finished, on the first
+        process, "test" (metrics at the last step),
         "test_at_best_validation" and "best_test" (the papers' figure: the best step by test
         accuracy, never a result). The last two are left out where `metrics.jsonl` has lost lines.
 
@@ -61,6 +64,7 @@ def train_and_evaluate(
         NonFiniteError: the training diverged; the last good checkpoint is kept.
         CheckpointError: a checkpoint could not be written.
         OSError: the metrics could not be written, as on a full disk.
+        StoppedError: in a notebook, after the stop button, so that cells behind do not run.
     """
     with one_line():
         folder = local_folder(workdir)
@@ -87,16 +91,25 @@ def train_and_evaluate(
         profile = Profile(run.trainer, folder, run.config.profile, state.step, title)
         loop = Loop(run, checkpoints, writer, interrupt, profile, processes)
         state = loop.train(state, start)
-        result = {"step": state.step, "finished": state.step >= run.total_steps}
+        early = loop.stopping.reason if state.step < run.total_steps else None
+        finished = early is not None or state.step >= run.total_steps
+        result: dict[str, Any] = {"step": state.step, "finished": finished}
+        if early is not None:
+            result["reason"] = early
         if checkpoints is None or writer is None:
             return result
         curves = report.try_plot_curves(folder, title=title)
-        if result["finished"]:
+        where = f"at step {state.step} of {run.total_steps}"
+        if early is not None:
+            print(f"ended {where} by early stopping: {early}")
+        if finished:
             with one_line():
                 result |= report.summary(read_metrics(folder), state.step, writer.rows)
             report.show(result, folder, checkpoints.best_step, curves)
-        else:
-            print(f"stopped at step {state.step} of {run.total_steps}: the same command continues")
+        if notebook.is_active():
+            notebook.close(curves, None if finished else f"stopped {where}")
+        elif not finished:
+            print(f"stopped {where}: the same command continues")
         return result
 
 
@@ -107,7 +120,7 @@ class Loop:
     run: Run
     checkpoints: Checkpointer | None  # the first process's alone, as is the writer
     writer: MetricsWriter | None
-    interrupt: "Interrupt"
+    interrupt: Interrupt
     profile: Profile
     processes: hosts.MultiProcess
 
@@ -127,6 +140,7 @@ class Loop:
             buckets=config.data.buckets or (),
         )
         progress = Progress(run.total_steps, first, config.batch_size, self.processes.first)
+        self.stopping = stopping(run, start)
         if start:
             batches.set_state(start["iterator"])
             progress.print(f"continuing from step {first} of {run.total_steps}")
@@ -155,7 +169,7 @@ class Loop:
             if start and start.pop("evaluate", False):  # the process before did not come to it
                 self._extra = start
                 self._evaluate(state, progress)
-            while state.step < run.total_steps:
+            while state.step < run.total_steps and self.stopping.reason is None:
                 if state.step in run.grows:
                     state = self._grow(state, progress)
                 since, began = state.step, clock(prefetcher.wait_seconds)
@@ -290,10 +304,12 @@ class Loop:
             self._write(state.step, split.name, values)
             if split.name == "validation":
                 accuracy = values["accuracy"]
+                if state.step > self.run.phases[-1].start:  # the whole model is there
+                    self.stopping.add(state.step, accuracy)
             listed = " ".join(f"{value:.2%}" for value in report.exits(values).values())
             progress.print(f"step {state.step} {split.name:10} accuracy per exit: {listed}")
         if self.checkpoints is not None:
-            self.checkpoints.amend(state.step, self._extra | self._rows(), accuracy)
+            self.checkpoints.amend(state.step, self._extra | self._counts(), accuracy)
         self._interval.leave_out(time.perf_counter() - began)
 
     def _save(self, state: State, iterator: Any, evaluate: bool) -> None:
@@ -311,13 +327,15 @@ class Loop:
                 )
         self._warn(self._range.weigh(state.step, _largest(_weights(arrays))))
         self._extra = {"iterator": iterator, "means": self._interval.means, **self._origin}
-        self._extra |= {"range": self._range.values, **self._rows()}
+        self._extra |= {"range": self._range.values, **self._counts()}
         due = {"evaluate": True} if evaluate else {}
         spare = self._range.suspect
         self.checkpoints.save(state.step, arrays, self._extra | due, spare=spare)
 
-    def _rows(self) -> dict[str, int]:
-        return {} if self.writer is None else {"rows": self.writer.rows}
+    def _counts(self) -> dict[str, Any]:
+        rows = {} if self.writer is None else {"rows": self.writer.rows}
+        counts_evaluations = self.run.config.early_stopping.patience is not None
+        return rows | ({"early_stopping": self.stopping.values} if counts_evaluations else {})
 
     def _sides(self) -> tuple[list[int], list[int]]:
         """Steps of the checkpoints that are good, and of those that are suspect."""
@@ -359,34 +377,3 @@ def _weights(arrays: Mapping[str, Any]) -> dict[str, Any]:
 def _largest(arrays: Mapping[str, np.ndarray]) -> float:
     sizes = (max(float(x.max()), -float(x.min())) for x in arrays.values() if x.size)
     return max(sizes, default=0.0)
-
-
-class Interrupt:
-    """Context in which the first SIGTERM or SIGINT, and any SIGHUP, only sets `requested`.
-
-    A second SIGTERM or SIGINT interrupts at once; of SIGHUP a lost terminal may send several. One
-    that was ignored, as under nohup, stays so. Outside the main thread, where Python allows no
-    handlers, nothing is changed.
-    """
-
-    requested = False
-    _asked = False
-
-    def __enter__(self) -> "Interrupt":
-        main = threading.current_thread() is threading.main_thread()
-        numbers = [signal.SIGTERM, signal.SIGINT] if main else []
-        if main and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-            numbers.append(signal.SIGHUP)
-        self._previous = {number: signal.signal(number, self._handle) for number in numbers}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if number != signal.SIGHUP:
-            if self._asked:
-                raise KeyboardInterrupt
-            self._asked = True
-        self.requested = True

@@ -18,8 +18,9 @@ from jdecouple._files import local_folder
 from jdecouple.inference import pictures
 from jdecouple.train import cli as train_cli
 from jdecouple.train import config as configuration
-from jdecouple.train import devices, report
+from jdecouple.train import devices, hosts, report
 from jdecouple.train.config import ConfigError, chosen, one_line
+from jdecouple.train.initial import begin
 from jdecouple.train.metrics import Progress
 from jdecouple.train.run import Run, build
 from jdecouple.trainer import Trainer
@@ -161,7 +162,7 @@ def curves_of(run: Run, rates: np.ndarray) -> dict[str, Curve]:
     passes = max(config.accumulate, trainer.method.route.accumulate)
     batches = data.train_batches(run.dataset.train, config.batch_size, seed=config.seed)
     progress = Progress(len(rates), 0, passes * config.batch_size)
-    state = trainer.init()
+    state = begin(run, trainer, hosts.SingleProcess())
     rows: list[dict[str, float]] = []
     try:
         for _ in range(trainer.latency):  # no batch has reached the loss yet

@@ -1,6 +1,5 @@
 """Whether a run can fit into memory: what must lie there, counted before it is made."""
 
-import os
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,6 +9,7 @@ import optax
 from flax import nnx
 from ml_collections import ConfigDict
 
+from jdecouple._errors import gigabytes, machine_bytes
 from jdecouple.data import Dataset
 from jdecouple.methods import Method
 from jdecouple.methods.routes import Carry, accumulating
@@ -28,12 +28,12 @@ _SMALL = 1e-4  # share of the memory, for one layer, below which nothing is coun
 
 def check_data(config: ConfigDict) -> None:
     """Raises ConfigError where the images in memory and one batch are more than the host has."""
-    have = _host_bytes()
+    have = machine_bytes()
     for key, value, size in _data_bytes(config):
         if size > have:
             raise ConfigError(
-                f"config.data.{key} is {value}: the data need {_shown(size)} in memory, but this "
-                f"machine has {_shown(have)}"
+                f"config.data.{key} is {value}: the data need {gigabytes(size)} in memory, but "
+                f"this machine has {gigabytes(have)}"
             )
 
 
@@ -100,8 +100,8 @@ def check_state(
     given = " and ".join(f"config.{key} is {config[key].to_dict()}" for key in ("model", "method"))
     raise ConfigError(
         f"{given}: with inputs of {list(carry['x'].shape)} and {dataset.num_classes} classes "
-        f"weights need {_shown(weights)} and the optimizer's state {_shown(states)}, but {where} "
-        f"has {_shown(have)}"
+        f"weights need {gigabytes(weights)} and the optimizer's state {gigabytes(states)}, but "
+        f"{where} has {gigabytes(have)}"
     )
 
 
@@ -134,17 +134,9 @@ def _bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _host_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def _device_bytes() -> tuple[int, str, int]:
     """Memory of a device, what to call it, and how many there are; on CPUs of a machine."""
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     if limit is None:
-        return _host_bytes(), "this machine", jax.process_count()
+        return machine_bytes(), "this machine", jax.process_count()
     return limit, "each device", len(jax.devices())
-
-
-def _shown(size: int) -> str:
-    return f"{size / 1e9:,.1f} GB"

@@ -15,6 +15,7 @@ import tqdm
 from absl import logging
 
 from jdecouple._files import naming, replace
+from jdecouple.train import notebook
 
 FILE_NAME = "metrics.jsonl"
 SPLITS = ("train", "validation", "test")
@@ -148,6 +149,8 @@ def read_metrics(workdir: str | os.PathLike[str]) -> list[Line]:
 class Progress:
     """Progress on stderr: a bar on a terminal, else one plain line for each `update` with values.
 
+    In a notebook it is a bar, too, below the cell.
+
     Throughput and time left count from the first `update`, so that compilation is left out.
     Nothing is printed unless `enabled`, as on the first process; it begins at step `initial`.
     """
@@ -159,8 +162,9 @@ class Progress:
         self._first: tuple[int, float] | None = None
         self._shown: list[str] = []
         self._bar: Any = None
-        if enabled and sys.stderr and sys.stderr.isatty():
-            self._bar = tqdm.tqdm(
+        in_notebook = notebook.is_active()
+        if enabled and (in_notebook or (sys.stderr and sys.stderr.isatty())):
+            self._bar = (notebook.bar_type() if in_notebook else tqdm.tqdm)(
                 total=total_steps,
                 initial=initial,
                 miniters=1,
@@ -188,7 +192,7 @@ class Progress:
     def print(self, line: str) -> None:
         """Prints `line` on stdout, above the bar where there is one."""
         if self._bar is not None:
-            tqdm.tqdm.write(line, file=sys.stdout)
+            self._bar.write(line, file=sys.stdout)
         elif self._enabled:
             print(line, flush=True)
 

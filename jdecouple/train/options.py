@@ -4,6 +4,7 @@ import contextlib
 import functools
 import inspect
 import re
+import textwrap
 import types
 import typing
 from typing import Any
@@ -74,7 +75,8 @@ def described_arguments(documentation: str | None) -> dict[str, str]:
     text = inspect.cleandoc(documentation or "")
     items = re.findall(r"^- `(\w+)`: (.*(?:\n  .*)*)", text, re.M)
     for part in re.findall(r"^(?:Args|Attributes):((?:\n(?: .*)?)+)", text, re.M):
-        items += re.findall(r"^ {4}(\w+)(?: \([^)]*\))?: (.*(?:\n {5,}.*)*)", part, re.M)
+        part = textwrap.dedent(part)
+        items += re.findall(r"^(\w+)(?: \([^)]*\))?: (.*(?:\n +.*)*)", part, re.M)
     return {name: re.sub(r"[;.]?$", ".", " ".join(said.split()), count=1) for name, said in items}
 
 

@@ -4,7 +4,7 @@ import functools
 import operator
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -35,7 +35,7 @@ def typed(
     last = {match[1]: match[2] for match in map(override, arguments) if match}
     unset = {key for key, value in last.items() if value == "None"}
     done = {key for key in unset if _take_back(config, key)}
-    complete = configuration.filled(renamed(config, names), all_options=True)
+    complete = configuration.filled(renamed(config, names, last), all_options=True)
     for key in last.keys() - done:
         kind = configuration.value_type(complete, key)
         if key in unset and kind is not ConfigDict and _value(complete, key) is None:
@@ -56,11 +56,14 @@ def override(argument: str) -> re.Match[str] | None:
     return re.match(_KEY, argument)
 
 
-def renamed(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """A copy of a configuration under other names, without what these do not take.
+def renamed(
+    config: Mapping[str, Any], names: Mapping[str, str], anew: Collection[str] = ()
+) -> dict[str, Any]:
+    """A copy of a configuration under other names, without what belongs to its own names.
 
-    What is left out belongs to the method, model, optimizer or schedule that the configuration
-    itself names; a line on stderr tells of it. What belongs to neither stays, to be refused.
+    That is what its method, model, optimizer or schedule takes and the other one does not, or has
+    another default for, as that is another key of the same name: a line on stderr tells of it,
+    but for keys that are set `anew`. What belongs to neither stays, to be refused.
     """
     changed, told, defaults = {**config}, [], configuration.default()
     for key, new in names.items():
@@ -69,24 +72,26 @@ def renamed(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, An
         if not is_section(given):  # refused where it is read
             continue
         old, new = given.get(last, default[last]), default[last] if new == "None" else new
-        foreign = _taken(key, old, set()) - _taken(key, new, {*given})
+        before, now = _taken(key, old) or {}, _taken(key, new)
+        foreign = {k for k, kind in before.items() if now is not None and now.get(k) != kind}
         foreign &= {k for k, value in given.items() if value not in (None, default.get(k))}
-        if foreign:
-            lost = ", ".join(f"config.{section}.{k}" for k in sorted(foreign))
-            told.append(f"config.{key} is {new!r}, not {old!r}: left out {lost}")
+        lost = [f"config.{section}.{k}" for k in sorted(foreign) if f"{section}.{k}" not in anew]
+        if lost:
+            told.append(f"config.{key} is {new!r}, not {old!r}: left out {', '.join(lost)}")
         changed[section] = {k: v for k, v in given.items() if k not in foreign} | {last: new}
     if told:
         print(f"note: {'; '.join(told)}", file=sys.stderr)
     return changed
 
 
-def _taken(key: str, name: Any, unknown: set[str]) -> set[str]:
-    """Keys that what a name chooses takes; those given as `unknown` where there is none of it."""
+def _taken(key: str, name: Any) -> dict[str, str] | None:
+    """Keys that what a name chooses takes, with type and default; None where there is none."""
     try:
-        known = SCHEDULE_KEYS.get(name, unknown) if key == _SCHEDULE else None
-        return {*(options(key.partition(".")[0], name) if known is None else known)}
-    except (ValueError, TypeError):
-        return unknown
+        if key == _SCHEDULE:
+            return dict.fromkeys(SCHEDULE_KEYS[name], "")
+        return {k: repr(kind) for k, kind in options(key.partition(".")[0], name).items()}
+    except (LookupError, ValueError, TypeError):
+        return None
 
 
 def with_value(config: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:

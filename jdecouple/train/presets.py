@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import os
 import runpy
 import sys
 from collections.abc import Iterator, Mapping
@@ -37,7 +38,7 @@ def summaries() -> Iterator[tuple[str, str]]:
         yield name, first_line(ast.get_docstring(ast.parse(text)) or name)
 
 
-def load(config: str, overrides: Mapping[str, Any] = {}) -> ConfigDict:
+def load(config: str | os.PathLike[str], overrides: Mapping[str, Any] = {}) -> ConfigDict:
     """The complete configuration of a preset or a file.
 
     >>> config = load("quickstart", {"method.name": "bp", "epochs": 2})
@@ -48,8 +49,7 @@ def load(config: str, overrides: Mapping[str, Any] = {}) -> ConfigDict:
         config: "NAME" or "NAME:ARGUMENT" of a preset, such as "vision:cifar10,vgg8,deinforeg"; or a
             path, which has a separator or ends in .py, also with an argument.
         overrides: other values by key. Where they choose another method, model, optimizer or
-            learning-rate schedule, what it does not take of the file's settings is left out, and
-            stderr tells of it.
+            learning-rate schedule, what the file sets for its own is left out, and stderr tells.
 
     Raises:
         ConfigError: there is no such preset or file, it cannot be run, or a name, a key or a type
@@ -60,7 +60,7 @@ def load(config: str, overrides: Mapping[str, Any] = {}) -> ConfigDict:
     from jdecouple.train import overrides as changes
 
     chosen = {key: overrides[key] for key in changes.NAMES if key in overrides}
-    changed = changes.renamed(read(config), chosen)
+    changed = changes.renamed(read(os.fspath(config)), chosen, overrides)
     for key, value in overrides.items():
         changed = changes.with_value(changed, key, value)
     return configuration.filled(changed)

@@ -18,6 +18,8 @@ from jdecouple.inference.description import Description
 from jdecouple.train import config as configuration
 from jdecouple.train import hosts, report
 from jdecouple.train.config import ConfigError, chosen
+from jdecouple.train.early_stopping import EarlyStopping
+from jdecouple.train.initial import begin
 from jdecouple.train.metrics import MetricsWriter
 from jdecouple.train.options import options
 from jdecouple.train.rules import DTYPES
@@ -41,7 +43,7 @@ def restore(
     step, extra = position or (0, None)
     trainer = run.at(step).trainer
     if position is None:
-        return trainer.init(), None
+        return begin(run, trainer, processes), None
     names = list(trainer.to_arrays(trainer.abstract(addressable=True)))
     arrays = hosts.scatter(processes, names, restored.arrays if restored else {})
     return trainer.from_arrays(step, arrays), extra
@@ -55,7 +57,7 @@ def _read(run: Run, checkpoints: Checkpointer) -> Restored | None:
         configuration.check_identity(own, identities[-1])
     last = max((step for step in extras if extras[step].get("identity") == own), default=0)
     changed = _changed(run, extras.get(last, {}).get("settings"))
-    _check_ended(run, last, changed)
+    _check_ended(run, last, extras.get(last, {}), changed)
 
     def template(step: int) -> dict[str, Any]:
         trainer = run.at(step).trainer
@@ -86,12 +88,25 @@ def _listed(changed: Iterable[tuple[str, Any, Any]]) -> str:
     return ", ".join(f"config.{key} = {old} (now {new})" for key, old, new in changed)
 
 
-def _check_ended(run: Run, step: int, changed: Sequence[tuple[str, Any, Any]]) -> None:
+def _is_ended(run: Run, step: int, start: Mapping[str, Any]) -> bool:
+    """Whether nothing is left to train behind the checkpoint of a step, which says `start`."""
+    return step == run.total_steps or stopping(run, start).reason is not None
+
+
+def stopping(run: Run, start: Mapping[str, Any] | None) -> EarlyStopping:
+    """The early stopping of a run, with what a checkpoint says of it; None for a new run."""
+    return EarlyStopping(run.config.early_stopping, (start or {}).get("early_stopping"))
+
+
+def _check_ended(
+    run: Run, step: int, start: Mapping[str, Any], changed: Sequence[tuple[str, Any, Any]]
+) -> None:
     """Raises ConfigError where other keys have trained all that there is to train."""
-    if changed and step == run.total_steps:
+    if changed and _is_ended(run, step, start):
+        more = "steps" if step == run.total_steps else "early_stopping.patience"
         raise ConfigError(
             f"the workdir holds step {step}, where this configuration ends, trained with "
-            f"{_listed(changed)}: choose another workdir, the same values, or more config.steps"
+            f"{_listed(changed)}: choose another workdir, the same values, or more config.{more}"
         )
 
 
@@ -166,8 +181,8 @@ def record(folder: Path, run: Run, step: int, start: Mapping[str, Any] | None) -
             reason = error.strerror if isinstance(error, OSError) else first_line(error)
             logging.warning("%s (%s) is written anew: its history is lost", path, reason)
         changed = _changed(run, start.get("settings") or written.get("settings"))
-        _check_ended(run, step, changed)
-        if written and step == run.total_steps:
+        _check_ended(run, step, start, changed)
+        if written and _is_ended(run, step, start):
             return
         for key, old, new in changed:
             print(f"config.{key} is {new} from step {step} on, {old} before")
@@ -186,7 +201,7 @@ def open_metrics(
         return MetricsWriter(folder, resume_step=None)
     rows, evaluated = start.get("rows", 0), not start.get("evaluate")
     writer = MetricsWriter(folder, resume_step=step, evaluated=evaluated, rows=rows)
-    if writer.lost and step < run.total_steps:  # else the closing table tells
+    if writer.lost and not _is_ended(run, step, start):  # else the closing table tells
         logging.warning(
             "metrics.jsonl has lost %d of the %d lines until step %d: the best steps will not be "
             "known at the end",

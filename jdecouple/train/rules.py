@@ -32,7 +32,8 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("dtype", lambda value: value in DTYPES, f"allowed are {', '.join(DTYPES)}"),
     ("seed", lambda n: 0 <= n < 2**32, f"a whole number from 0 to {2**32 - 1} is needed"),
     (
-        "epochs steps eval_every log_every profile checkpoint.every checkpoint.keep accumulate",
+        "epochs steps eval_every log_every profile checkpoint.every checkpoint.keep "
+        "accumulate early_stopping.patience",
         lambda n: 0 < n <= MOST,
         f"a whole number from 1 to {MOST} is needed",
     ),
@@ -48,7 +49,7 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     (
         # The noise is refused by the data, too, but only when a sweep over it has come there.
-        "optimizer.warmup_start data.label_noise",
+        "optimizer.warmup_start data.label_noise early_stopping.min_delta",
         lambda x: 0 <= x <= 1,
         "a finite number of at least 0 and at most 1 is needed",
     ),
@@ -101,6 +102,9 @@ def clashes(config: ConfigDict, defaults: ConfigDict) -> Iterator[str]:
         yield "profile shows the calls of stages: config.engine 'spmd' has none, 'mpmd' has"
     if profile and config.chunk > 1:
         yield "profile shows single batches: leave config.chunk at 1"
+    if config.early_stopping.min_delta and config.early_stopping.patience is None:
+        reason = "config.early_stopping.patience is None: set it, too"
+        yield f"early_stopping.min_delta is set, but {reason}"
     yield from _growth(config)
     if not buckets:
         return
@@ -129,6 +133,8 @@ def _growth(config: ConfigDict) -> Iterator[str]:
         if len(values) != len(section.blocks) or values[0] != 0:
             wanted = f"as many numbers as config.growth.blocks, {section.blocks}, the first 0"
             yield f"growth.{key} is {values}: {wanted}, are needed"
+    if config.init_from is not None:
+        yield "init_from holds all blocks of a network: leave config.growth.blocks at None"
     if config.profile:
         yield "profile shows one and the same net: leave config.growth.blocks at None"
 

@@ -77,6 +77,7 @@ def build(config: ConfigDict | Mapping) -> Run:
     with one_line(config):
         steps_per_epoch = data.steps_per_epoch(dataset.train, config.batch_size)
         example = dataset.train.gather(np.arange(config.batch_size))
+    _check_validation(config, dataset)
     total_steps = config.steps or config.epochs * steps_per_epoch
     accumulate = max(config.accumulate, method.route.accumulate)  # not both, says the trainer
     _check_length(config, total_steps, accumulate)
@@ -146,6 +147,15 @@ def build(config: ConfigDict | Mapping) -> Run:
         all_phases,
         proposal,
     )
+
+
+def _check_validation(config: ConfigDict, dataset: data.Dataset) -> None:
+    """Raises ConfigError for early stopping without examples to judge it by."""
+    if config.early_stopping.patience is not None and not len(dataset.validation):
+        raise ConfigError(
+            f"config.early_stopping.patience is {config.early_stopping.patience}: data set "
+            f"{dataset.name!r} has no validation split to judge it by; set config.data.validation"
+        )
 
 
 def _check_parts(config: ConfigDict, trainer: Trainer) -> None:

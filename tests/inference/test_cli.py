@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 import runs
@@ -15,6 +16,7 @@ import text_sets
 from PIL import Image
 
 import jdecouple as jd
+from jdecouple.pipeline.predict import Predictor
 from jdecouple.train import cli as train_cli
 from jdecouple.train import programs
 from jdecouple.train.commands import main
@@ -159,6 +161,12 @@ class TestPredict:
             ("argument --exit: invalid", workdir, pictures, "--exit=first"),
             ("exits.json' is not there", workdir, pictures, "--exit=calibrated"),
             ("batch_size is 0", workdir, pictures, "--batch_size=0"),
+            (
+                f"batch_size is {10**20}: its inputs need",
+                workdir,
+                pictures,
+                f"--batch_size={10**20}",
+            ),
             ("unrecognized arguments: --colour=1", workdir, pictures, "--colour=1"),
             ("is no regular file", workdir, pictures, "--output", tmp_path),
             ("one column of paths is needed", workdir, two, "--column=a,b"),
@@ -176,6 +184,28 @@ class TestPredict:
         stdin = io.TextIOWrapper(io.BytesIO("café".encode("latin1")), encoding="utf-8")
         monkeypatch.setattr(sys, "stdin", stdin)
         refused(capsys, "stdin is no text in UTF-8", "predict", texts)
+
+    def test_more_than_the_memory(self, workdir, pictures, capsys, monkeypatch):
+        """What XLA and NumPy say of it is one line; another error of theirs stays what it is."""
+        full = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+        other = jax.errors.JaxRuntimeError("INTERNAL: what nobody foresaw")
+        for error in (full, MemoryError("Unable to allocate 9 GiB")):
+            monkeypatch.setattr(Predictor, "predict", fails(error))
+            for command in (("predict", workdir, pictures), ("evaluate", workdir)):
+                told = refused(capsys, "batch_size is 7: ", *command, "--batch_size=7")
+                assert told.endswith(f"not enough memory for so many inputs at once ({error})")
+        monkeypatch.setattr(Predictor, "predict", fails(other))
+        with pytest.raises(jax.errors.JaxRuntimeError, match="nobody foresaw"):
+            main(["jdecouple", "predict", str(workdir), str(pictures)])
+
+
+def fails(error):
+    """A method that raises."""
+
+    def method(*_, **options):
+        raise error
+
+    return method
 
 
 class TestCommands:

@@ -13,6 +13,7 @@ import optax
 import pytest
 import runs
 import text_sets
+from absl import logging
 
 import jdecouple as jd
 from jdecouple.checkpoint import Checkpointer
@@ -213,6 +214,14 @@ def test_texts_without_data(tmp_path):
     assert found.class_names == ("0", "1")
 
 
+def damage(workdir, step):
+    """Spoils the arrays of a checkpoint, not what it says of them."""
+    state = workdir / "checkpoints" / str(step) / "state"
+    for path in state.rglob("*"):
+        if path.is_file() and "d" in path.relative_to(state).parts:
+            path.write_bytes(bytes(path.stat().st_size))
+
+
 class TestSteps:
     def test_steps(self, tmp_path):
         workdir = runs.copy(trained("early_exit"), tmp_path)
@@ -235,6 +244,27 @@ class TestSteps:
             shutil.rmtree(workdir / "checkpoints" / str(step))
         with pytest.raises(ValueError, match="no usable checkpoint"):
             jd.load(workdir)
+
+    def test_another_in_place_of_damaged_arrays(self, tmp_path, monkeypatch):
+        told = []
+        monkeypatch.setattr(logging, "warning", lambda text, *args: told.append(text % args))
+        workdir = runs.copy(trained("early_exit"), tmp_path)
+        checkpoints = Checkpointer(workdir / "checkpoints", read_only=True)
+        best = checkpoints.best_step
+        damage(workdir, best)
+        others = [step for step in checkpoints.steps() if step != best]
+        with pytest.raises(ValueError, match=rf"checkpoint {best} in .* cannot be used: "):
+            jd.load(workdir, best)
+        assert (found := jd.load(workdir).step) in others
+        assert told == [f"checkpoint {best} is damaged: {found} is taken instead"]
+        told.clear()
+        damage(workdir, others[-1])
+        damage(workdir, others[0])
+        for step in ("best", "last"):
+            with pytest.raises(ValueError, match=r"no usable checkpoint in .*: \d+: ") as error:
+                jd.load(workdir, step)
+            assert "\n" not in str(error.value)
+        assert not told
 
     def test_no_run(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="there is no run in"):

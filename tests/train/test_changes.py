@@ -47,7 +47,8 @@ class TestSettings:
         optimizer = {key for key in default().optimizer if key != "name"}
         optimizer |= {"momentum", "nesterov", "weight_decay"}
         assert counted.keys() == {f"optimizer.{key}" for key in optimizer} | {
-            *("steps", "eval_every", "microbatches", "dtype", "clip_norm", "accumulate", "ema")
+            *("steps", "eval_every", "microbatches", "dtype", "clip_norm", "accumulate", "ema"),
+            *("early_stopping.patience", "early_stopping.min_delta"),
         }
         assert counted["steps"] == 7
 

@@ -2,18 +2,47 @@
 
 import itertools
 import re
+import subprocess
+import sys
 import tomllib
 
 import pytest
 import runs
 
 import jdecouple as jd
-from jdecouple import __main__ as entry
 from jdecouple.data.loaders import options as data_options
-from jdecouple.train import cli, commands, listing
+from jdecouple.train import cli, commands, listing, programs
 from jdecouple.train.config import ConfigError, default, filled, validate
 from jdecouple.train.keys import KEYS
 from jdecouple.train.options import OWNERS, meanings, options
+
+
+@pytest.fixture(autouse=True)
+def _in_this_process(monkeypatch):
+    """Logging stays pytest's, and no folder of the user is used."""
+    monkeypatch.setattr(cli, "log_in_short", lambda: None)
+    monkeypatch.setattr(programs, "keep", lambda: None)
+
+
+# Of a Ctrl-C a library that is being imported may make something else.
+IMPORT = """
+import signal
+try:
+  signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+  raise ImportError
+"""
+
+
+def python(*arguments, cwd):
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env=runs.environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def run(capsys, *arguments):
@@ -62,20 +91,26 @@ class TestCommands:
             (["train", "--config=quikstart", "--workdir=w"], "; did you mean 'quickstart'?"),
         ],
     )
-    def test_refused(self, capsys, monkeypatch, arguments, said):
-        monkeypatch.setattr(cli, "log_in_short", lambda: None)
-        monkeypatch.setattr("jdecouple.train.programs.keep", lambda: None)
+    def test_refused(self, capsys, arguments, said):
         assert said in refused(capsys, *arguments)
 
-    def test_ctrl_c_while_python_imports(self, capsys, monkeypatch):
-        def interrupted(_):
-            raise KeyboardInterrupt
+    def test_what_needs_no_jax_imports_none(self, tmp_path):
+        script = "import sys, jdecouple; from jdecouple.train.commands import main\n"
+        script += (
+            "for argv in (['--version'], ['list', 'presets'], ['--help']): main(['', *argv])\n"
+        )
+        script += "assert not {'jax', 'flax', 'orbax', 'numpy'} & {*sys.modules}, [*sys.modules]"
+        done = python("-c", script, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "\nquickstart  DeInfoReg" in done.stdout
 
-        monkeypatch.setattr("pkgutil.resolve_name", interrupted)
-        with pytest.raises(SystemExit) as stopped:
-            entry.main()
-        assert stopped.value.code == 130
-        assert capsys.readouterr().err == "error: interrupted before anything new could be saved\n"
+    @pytest.mark.parametrize("module", [IMPORT, "def main():\n  raise KeyboardInterrupt"])
+    def test_ctrl_c(self, tmp_path, module):
+        (tmp_path / "slow.py").write_text(module)
+        script = "from jdecouple.__main__ import main; main('slow:main')"
+        done = python("-c", script, cwd=tmp_path)
+        assert done.returncode == 130
+        assert done.stderr == "error: interrupted before anything new could be saved\n"
 
 
 class TestMeant:
@@ -128,6 +163,7 @@ class TestKeys:
     def test_every_key_has_a_meaning(self):
         for key in listing.entries():
             assert re.fullmatch(r"[^a-z\n].{10,}\.", key.meaning), key
+            assert "docstring" not in key.meaning
             assert key.kind is not object
 
     def test_the_options_of_data_say_what_they_are_in_one_place(self):
@@ -165,6 +201,17 @@ class TestKeys:
                 f"Decay of the accumulated {kind}, in [0, 1).\n  float, by default {default_value}"
             )
             assert f"{said}\n  taken by: optimizer {name}" in text
+
+    def test_an_optimizer_of_optax(self, capsys):
+        argv = ["--config.optimizer.name=optax:lion", "--help", "optimizer.b2"]
+        with pytest.raises(SystemExit):
+            cli.main(["jdecouple train", *argv])
+        text = capsys.readouterr().out
+        assert "taken by: optimizer adam, adamw, nadam" in text
+        assert re.search(
+            r"\n  [A-Z].*\.\n  float, by default 0.99\n  taken by: .* optax:lion\n", text
+        )
+        assert "docstring" not in text
 
     def test_what_many_take(self):
         text = listing.described("data.image_size")

@@ -125,6 +125,18 @@ class TestResults:
         assert_same_run(tmp_path / "two", alone(tmp_path / "one", 2, **values, **SHORT))
 
     @pytest.mark.slow
+    def test_two_processes_begin_with_other_weights_and_stop_early(self, tmp_path):
+        """By a rate that moves nothing: the second evaluation is no better than the first."""
+        values = {**DEINFOREG, "init_from": f"{whole(**DEINFOREG, **SHORT)}@9"}
+        values |= {"early_stopping__patience": 1, "optimizer__learning_rate": 1e-30}
+        first = train(tmp_path / "two", 2, **values)
+        assert "; taken: block 0-1, classifier 0-1, projector 0-1; fresh: " in first.stdout
+        assert f"ended at step 18 of {TOTAL} by early stopping" in first.stdout
+        assert_same_run(tmp_path / "two", alone(tmp_path / "one", 2, **values))
+        again = train(tmp_path / "two", 2, **values)
+        assert f"ended at step 18 of {TOTAL} by early stopping" in again.stdout
+
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "values", [{**FDG, "num_stages": 4}, {}, BP], ids=["fdg", "deinforeg", "bp"]
     )

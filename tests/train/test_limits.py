@@ -68,7 +68,7 @@ def test_any_number_builds_or_is_refused_in_one_line(method):
 
 @pytest.fixture
 def little_memory(monkeypatch):
-    monkeypatch.setattr(memory, "_host_bytes", lambda: 10**8)
+    monkeypatch.setattr(memory, "machine_bytes", lambda: 10**8)
 
 
 @pytest.mark.parametrize(

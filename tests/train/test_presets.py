@@ -89,14 +89,15 @@ def test_refused(here, given, said):
 
 class TestOverrides:
     def test_keys_of_another_method_are_left_out(self, capsys):
-        config = presets.load("quickstart", {"method.name": "scpl", "batch_size": 8})
-        assert config.method.to_dict() == {"name": "scpl", "projector": "256-256-128"}
+        for name in ("bp", "scpl"):  # scpl calls something else so
+            config = presets.load("quickstart", {"method.name": name, "batch_size": 8})
+            assert (config.method.to_dict(), config.batch_size) == ({"name": name}, 8)
+            told = f"config.method.name is {name!r}, not 'deinforeg': left out"
+            assert capsys.readouterr().err == f"note: {told} config.method.projector\n"
+        overrides = {"method.projector": "linear", "method.name": "scpl"}
+        config = presets.load(CONFIGS / "quickstart.py", overrides)
+        assert config.method.to_dict() == {"name": "scpl", "projector": "linear"}
         assert capsys.readouterr().err == ""
-        config = presets.load("quickstart", {"method.name": "bp"})
-        assert config.method.to_dict() == {"name": "bp"}
-        assert capsys.readouterr().err == (
-            "note: config.method.name is 'bp', not 'deinforeg': left out config.method.projector\n"
-        )
 
     @pytest.mark.parametrize(
         ("overrides", "said"),
@@ -130,6 +131,8 @@ class TestOtherNames:
             ("quickstart", ["method.name bp", "model.name=mlp"], "config.model.blocks"),
             ("quickstart", ["method.name=bp", "method.projector=None"], ""),
             ("quickstart", ["method.name=deinforeg"], ""),
+            ("quickstart", ["method.name=scpl"], "config.method.projector"),
+            ("quickstart", ["method.name=scpl", "method.projector=linear"], ""),
             ("quickstart", ["optimizer.name=sgd", "optimizer.momentum=0.5"], ""),
             (SGD, ["optimizer.name=adam"], "config.optimizer.momentum"),
             (SGD, ["optimizer.schedule=constant"], "config.optimizer.decay_epochs"),
@@ -143,9 +146,14 @@ class TestOtherNames:
         assert told.count("\n") == bool(lost)
         assert lost in told
 
-    def test_what_both_take_stays(self):
-        config = parse(SGD, "optimizer.name=lars")
-        assert (config.optimizer.momentum, config.optimizer.weight_decay) == (0.9, 5e-4)
+    def test_what_both_take_stays(self, capsys):
+        """Under the same default, else it is another key of the same name."""
+        config = parse("delayed:digits,mlp,fdg", "optimizer.name=adam", "method.name=adl")
+        assert config.optimizer.weight_decay == 5e-4
+        config = parse("vision:digits,vgg8,scpl", "model.name=resnet18", "method.name=infopro")
+        assert config.model.to_dict() == {"name": "resnet18", "init": "torch"}
+        assert config.method.to_dict() == {"name": "infopro", "init": "torch"}
+        assert "left out config.model.layout\n" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
         ("argv", "said"),
