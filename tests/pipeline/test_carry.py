@@ -84,21 +84,25 @@ def assert_equal(found: tuple, wanted: tuple) -> None:
         assert one == pytest.approx(other, rel=1e-6)
 
 
-@NAMES
 @pytest.mark.parametrize(
-    ("stages", "remat"),
+    ("name", "stages", "remat"),
     [
-        (2, "none"),
-        (4, "stages"),
-        pytest.param(2, "blocks", marks=pytest.mark.slow),
-        pytest.param(4, "elementwise", marks=pytest.mark.slow),
+        ("local", 2, "none"),
+        ("synchronous", 2, "none"),
+        ("synchronous", 4, "stages"),
+        pytest.param("local", 4, "stages", marks=pytest.mark.slow),
+        *(
+            pytest.param(name, stages, remat, marks=pytest.mark.slow)
+            for name in METHODS
+            for stages, remat in ((2, "blocks"), (4, "elementwise"))
+        ),
     ],
 )
 def test_stages_apart_equal_one_stage(name, stages, remat):
     assert_equal(trained(name, stages, remat=remat), trained(name))
 
 
-@NAMES
+@pytest.mark.parametrize("name", nets.marked(METHODS, ("synchronous",)))
 def test_stages_with_replicas_and_microbatches(name):
     assert_equal(trained(name, 2, 2, microbatches=2), trained(name, microbatches=2))
 
@@ -111,7 +115,7 @@ def test_one_program_for_all_stages(name):
     assert_equal(found, trained(name))
 
 
-@pytest.mark.parametrize("stages", [1, 2])
+@pytest.mark.parametrize("stages", nets.marked((1, 2), (2,)))
 def test_chunks(stages):
     assert_equal(trained("local", stages, chunk=3), trained("local"))
 
