@@ -7,6 +7,7 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
+from pathlib import PurePath
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -114,8 +115,12 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, str]:
     for argument in rest:
         if argument.startswith("-") and not override(argument):
             raise ConfigError(f"unknown flag {argument}; {usage}{_flag_meant(given, argument)}")
-    if not given.help and not (given.config and given.workdir):
-        raise ConfigError(f"--config and --workdir are needed; {usage}")
+    workdir = given.workdir
+    if given.config and not workdir and not _is_script(program):
+        workdir = _own_folder(given.config)
+    if not given.help and not (given.config and workdir):
+        needed = "--config and --workdir are" if _is_script(program) else "--config is"
+        raise ConfigError(f"{needed} needed; {usage}")
     chosen = {key: given[f"config.{key}"].value for key in NAMES}
     names = {key: name for key, name in chosen.items() if name is not None}
     config, rest = typed(presets.read(given.config) if given.config else {}, names, rest)
@@ -126,15 +131,30 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, str]:
     config_flags.DEFINE_config_dict("config", config, flag_values=overrides, sys_argv=rest)
     if extra := _parsed(overrides, [program, *rest], config)[1:]:
         raise ConfigError(f"unknown argument {extra[0]!r}; {usage}")
-    return configuration.filled(overrides.config), given.workdir
+    return configuration.filled(overrides.config), workdir
+
+
+def _is_script(program: str) -> bool:
+    return program.endswith("train.py")
+
+
+def _own_folder(config: str) -> str:
+    """The workdir of a `--config` that comes without one.
+
+    >>> _own_folder("quickstart"), _own_folder("mine/vision.py:cifar10,vgg8,scpl")
+    ('runs/quickstart', 'runs/vision-cifar10-vgg8-scpl')
+    """
+    file, _, argument = config.partition(":")
+    name = f"{PurePath(file).stem}-{argument}".rstrip("-")
+    return "runs/" + re.sub(r"[^\w.]+", "-", name)
 
 
 def _usage(program: str) -> str:
-    if program.endswith("train.py"):
-        program = "python train.py"
+    workdir = "[--workdir FOLDER]"
+    if _is_script(program):
+        program, workdir = "python train.py", "--workdir FOLDER"
     return (
-        f"usage: {program} --config FILE[:ARGUMENT] --workdir FOLDER [--nocache] "
-        "[--config.KEY=VALUE ...]"
+        f"usage: {program} --config FILE[:ARGUMENT] {workdir} [--nocache] [--config.KEY=VALUE ...]"
     )
 
 

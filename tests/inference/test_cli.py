@@ -225,7 +225,7 @@ class TestCommands:
             assert "Raises" not in text
 
     def test_train_is_train_py(self, capsys):
-        refused(capsys, "--config and --workdir are needed", "train")
+        refused(capsys, "--config is needed", "train")
 
     def test_evaluate(self, workdir, tmp_path, capsys):
         output = run(capsys, "evaluate", workdir, "--output", tmp_path / "found")

@@ -86,13 +86,20 @@ class TestCommands:
             (["train", "--wrokdir=w"], "unknown flag --wrokdir=w; usage: jdecouple train --config"),
             (["train", "--wrokdir=w"], "; did you mean '--workdir'?"),
             (["train", "--batch_size=8"], "; did you mean '--config.batch_size'?"),
-            (["train"], "--config and --workdir are needed; usage: jdecouple train --config FILE"),
+            (["train"], "--config is needed; usage: jdecouple train --config FILE"),
             (["train", "--help", "momentun"], "; did you mean 'optimizer.momentum'?"),
             (["train", "--config=quikstart", "--workdir=w"], "; did you mean 'quickstart'?"),
         ],
     )
     def test_refused(self, capsys, arguments, said):
         assert said in refused(capsys, *arguments)
+
+    @pytest.mark.parametrize(
+        ("config", "workdir"),
+        [("quickstart", "quickstart"), ("vision:cifar10,vgg8,scpl", "vision-cifar10-vgg8-scpl")],
+    )
+    def test_a_workdir_of_its_own(self, config, workdir):
+        assert cli.parse(["jdecouple train", "--config", config])[1] == f"runs/{workdir}"
 
     def test_what_needs_no_jax_imports_none(self, tmp_path):
         script = "import sys, jdecouple; from jdecouple.train.commands import main\n"
