@@ -187,8 +187,9 @@ class Trainer:
 
         Returns:
             "block_{i}/params/...", "block_{i}/stats/...", "block_{i}/opt/...", with `ema`
-            "block_{i}/ema/params/..." and "block_{i}/ema/stats/..." to array, for the blocks of
-            this process; what a checkpoint holds.
+            "block_{i}/ema/params/..." and "block_{i}/ema/stats/...", in float16
+            "block_{i}/loss_scale/..." to array, for the blocks of this process; what a checkpoint
+            holds. Queues of delayed methods are "stage_{k}/...".
         """
         self._states.check(state, abstract=True)
         return states.to_arrays(self.stages, state)

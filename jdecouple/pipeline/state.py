@@ -29,9 +29,9 @@ class State:
 
     Attributes:
         step: batches dispatched so far.
-        stages: state of every stage ("params", "stats", "opt", with averages "ema", and with a
-            delayed method "queues"); None for the stages of other processes. With engine "spmd" the
-            arrays are stacked, and cut when a stage is asked for.
+        stages: state of every stage ("params", "stats", "opt", with averages "ema", in float16
+            "loss_scale", and with a delayed method "queues"); None for the stages of other
+            processes. With engine "spmd" the arrays are stacked, and cut when a stage is asked for.
         since: number of the first batch after the stages were last empty, as their states hold it.
     """
 
