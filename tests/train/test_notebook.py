@@ -6,8 +6,10 @@ import sys
 import types
 from pathlib import Path
 
+import nbformat
 import pytest
 import runs
+from nbclient import NotebookClient
 from runs import cheap, lines
 
 from jdecouple._errors import OneLine
@@ -140,15 +142,13 @@ CELLS = (
 
 @pytest.mark.slow
 def test_in_a_kernel(tmp_path, monkeypatch):
-    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
-    pytest.importorskip("ipykernel")
     for key, value in runs.environment().items():
         monkeypatch.setenv(key, value)
     places = {"folder": str(tmp_path / "run"), "tests": str(Path(__file__).parents[1])}
     places |= {"repository": str(runs.REPOSITORY)}
     cells = [nbformat.v4.new_code_cell(_dedented(cell).format(**places)) for cell in CELLS]
     book = nbformat.v4.new_notebook(cells=cells)
-    nbclient.NotebookClient(book, timeout=600, kernel_name="python3", allow_errors=True).execute()
+    NotebookClient(book, timeout=600, kernel_name="python3", allow_errors=True).execute()
     _, wrong, whole, stopped, rest = (cell.outputs for cell in book.cells)
     (error,) = wrong
     assert error.ename == "ConfigError"
