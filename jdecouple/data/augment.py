@@ -98,7 +98,7 @@ def names() -> tuple[str, ...]:
 
 def basic_view(key: jax.Array, image: jax.Array) -> jax.Array:
     """Random pad-and-crop and flip of one image [H, W, C]; float32 in 0..1."""
-    import dm_pix as pix  # it takes as long to import as a fifth of JAX
+    import dm_pix as pix  # only here, as most programs augment nothing
 
     height, width, channels = image.shape
     crop_key, flip_key = jax.random.split(key)

@@ -16,7 +16,7 @@ from jdecouple._errors import did_you_mean, first_line
 from jdecouple.checkpoint import CheckpointError
 from jdecouple.train import config as configuration
 from jdecouple.train import console, hosts, listing, loop, presets, programs
-from jdecouple.train.config import ConfigError
+from jdecouple.train.errors import ConfigError, one_line, shown
 from jdecouple.train.keys import KEYS
 from jdecouple.train.options import OWNERS
 from jdecouple.train.overrides import NAMES, override, typed
@@ -69,7 +69,7 @@ def command(argv: Sequence[str]) -> None:
 def _train_among(spec: hosts.ProcessSpec, config: ConfigDict, workdir: str) -> None:
     """Trains as one of several processes, and ends the others if this one fails."""
     _keep_stdout()
-    with configuration.one_line():
+    with one_line():
         configuration.validate(config)  # others need not wait for a process that cannot train
         processes = hosts.join(spec)
     try:
@@ -189,7 +189,7 @@ def parse_process_spec(argv: Sequence[str]) -> hosts.ProcessSpec | None:
         ConfigError: a part of a place without the rest, or a bad value, in one line.
     """
     given, *_ = _own_flags(argv)
-    with configuration.one_line():
+    with one_line():
         return hosts.detect_cluster(
             os.environ,
             coordinator=given.coordinator,
@@ -226,7 +226,7 @@ def _parsed(
             raise ConfigError(first_line(error)) from error
         kind = configuration.value_type(config, match[1])
         wanted = "a section with keys" if kind is ConfigDict else f"a value of type {kind.__name__}"
-        given = configuration.shown(match[2])
+        given = shown(match[2])
         raise ConfigError(f"config.{match[1]} is {given}: {wanted} is needed") from error
 
 

@@ -93,7 +93,8 @@ def _run(command: Command, arguments: Sequence[str]) -> None:
         return
     cli.log_in_short()
     try:
-        programs.keep()
+        if "--nocache" not in arguments:  # of find_lr; the others refuse it
+            programs.keep()
         with one_line():
             run(arguments)
     except BrokenPipeError:

@@ -12,8 +12,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from jdecouple._errors import choices, did_you_mean
-from jdecouple.train.errors import ConfigError, is_section, shown
-from jdecouple.train.errors import one_line as one_line  # where others look for it
+from jdecouple.train.errors import ConfigError, is_section, one_line, shown
 from jdecouple.train.keys import KEYS, nested
 from jdecouple.train.options import OWNERS, is_imported, options
 from jdecouple.train.rules import MOST, RULES, clashes

@@ -18,7 +18,7 @@ from jdecouple.inference.load import load
 from jdecouple.inference.rules import NAMES
 from jdecouple.inference.run import Run
 from jdecouple.train import config as configuration
-from jdecouple.train.config import ConfigError, one_line
+from jdecouple.train.errors import ConfigError, one_line
 from jdecouple.train.run import load_data
 
 _SPLITS = ("validation", "test", "train")

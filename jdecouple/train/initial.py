@@ -32,9 +32,8 @@ def begin(run: Run, trainer: Trainer, processes: hosts.MultiProcess) -> State:
         if processes.first:
             found, told = _taken(run, trainer)
             print(told, flush=True)
-        names = {*processes.broadcast([*found])}
-        own = [name for name in _weights(trainer, addressable=True) if name in names]
-        _set_weights(trainer, hosts.scatter(processes, own, found))
+        wanted = [*_weights(trainer, addressable=True)]
+        _set_weights(trainer, hosts.scatter(processes, wanted, found))
     return trainer.init()
 
 

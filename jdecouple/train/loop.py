@@ -20,8 +20,8 @@ from jdecouple.checkpoint import Checkpointer
 from jdecouple.pipeline.batch import PlacedBatch
 from jdecouple.train import config as configuration
 from jdecouple.train import devices, hosts, notebook, report
-from jdecouple.train.config import one_line
 from jdecouple.train.divergence import Range, fault, left_out
+from jdecouple.train.errors import one_line
 from jdecouple.train.interrupt import Interrupt
 from jdecouple.train.lock import only_run
 from jdecouple.train.metrics import Interval, MetricsWriter, Progress, clock, read_metrics
@@ -373,7 +373,7 @@ class Loop:
 
 
 def _weights(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in arrays.items() if "/params/" in name}
+    return {name: value for name, value in arrays.items() if name.split("/")[1] == "params"}
 
 
 def _largest(arrays: Mapping[str, np.ndarray]) -> float:

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import inspect
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,8 @@ from jdecouple.inference import pictures
 from jdecouple.train import cli as train_cli
 from jdecouple.train import config as configuration
 from jdecouple.train import devices, hosts, report
-from jdecouple.train.config import ConfigError, chosen, one_line
+from jdecouple.train.config import chosen
+from jdecouple.train.errors import ConfigError, one_line
 from jdecouple.train.initial import begin
 from jdecouple.train.metrics import Progress
 from jdecouple.train.run import Run, build
@@ -75,9 +77,9 @@ def main(argv: Sequence[str]) -> None:
     """
     parser = argparse.ArgumentParser(
         prog="jdecouple find_lr",
-        usage="%(prog)s --config FILE --workdir FOLDER [--low X] [--high X] [--steps N] "
-        "[--config.KEY=VALUE ...]",
-        description=main.__doc__,
+        usage="%(prog)s --config FILE [--workdir FOLDER] [--nocache] [--low X] [--high X] "
+        "[--steps N] [--config.KEY=VALUE ...]",
+        description=inspect.cleandoc(main.__doc__ or ""),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         exit_on_error=False,

@@ -19,7 +19,8 @@ from jdecouple.pipeline.build import abstract, model_input
 from jdecouple.pipeline.diagnostics import SufficientDirection
 from jdecouple.train import config as configuration
 from jdecouple.train import memory, phases
-from jdecouple.train.config import ConfigError, chosen, one_line
+from jdecouple.train.config import chosen
+from jdecouple.train.errors import ConfigError, one_line
 from jdecouple.train.hosts import MultiProcess
 from jdecouple.train.phases import Phase, TrainerOf
 from jdecouple.train.profile import WARM_UP_STEPS

@@ -18,7 +18,7 @@ from tfds_writer import png, write_image_set
 from jdecouple import data
 from jdecouple.checkpoint import Checkpointer
 from jdecouple.train import config as configuration
-from jdecouple.train.config import ConfigError, one_line
+from jdecouple.train.errors import ConfigError, one_line
 from jdecouple.train.run import build
 
 pytestmark = pytest.mark.slow

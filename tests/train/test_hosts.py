@@ -137,6 +137,16 @@ class TestResults:
         assert f"ended at step 18 of {TOTAL} by early stopping" in again.stdout
 
     @pytest.mark.slow
+    def test_two_processes_go_on_in_float16(self, tmp_path):
+        """With scales of losses that the checkpoint does not hold."""
+        for folder, run in (("two", functools.partial(train, count=2)), ("one", alone)):
+            options = {"devices": 1 if folder == "two" else 2, **DEINFOREG}
+            run(tmp_path / folder, **options, **SHORT)
+            run(tmp_path / folder, **options, dtype="float16")
+        assert_same_run(tmp_path / "two", tmp_path / "one")
+        assert "block_1/loss_scale/scale" in final_arrays(tmp_path / "two")[1]
+
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "values", [{**FDG, "num_stages": 4}, {}, BP], ids=["fdg", "deinforeg", "bp"]
     )

@@ -10,7 +10,7 @@ import runs
 from runs import REPOSITORY, cheap
 
 from jdecouple.train import cli as command_line
-from jdecouple.train import commands, lr_finder
+from jdecouple.train import commands, lr_finder, programs
 from jdecouple.train.config import ConfigError
 from jdecouple.train.lr_finder import Curve, find_lr
 
@@ -108,14 +108,17 @@ def test_bad_ranges(given, message, tmp_path):
     [
         ("--low=much", "argument --low: invalid float value: 'much'"),
         ("--config.batch_size=0", "batch_size is 0"),
-        ("--fast", "unknown flag --fast"),
+        ("--nocache --fast", "unknown flag --fast"),
     ],
 )
 def test_bad_command_lines(argument, message, tmp_path, capsys, monkeypatch):
+    kept = []
     monkeypatch.setattr(command_line, "log_in_short", lambda: None)
+    monkeypatch.setattr(programs, "keep", lambda: kept.append("in the folder of the user"))
     with pytest.raises(SystemExit) as caught:
-        commands.main(["jdecouple", "find_lr", *runs.arguments(tmp_path), argument])
+        commands.main(["jdecouple", "find_lr", *runs.arguments(tmp_path), *argument.split()])
     assert caught.value.code == 2
+    assert bool(kept) == ("--nocache" not in argument)
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert message in error

@@ -72,7 +72,8 @@ def scatter(
     if processes.count == 1:
         return dict(arrays)
     requests = processes.collect(list(wanted))
+    answers = [[name for name in names if name in arrays] for _, names, _ in requests]
     own = processes.distribute(
-        [Message("data", names, [arrays[name] for name in names]) for _, names, _ in requests]
+        [Message("data", names, [arrays[name] for name in names]) for names in answers]
     )
     return dict(zip(own.value, own.arrays, strict=True))
