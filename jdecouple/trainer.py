@@ -427,9 +427,12 @@ class Trainer:
         Raises:
             ValueError: the stages are fused (not with `fuse=False`), or in several processes.
         """
+        return self._measured(self._engine.measure, state, batch)
+
+    def _measured(self, run: Any, state: State, batch: Any) -> tuple[State, Any]:
         placed = self._intake.single(batch)
-        stages, seconds = self._engine.measure(self._states.take(state), placed, state.step)
-        return self._states.make(state.step + 1, stages, state.since), seconds
+        stages, found = run(self._states.take(state), placed, state.step)
+        return self._states.make(state.step + 1, stages, state.since), found
 
     def measured_costs(
         self, state: State, batches: Iterable[Batch | PlacedBatch], repeats: int = 10
