@@ -1,7 +1,7 @@
 """The Trainer: a model, a method, an optimiser and a mesh, joined."""
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -312,12 +312,10 @@ class Trainer:
             TypeError, ValueError: what `put` refuses; a state that training has used up, or that
                 does not fit this trainer.
         """
-        return self._once(self._engine.run, state, batch, state.since)
-
-    def _once(self, run: Callable, state: State, batch: Any, *more: int) -> tuple[State, Any]:
         placed = self._intake.single(batch)
-        stages, found = run(self._states.take(state), placed, state.step, *more)
-        return self._states.make(state.step + 1, stages, state.since), found
+        stages = self._states.take(state)
+        stages, metrics = self._engine.run(stages, placed, state.step, state.since)
+        return self._states.make(state.step + 1, stages, state.since), metrics
 
     def steps(
         self, state: State, batches: Sequence[Batch | PlacedBatch] | PlacedBatch
@@ -430,7 +428,12 @@ class Trainer:
         Raises:
             ValueError: the stages are fused (not with `fuse=False`), or in several processes.
         """
-        return self._once(self._engine.measure, state, batch)
+        return self._measured(self._engine.measure, state, batch)
+
+    def _measured(self, run: Any, state: State, batch: Any) -> tuple[State, Any]:
+        placed = self._intake.single(batch)
+        stages, found = run(self._states.take(state), placed, state.step)
+        return self._states.make(state.step + 1, stages, state.since), found
 
     def measured_costs(
         self, state: State, batches: Iterable[Batch | PlacedBatch], repeats: int = 10

@@ -8,7 +8,7 @@ import optax
 from jdecouple._errors import require_number
 from jdecouple.optim.schedules import LearningRate
 
-_MUON_RMS = 0.2  # root mean square of a step's entries before the learning rate, about as Adam's
+_MUON_RMS = 0.2  # root mean square of a step's entries, before the learning rate
 
 
 def _rate(learning_rate: LearningRate) -> LearningRate:
@@ -162,8 +162,9 @@ def muon(
     (convolutions, [height, width, in, out], as the matrix [height width in, out]). Those of
     classifiers are left to Adam, as its author advises for the last layer, and so are biases,
     norms, embeddings and recurrent layers. A matrix [m, n] moves by 0.2 sqrt(max(m, n)) times its
-    orthogonalised momentum, about as far as by Adam (arXiv 2502.16982): one learning rate, that of
-    AdamW, serves both.
+    orthogonalised momentum, whose entries then have a root mean square of 0.2, as those of AdamW's
+    steps have in large models (arXiv 2502.16982); in small ones AdamW's are longer, and Muon wants
+    a higher learning rate.
 
     Args:
         learning_rate: Number or schedule.

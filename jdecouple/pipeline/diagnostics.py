@@ -72,7 +72,7 @@ def measured_memory(trainer: Any, state: State, batch: Any) -> tuple[State, dict
     Raises:
         ValueError: some stages are in other processes.
     """
-    return trainer._once(trainer._engine.measure_memory, state, batch)
+    return trainer._measured(trainer._engine.measure_memory, state, batch)
 
 
 def _num_bytes(tree: Any) -> int:

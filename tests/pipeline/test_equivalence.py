@@ -21,6 +21,9 @@ STEPS = 20
 TOLERANCE = 1e-12
 METHODS = nets.METHODS
 FEW = pytest.mark.parametrize("name", nets.marked(jd.methods.names(), ("bp", "deinforeg", "fdg")))
+DROPPING = pytest.mark.parametrize(  # fr draws again where it replays
+    "name", nets.marked(jd.methods.names(), ("bp", "deinforeg", "fdg", "fr"))
+)
 LOCAL = [name for name in jd.methods.names() if nets.method(name).route.local]
 
 
@@ -112,7 +115,7 @@ def test_pipelined_equals_sequential(name, stages, data):
     assert_close(run(name, "augmented", stages, data), on_one_device(name, "augmented", stages))
 
 
-@METHODS
+@DROPPING
 @pytest.mark.parametrize(("stages", "data"), [(2, 1), pytest.param(2, 2, marks=pytest.mark.slow)])
 def test_dropout_does_not_tell_the_partition(name, stages, data):
     assert_close(run(name, "dropout", stages, data), on_one_device(name, "dropout", stages))
@@ -149,7 +152,7 @@ def test_more_stages_than_devices_fused(name):
     assert_close(run(name, "dropout", 2, devices=1), run(name, "dropout", 2))
 
 
-@METHODS
+@DROPPING
 def test_a_run_repeats_to_the_bit(name, x64):
     trainer, state, metrics = trained(name, "dropout", 2)
     _, batches, _ = setting("dropout")
