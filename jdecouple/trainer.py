@@ -186,10 +186,9 @@ class Trainer:
         """The state's own arrays by names that do not depend on the partition.
 
         Returns:
-            "block_{i}/params/...", "block_{i}/stats/...", "block_{i}/opt/...", with `ema`
-            "block_{i}/ema/params/..." and "block_{i}/ema/stats/...", in float16
-            "block_{i}/loss_scale/..." to array, for the blocks of this process; what a checkpoint
-            holds. Queues of delayed methods are "stage_{k}/...".
+            "block_{i}/params/...", "block_{i}/stats/...", "block_{i}/opt/...", with `ema` also
+            "block_{i}/ema/...", in float16 "block_{i}/loss_scale/...", of delayed methods
+            "stage_{k}/...", to array, for the stages of this process; what a checkpoint holds.
         """
         self._states.check(state, abstract=True)
         return states.to_arrays(self.stages, state)
