@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import inspect
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -41,10 +42,12 @@ class Curve:
     Attributes:
         rates: rising learning rates `[n]`.
         losses: loss behind a step of each rate `[n]`.
+        start: loss before the first step.
     """
 
     rates: np.ndarray
     losses: np.ndarray
+    start: float = math.inf
 
     @property
     def steepest(self) -> float:
@@ -61,6 +64,8 @@ class Curve:
         """Why these rates say nothing: the loss does not fall and then rise, as far as they go."""
         lowest = int(np.argmin(self.losses))
         steps = np.diff(self.losses[: lowest + 1])
+        if self.losses[lowest] >= self.start:  # as where the first step has spoilt all
+            return "does not fall"
         if -steps[steps < 0].sum() <= 2 * steps[steps > 0].sum():
             return "does not fall"
         return "falls to the end" if lowest == len(self.losses) - 1 else None
@@ -75,9 +80,9 @@ def main(argv: Sequence[str]) -> None:
     """
     parser = argparse.ArgumentParser(
         prog="jdecouple find_lr",
-        usage="%(prog)s --config FILE --workdir FOLDER [--low X] [--high X] [--steps N] "
+        usage="%(prog)s --config FILE [--workdir FOLDER] [--low X] [--high X] [--steps N] "
         "[--config.KEY=VALUE ...]",
-        description=main.__doc__,
+        description=inspect.getdoc(main),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         exit_on_error=False,
@@ -182,7 +187,7 @@ def curves_of(run: Run, rates: np.ndarray) -> dict[str, Curve]:
     finally:
         progress.close()
         batches.close()
-    rows = rows[1:]  # the loss behind a step is that of the next
+    start, *rows = rows  # the loss behind a step is that of the next
     while rows and not all(map(math.isfinite, rows[-1].values())):
         rows.pop()
     if len(rows) < _RECENT:
@@ -192,7 +197,7 @@ def curves_of(run: Run, rates: np.ndarray) -> dict[str, Curve]:
         names = names[:1]
     return {
         name.removesuffix("/loss").replace("_", " "): Curve(
-            rates[: len(rows)], _smoothed([row[name] for row in rows], len(rates))
+            rates[: len(rows)], _smoothed([row[name] for row in rows], len(rates)), start[name]
         )
         for name in names
     }
