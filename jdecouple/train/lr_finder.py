@@ -33,6 +33,7 @@ _FAR = 3.0  # sizes of the lowest such mean, above which it does
 _WIDTH = 0.03  # of the Gaussian that smooths, as a share of the range
 _SAFETY = 10.0  # how far below the rate of the lowest loss, which is too high, to go
 _SHOWN_EVERY = 20
+_OWN = "[--low X] [--high X] [--steps N] "  # flags
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +81,7 @@ def main(argv: Sequence[str]) -> None:
     """
     parser = argparse.ArgumentParser(
         prog="jdecouple find_lr",
-        usage="%(prog)s --config FILE [--workdir FOLDER] [--low X] [--high X] [--steps N] "
-        "[--config.KEY=VALUE ...]",
+        usage=f"%(prog)s --config FILE [--workdir FOLDER] {_OWN}[--config.KEY=VALUE ...]",
         description=inspect.getdoc(main),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -95,7 +95,7 @@ def main(argv: Sequence[str]) -> None:
     except argparse.ArgumentError as error:
         raise ConfigError(first_line(error)) from error
     arguments = [parser.prog, *rest]
-    config, workdir = train_cli.parse(arguments)
+    config, workdir = train_cli.parse(arguments, _OWN)
     if train_cli.parse_process_spec(arguments):
         raise ConfigError("find_lr needs one process, and not several of one run")
     find_lr(config, workdir, low=given.low, high=given.high, steps=given.steps)

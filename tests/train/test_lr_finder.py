@@ -119,6 +119,8 @@ def test_bad_ranges(given, message, tmp_path):
         ("--low=much", "argument --low: invalid float value: 'much'"),
         ("--config.batch_size=0", "batch_size is 0"),
         ("--fast", "unknown flag --fast"),
+        ("--step=20", "[--low X] [--high X] [--steps N] [--nocache] "),
+        ("--step=20", "; did you mean '--steps'?"),
     ],
 )
 def test_bad_command_lines(argument, message, tmp_path, capsys, monkeypatch):
