@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import nets
 import numpy as np
@@ -82,6 +83,11 @@ BAD_ARGUMENTS = {
         ValueError,
         {"optimizer": optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.1), opaque_mode=True)},
         ("gradients and weights alone", "grad_fn"),
+    ),
+    "optimizer whose updates have other shapes": (
+        ValueError,
+        {"optimizer": optax.stateless(lambda updates, _: jax.tree.map(jnp.sum, updates))},
+        ("optimizer", "shapes [()]", "shapes [(2, 3)]"),
     ),
     "mesh of another type": (TypeError, {"mesh": 4}, ("mesh", "int", "make_mesh")),
     "no stages": (ValueError, {"num_stages": 0}, ("num_stages is 0", "at least 1")),

@@ -250,22 +250,29 @@ def flops(function: Callable, *shapes: Any) -> float:
 
 
 def _check_update(optimizer: optax.GradientTransformation, units: Sequence[Unit]) -> None:
-    """Raises ValueError for an optimizer whose update needs more than gradients and weights."""
+    """Raises ValueError for an optimizer that needs more than gradients and weights, or misfits."""
 
     def update(params: Any) -> Any:
-        return optimizer.update(params, optimizer.init(params), params)
+        return optimizer.update(params, optimizer.init(params), params)[0]
 
+    params: Any = {"weights": jax.ShapeDtypeStruct((2, 3), jnp.float32)}
     try:
-        jax.eval_shape(update, {})  # quick: there is next to nothing to trace
-    except Exception:  # of any kind; it may be the lack of weights
-        params = next(filter(None, (unit.initial()[0] for unit in units)), {})
+        updates = jax.eval_shape(update, params)  # quick: there is next to nothing to trace
+    except Exception:  # of any kind; it may be the lack of weights of other names
+        params = abstract(next(filter(None, (unit.initial()[0] for unit in units)), {}))
         try:
-            jax.eval_shape(update, abstract(params))
+            updates = jax.eval_shape(update, params)
         except Exception as error:
             raise ValueError(
                 "optimizer cannot step by gradients and weights alone, which is all that a block "
                 f"has for it: {first_line(error)}"
             ) from error
+    moved, weights = (list(map(jnp.shape, jax.tree.leaves(tree))) for tree in (updates, params))
+    if moved != weights:  # else they would be broadcast
+        raise ValueError(
+            f"optimizer makes updates of shapes {moved} for weights of shapes {weights}: the same "
+            "ones are needed"
+        )
 
 
 def _remats(remat: Any, method: Method, num_stages: int, num_microbatches: int) -> list[str]:

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import PurePath
 
 from absl import flags, logging
@@ -103,18 +103,21 @@ def _of_the_machine(error: BaseException | None) -> bool:
     return _of_the_machine(error.__cause__)
 
 
-def parse(argv: Sequence[str]) -> tuple[ConfigDict, str]:
+def parse(argv: Sequence[str], own: str = "") -> tuple[ConfigDict, str]:
     """The complete configuration of a command line, its values not yet checked, and the workdir.
+
+    The usage tells of the command's `own` flags, too, such as "[--low X] ", which are not in it.
 
     Raises:
         ConfigError: bad flags or a bad file, in one line.
         SystemExit: with code 0 after `--help`.
     """
     given, program, rest = _own_flags(argv)
-    usage = _usage(program)
+    usage = _usage(program, own)
     for argument in rest:
         if argument.startswith("-") and not override(argument):
-            raise ConfigError(f"unknown flag {argument}; {usage}{_flag_meant(given, argument)}")
+            known = [*given, *re.findall(r"--(\w+)", own)]
+            raise ConfigError(f"unknown flag {argument}; {usage}{_flag_meant(known, argument)}")
     workdir = given.workdir
     if given.config and not workdir and not _is_script(program):
         workdir = _own_folder(given.config)
@@ -149,19 +152,18 @@ def _own_folder(config: str) -> str:
     return "runs/" + re.sub(r"[^\w.]+", "-", name)
 
 
-def _usage(program: str) -> str:
+def _usage(program: str, own: str) -> str:
     workdir = "[--workdir FOLDER]"
     if _is_script(program):
         program, workdir = "python train.py", "--workdir FOLDER"
-    return (
-        f"usage: {program} --config FILE[:ARGUMENT] {workdir} [--nocache] [--config.KEY=VALUE ...]"
-    )
+    own += "[--nocache] [--config.KEY=VALUE ...]"
+    return f"usage: {program} --config FILE[:ARGUMENT] {workdir} {own}"
 
 
-def _flag_meant(given: flags.FlagValues, argument: str) -> str:
+def _flag_meant(known: Iterable[str], argument: str) -> str:
     """Which flag was probably meant by one that is unknown, or which key."""
     name, keys = argument.partition("=")[0], [f"config.{key.name}" for key in KEYS]
-    return did_you_mean(name, (f"--{flag}" for flag in [*keys, *given]))
+    return did_you_mean(name, (f"--{flag}" for flag in [*keys, *known]))
 
 
 def _help(config: ConfigDict, usage: str, keys: Sequence[str]) -> None:

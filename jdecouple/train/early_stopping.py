@@ -41,8 +41,13 @@ class EarlyStopping:
         """Why the run has trained enough; None where it has not."""
         if self._patience is None or self.values["count"] < self._patience:
             return None
+        count, best = self.values["count"], self.values["best"]
+        none = (
+            f"none of the last {count} evaluations is"
+            if count > 1
+            else "the last evaluation is not"
+        )
         least = f", by more than {self._least:g}" if self._least else ""
         return (
-            f"none of the last {self.values['count']} evaluations is above the validation accuracy "
-            f"of step {self.values['step']}, {self.values['best']:.2%}{least}"
+            f"{none} above the validation accuracy of step {self.values['step']}, {best:.2%}{least}"
         )

@@ -34,6 +34,7 @@ _FAR = 3.0  # sizes of the lowest such mean, above which it does
 _WIDTH = 0.03  # of the Gaussian that smooths, as a share of the range
 _SAFETY = 10.0  # how far below the rate of the lowest loss, which is too high, to go
 _SHOWN_EVERY = 20
+_OWN = "[--low X] [--high X] [--steps N] "  # flags
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +44,12 @@ class Curve:
     Attributes:
         rates: rising learning rates `[n]`.
         losses: loss behind a step of each rate `[n]`.
+        start: loss before the first step.
     """
 
     rates: np.ndarray
     losses: np.ndarray
+    start: float = math.inf
 
     @property
     def steepest(self) -> float:
@@ -63,6 +66,8 @@ class Curve:
         """Why these rates say nothing: the loss does not fall and then rise, as far as they go."""
         lowest = int(np.argmin(self.losses))
         steps = np.diff(self.losses[: lowest + 1])
+        if self.losses[lowest] >= self.start:  # as where the first step has spoilt all
+            return "does not fall"
         if -steps[steps < 0].sum() <= 2 * steps[steps > 0].sum():
             return "does not fall"
         return "falls to the end" if lowest == len(self.losses) - 1 else None
@@ -77,9 +82,9 @@ def main(argv: Sequence[str]) -> None:
     """
     parser = argparse.ArgumentParser(
         prog="jdecouple find_lr",
-        usage="%(prog)s --config FILE [--workdir FOLDER] [--nocache] [--low X] [--high X] "
-        "[--steps N] [--config.KEY=VALUE ...]",
-        description=inspect.cleandoc(main.__doc__ or ""),
+        usage="%(prog)s --config FILE [--workdir FOLDER] "
+        f"{_OWN}[--nocache] [--config.KEY=VALUE ...]",
+        description=inspect.getdoc(main),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         exit_on_error=False,
@@ -92,7 +97,7 @@ def main(argv: Sequence[str]) -> None:
     except argparse.ArgumentError as error:
         raise ConfigError(first_line(error)) from error
     arguments = [parser.prog, *rest]
-    config, workdir = train_cli.parse(arguments)
+    config, workdir = train_cli.parse(arguments, _OWN)
     if train_cli.parse_process_spec(arguments):
         raise ConfigError("find_lr needs one process, and not several of one run")
     find_lr(config, workdir, low=given.low, high=given.high, steps=given.steps)
@@ -184,7 +189,7 @@ def curves_of(run: Run, rates: np.ndarray) -> dict[str, Curve]:
     finally:
         progress.close()
         batches.close()
-    rows = rows[1:]  # the loss behind a step is that of the next
+    start, *rows = rows  # the loss behind a step is that of the next
     while rows and not all(map(math.isfinite, rows[-1].values())):
         rows.pop()
     if len(rows) < _RECENT:
@@ -194,7 +199,7 @@ def curves_of(run: Run, rates: np.ndarray) -> dict[str, Curve]:
         names = names[:1]
     return {
         name.removesuffix("/loss").replace("_", " "): Curve(
-            rates[: len(rows)], _smoothed([row[name] for row in rows], len(rates))
+            rates[: len(rows)], _smoothed([row[name] for row in rows], len(rates)), start[name]
         )
         for name in names
     }

@@ -178,7 +178,7 @@ def _check_length(config: ConfigDict, total_steps: int, accumulate: int) -> None
             f"{total_steps}"
         )
     if accumulate > total_steps:
-        key = "accumulate" if config.accumulate > 1 else "method.accumulate"
+        key = "accumulate" if config.accumulate == accumulate else "method.accumulate"
         raise ConfigError(
             f"config.{key} is {accumulate}: the run has {total_steps} step(s), so that "
             "its optimizer would not step once"

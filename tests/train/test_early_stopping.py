@@ -4,10 +4,12 @@ import signal
 
 import pytest
 import runs
+from ml_collections import ConfigDict
 from runs import cheap, tiny
 
 from jdecouple.checkpoint import Checkpointer
 from jdecouple.train.config import ConfigError, validate
+from jdecouple.train.early_stopping import EarlyStopping
 from jdecouple.train.loop import build, train_and_evaluate
 from jdecouple.trainer import Trainer
 
@@ -17,6 +19,14 @@ VALUES |= {"early_stopping__patience": 3}
 ACCURACY = {2: 0.3, 4: 0.5, 6: 0.5, 8: 0.6, 10: 0.1, 12: 0.6, 14: 0.2, 16: 0.9}
 ENDS, BEST = 14, 8
 REASON = "none of the last 3 evaluations is above the validation accuracy of step 8, 60.00%"
+
+
+def test_the_reason_of_a_patience_of_one_evaluation():
+    stopping = EarlyStopping(ConfigDict({"patience": 1, "min_delta": 0.1}))
+    for step, accuracy in ((2, 0.5), (4, 0.55)):
+        stopping.add(step, accuracy)
+    wanted = "the last evaluation is not above the validation accuracy of step 2, 50.00%, by more"
+    assert stopping.reason == f"{wanted} than 0.1"
 
 
 def claimed(self, state, batches):

@@ -173,6 +173,10 @@ def test_keys_of_another_learning_rate(given, said):
             {"method": {"name": "adl", "accumulate": 7}, "steps": 6},
             "config.method.accumulate is 7: the run has 6 step(s), so that its optimizer would not",
         ),
+        (
+            {"method": {"name": "adl", "accumulate": 7}, "accumulate": 2, "steps": 6},
+            "config.method.accumulate is 7: the run has 6 step(s), so that its optimizer would not",
+        ),
         ({"method": {"name": "adl", "accumulate": 6}, "steps": 6}, ""),
         ({"method": {"name": "dgl", "head_pool": 1}}, "there are no maps in model 'mlp'"),
         (

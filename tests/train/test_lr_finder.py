@@ -41,6 +41,13 @@ def test_a_loss_that_tells_nothing_suggests_nothing(losses, problem, tmp_path, c
     assert f"suggested: nothing, the loss {problem}; try" in capsys.readouterr().out
 
 
+def test_a_loss_that_the_first_step_has_spoilt_suggests_nothing():
+    """It comes down again, but never to where it began."""
+    losses = 10 + np.abs(np.log10(RATES) + 2)
+    assert Curve(RATES, losses, start=12.0).problem is None
+    assert Curve(RATES, losses, start=2.3).problem == "does not fall"
+
+
 def test_a_range_ends_where_it_diverges():
     assert not lr_finder._diverges([])
     assert lr_finder._diverges([1.0, float("nan")])
@@ -64,6 +71,9 @@ def test_it_trains_and_touches_nothing_but_its_picture(tmp_path, capsys):
     for curve in curves.values():
         assert curve.losses.shape == (count,)
         assert np.isfinite(curve.losses).all()
+    starts = [curve.start for curve in curves.values()]
+    assert starts[0] == pytest.approx(sum(starts[1:]))
+    assert min(curves["loss"].losses) < starts[0]
     assert (tmp_path / "lr_finder.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert (tmp_path / "checkpoints" / "kept").read_text() == "as it was"
     assert (tmp_path / "metrics.jsonl").read_text() == "as it was"
@@ -108,7 +118,9 @@ def test_bad_ranges(given, message, tmp_path):
     [
         ("--low=much", "argument --low: invalid float value: 'much'"),
         ("--config.batch_size=0", "batch_size is 0"),
-        ("--nocache --fast", "unknown flag --fast"),
+        ("--fast", "unknown flag --fast"),
+        ("--step=20", "[--low X] [--high X] [--steps N] [--nocache] "),
+        ("--step=20", "; did you mean '--steps'?"),
     ],
 )
 def test_bad_command_lines(argument, message, tmp_path, capsys, monkeypatch):
