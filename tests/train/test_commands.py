@@ -114,7 +114,9 @@ class TestCommands:
     @pytest.mark.parametrize("module", [IMPORT, "def main():\n  raise KeyboardInterrupt"])
     def test_ctrl_c(self, tmp_path, module):
         (tmp_path / "slow.py").write_text(module)
-        script = "from jdecouple.__main__ import main; main('slow:main')"
+        # Background jobs of a shell ignore the signal, as their children do.
+        script = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        script += "from jdecouple.__main__ import main; main('slow:main')"
         done = python("-c", script, cwd=tmp_path)
         assert done.returncode == 130
         assert done.stderr == "error: interrupted before anything new could be saved\n"
