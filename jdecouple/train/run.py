@@ -3,8 +3,9 @@
 import dataclasses
 import functools
 import inspect
+import itertools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -81,8 +82,9 @@ def build(config: ConfigDict | Mapping) -> Run:
     _check_validation(config, dataset)
     total_steps = config.steps or config.epochs * steps_per_epoch
     accumulate = max(config.accumulate, method.route.accumulate)  # not both, says the trainer
-    _check_length(config, total_steps, accumulate)
+    _check_length(config, total_steps)
     starts = phases.starts(config, steps_per_epoch)
+    _check_accumulate(config, [*starts, total_steps], accumulate)
     with one_line(config.optimizer, "config.optimizer"):
         optimizers = [
             _optimizer(config, steps, steps_per_epoch, accumulate)
@@ -170,24 +172,30 @@ def _check_parts(config: ConfigDict, trainer: Trainer) -> None:
         )
 
 
-def _check_length(config: ConfigDict, total_steps: int, accumulate: int) -> None:
+def _check_length(config: ConfigDict, total_steps: int) -> None:
     """Raises ConfigError for a run that is too long to count, or for what it is too short for."""
     if total_steps > MOST:
         raise ConfigError(
             f"config.epochs is {config.epochs}: at most {MOST} steps are allowed, these are "
             f"{total_steps}"
         )
-    if accumulate > total_steps:
-        key = "accumulate" if config.accumulate == accumulate else "method.accumulate"
-        raise ConfigError(
-            f"config.{key} is {accumulate}: the run has {total_steps} step(s), so that "
-            "its optimizer would not step once"
-        )
     needed = WARM_UP_STEPS + (config.profile or 0)
     if config.profile and needed > total_steps:
         raise ConfigError(
             f"config.profile is {config.profile}: it needs {needed} steps, as the first "
             f"{WARM_UP_STEPS} are not traced, but the run has {total_steps}"
+        )
+
+
+def _check_accumulate(config: ConfigDict, ends: Sequence[int], accumulate: int) -> None:
+    """Raises ConfigError for more batches to an optimizer's step than are trained between ends."""
+    lengths = [later - now for now, later in itertools.pairwise(ends) if later > now]
+    if accumulate > (steps := min(lengths)):
+        key = "accumulate" if config.accumulate == accumulate else "method.accumulate"
+        part = "the run has" if len(lengths) == 1 else "growth leaves a net"
+        raise ConfigError(
+            f"config.{key} is {accumulate}: {part} {steps} step(s), so that its optimizer would "
+            "not step once"
         )
 
 

@@ -123,6 +123,10 @@ def test_options_of_an_imported_optimizer(module):
         ({"accumulate": 0}, "config.accumulate is 0: a whole number from 1 to"),
         ({"accumulate": 7, **SHORT}, "config.accumulate is 7: the run has 6 step(s), so that its"),
         (
+            {"accumulate": 4, "growth__blocks": (1, 2), "growth__steps": (0, 3), **SHORT},
+            "config.accumulate is 4: growth leaves a net 3 step(s), so that its optimizer would",
+        ),
+        (
             {"accumulate": 2, **runs.delayed("adl")},
             "config.accumulate is 2, and method adl accumulates 4 backward passes of its own",
         ),
