@@ -375,10 +375,10 @@ def test_step_time_of_a_bad_configuration(benchmark, monkeypatch, capsys, tmp_pa
 def test_memory(tmp_path):
     output = tmp_path / "memory.json"
     flags = ["--nets=resnet20", "--width=0.25", "--batch=16", "--modules=4", "--repeats=1"]
-    rows = ["bp", "greedy_exit"]
+    rows = ["bp,elementwise", "greedy_exit,elementwise"]
     done = bench("memory.py", *flags, "--limit=16", f"--output={output}", "--rows", *rows)
     assert done.returncode == 0, done.stderr
     results = {(x["row"], x["modules"]): x for x in json.loads(output.read_text())["results"]}
-    whole, local = results["bp", ""], results["greedy_exit", 4]
+    whole, local = results["bp,elementwise", ""], results["greedy_exit,elementwise", 4]
     assert local["temporaries"] < whole["temporaries"]
     assert local["largest_batch"] > whole["largest_batch"] >= 64
