@@ -86,11 +86,10 @@ def adam(
     Raises:
         ValueError: A number is out of range.
     """
-    require_number(weight_decay=weight_decay, eps=eps)
-    require_number(below=1, b1=b1, b2=b2)
-    if weight_decay == 0:  # not AdamW, whose state has another layout in checkpoints
-        return optax.adam(_rate(learning_rate), b1=b1, b2=b2, eps=eps)
-    return optax.adamw(_rate(learning_rate), b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+    decayed = adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+    if weight_decay:
+        return decayed
+    return optax.adam(learning_rate, b1=b1, b2=b2, eps=eps)  # whose state has another layout
 
 
 def adamw(
