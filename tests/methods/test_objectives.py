@@ -217,7 +217,8 @@ def test_contrastive_stays_finite_at_a_tiny_temperature():
     value_and_gradient(loss, z, jnp.array([0, 0, 1, 1]))
 
 
-def test_contrastive_counts_the_example_itself_in_the_divisor(x64):
+@pytest.mark.parametrize("count_self", [True, False])
+def test_contrastive_counts_the_example_itself_in_the_divisor_or_not(count_self, x64):
     z = np.random.default_rng(1).normal(size=(5, 4))
     labels = np.array([0, 0, 0, 1, 2])
     unit = z / np.linalg.norm(z, axis=1, keepdims=True)
@@ -227,9 +228,12 @@ def test_contrastive_counts_the_example_itself_in_the_divisor(x64):
         others = [j for j in range(5) if j != i]
         denominator = np.log(np.sum(np.exp(similarity[i, others])))
         same = [j for j in others if labels[j] == labels[i]]
-        total -= sum(similarity[i, j] - denominator for j in same) / (len(same) + 1)
-    value = objectives.supervised_contrastive(jnp.asarray(z), jnp.asarray(labels), 0.5)
+        total -= sum(similarity[i, j] - denominator for j in same) / max(len(same) + count_self, 1)
+    arguments = jnp.asarray(z), jnp.asarray(labels), 0.5
+    value = objectives.supervised_contrastive(*arguments, count_self=count_self)
     assert float(value) == pytest.approx(total / 5, rel=1e-12)
+    if count_self:
+        assert float(value) == float(objectives.supervised_contrastive(*arguments))
 
 
 def test_cross_entropy_is_the_mean_negative_log_likelihood(x64):
