@@ -187,6 +187,15 @@ def test_a_constant_row_has_the_authors_value(x64):
     np.testing.assert_allclose(np.diag(similarity)[[0, 2, 3]], 1, rtol=1e-7)
 
 
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_maps_of_three_channels_and_fewer_are_compared_in_all_numbers(channels):
+    z = jax.random.normal(jax.random.key(0), (4, 3, 3, channels))
+    flat = objectives.similarity_matrix(z.reshape(4, -1))
+    deviations = objectives.similarity_matrix(z.std((1, 2), ddof=1))
+    expected = flat if channels < 4 else deviations
+    np.testing.assert_allclose(objectives.similarity_matrix(z), expected, atol=1e-6)
+
+
 def test_a_flat_feature_map_has_a_finite_gradient():
     z = jax.random.normal(jax.random.key(0), (4, 3, 3, 5)).at[1].set(0.0).at[2, ..., 0].set(1.0)
     value_and_gradient(matching, z, jnp.array([0, 1, 1, 2]))
