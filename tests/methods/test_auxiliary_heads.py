@@ -274,7 +274,8 @@ def test_the_decoder_reads_at_most_so_many_numbers(shape, most, pooled):
 
 def test_the_decoder_averages_and_the_classifier_reads_detached_features():
     classifier = layers.perceptron(108, (CLASSES,), rngs=nnx.Rngs(7))
-    objective = PredictionSimilarity(1.0, 0.0, dim_in_decoder=12)
+    assert PredictionSimilarity().classifier == 1
+    objective = PredictionSimilarity(1.0, 0.0, dim_in_decoder=12, classifier=0.25)
     first = objective.head(site(), nnx.Rngs(0))
     last = objective.head(site(index=3, classifier=classifier), nnx.Rngs(0))
     for head in (first, last):
@@ -289,7 +290,7 @@ def test_the_decoder_averages_and_the_classifier_reads_detached_features():
     np.testing.assert_allclose(in_features, found[1], rtol=1e-5, atol=1e-7)
     expected = cross_entropy(classifier(MAPS), LABELS)
     assert float(output.metrics["classifier"]) == pytest.approx(float(expected), rel=1e-5)
-    assert float(output.loss) == pytest.approx(float(found[0].loss + expected), rel=1e-5)
+    assert float(output.loss) == pytest.approx(float(found[0].loss + expected / 4), rel=1e-5)
     np.testing.assert_allclose(output.logits, classifier(MAPS), rtol=1e-5, atol=1e-6)
     assert in_params["classifier"]["layers"][1]["kernel"][...].any()
 
@@ -385,6 +386,7 @@ def test_the_papers_projector_of_vgg8_has_134_million_weights_and_a_pooled_one_f
             lambda: PredictionSimilarity(statistic="std"),
             "statistic is 'std': allowed are deviation, features",
         ),
+        (lambda: PredictionSimilarity(classifier=0), "classifier is 0: a finite number above 0"),
         (
             lambda: PredictionSimilarity(dim_in_decoder=0),
             "dim_in_decoder is 0: a whole number of at least 1",
