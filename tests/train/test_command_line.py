@@ -188,7 +188,7 @@ def test_bad_value_of_a_delayed_run(refused, workdir, values, said):
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"split": "bogus"}, "the model has no split 'bogus': allowed are fdg, fr"),
+        ({"split": "bogus"}, "the model has no split 'bogus': allowed are infopro, dgl, fr, fdg"),
         ({"num_stages": 4}, "split 'fdg' has no cut into 4 stages: allowed are 2, 3"),
         ({"num_stages": 1}, "split 'fdg' has no cut into 1 stages: allowed are 2, 3"),
         ({"boundaries": "(0,5)"}, "config.split and config.boundaries are both set"),
