@@ -130,3 +130,14 @@ def test_he_init():
     assert linear.kernel[...].std() == pytest.approx(np.sqrt(2 / 64), rel=0.05)
     assert not linear.bias[...].any()
     assert np.abs(linear.kernel[...]).max() > 2.5 * np.sqrt(2 / 64)  # normal, not cut off
+
+
+def test_he_out_init_is_that_of_torch_but_for_the_weights_of_convolutions():
+    conv = layers.conv(8, 32, init="he_out", use_bias=True, rngs=nnx.Rngs(0))
+    assert conv.kernel[...].std() == pytest.approx(np.sqrt(2 / (9 * 32)), rel=0.05)
+    assert np.abs(conv.kernel[...]).max() > 2.5 * np.sqrt(2 / (9 * 32))
+    torch = layers.conv(8, 32, init="torch", use_bias=True, rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(conv.bias[...], torch.bias[...])
+    dense = [layers.linear(64, 20, init=init, rngs=nnx.Rngs(0)) for init in ("he_out", "torch")]
+    for name in ("kernel", "bias"):
+        np.testing.assert_array_equal(*(getattr(layer, name)[...] for layer in dense))
