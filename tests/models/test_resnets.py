@@ -335,6 +335,7 @@ def test_bad_splits_get_one_clear_line(num_stages, starts):
         ("resnet", {"channels": 0}, "channels is 0: a whole number of at least 1"),
         ("resnet", {"init": "xavier"}, "init is 'xavier': allowed are flax, torch, he"),
         ("resnet18", {"image_size": 7}, "3 halvings need at least 8"),
+        ("resnet18", {"variant": "fdg"}, "variant is 'fdg': allowed are deinforeg, scpl"),
         ("resnet50", {"width": -1.0}, "width is -1.0: a finite number above 0"),
         ("wide_resnet", {"depth": 20}, r"depth is 20: 6n\+4"),
         ("wide_resnet", {"depth": 4}, r"depth is 4: 6n\+4"),
