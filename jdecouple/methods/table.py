@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from jdecouple._errors import choices
+from jdecouple._errors import choices, require_one_of
 from jdecouple.methods.objectives import (
     AssociatedLearning,
     AuxiliaryNet,
@@ -18,6 +18,7 @@ from jdecouple.methods.objectives import (
     SupervisedContrastive,
 )
 from jdecouple.methods.routes import Delayed, Local, Route, Synchronous
+from jdecouple.models import layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Method:
         name: what the table calls it.
         objective: what each block minimises.
         route: how error reaches a block.
-        init: initial weights of the heads, "flax" or "torch".
+        init: initial weights of the heads, see `jdecouple.models.layers`.
     """
 
     name: str
@@ -37,8 +38,7 @@ class Method:
     init: str = "flax"
 
     def __post_init__(self) -> None:
-        if self.init not in ("flax", "torch"):
-            raise ValueError(f"init is {self.init!r}: {choices(self.init, ('flax', 'torch'))}")
+        require_one_of(layers.INITS, init=self.init)
 
 
 class MethodSpec(NamedTuple):
@@ -185,7 +185,7 @@ def get(name: str, *, init: str = "flax", **arguments: Any) -> Method:
 
     Args:
         name: one of `names()`.
-        init: initial weights of the heads, "flax" or "torch".
+        init: initial weights of the heads, see `jdecouple.models.layers`.
         **arguments: arguments of its objective and its route, see `arguments(name)`.
 
     Raises:

@@ -11,7 +11,7 @@ by name, and these, which their docstrings leave out:
 - `cut`: local modules, consecutive units with one head, which become the blocks: "units", each by
   itself; a published number of modules; a published split such as "infopro:4"; or the indices of
   units at which they begin, see `jdecouple.models.cuts`;
-- `init`: "flax", "torch" or "he", see `jdecouple.models.layers`;
+- `init`: "flax", "torch", "he" or "he_out", see `jdecouple.models.layers`;
 - `param_dtype`: dtype of the parameters;
 - `rngs`: source of initial weights, and of dropout's keys.
 

@@ -7,7 +7,9 @@
   settings assume;
 - "he": weights normal of variance 2/fan, zero biases. The fan is the outgoing one
   (`size * size * out_features`) of convolutions and the incoming one of dense layers, as in the
-  code of Features Replay (arXiv 1807.04511).
+  code of Features Replay (arXiv 1807.04511) and DDG (1804.10574);
+- "he_out": as "torch", but for the weights of convolutions, which are those of "he", as in the
+  code of InfoPro (arXiv 2101.10832), and in DGL's for its comparison with DDG (1901.08164).
 
 `param_dtype` is the dtype of the parameters, and `rngs` the source of initial weights and of
 dropout's keys. No layer fixes its compute dtype: it follows from the input and the parameters.
@@ -27,7 +29,7 @@ from jdecouple.models import rows
 from jdecouple.models.convolution import convolve
 from jdecouple.models.kept import keep, keep_small
 
-INITS = ("flax", "torch", "he")
+INITS = ("flax", "torch", "he", "he_out")
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": nnx.gelu,
     "relu": nnx.relu,
@@ -42,13 +44,16 @@ def uniform(fan_in: int) -> Callable[..., jax.Array]:
     return functools.partial(jax.random.uniform, minval=-bound, maxval=bound)
 
 
-def _initializers(init: str, fan_in: int, he_fan: int) -> dict[str, Any]:
+def _initializers(init: str, fan_in: int, fan_out: int | None = None) -> dict[str, Any]:
+    """Initializers of a dense layer, or of a convolution, which gives its `fan_out`."""
     require_one_of(INITS, init=init)
     if init == "flax":
         return {}
+    normal = {"kernel_init": nnx.initializers.normal(math.sqrt(2.0 / (fan_out or fan_in)))}
     if init == "he":
-        return {"kernel_init": nnx.initializers.normal(math.sqrt(2.0 / he_fan))}
-    return {"kernel_init": uniform(fan_in), "bias_init": uniform(fan_in)}
+        return normal
+    torch = {"kernel_init": uniform(fan_in), "bias_init": uniform(fan_in)}
+    return torch | normal if init == "he_out" and fan_out else torch
 
 
 class Linear(nnx.Linear):
@@ -93,7 +98,7 @@ def linear(
         use_bias=use_bias,
         param_dtype=param_dtype,
         rngs=rngs,
-        **_initializers(init, in_features, in_features),
+        **_initializers(init, in_features),
     )
 
 
@@ -285,18 +290,24 @@ class Residual(nnx.Module):
 
 
 def perceptron(
-    in_features: int, widths: Sequence[int], *, batch_norm: bool = False, **options: Any
+    in_features: int,
+    widths: Sequence[int],
+    *,
+    batch_norm: bool = False,
+    activation: str = "relu",
+    **options: Any,
 ) -> nnx.Sequential:
-    """Flattens, then applies dense layers of the given widths, ReLU between them.
+    """Flattens, then applies dense layers of the given widths, an activation between them.
 
-    Without widths it is a bare flatten. With `batch_norm` BatchNorm precedes every ReLU. The
+    Without widths it is a bare flatten. With `batch_norm` BatchNorm precedes every activation. The
     options are `init`, `param_dtype` and `rngs`.
     """
+    act = ACTIVATIONS[activation]
     norm = {key: value for key, value in options.items() if key != "init"}
     stack: list[Callable[..., jax.Array]] = [Flatten()]
     for i, width in enumerate(widths):
         if i > 0:
-            stack += [BatchNorm(in_features, **norm), nnx.relu] if batch_norm else [nnx.relu]
+            stack += [BatchNorm(in_features, **norm), act] if batch_norm else [act]
         stack.append(linear(in_features, width, **options))
         in_features = width
     return nnx.Sequential(*stack)

@@ -34,9 +34,9 @@ class BidirectionalLSTM(nnx.Module):
         merge: "mean" of the two directions' states as what the next block reads, or "concat".
             The summary is the mean of their last states in either case.
         drop: Rate of dropout on the incoming states.
-        init: "torch": all parameters uniform in +-1/sqrt(hidden), the bias the sum of two such;
-            "flax": LeCun-normal and, between states, orthogonal, bias 0; "he": normal of variance
-            2/fan_in, bias 0.
+        init: "torch" and "he_out": all parameters uniform in +-1/sqrt(hidden), the bias the sum of
+            two such; "flax": LeCun-normal and, between states, orthogonal, bias 0; "he": normal of
+            variance 2/fan_in, bias 0.
     """
 
     def __init__(

@@ -30,6 +30,13 @@ _FDG: dict[int | str, Starts] = {
 _INFOPRO_BALANCED: dict[int | str, Starts] = {110: {2: (16,), 3: (11, 22), 4: (8, 16, 28)}}
 
 
+# Activation, kernel size of projections, and whether the last block ends in the global pooling.
+_VARIANTS: dict[str, tuple[Callable[..., jax.Array], int, bool]] = {
+    "deinforeg": (nnx.relu, 1, False),
+    "scpl": (nnx.leaky_relu, 3, True),
+}
+
+
 class Pad(nnx.Module):
     """Shortcut without parameters: every `strides`-th pixel, zeros as further channels.
 
@@ -111,6 +118,7 @@ def resnet_of_groups(
     bottleneck: bool,
     shortcut: str,
     splits: Splits,
+    variant: str = "deinforeg",
     width: float = 1.0,
     image_size: int = 32,
     channels: int = 3,
@@ -129,6 +137,9 @@ def resnet_of_groups(
         bottleneck: Whether units are bottlenecks.
         shortcut: Past a unit that changes the shape: "pad" or "projection", see `resnet`.
         splits: Named splits, see `Model`.
+        variant: "deinforeg": the net above, as in the code of DeInfoReg and FDG. "scpl": that of
+            SCPL's code, with LeakyReLU (slope 0.01) for ReLU, 3x3 convolutions for projections, and
+            a last block that ends in the global average pooling, so that its head reads vectors.
         width: Factor on all channel counts; each is rounded and at least 1.
         init: As of all builders, see `jdecouple.models`; the code of FDG uses "torch".
 
@@ -141,10 +152,12 @@ def resnet_of_groups(
     """
     require_int(1, num_classes=num_classes, image_size=image_size, channels=channels)
     require_one_of(("pad", "projection"), shortcut=shortcut)
+    require_one_of(_VARIANTS, variant=variant)
+    activation, projection, pooled = _VARIANTS[variant]
     layers.require_pixels(image_size, len(groups) - 1, "halvings")
     options = {"init": init, "param_dtype": param_dtype, "rngs": rngs}
     stem = layers.scaled(groups[0][0], width)
-    blocks = [nnx.Sequential(*layers.conv_norm(channels, stem, **options), nnx.relu)]
+    blocks = [nnx.Sequential(*layers.conv_norm(channels, stem, **options), activation)]
     channels = stem
     for group, (features, count) in enumerate(groups):
         inner = layers.scaled(features, width)
@@ -155,34 +168,41 @@ def resnet_of_groups(
             plan = [(3, strides, inner), (3, 1, inner)]
             if bottleneck:
                 plan = [(1, 1, inner), (3, strides, inner), (1, 1, outer)]
-            branch = _branch(channels, plan, **options)
-            bypass = _shortcut(channels, outer, strides, shortcut, **options)
-            blocks.append(nnx.Sequential(layers.Residual(branch, bypass), nnx.relu))
+            branch = _branch(channels, plan, activation, **options)
+            bypass = _shortcut(channels, outer, strides, shortcut, projection, **options)
+            blocks.append(nnx.Sequential(layers.Residual(branch, bypass), activation))
             channels = outer
-    classifier = nnx.Sequential(
-        layers.GlobalAveragePool(), layers.linear(channels, num_classes, **options)
-    )
+    pool: nnx.Module = layers.GlobalAveragePool()
+    if pooled:
+        blocks[-1] = nnx.Sequential(*blocks[-1].layers, pool)
+        pool = layers.Flatten()
+    classifier = nnx.Sequential(pool, layers.linear(channels, num_classes, **options))
     return Model(blocks, classifier, splits)
 
 
-def _branch(channels: int, plan: Sequence[tuple[int, int, int]], **options: Any) -> nnx.Sequential:
-    """Convolutions with BatchNorm, ReLU between them."""
+def _branch(
+    channels: int,
+    plan: Sequence[tuple[int, int, int]],
+    activation: Callable[..., jax.Array],
+    **options: Any,
+) -> nnx.Sequential:
+    """Convolutions with BatchNorm, the activation between them."""
     stack: list[Callable[..., jax.Array]] = []
     for size, strides, features in plan:
-        stack += [nnx.relu] if stack else []
+        stack += [activation] if stack else []
         stack += layers.conv_norm(channels, features, size, strides=strides, **options)
         channels = features
     return nnx.Sequential(*stack)
 
 
 def _shortcut(
-    channels: int, features: int, strides: int, kind: str, **options: Any
+    channels: int, features: int, strides: int, kind: str, size: int, **options: Any
 ) -> nnx.Module | None:
     if strides == 1 and channels == features:
         return None
     if kind == "pad":
         return Pad(features - channels, strides)
-    return nnx.Sequential(*layers.conv_norm(channels, features, 1, strides=strides, **options))
+    return nnx.Sequential(*layers.conv_norm(channels, features, size, strides=strides, **options))
 
 
 def _features_replay(units: int, stem: int) -> Starts:
@@ -226,7 +246,9 @@ def units_per_group(depth: int, extra: int) -> int:
     return (depth - extra) // 6
 
 
-def _named(name: str, counts: Sequence[int], *, bottleneck: bool) -> Callable[..., Model]:
+def _named(
+    name: str, counts: Sequence[int], *, bottleneck: bool, **fixed: Any
+) -> Callable[..., Model]:
     groups = {"paper": {4: tuple(1 + units for units in itertools.accumulate(counts[:-1]))}}
     replay = {"fr": _features_replay(sum(counts), 1)} if bottleneck else {}
     fdg = {"fdg": _FDG[name]} if name in _FDG else {}
@@ -238,6 +260,7 @@ def _named(name: str, counts: Sequence[int], *, bottleneck: bool) -> Callable[..
         bottleneck=bottleneck,
         shortcut="projection",
         splits={**groups, **replay, **fdg},
+        **fixed,
     )
 
 
@@ -245,6 +268,6 @@ resnet20 = bind(resnet, "resnet20", "ResNet of 20 layers for CIFAR", depth=20)
 resnet56 = bind(resnet, "resnet56", "ResNet of 56 layers for CIFAR", depth=56)
 resnet110 = bind(resnet, "resnet110", "ResNet of 110 layers for CIFAR", depth=110)
 resnet18 = _named("resnet18", (2, 2, 2, 2), bottleneck=False)
-resnet34 = _named("resnet34", (3, 4, 6, 3), bottleneck=False)
-resnet50 = _named("resnet50", (3, 4, 6, 3), bottleneck=True)
-resnet101 = _named("resnet101", (3, 4, 23, 3), bottleneck=True)
+resnet34 = _named("resnet34", (3, 4, 6, 3), bottleneck=False, variant="deinforeg")
+resnet50 = _named("resnet50", (3, 4, 6, 3), bottleneck=True, variant="deinforeg")
+resnet101 = _named("resnet101", (3, 4, 23, 3), bottleneck=True, variant="deinforeg")

@@ -74,7 +74,8 @@ class Embedding(nnx.Module):
         positions: Whether a learned vector is added for every position.
         drop: Rate of dropout on the vectors; the summary sees none of it.
         mask_padding: Whether padding is masked; if not, every position counts as a word.
-        init: "torch": vectors are drawn from N(0, 1); "flax" and "he": from N(0, 1/features).
+        init: "torch" and "he_out": vectors are drawn from N(0, 1); "flax" and "he": from
+            N(0, 1/features).
     """
 
     is_embedding: ClassVar[bool] = True
@@ -97,7 +98,8 @@ class Embedding(nnx.Module):
         require_one_of(layers.INITS, init=init)
         if not isinstance(mask_padding, bool):
             raise ValueError(f"mask_padding is {mask_padding!r}: True or False is needed")
-        draw = nnx.initializers.normal(1.0 if init == "torch" else 1.0 / math.sqrt(features))
+        deviation = 1.0 if init in ("torch", "he_out") else 1.0 / math.sqrt(features)
+        draw = nnx.initializers.normal(deviation)
         self.max_length, self.mask_padding = max_length, mask_padding
         shape = vocabulary_size, features
         if embeddings is None:

@@ -18,6 +18,13 @@ LAYOUTS = {
     "scpl": "128,256,M|256,512,M|512,M|512,M",
 }
 
+# Hidden layers of the classifier and their activation, as in those papers' code.
+CLASSIFIERS: dict[str, tuple[tuple[int, ...], str]] = {
+    "linear": ((), "relu"),
+    "deinforeg": ((2048,), "relu"),
+    "scpl": ((2500,), "sigmoid"),
+}
+
 Blocks = Sequence[Sequence[int | str]]
 
 
@@ -26,6 +33,7 @@ def vgg(
     num_classes: int,
     *,
     blocks: str | Blocks = LAYOUTS["deinforeg"],
+    classifier: str = "linear",
     width: float = 1.0,
     image_size: int = 32,
     channels: int = 3,
@@ -45,16 +53,20 @@ def vgg(
         blocks: What each block holds, in order: channel counts (convolution without bias,
             BatchNorm, ReLU) and "M" (2x2 maximum pooling). As text, "32,32,M|64,M"; or as nested
             sequences, `((32, 32, "M"), (64, "M"))`.
-        width: Factor on all channel counts; each is rounded and at least 1.
+        classifier: What follows the flattened last block: "linear" (one dense layer), or the
+            classifier of a paper's code, "deinforeg" (dense 2048, ReLU, dense) or "scpl" (dense
+            2500, sigmoid, dense).
+        width: Factor on all channel counts and on the classifier's hidden layer; each is rounded
+            and at least 1.
 
     Returns:
-        A model whose blocks map `[batch, height, width, channels]` to the same with fewer pixels,
-        and whose classifier flattens and is one dense layer.
+        A model whose blocks map `[batch, height, width, channels]` to the same with fewer pixels.
 
     Raises:
         ValueError: The layout is malformed or the image too small for its poolings.
     """
     require_int(1, num_classes=num_classes, image_size=image_size, channels=channels)
+    require_one_of(CLASSIFIERS, classifier=classifier)
     layout = _parse(blocks)
     pools = sum(item == "M" for block in layout for item in block)
     layers.require_pixels(image_size, pools, "poolings")
@@ -71,7 +83,9 @@ def vgg(
                 channels = features
         modules.append(nnx.Sequential(*stack))
     features = channels * (image_size >> pools) ** 2
-    return Model(modules, layers.perceptron(features, (num_classes,), **options))
+    hidden, activation = CLASSIFIERS[classifier]
+    widths = [*(layers.scaled(size, width) for size in hidden), num_classes]
+    return Model(modules, layers.perceptron(features, widths, activation=activation, **options))
 
 
 @cuttable
@@ -79,6 +93,7 @@ def vgg8(
     num_classes: int,
     *,
     layout: str = "deinforeg",
+    classifier: str = "linear",
     width: float = 1.0,
     image_size: int = 32,
     channels: int = 3,
@@ -94,13 +109,15 @@ def vgg8(
 
     Args:
         layout: "deinforeg" ([128, 128, 128, 256, M] [256, 512, M] [512, 512, M] [512, M]) or "scpl"
-            ([128, 256, M] [256, 512, M] [512, M] [512, M]); the other arguments are `vgg`'s.
-        width: Factor on all channel counts; each is rounded and at least 1.
+            ([128, 256, M] [256, 512, M] [512, M] [512, M]).
+        classifier: "linear", "deinforeg" or "scpl", see `vgg`.
+        width: Factor on all channel counts and on the classifier's hidden layer; each is rounded
+            and at least 1.
     """
     require_one_of(LAYOUTS, layout=layout)
     sizes: dict[str, Any] = {"width": width, "image_size": image_size, "channels": channels}
     options: dict[str, Any] = {"init": init, "param_dtype": param_dtype, "rngs": rngs}
-    return vgg(num_classes, blocks=LAYOUTS[layout], **sizes, **options)
+    return vgg(num_classes, blocks=LAYOUTS[layout], classifier=classifier, **sizes, **options)
 
 
 def _parse(blocks: str | Blocks) -> list[list[int | str]]:

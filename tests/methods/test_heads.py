@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jdecouple import models
+from jdecouple import methods, models
 from jdecouple.methods import objectives
 from jdecouple.methods.objectives import (
     BlockInfo,
@@ -19,6 +19,7 @@ from jdecouple.methods.objectives import (
     InformationRegularization,
     SupervisedContrastive,
 )
+from jdecouple.models import layers
 
 BITS = pytest.mark.parametrize("bits", [64, 32])
 
@@ -295,6 +296,17 @@ def test_initial_weights_follow_the_site():
     assert not head("flax").projector.layers[1].bias[...].any()
     kernel = head("torch").projector.layers[1].kernel[...]
     assert np.sqrt(1 / 96) * 0.9 < np.abs(kernel).max() <= np.sqrt(1 / 96)
+
+
+def test_heads_take_the_inits_of_the_models():
+    method = methods.get("infopro", init="he_out")
+    where = dataclasses.replace(site((8, 4, 4, 6)), init=method.init)
+    images = dataclasses.replace(where, input=jax.ShapeDtypeStruct((8, 4, 4, 3), jnp.float32))
+    convolution = method.objective.head(images, nnx.Rngs(0)).decoder.net.layers[0]
+    kernel = np.asarray(convolution.kernel[...])
+    assert kernel.std() == pytest.approx(np.sqrt(2 / (9 * kernel.shape[-1])), rel=0.1)
+    assert convolution.bias[...].all()  # PyTorch's
+    assert {methods.get("infopro", init=init).init for init in layers.INITS} == {*layers.INITS}
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,25 @@ def test_vgg_reads_text_and_sequences_alike():
     assert text.blocks[1](text.blocks[0](x)).shape == (2, 2, 2, 10)
 
 
+@pytest.mark.parametrize(
+    ("name", "hidden", "activation"),
+    [
+        ("deinforeg", 128, lambda x: np.maximum(x, 0)),
+        ("scpl", 156, lambda x: 1 / (1 + np.exp(-x))),
+    ],
+)
+def test_the_papers_classifiers_of_vgg_equal_numpy(name, hidden, activation, x64):
+    options = {"classifier": name, "init": "torch", "param_dtype": jnp.float64}
+    sizes = {"blocks": "16,M", "width": 1 / 16, "image_size": 4}
+    classifier = models.vgg(3, **sizes, **options, rngs=nnx.Rngs(0)).classifier
+    first, last = (each for each in classifier.layers if isinstance(each, nnx.Linear))
+    assert first.kernel.shape == (4, hidden)  # 2048 or 2500 at full width
+    x = np.random.default_rng(0).normal(size=(5, 2, 2, 1))
+    y = x.reshape(5, 4) @ np.asarray(first.kernel[...]) + np.asarray(first.bias[...])
+    y = activation(y) @ np.asarray(last.kernel[...]) + np.asarray(last.bias[...])
+    np.testing.assert_allclose(classifier(jnp.asarray(x)), y, atol=1e-12)
+
+
 @pytest.mark.parametrize("batch_norm", [False, True])
 def test_mlp_shapes(batch_norm):
     model = models.mlp(
@@ -277,6 +296,7 @@ def test_model_names_the_classifier_that_shares():
     ("name", "arguments", "message"),
     [
         ("vgg8", {"layout": "vgg16"}, "layout is 'vgg16': allowed are deinforeg, scpl"),
+        ("vgg8", {"classifier": "mlp"}, "classifier is 'mlp': allowed are linear, deinforeg, scpl"),
         ("vgg8", {"image_size": 15}, "4 poolings need at least 16"),
         ("vgg8", {"image_size": 0}, "image_size is 0: a whole number of at least 1"),
         ("vgg8", {"channels": -1}, "channels is -1: a whole number of at least 1"),

@@ -40,6 +40,10 @@ def relu(x):
     return np.maximum(x, 0)
 
 
+def leaky(x):
+    return np.where(x > 0, x, 0.01 * x)
+
+
 def perturbed(module):
     """The module with every parameter moved off its initial value, so that none is 0 or 1."""
     rng = np.random.default_rng(1)
@@ -112,6 +116,27 @@ def test_a_wide_unit_and_the_classifier_equal_numpy(x64):
     np.testing.assert_allclose(apply(classifier, x), y, atol=1e-12)
 
 
+def test_the_last_block_of_scpl_and_the_classifier_equal_numpy(x64):
+    net = {"bottleneck": False, "shortcut": "projection", "splits": {}, "variant": "scpl"}
+    net["groups"] = [(64, 1), (128, 1)]
+    options = {"width": 1 / 32, "channels": 2, "param_dtype": jnp.float64}
+    model = resnet_of_groups(3, **net, **options, rngs=nnx.Rngs(0))
+    stem, block, classifier = map(perturbed, (model.blocks[0], model.blocks[2], model.classifier))
+    x = activations(2)
+    y = leaky(normalise(correlate(x, stem.layers[0]), stem.layers[1]))
+    np.testing.assert_allclose(apply(stem, x), y, atol=1e-12)
+    residual = block.layers[0]
+    first, norm, _, second, other = residual.branch.layers
+    y = normalise(correlate(leaky(normalise(correlate(x, first), norm)), second), other)
+    projection, norm = residual.shortcut.layers
+    assert projection.kernel_size == (3, 3)
+    y = leaky(y + normalise(correlate(x, projection), norm)).mean((1, 2))
+    np.testing.assert_allclose(apply(block, x), y, atol=1e-12)
+    linear = classifier.layers[-1]
+    logits = y @ np.asarray(linear.kernel[...]) + np.asarray(linear.bias[...])
+    np.testing.assert_allclose(apply(classifier, y), logits, atol=1e-12)
+
+
 def test_dropout_drops_in_training_alone():
     model = models.wide_resnet(2, depth=10, widen=1, dropout=0.5, rngs=nnx.Rngs(0))
     unit, x = model.blocks[1], jnp.asarray(activations(16), jnp.float32)
@@ -130,3 +155,14 @@ def test_he_init():
     assert linear.kernel[...].std() == pytest.approx(np.sqrt(2 / 64), rel=0.05)
     assert not linear.bias[...].any()
     assert np.abs(linear.kernel[...]).max() > 2.5 * np.sqrt(2 / 64)  # normal, not cut off
+
+
+def test_he_out_init_is_that_of_torch_but_for_the_weights_of_convolutions():
+    conv = layers.conv(8, 32, init="he_out", use_bias=True, rngs=nnx.Rngs(0))
+    assert conv.kernel[...].std() == pytest.approx(np.sqrt(2 / (9 * 32)), rel=0.05)
+    assert np.abs(conv.kernel[...]).max() > 2.5 * np.sqrt(2 / (9 * 32))
+    torch = layers.conv(8, 32, init="torch", use_bias=True, rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(conv.bias[...], torch.bias[...])
+    dense = [layers.linear(64, 20, init=init, rngs=nnx.Rngs(0)) for init in ("he_out", "torch")]
+    for name in ("kernel", "bias"):
+        np.testing.assert_array_equal(*(getattr(layer, name)[...] for layer in dense))

@@ -43,10 +43,6 @@ def outputs(name, image_size=32, **arguments):
     return [each.shape for each in found]
 
 
-def size(modules):
-    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(modules, nnx.Param)))
-
-
 def weighted(modules):
     """Paths of the layers with weights, as text."""
     return [
@@ -60,21 +56,20 @@ def weighted(modules):
 
 
 @pytest.mark.parametrize(
-    ("name", "millions", "parameters", "units"),
-    [  # millions as printed, parameters as those of the papers' code
-        ("resnet20", 0.27, 269_722, 9),
-        ("resnet56", 0.85, 853_018, 27),
-        pytest.param("resnet110", 1.7, 1_727_962, 54, marks=pytest.mark.slow),
-        ("resnet18", 11.17, 11_173_962, 8),
-        ("resnet34", 21.28, 21_282_122, 16),
-        ("resnet50", 23.52, 23_520_842, 16),
-        pytest.param("resnet101", 42.51, 42_512_970, 33, marks=pytest.mark.slow),
-        ("wrn28_10", 36.5, 36_489_290, 12),
+    ("name", "units"),
+    [
+        ("resnet20", 9),
+        ("resnet56", 27),
+        pytest.param("resnet110", 54, marks=pytest.mark.slow),
+        ("resnet18", 8),
+        ("resnet34", 16),
+        ("resnet50", 16),
+        pytest.param("resnet101", 33, marks=pytest.mark.slow),
+        ("wrn28_10", 12),
     ],
 )
-def test_published_sizes(name, millions, parameters, units):
+def test_published_depths(name, units):
     modules, _ = built(name)
-    assert size(modules) == parameters == pytest.approx(millions * 1e6, rel=0.02)
     assert len(modules) == 1 + units + 1
     layers_ = weighted(modules)
     if name == "wrn28_10":  # counts all convolutions
@@ -335,6 +330,7 @@ def test_bad_splits_get_one_clear_line(num_stages, starts):
         ("resnet", {"channels": 0}, "channels is 0: a whole number of at least 1"),
         ("resnet", {"init": "xavier"}, "init is 'xavier': allowed are flax, torch, he"),
         ("resnet18", {"image_size": 7}, "3 halvings need at least 8"),
+        ("resnet18", {"variant": "fdg"}, "variant is 'fdg': allowed are deinforeg, scpl"),
         ("resnet50", {"width": -1.0}, "width is -1.0: a finite number above 0"),
         ("wide_resnet", {"depth": 20}, r"depth is 20: 6n\+4"),
         ("wide_resnet", {"depth": 4}, r"depth is 4: 6n\+4"),

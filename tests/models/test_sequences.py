@@ -155,7 +155,9 @@ def test_embedding_takes_given_vectors_and_trains_no_padding(x64):
     assert [bool(row.any()) for row in gradient] == [i in (1, 2, 3, 6) for i in range(7)]
 
 
-@pytest.mark.parametrize(("init", "deviation"), [("torch", 1.0), ("flax", 1 / 8), ("he", 1 / 8)])
+@pytest.mark.parametrize(
+    ("init", "deviation"), [("torch", 1.0), ("he_out", 1.0), ("flax", 1 / 8), ("he", 1 / 8)]
+)
 def test_initial_embeddings(init, deviation):
     block = Embedding(500, 64, max_length=3, positions=True, init=init, rngs=nnx.Rngs(0))
     table = np.asarray(block.table[...])

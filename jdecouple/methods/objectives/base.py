@@ -24,7 +24,7 @@ class BlockInfo:
             read the summary: `pooled(features)`.
         num_classes: Number of classes of the labels.
         classifier: The model's classifier (of then), or None.
-        init: Initial weights of the head's layers, "flax" or "torch".
+        init: Initial weights of the head's layers, see `jdecouple.models.layers`.
         param_dtype: Dtype of the head's parameters.
         is_embedding: Whether the block is one that only embeds tokens or patches, and says so by an
             attribute `is_embedding`.

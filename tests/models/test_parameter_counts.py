@@ -1,0 +1,73 @@
+"""Parameters of the papers' nets, as their released code builds them for CIFAR-10."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+import jdecouple as jd
+from jdecouple.pipeline import build
+from jdecouple.train.memory import _keys  # one key for all layers, quick to trace
+
+
+def slow(*row):
+    return pytest.param(*row, marks=pytest.mark.slow)
+
+
+def size(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+SCPL_VGG = {"layout": "scpl", "classifier": "scpl"}
+SCPL_RESNET = {"variant": "scpl", "cut": "paper"}
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "parameters"),
+    [
+        ("vgg8", {"classifier": "deinforeg"}, 13_663_370),  # DeInfoReg's BP
+        ("vgg8", SCPL_VGG, 11_938_294),
+        ("resnet18", {"variant": "scpl"}, 12_550_218),
+        ("resnet18", {}, 11_173_962),  # DeInfoReg, FDG
+        ("resnet34", {}, 21_282_122),
+        ("resnet50", {}, 23_520_842),
+        slow("resnet101", {}, 42_512_970),
+        ("resnet20", {}, 269_722),  # FDG, Features Replay, DDG
+        ("resnet56", {}, 853_018),
+        slow("resnet110", {}, 1_727_962),
+        ("resnet", {"depth": 32, "shortcut": "projection"}, 466_906),  # InfoPro
+        slow("resnet110", {"shortcut": "projection"}, 1_730_714),
+        ("wrn28_10", {}, 36_489_290),  # FDG
+    ],
+)
+def test_of_the_net_with_its_classifier(name, arguments, parameters):
+    def params():
+        model = jd.models.get(name)(10, **arguments, rngs=_keys(0))
+        return nnx.state([*model.blocks, model.classifier], nnx.Param)
+
+    assert size(nnx.eval_shape(params)) == parameters
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "arguments", "parameters"),
+    [
+        # Projectors 2048-2048-2048 and a classifier behind each, instead of the net's own.
+        ("deinforeg", "vgg8", {}, 265_454_760),
+        ("deinforeg", "resnet18", {"cut": "paper"}, 296_537_192),
+        # Projectors 512-1024, and the net's classifier.
+        ("scpl", "vgg8", SCPL_VGG, 69_616_118),
+        ("scpl", "resnet18", SCPL_RESNET, 73_635_914),
+    ],
+)
+def test_of_the_net_with_the_heads_of_a_method(method, name, arguments, parameters):
+    carry = {
+        "x": jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32),
+        "label": jax.ShapeDtypeStruct((2,), jnp.int32),
+    }
+
+    def params():
+        model = jd.models.get(name)(10, **arguments, rngs=_keys(0))
+        units = build.build_units(model, jd.methods.get(method), carry, None, 0, None).units
+        return [unit.initial()[0] for unit in units]
+
+    assert size(jax.eval_shape(params)) == parameters
