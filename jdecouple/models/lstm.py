@@ -13,6 +13,7 @@ from jdecouple.models.base import Model
 from jdecouple.models.sequence import (
     Embedding,
     Sequence,
+    classifier_layers,
     dropout_layer,
     pooled,
     read,
@@ -148,6 +149,7 @@ def lstm(
     hidden: int = 300,
     depth: int = 4,
     merge: str = "mean",
+    classifier: str = "linear",
     dropout: float = 0.0,
     mask_padding: bool = True,
     further: tuple[int, ...] = (),
@@ -158,13 +160,16 @@ def lstm(
     """Embedding block and `depth` bidirectional LSTMs, as in DeInfoReg and SCPL.
 
     The defaults are the sizes of arXiv 2506.18193 and 2602.00062. Words are drawn with width
-    `hidden`. Arguments not listed are those of all builders, see `jdecouple.models`.
+    `hidden`. SCPL (2602.00062) counts the embedding as a layer: its four are `depth` 3. Arguments
+    not listed are those of all builders, see `jdecouple.models`.
 
     Args:
         hidden: Width of the states of one direction.
         depth: Number of LSTM blocks.
         merge: What the next block reads of the two directions' states: their "mean", or both
-            ("concat"; the first LSTM block then differs from the others).
+            ("concat", as in both papers' code; the first LSTM block then differs from the others).
+        classifier: "linear": dense; "deinforeg": tanh, dense; "scpl": dense of `hidden`, tanh,
+            dense.
         dropout: Share of numbers dropped from the input of every LSTM block.
         mask_padding: Whether padding is masked: states stand still there, and means leave it out.
             False is the authors' way: padding is a word like others.
@@ -173,8 +178,8 @@ def lstm(
     Returns:
         A model of 1 + `depth` blocks from token ids, int `[batch, length]`, to sequences (see
         `jdecouple.models.sequence`) whose summary `[batch, hidden]` is, of an LSTM block, the
-        mean of the two directions' states at their last real positions. The classifier is one dense
-        layer on the summary.
+        mean of the two directions' states at their last real positions. The classifier reads the
+        summary.
     """
     require_int(1, num_classes=num_classes, hidden=hidden, depth=depth)
     options: dict[str, Any] = {"init": init, "param_dtype": param_dtype, "rngs": rngs}
@@ -188,8 +193,9 @@ def lstm(
     widths = [words] + (depth - 1) * [hidden if merge == "mean" else 2 * hidden]
     for width in widths:
         blocks.append(BidirectionalLSTM(width, hidden, merge=merge, drop=dropout, **options))
-    classifier = nnx.Sequential(pooled, layers.linear(hidden, num_classes, **options))
-    return Model(read_further(blocks, further, widths, embed, **options), classifier)
+    readout = classifier_layers(classifier, hidden, num_classes, **options)
+    blocks = read_further(blocks, further, widths, embed, **options)
+    return Model(blocks, nnx.Sequential(pooled, *readout))
 
 
 def _initializers(init: str, hidden: int) -> tuple[Any, Any, Any]:

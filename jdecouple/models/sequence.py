@@ -21,10 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jdecouple._errors import require_int, require_number, require_one_of
+from jdecouple._errors import require_bool, require_int, require_number, require_one_of
 from jdecouple.models import layers
 
 Sequence = dict[str, jax.Array]
+CLASSIFIERS = ("linear", "deinforeg", "scpl")
 
 
 def pooled(features: Any) -> Any:
@@ -63,6 +64,30 @@ def dropout_layer(rate: float, rngs: nnx.Rngs) -> nnx.Module:
     return nnx.Dropout(rate, rngs=rngs) if rate > 0 else nnx.Sequential()
 
 
+def classifier_layers(
+    classifier: str, width: int, num_classes: int, **options: Any
+) -> list[Callable[..., jax.Array]]:
+    """Layers from a summary `[batch, width]` to logits.
+
+    Args:
+        classifier: "linear": dense; "deinforeg": tanh, dense (arXiv 2506.18193); "scpl": dense of
+            the same width, tanh, dense (arXiv 2602.00062).
+        width: Width of the summary.
+        num_classes: Number of classes.
+        **options: `init`, `param_dtype` and `rngs`.
+
+    Raises:
+        ValueError: No such classifier.
+    """
+    require_one_of(CLASSIFIERS, classifier=classifier)
+    stack: list[Callable[..., jax.Array]] = []
+    if classifier == "scpl":
+        stack.append(layers.linear(width, width, **options))
+    if classifier != "linear":
+        stack.append(layers.ACTIVATIONS["tanh"])
+    return [*stack, layers.linear(width, num_classes, **options)]
+
+
 class Embedding(nnx.Module):
     """Token ids to a sequence of vectors of width `features`; the summary is their mean.
 
@@ -95,8 +120,7 @@ class Embedding(nnx.Module):
     ):
         require_int(1, vocabulary_size=vocabulary_size, max_length=max_length)
         require_one_of(layers.INITS, init=init)
-        if not isinstance(mask_padding, bool):
-            raise ValueError(f"mask_padding is {mask_padding!r}: True or False is needed")
+        require_bool(mask_padding=mask_padding)
         draw = nnx.initializers.normal(1.0 if init == "torch" else 1.0 / math.sqrt(features))
         self.max_length, self.mask_padding = max_length, mask_padding
         shape = vocabulary_size, features

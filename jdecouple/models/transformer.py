@@ -14,6 +14,7 @@ from jdecouple.models.base import Model
 from jdecouple.models.sequence import (
     Embedding,
     Sequence,
+    classifier_layers,
     dropout_layer,
     masked_mean,
     pooled,
@@ -132,6 +133,7 @@ def transformer(
     heads: int = 6,
     feed_forward: int = 0,
     layout: str = "standard",
+    classifier: str = "linear",
     dropout: float = 0.0,
     mask_padding: bool = True,
     further: tuple[int, ...] = (),
@@ -145,12 +147,14 @@ def transformer(
 
     Args:
         hidden: Width of the states; 300 in DeInfoReg (arXiv 2506.18193) and SCPL (2602.00062).
-        depth: Number of encoder blocks.
+        depth: Number of encoder blocks. SCPL counts the embedding too: its four layers are 3.
         heads: Attention heads of every block, a divisor of `hidden`.
         feed_forward: Width inside the feed-forward layers; 0 for the layout's own.
         layout: "standard": learned positions, feed-forward of 4 x `hidden` with GELU, LayerNorm
             before the classifier's dense layer. "paper": no positions, feed-forward of `hidden`
             with ReLU, LayerNorm with the unbiased standard deviation, which also ends every block.
+        classifier: "linear": dense; "deinforeg": tanh, dense; "scpl": dense of `hidden`, tanh,
+            dense.
         dropout: Share of numbers dropped from embeddings, attention weights, inside the
             feed-forward layers and before every addition.
         mask_padding: Whether padding is masked, in attention as in means. If not, it is a word
@@ -181,7 +185,7 @@ def transformer(
 
     blocks: list[nnx.Module] = [embed()]
     blocks += encoder(hidden, depth, heads, feed_forward, layout=kind, drop=dropout, **options)
-    readout = classifier(hidden, num_classes, kind, **options)
+    readout = normed_classifier(classifier, hidden, num_classes, kind, **options)
     return Model(read_further(blocks, further, depth * [hidden], embed, **options), readout)
 
 
@@ -193,8 +197,11 @@ def encoder(
     return [EncoderBlock(hidden, heads, width, layout=layout, **options) for _ in range(depth)]
 
 
-def classifier(hidden: int, num_classes: int, layout: Layout, **options: Any) -> nnx.Module:
-    """Summary of a sequence, LayerNorm if no block has it, dense."""
+def normed_classifier(
+    classifier: str, hidden: int, num_classes: int, layout: Layout, **options: Any
+) -> nnx.Module:
+    """Summary of a sequence, LayerNorm if no block has it, `classifier_layers`."""
     dtype = options["param_dtype"]
     norm = [] if layout.norm_each else [layers.LayerNorm(hidden, param_dtype=dtype)]
-    return nnx.Sequential(pooled, *norm, layers.linear(hidden, num_classes, **options))
+    readout = classifier_layers(classifier, hidden, num_classes, **options)
+    return nnx.Sequential(pooled, *norm, *readout)
