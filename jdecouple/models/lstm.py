@@ -152,6 +152,7 @@ def lstm(
     classifier: str = "linear",
     dropout: float = 0.0,
     mask_padding: bool = True,
+    mask_embedding: bool | None = None,
     further: tuple[int, ...] = (),
     init: str = "flax",
     param_dtype: Any = jnp.float32,
@@ -173,6 +174,8 @@ def lstm(
         dropout: Share of numbers dropped from the input of every LSTM block.
         mask_padding: Whether padding is masked: states stand still there, and means leave it out.
             False is the authors' way: padding is a word like others.
+        mask_embedding: Whether the embedding block's summary leaves padding out; None: as
+            `mask_padding` says.
         further: Blocks that read the further parts of a text (`data.parts`), in their order.
 
     Returns:
@@ -184,6 +187,7 @@ def lstm(
     require_int(1, num_classes=num_classes, hidden=hidden, depth=depth)
     options: dict[str, Any] = {"init": init, "param_dtype": param_dtype, "rngs": rngs}
     padding: dict[str, Any] = {"max_length": max_length, "mask_padding": mask_padding}
+    padding["mask_embedding"] = mask_embedding
     words = width_of(embeddings, hidden)
 
     def embed() -> Embedding:

@@ -92,13 +92,14 @@ class Embedding(nnx.Module):
     """Token ids to a sequence of vectors of width `features`; the summary is their mean.
 
     Id 0 is padding. Vectors of padding are 0, take no part in the mean and get no gradient, unless
-    padding counts as a word.
+    padding counts as a word. In the mean alone it may count as well.
 
     Args:
         embeddings: Initial vectors `[vocabulary_size, features]`, or None to draw them.
         positions: Whether a learned vector is added for every position.
         drop: Rate of dropout on the vectors; the summary sees none of it.
         mask_padding: Whether padding is masked; if not, every position counts as a word.
+        mask_embedding: Whether the summary leaves padding out; None: as `mask_padding` says.
         init: "torch": vectors are drawn from N(0, 1); "flax" and "he": from N(0, 1/features).
     """
 
@@ -114,15 +115,18 @@ class Embedding(nnx.Module):
         positions: bool = False,
         drop: float = 0.0,
         mask_padding: bool = True,
+        mask_embedding: bool | None = None,
         init: str = "flax",
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
         require_int(1, vocabulary_size=vocabulary_size, max_length=max_length)
         require_one_of(layers.INITS, init=init)
-        require_bool(mask_padding=mask_padding)
+        mask_embedding = mask_padding if mask_embedding is None else mask_embedding
+        require_bool(mask_padding=mask_padding, mask_embedding=mask_embedding)
         draw = nnx.initializers.normal(1.0 if init == "torch" else 1.0 / math.sqrt(features))
-        self.max_length, self.mask_padding = max_length, mask_padding
+        self.max_length = max_length
+        self.mask_padding, self.mask_embedding = mask_padding, mask_embedding
         shape = vocabulary_size, features
         if embeddings is None:
             embeddings = draw(rngs.params(), shape, param_dtype)
@@ -147,9 +151,9 @@ class Embedding(nnx.Module):
         h = jnp.take(self.table[...], x, axis=0)  # nan for ids that the table does not have
         if self.positions is not None:
             h = h + self.positions[...][: x.shape[1]]
-        mask = (x != 0) if self.mask_padding else jnp.ones(x.shape)
-        mask = mask.astype(h.dtype)
-        return sequence(self.drop(h), mask, masked_mean(h, mask))
+        real, everything = (x != 0).astype(h.dtype), jnp.ones(x.shape, h.dtype)
+        summary = masked_mean(h, real if self.mask_embedding else everything)
+        return sequence(self.drop(h), real if self.mask_padding else everything, summary)
 
 
 class Further(nnx.Module):

@@ -136,6 +136,7 @@ def transformer(
     classifier: str = "linear",
     dropout: float = 0.0,
     mask_padding: bool = True,
+    mask_embedding: bool | None = None,
     further: tuple[int, ...] = (),
     init: str = "flax",
     param_dtype: Any = jnp.float32,
@@ -159,6 +160,8 @@ def transformer(
             feed-forward layers and before every addition.
         mask_padding: Whether padding is masked, in attention as in means. If not, it is a word
             like others.
+        mask_embedding: Whether the embedding block's summary leaves padding out; None: as
+            `mask_padding` says. In the papers' code padding is masked, but counts in that mean.
         further: Blocks that read the further parts of a text (`data.parts`), in their order.
 
     Returns:
@@ -180,6 +183,7 @@ def transformer(
             positions=kind.positions,
             drop=dropout,
             mask_padding=mask_padding,
+            mask_embedding=mask_embedding,
             **options,
         )
 

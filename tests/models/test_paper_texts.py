@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import sequence_nets
 from flax import nnx
-from sequence_nets import CLASSES, model
+from sequence_nets import CLASSES, model, texts
 
 import jdecouple as jd
 from jdecouple import models
@@ -146,6 +146,21 @@ def test_classifiers(kind, x64):
         np.testing.assert_allclose(logits, x, **EXACT)
 
 
+@pytest.mark.parametrize("kind", ["lstm", "paper"])
+def test_padding_may_count_in_the_mean_of_the_embedding_alone(kind, x64):
+    x = texts()
+    for mask_padding, mask_embedding in ((True, False), (False, None), (False, True)):
+        masks = {"mask_padding": mask_padding, "mask_embedding": mask_embedding}
+        embedding = model(kind, param_dtype=jnp.float64, **masks).blocks[0]
+        found = embedding(jnp.asarray(x))
+        vectors = np.asarray(embedding.table[...])[x]
+        counts = (x > 0) | (not mask_embedding)
+        mean = (vectors * counts[..., None]).sum(1) / counts.sum(1)[:, None]
+        np.testing.assert_allclose(found["summary"], mean, **EXACT)
+        np.testing.assert_array_equal(found["mask"], (x > 0) | (not mask_padding))
+        np.testing.assert_array_equal(found["h"], vectors * found["mask"][..., None])
+
+
 def test_associated_learning_bridges_the_summaries(x64):
     """As the papers' text nets: one dense layer and tanh each, 300 wide."""
     method = jd.methods.get("al", features=300, expansion=0, activation="tanh")
@@ -175,6 +190,7 @@ def test_associated_learning_bridges_the_summaries(x64):
     ("kind", "arguments", "message"),
     [
         ("lstm", {"classifier": "mlp"}, "classifier is 'mlp': allowed are linear, deinforeg, scpl"),
+        ("lstm", {"mask_embedding": "no"}, "mask_embedding is 'no': True or False is needed"),
     ],
 )
 def test_bad_arguments_get_one_clear_line(kind, arguments, message):
