@@ -127,6 +127,30 @@ def test_the_encoder_layer_equals_the_papers_code(x64):
         assert_golden(found[1][layer][name][...], gradient, (layer, name))
 
 
+def test_xavier_is_for_the_dense_weights_of_encoder_layers():
+    net = model("paper", init="xavier", hidden=64, depth=1, feed_forward=16)
+    embedding, block = net.blocks
+    assert np.asarray(embedding.table[...]).std() == pytest.approx(1, rel=0.1)  # as PyTorch's
+    for layer, out in ((block.projections, 64), (block.out, 64), (block.up, 16), (block.down, 64)):
+        into = layer.kernel.shape[0]
+        bound = np.sqrt(6 / (into + out))
+        assert 0.97 * bound < np.abs(layer.kernel[...]).max() <= bound
+        assert 0 < np.abs(layer.bias[...]).max() <= 1 / np.sqrt(into)
+    assert 0 < np.abs(net.classifier.layers[-1].kernel[...]).max() <= 1 / 8
+
+
+def test_dropout_may_leave_the_embeddings_alone():
+    """A module without dropout has no keys."""
+    for options, dropping in (
+        ({"dropout": 0.5}, [True, True, True, False]),
+        ({"dropout": 0.5, "embedding_dropout": 0.0}, [False, True, True, False]),
+        ({"embedding_dropout": 0.5}, [True, False, False, False]),
+    ):
+        net = model("paper", **options)
+        modules = (*net.blocks, net.classifier)
+        assert [bool(nnx.state(each, nnx.RngState)) for each in modules] == dropping
+
+
 # --- Both -----------------------------------------------------------------------------------
 
 
@@ -191,6 +215,8 @@ def test_associated_learning_bridges_the_summaries(x64):
     [
         ("lstm", {"classifier": "mlp"}, "classifier is 'mlp': allowed are linear, deinforeg, scpl"),
         ("lstm", {"mask_embedding": "no"}, "mask_embedding is 'no': True or False is needed"),
+        ("paper", {"init": "glorot"}, "init is 'glorot': allowed are flax, .*, xavier"),
+        ("paper", {"embedding_dropout": 1.5}, r"dropout is 1.5: a number in \[0, 1\) is needed"),
     ],
 )
 def test_bad_arguments_get_one_clear_line(kind, arguments, message):
