@@ -5,7 +5,9 @@ Between the blocks of text models and of the ViT goes a dict
 - "h": `[batch, length, width]`, 0 at padding;
 - "mask": `[batch, length]`, 1 at what counts and 0 at padding, in the dtype of "h";
 - "summary": `[batch, width]`, what represents the sequence. Heads and the classifier read it, the
-  next block does not.
+  next block does not;
+- "state", where LSTM blocks pass theirs on: `[batch, 2, 2, hidden]`, at which state (output and
+  cell) either direction ended.
 
 The mask is no integer, so that a vector-Jacobian product of the whole dict is one of arrays of
 floats; its gradient is always zero.
@@ -191,7 +193,7 @@ class Further(nnx.Module):
         more = self.embedding(*parts.values())
         longer = jnp.concatenate([h, self.resize(more["h"])], axis=1)
         both = jnp.concatenate([mask, more["mask"].astype(mask.dtype)], axis=1)
-        return self.block(sequence(longer, both, x["summary"]))
+        return self.block({**x, **sequence(longer, both, x["summary"])})
 
 
 def read_further(

@@ -1,16 +1,20 @@
 """The papers' text nets: recordings of their code, and the options that lead to them."""
 
 import golden_vectors as gv
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import sequence_nets
 from flax import nnx
-from sequence_nets import CLASSES, model, texts
+from jax.test_util import check_grads
+from sequence_nets import CLASSES, everything, model, texts
 
 import jdecouple as jd
 from jdecouple import models
 from jdecouple.methods.objectives import BlockInfo
+from jdecouple.models.lstm import BidirectionalLSTM
+from jdecouple.models.sequence import Further
 
 EXACT = {"rtol": 0, "atol": 1e-12}
 LIMIT = 1e-12  # of golden values and gradients, relative to the largest of their array
@@ -83,6 +87,55 @@ def test_stacked_lstms_equal_the_papers_code(x64):
             ):
                 key = f"g/l{number}/{name}_l0{suffix}"
                 assert_golden(turned(found[number][ours][...][way]), golden[key], key)
+
+
+def test_passed_states_equal_those_of_scpl(x64):
+    golden = load("lstm_stack__h5")
+    ids, net = stacked(golden, pass_state=True, mask_padding=False)
+    first, second = everything(net, ids)[0][1:]
+    assert_golden(first["summary"], golden["s1"], "s1")
+    assert_golden(second["summary"], golden["s2_scpl_hidden_passed"], "s2")
+    assert second["state"].shape == (len(ids), 2, 2, 5)  # output and cell, both directions
+    np.testing.assert_allclose(second["state"][:, 0].mean(1), second["summary"], **EXACT)
+
+
+def test_gradients_flow_through_passed_states(x64):
+    rng = np.random.default_rng(0)
+    h, state = rng.normal(size=(2, 3, 4)), rng.normal(size=(2, 2, 2, 3))
+    mask = jnp.asarray([[1.0, 1, 1], [1, 1, 0]])
+    options = {"pass_state": True, "param_dtype": jnp.float64, "rngs": nnx.Rngs(0)}
+    graph, params = nnx.split(BidirectionalLSTM(4, 3, **options))
+
+    @jax.jit
+    def run(params, h, state):
+        x = {"h": h, "mask": mask, "summary": h[:, 0], "state": state}
+        found = nnx.merge(graph, params)(x)
+        return found["h"], found["summary"], found["state"]
+
+    check_grads(run, (params, jnp.asarray(h), jnp.asarray(state)), order=1, modes=["rev"])
+
+
+@pytest.mark.parametrize("mask_padding", [True, False])
+def test_the_state_that_is_passed_stands_still_at_masked_padding_only(mask_padding, x64):
+    options = {"pass_state": True, "mask_padding": mask_padding, "param_dtype": jnp.float64}
+    net, x = model("lstm", **options), texts()
+    (start, *blocks), _ = everything(net, x)
+    assert "state" not in start
+    for here, there in zip(
+        blocks, everything(net, np.pad(x, ((0, 0), (0, 3))))[0][1:], strict=True
+    ):
+        same = np.abs(here["state"] - there["state"]).max() < 1e-12
+        assert same == mask_padding
+        np.testing.assert_allclose(here["state"][:, 0].mean(1), here["summary"], **EXACT)
+
+
+def test_a_block_that_reads_a_further_part_gets_the_passed_state(x64):
+    embedding = model("lstm", param_dtype=jnp.float64).blocks[0]
+    reader = Further("x_1", embedding, nnx.Sequential(), 8, rngs=nnx.Rngs(0))
+    x = {**embedding(jnp.asarray(texts())), "state": jnp.ones((6, 2, 2, 8))}
+    found = reader(x, x_1=jnp.asarray(texts(length=3)))
+    assert found["h"].shape == (6, 8, 8)
+    np.testing.assert_array_equal(found["state"], x["state"])
 
 
 # --- Transformer ----------------------------------------------------------------------------
@@ -213,6 +266,7 @@ def test_associated_learning_bridges_the_summaries(x64):
 @pytest.mark.parametrize(
     ("kind", "arguments", "message"),
     [
+        ("lstm", {"pass_state": 1}, "pass_state is 1: True or False is needed"),
         ("lstm", {"classifier": "mlp"}, "classifier is 'mlp': allowed are linear, deinforeg, scpl"),
         ("lstm", {"mask_embedding": "no"}, "mask_embedding is 'no': True or False is needed"),
         ("paper", {"init": "glorot"}, "init is 'glorot': allowed are flax, .*, xavier"),
