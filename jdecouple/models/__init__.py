@@ -8,6 +8,9 @@ by name, and these, which their docstrings leave out:
 - of texts (`lstm`, `transformer`): `vocabulary_size`, number of token ids, of which 0 is padding;
   `max_length`, most tokens in a text; `embeddings`, initial word vectors `[vocabulary_size, width]`
   that are trained further, or None to draw them;
+- `cut`: local modules, consecutive units with one head, which become the blocks: "units", each by
+  itself; a published number of modules; a published split such as "infopro:4"; or the indices of
+  units at which they begin, see `jdecouple.models.cuts`;
 - `init`: "flax", "torch" or "he", see `jdecouple.models.layers`;
 - `param_dtype`: dtype of the parameters;
 - `rngs`: source of initial weights, and of dropout's keys.
@@ -21,6 +24,7 @@ from collections.abc import Callable
 from jdecouple._errors import choices
 from jdecouple.models import layers
 from jdecouple.models.base import Model
+from jdecouple.models.cuts import cuttable
 from jdecouple.models.lstm import lstm
 from jdecouple.models.mlp import mlp
 from jdecouple.models.resnet import (
@@ -35,13 +39,14 @@ from jdecouple.models.resnet import (
 )
 from jdecouple.models.transformer import transformer
 from jdecouple.models.vgg import vgg, vgg8
+from jdecouple.models.vgg8b import vgg8b
 from jdecouple.models.vit import vit
 from jdecouple.models.wide_resnet import wide_resnet, wrn28_10
 
 _RESNETS = resnet, resnet18, resnet20, resnet34, resnet50, resnet56, resnet101, resnet110
 _BUILDERS: dict[str, Callable[..., Model]] = {
     builder.__name__: builder
-    for builder in (lstm, mlp, *_RESNETS, transformer, vgg, vgg8, vit, wide_resnet, wrn28_10)
+    for builder in (lstm, mlp, *_RESNETS, transformer, vgg, vgg8, vgg8b, vit, wide_resnet, wrn28_10)
 }
 _BUILT_IN = frozenset(_BUILDERS)
 
@@ -62,7 +67,7 @@ def register(name: str, builder: Callable[..., Model]) -> None:
     Args:
         name: what the model is called.
         builder: takes what the builders of this package take; its own arguments are options of
-            the model in a configuration.
+            the model in a configuration. It gets `cut` unless it has an argument of that name.
 
     Raises:
         ValueError: the name is a built-in model's, or an argument is called "name".
@@ -74,7 +79,7 @@ def register(name: str, builder: Callable[..., Model]) -> None:
         raise TypeError(f"the builder of model {name!r} is {builder!r}: a function is needed")
     if "name" in inspect.signature(builder).parameters:
         raise ValueError(f"model {name!r} has two arguments called 'name'")
-    _BUILDERS[name] = builder
+    _BUILDERS[name] = cuttable(builder)
 
 
 def names() -> tuple[str, ...]:
@@ -116,6 +121,7 @@ __all__ = [
     "transformer",
     "vgg",
     "vgg8",
+    "vgg8b",
     "vit",
     "wide_resnet",
     "wrn28_10",

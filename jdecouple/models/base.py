@@ -4,13 +4,14 @@ import dataclasses
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from numbers import Integral
 from typing import Any
 
 from flax import nnx
 
 from jdecouple._errors import choices
+from jdecouple.models.cuts import Chain, Cut, Splits, module_starts, regrouped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +33,8 @@ class Model:
             sequence is accepted; it is kept as a tuple.
         classifier: Module from the last block's output to logits `[batch, classes]`. None when the
             last block outputs the logits itself.
-        splits: Named cuts into stages: name -> number of stages K -> indices of the K - 1 blocks at
-            which stages 1 to K - 1 begin.
+        splits: Named splits into K consecutive parts, which stages or local modules may be: name ->
+            K -> indices of the K - 1 blocks at which parts 1 to K - 1 begin.
         before: The model that this one was grown from, see `jdecouple.growth`. Its blocks are the
             first ones of this model and keep the heads that they have in it.
 
@@ -46,9 +47,7 @@ class Model:
 
     blocks: Sequence[nnx.Module]
     classifier: nnx.Module | None = None
-    splits: Mapping[str, Mapping[int, tuple[int, ...]]] = dataclasses.field(
-        default_factory=dict, compare=False
-    )
+    splits: Splits = dataclasses.field(default_factory=dict, compare=False)
     before: "Model | None" = None
 
     def __post_init__(self):
@@ -91,6 +90,35 @@ class Model:
         if self.before is None or index >= len(self.before.blocks):
             return self
         return self.before.at_block(index)
+
+    def cut(self, cut: Cut) -> "Model":
+        """The same net with local modules as its blocks, each of consecutive blocks of this one.
+
+        A module of one block is that block, any other a `flax.nnx.Sequential` of its own. Named
+        splits that divide a module are left out.
+
+        >>> units = [nnx.Linear(8, 8, rngs=nnx.Rngs(i)) for i in range(5)]
+        >>> net = Model(units, splits={"mine": {2: (3,), 3: (2, 3)}})
+        >>> modules = net.cut("mine:3")
+        >>> len(modules.blocks), modules.splits
+        (3, {'mine': {2: (2,), 3: (1, 2)}})
+
+        Args:
+            cut: "units", for this model as it is; a number of modules; a split by name; or indices
+                of blocks at which modules begin. See `jdecouple.models.cuts`.
+
+        Raises:
+            ValueError: There is no such cut, or the model has grown from another.
+        """
+        starts = module_starts(cut, self.splits, len(self.blocks))
+        if len(starts) == len(self.blocks):
+            return self
+        if self.before is not None:
+            raise ValueError("a model that has grown cannot be cut: cut the one that it grew from")
+        ends = (*starts[1:], len(self.blocks))
+        parts = [self.blocks[start:end] for start, end in zip(starts, ends, strict=True)]
+        blocks = [part[0] if len(part) == 1 else Chain(*part) for part in parts]
+        return Model(blocks, self.classifier, regrouped(self.splits, starts))
 
     def boundaries(self, name: str, num_stages: int) -> tuple[int, ...]:
         """Returns the blocks at which stages 1 to `num_stages` - 1 begin in the split `name`.

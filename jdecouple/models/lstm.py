@@ -10,6 +10,7 @@ from flax.nnx import initializers
 from jdecouple._errors import require_bool, require_int, require_one_of
 from jdecouple.models import layers, rows
 from jdecouple.models.base import Model
+from jdecouple.models.cuts import cuttable
 from jdecouple.models.sequence import (
     Embedding,
     Sequence,
@@ -157,6 +158,7 @@ def _recurrence_bwd(residuals: tuple, cotangent: tuple[Pair, Pair]) -> tuple:
 recurrence.defvjp(_recurrence_fwd, _recurrence_bwd)
 
 
+@cuttable
 def lstm(
     num_classes: int,
     *,

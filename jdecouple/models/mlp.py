@@ -10,8 +10,10 @@ from flax import nnx
 from jdecouple._errors import require_int, require_one_of
 from jdecouple.models import layers
 from jdecouple.models.base import Model
+from jdecouple.models.cuts import cuttable
 
 
+@cuttable
 def mlp(
     num_classes: int,
     *,

@@ -1,11 +1,8 @@
-"""Residual nets for small images.
-
-The stem is block 0, every residual unit one more block, unless the cut is another.
-"""
+"""Residual nets for small images; the stem is block 0, every residual unit one more block."""
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,12 +12,13 @@ from flax import nnx
 from jdecouple._errors import require_int, require_one_of
 from jdecouple.models import layers
 from jdecouple.models.base import Model, bind
+from jdecouple.models.cuts import Splits, cuttable
 
-Splits = Mapping[str, Mapping[int, tuple[int, ...]]]
+Starts = dict[int, tuple[int, ...]]  # by K: blocks at which parts 1 to K - 1 begin
 
-# Blocks at which stages 1 to K - 1 begin, by K, in the code of FDG (arXiv 1906.09108): by depth for
-# the nets of 6n+2 layers, by name for the others.
-_FDG: dict[int | str, Mapping[int, tuple[int, ...]]] = {
+# In the code of FDG (arXiv 1906.09108): by depth for the nets of 6n+2 layers, by name for the
+# others.
+_FDG: dict[int | str, Starts] = {
     20: {2: (5,), 3: (4, 7)},
     56: {2: (14,), 3: (10, 19), 4: (7, 14, 21)},
     110: {2: (28,), 3: (19, 37), 4: (14, 28, 42), 5: (11, 22, 33, 44)},
@@ -28,6 +26,8 @@ _FDG: dict[int | str, Mapping[int, tuple[int, ...]]] = {
     "resnet50": {2: (8,), 3: (6, 11), 4: (5, 9, 13)},
     "resnet101": {2: (17,), 3: (12, 23), 4: (9, 17, 25), 5: (7, 14, 21, 28)},
 }
+# By depth, of equal memory on CIFAR-10, the InfoPro* of the paper's tables (arXiv 2101.10832).
+_INFOPRO_BALANCED: dict[int | str, Starts] = {110: {2: (16,), 3: (11, 22), 4: (8, 16, 28)}}
 
 
 class Pad(nnx.Module):
@@ -47,6 +47,7 @@ class Pad(nnx.Module):
         return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (before, self.extra - before)))
 
 
+@cuttable
 def resnet(
     num_classes: int,
     *,
@@ -74,17 +75,25 @@ def resnet(
 
     Returns:
         A model of 1 + 3n blocks between NHWC activations, with a classifier of global average
-        pooling and a dense layer. Its splits: "fr" for 2 to 4 stages, as Features Replay (arXiv
-        1807.04511) cuts it, and for depths 20, 56 and 110 "fdg", as FDG (arXiv 1906.09108) does.
+        pooling and a dense layer. Its splits, of which a number K means the first that has it:
+
+        - "infopro" into 2, 3, 4, 8 and 16: InfoPro's local modules (arXiv 2101.10832), see
+          `equal_parts`; at depth 110 "infopro_balanced" (its InfoPro*) into 2 to 4;
+        - "dgl" into 2 to 4: DGL's in its comparison with DDG (1901.08164), whose code it cuts;
+        - "fr" into 2 to 4: the stages of Features Replay (1807.04511) and DDG (1804.10574), which
+          are the same parts;
+        - "fdg" at depths 20, 56 and 110: the stages of FDG (1906.09108).
     """
     count = units_per_group(depth, 2)
-    fdg = {"fdg": _FDG[depth]} if depth in _FDG else {}
+    replay = _features_replay(3 * count, 3)
+    by_depth = {"infopro_balanced": _INFOPRO_BALANCED, "fdg": _FDG}
+    named = {name: table[depth] for name, table in by_depth.items() if depth in table}
     return resnet_of_groups(
         num_classes,
         groups=[(16, count), (32, count), (64, count)],
         bottleneck=False,
         shortcut=shortcut,
-        splits={**fdg, "fr": _features_replay(3 * count)},
+        splits={"infopro": equal_parts(3 * count), "dgl": replay, "fr": replay, **named},
         width=width,
         image_size=image_size,
         channels=channels,
@@ -94,6 +103,7 @@ def resnet(
     )
 
 
+@cuttable
 def resnet_of_groups(
     num_classes: int,
     *,
@@ -102,7 +112,6 @@ def resnet_of_groups(
     shortcut: str,
     splits: Splits,
     width: float = 1.0,
-    cut: str = "units",
     image_size: int = 32,
     channels: int = 3,
     init: str = "flax",
@@ -119,24 +128,23 @@ def resnet_of_groups(
         groups: Channels and number of units of each group.
         bottleneck: Whether units are bottlenecks.
         shortcut: Past a unit that changes the shape: "pad" or "projection", see `resnet`.
-        splits: Named cuts into stages, see `Model`.
+        splits: Named splits, see `Model`.
         width: Factor on all channel counts; each is rounded and at least 1.
-        cut: "units": the stem is block 0, every unit one more. "paper": the groups are the blocks,
-            the first with the stem, as in DeInfoReg (arXiv 2506.18193) and SCPL (2602.00062).
         init: As of all builders, see `jdecouple.models`; the code of FDG uses "torch".
 
     Returns:
         A model between NHWC activations, with a classifier of global average pooling and a dense
-        layer. Under "paper" it has those of the splits that cut no group.
+        layer. Nets of four groups have the splits "paper" into 4, the groups, the first with the
+        stem, as the local modules of DeInfoReg (arXiv 2506.18193) and SCPL (2602.00062); "fr" of
+        Features Replay (1807.04511; nets of bottlenecks) and "fdg" of FDG (1906.09108; depths 18,
+        50 and 101). A number K means the first that has it.
     """
     require_int(1, num_classes=num_classes, image_size=image_size, channels=channels)
     require_one_of(("pad", "projection"), shortcut=shortcut)
-    require_one_of(("units", "paper"), cut=cut)
     layers.require_pixels(image_size, len(groups) - 1, "halvings")
     options = {"init": init, "param_dtype": param_dtype, "rngs": rngs}
     stem = layers.scaled(groups[0][0], width)
     blocks = [nnx.Sequential(*layers.conv_norm(channels, stem, **options), nnx.relu)]
-    starts = [0]  # of the groups, as indices of blocks; the stem belongs to the first
     channels = stem
     for group, (features, count) in enumerate(groups):
         inner = layers.scaled(features, width)
@@ -151,27 +159,10 @@ def resnet_of_groups(
             bypass = _shortcut(channels, outer, strides, shortcut, **options)
             blocks.append(nnx.Sequential(layers.Residual(branch, bypass), nnx.relu))
             channels = outer
-        starts.append(len(blocks))
     classifier = nnx.Sequential(
         layers.GlobalAveragePool(), layers.linear(channels, num_classes, **options)
     )
-    if cut == "paper":
-        blocks = [nnx.Sequential(*blocks[a:b]) for a, b in itertools.pairwise(starts)]
-        splits = _regrouped(splits, starts)
     return Model(blocks, classifier, splits)
-
-
-def _regrouped(splits: Splits, starts: Sequence[int]) -> Splits:
-    """Returns the splits by units as splits by groups, without those that cut a group."""
-    regrouped = {
-        name: {
-            num_stages: tuple(map(starts.index, units))
-            for num_stages, units in cuts.items()
-            if set(units) <= set(starts)
-        }
-        for name, cuts in splits.items()
-    }
-    return {name: cuts for name, cuts in regrouped.items() if cuts}
 
 
 def _branch(channels: int, plan: Sequence[tuple[int, int, int]], **options: Any) -> nnx.Sequential:
@@ -194,18 +185,36 @@ def _shortcut(
     return nnx.Sequential(*layers.conv_norm(channels, features, 1, strides=strides, **options))
 
 
-def _features_replay(units: int) -> dict[int, tuple[int, ...]]:
-    """Splits of the code of Features Replay, by number of stages.
+def _features_replay(units: int, stem: int) -> Starts:
+    """Parts of the code of Features Replay and of DDG, by K.
 
-    The layers convolution, BatchNorm, ReLU, units..., pooling are cut into parts of ceil(len / K).
-    A K whose parts begin inside the stem or after the last unit, where no block does, is left out.
+    The layers are `stem` (convolution, BatchNorm and ReLU are 3, or 1 where they are joined), units
+    and pooling, cut into parts of ceil(len / K). A K whose parts begin inside the stem or after the
+    last unit, where no block does, is left out.
     """
     splits = {}
-    for num_stages in (2, 3, 4):
-        part = math.ceil((units + 4) / num_stages)
-        starts = tuple(k * part - 2 for k in range(1, num_stages))  # layer 3 is unit 1
+    for k in (2, 3, 4):
+        part = math.ceil((stem + units + 1) / k)
+        starts = tuple(i * part - stem + 1 for i in range(1, k))  # layer `stem` is unit 1
         if starts[0] >= 1 and starts[-1] <= units:
-            splits[num_stages] = starts
+            splits[k] = starts
+    return splits
+
+
+def equal_parts(units: int) -> Starts:
+    """InfoPro's local modules of a stem and `units` residual units, by K.
+
+    Its code lists them for depths 32 and 110. This rule gives all that it lists: where K divides
+    the units, equal numbers of units, the first part with the stem; else equal numbers of blocks,
+    the stem one of them, and where these do not divide, one more in each of the last parts.
+    """
+    splits = {}
+    for k in (2, 3, 4, 8, 16):
+        small, more = divmod(units if units % k == 0 else units + 1, k)
+        sizes = [small + (i >= k - more) for i in range(k)]
+        sizes[0] += units % k == 0
+        if small:
+            splits[k] = tuple(itertools.accumulate(sizes[:-1]))
     return splits
 
 
@@ -218,6 +227,9 @@ def units_per_group(depth: int, extra: int) -> int:
 
 
 def _named(name: str, counts: Sequence[int], *, bottleneck: bool) -> Callable[..., Model]:
+    groups = {"paper": {4: tuple(1 + units for units in itertools.accumulate(counts[:-1]))}}
+    replay = {"fr": _features_replay(sum(counts), 1)} if bottleneck else {}
+    fdg = {"fdg": _FDG[name]} if name in _FDG else {}
     return bind(
         resnet_of_groups,
         name,
@@ -225,7 +237,7 @@ def _named(name: str, counts: Sequence[int], *, bottleneck: bool) -> Callable[..
         groups=tuple(zip((64, 128, 256, 512), counts, strict=True)),
         bottleneck=bottleneck,
         shortcut="projection",
-        splits={"fdg": _FDG[name]} if name in _FDG else {},
+        splits={**groups, **replay, **fdg},
     )
 
 

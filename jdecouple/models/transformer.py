@@ -11,6 +11,7 @@ from flax import nnx
 from jdecouple._errors import require_int, require_one_of
 from jdecouple.models import layers
 from jdecouple.models.base import Model
+from jdecouple.models.cuts import cuttable
 from jdecouple.models.sequence import (
     Embedding,
     Sequence,
@@ -137,6 +138,7 @@ def _dense(
     return layer
 
 
+@cuttable
 def transformer(
     num_classes: int,
     *,

@@ -10,6 +10,7 @@ from flax import nnx
 from jdecouple._errors import require_int, require_one_of
 from jdecouple.models import layers
 from jdecouple.models.base import Model
+from jdecouple.models.cuts import cuttable
 
 # Four blocks each, as printed in DeInfoReg (arXiv 2506.18193) and SCPL (arXiv 2602.00062).
 LAYOUTS = {
@@ -20,6 +21,7 @@ LAYOUTS = {
 Blocks = Sequence[Sequence[int | str]]
 
 
+@cuttable
 def vgg(
     num_classes: int,
     *,
@@ -72,6 +74,7 @@ def vgg(
     return Model(modules, layers.perceptron(features, (num_classes,), **options))
 
 
+@cuttable
 def vgg8(
     num_classes: int,
     *,

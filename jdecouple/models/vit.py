@@ -9,6 +9,7 @@ from flax import nnx
 from jdecouple._errors import require_int, require_one_of
 from jdecouple.models import layers
 from jdecouple.models.base import Model
+from jdecouple.models.cuts import cuttable
 from jdecouple.models.sequence import Sequence, dropout_layer, masked_mean, sequence
 from jdecouple.models.transformer import LAYOUTS, POOLINGS, encoder, normed_classifier
 
@@ -71,6 +72,7 @@ class PatchEmbedding(nnx.Module):
         return sequence(self.drop(h), mask, masked_mean(h[:, first:], mask[:, first:]))
 
 
+@cuttable
 def vit(
     num_classes: int,
     *,

@@ -10,12 +10,14 @@ from flax import nnx
 from jdecouple._errors import require_int, require_number
 from jdecouple.models import layers
 from jdecouple.models.base import Model, bind
-from jdecouple.models.resnet import units_per_group
+from jdecouple.models.cuts import cuttable
+from jdecouple.models.resnet import equal_parts, units_per_group
 
-# By depth: blocks at which stages 1 to K - 1 begin, by K, in the code of FDG (arXiv 1906.09108).
+# By depth and K: blocks at which parts 1 to K - 1 begin in the code of FDG (arXiv 1906.09108).
 _FDG = {28: {2: (7,), 3: (5, 9), 4: (4, 7, 10)}}
 
 
+@cuttable
 def wide_resnet(
     num_classes: int,
     *,
@@ -45,7 +47,9 @@ def wide_resnet(
 
     Returns:
         A model of 1 + 3n blocks between NHWC activations, with a classifier of BatchNorm, ReLU,
-        global average pooling and a dense layer. At depth 28 it has the split "fdg" of FDG's code.
+        global average pooling and a dense layer. Its splits are "infopro" into 2, 3, 4, 8 and 16,
+        equal parts as of InfoPro's ResNets (no paper on local losses has published any for this
+        net), and at depth 28 "fdg" into 2 to 4, as FDG's code, which are the same parts.
     """
     count = units_per_group(depth, 4)
     require_int(1, num_classes=num_classes, widen=widen, image_size=image_size, channels=channels)
@@ -67,7 +71,8 @@ def wide_resnet(
         layers.GlobalAveragePool(),
         layers.linear(channels, num_classes, **options),
     )
-    return Model(blocks, classifier, {"fdg": _FDG[depth]} if depth in _FDG else {})
+    fdg = {"fdg": _FDG[depth]} if depth in _FDG else {}
+    return Model(blocks, classifier, {"infopro": equal_parts(3 * count), **fdg})
 
 
 def _unit(

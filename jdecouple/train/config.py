@@ -192,6 +192,8 @@ def _fill(target: ConfigDict, given: Any, path: str) -> None:
         kind, optional = target.get_type(key), target[key] is None
         if value == "None" and optional:  # as the command line gives it
             value = None
+        if here == "config.model.cut" and kind is str and type(value) in (int, list, tuple):
+            value = str(tuple(value) if isinstance(value, list) else value)
         if (type(value), kind) in ((list, tuple), (int, float)):
             with contextlib.suppress(OverflowError):  # a number beyond those of a float
                 value = kind(value)

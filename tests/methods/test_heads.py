@@ -297,6 +297,13 @@ def test_cross_entropy_without_a_classifier_takes_features_as_logits():
     np.testing.assert_array_equal(output.logits, logits)
 
 
+def test_the_divisor_of_the_contrastive_loss_is_passed_on():
+    arguments = {"projector": "identity", "count_self": False}
+    output, _ = run_head(SupervisedContrastive(**arguments).head(site(), nnx.Rngs(0)))
+    expected = objectives.supervised_contrastive(FEATURES, LABELS, count_self=False)
+    assert float(output.loss) == pytest.approx(float(expected), rel=1e-6)
+
+
 def test_heads_compute_in_bfloat16_but_lose_in_float32():
     for objective in OBJECTIVES[:-1]:
         head = objective.head(site(dtype=jnp.bfloat16), nnx.Rngs(0))
@@ -367,6 +374,10 @@ def test_projector_widths(projector, expected):
         (
             lambda: SupervisedContrastive("deep"),
             "projector is 'deep': allowed are mlp, linear, identity",
+        ),
+        (
+            lambda: SupervisedContrastive(count_self=1),
+            "count_self is 1: True or False is needed",
         ),
         (lambda: SupervisedContrastive(hidden=0), "hidden is 0: a whole number of at least 1"),
         (lambda: SupervisedContrastive(temperature=0), "temperature is 0: a finite number above 0"),

@@ -110,7 +110,7 @@ class TestTrainPy:
             (["method.mode=x"], "config.method.mode is set, but method 'mine' takes only: weights"),
             (["method.beta=2"], "beta is 2.0: a number above 0 and at most 1 is needed"),
             (["method.name=his"], "config.method.name is 'his': allowed are bp, early_exit"),
-            (["model.depth=2"], "model.depth is set, but model 'one_layer' takes only: scale"),
+            (["model.depth=2"], "model.depth is set, but model 'one_layer' takes only: scale, cut"),
             (["model.name=lstm"], "data set 'noise' holds images, which mlp, one_layer, resnet"),
             (["data.image_size=8"], "data set 'noise' holds images and takes only: validation"),
             (["data.channels=x"], "config.data.channels is 'x': a value of type int is needed"),
@@ -127,8 +127,9 @@ class TestTrainPy:
             parsed("--help")
         assert not stopped.value.code
         text = capsys.readouterr().out
-        assert "  one_layer: scale=1.0\n" in text
-        assert "  mine: weights=(1.0,), head_pool=1, projector=3, beta=0.5, init='flax'\n" in text
+        assert "  one_layer: scale=1.0, cut='units'\n" in text
+        own = "weights=(1.0,), head_pool=1, branch='linear', projector=3"
+        assert f"  mine: {own}, beta=0.5, init='flax'\n" in text
         assert "batch_size: 8" in text
 
     def test_an_option_of_the_file_is_taken_back(self, parsed):

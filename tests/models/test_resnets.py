@@ -258,11 +258,24 @@ def test_features_replay_splits_are_its_list_of_layers_cut(depth):
             assert num_stages not in found
 
 
+@pytest.mark.parametrize(
+    ("name", "fr"),
+    [
+        ("resnet50", {2: (9,), 3: (6, 12), 4: (5, 10, 15)}),
+        pytest.param("resnet101", {2: (18,), 3: (12, 24), 4: (9, 18, 27)}, marks=pytest.mark.slow),
+    ],
+)
+def test_features_replay_splits_of_bottlenecks(name, fr):
+    assert built(name)[1]["fr"] == fr  # stem, units and pooling, cut into equal parts
+
+
 def test_which_nets_have_which_splits():
-    assert built("resnet", depth=32)[1].keys() == {"fr"}
-    assert built("resnet", depth=50)[1].keys() == {"fr"}  # not those of ResNet-50
+    assert built("resnet", depth=32)[1].keys() == {"infopro", "dgl", "fr"}
+    assert built("resnet", depth=50)[1].keys() == {"infopro", "dgl", "fr"}  # not of ResNet-50
     assert built("resnet", depth=20)[1] == built("resnet20")[1]
-    assert built("resnet34")[1] == built("wide_resnet", depth=10)[1] == {}
+    assert built("resnet34")[1] == {"paper": {4: (4, 8, 14)}}
+    assert built("resnet18")[1].keys() == {"paper", "fdg"}
+    assert built("wide_resnet", depth=10)[1] == {"infopro": {2: (2,), 3: (2, 3), 4: (1, 2, 3)}}
     assert built("wide_resnet", depth=28)[1] == built("wrn28_10")[1]
 
 

@@ -148,8 +148,8 @@ def test_a_published_split_by_its_name(options, starts, blocks):
 @pytest.mark.parametrize(
     ("name", "num_stages", "words"),
     [
-        ("bogus", 2, ("no split 'bogus'", "allowed are fdg, fr")),
-        ("", 2, ("no split ''", "allowed are fdg, fr")),
+        ("bogus", 2, ("no split 'bogus'", "allowed are infopro, dgl, fr, fdg")),
+        ("", 2, ("no split ''", "allowed are infopro, dgl, fr, fdg")),
         ("fdg", 4, ("split 'fdg'", "4 stages", "allowed are 2, 3")),
         ("fdg", None, ("split 'fdg'", "1 stages", "allowed are 2, 3")),
     ],

@@ -154,7 +154,7 @@ def of(method, **values):
         (of("fr", method__first_stage_lr_scale="inf"), "first_stage_lr_scale is inf: a finite num"),
         (
             of("ddg", method__beta=0.5),
-            "config.method.beta is set, but method 'ddg' takes only: init",
+            "config.method.beta is set, but method 'ddg' takes only: current_weights, init",
         ),
         (
             of("fdg", method__accumulate=2),
@@ -188,7 +188,7 @@ def test_bad_value_of_a_delayed_run(refused, workdir, values, said):
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"split": "bogus"}, "the model has no split 'bogus': allowed are fdg, fr"),
+        ({"split": "bogus"}, "the model has no split 'bogus': allowed are infopro, dgl, fr, fdg"),
         ({"num_stages": 4}, "split 'fdg' has no cut into 4 stages: allowed are 2, 3"),
         ({"num_stages": 1}, "split 'fdg' has no cut into 1 stages: allowed are 2, 3"),
         ({"boundaries": "(0,5)"}, "config.split and config.boundaries are both set"),

@@ -10,6 +10,7 @@ from flax import nnx
 
 from jdecouple.methods.objectives import Descending, HeadOutput
 from jdecouple.methods.routes import loss_scale
+from jdecouple.models.cuts import read_entries
 
 Arrays = dict[str, jax.Array]
 Carry = dict[str, Any]
@@ -220,17 +221,13 @@ def side_inputs(index: int, block: nnx.Module) -> tuple[str, ...]:
     Raises:
         ValueError: one that is not for blocks to read.
     """
-    names = getattr(block, "inputs", ())
-    if isinstance(names, str):
-        names = (names,)
-    if not isinstance(names, tuple | list) or not all(isinstance(name, str) for name in names):
-        return ()  # an attribute of the block's own
+    names = read_entries(block)
     if wrong := [name for name in names if name in _RESERVED]:
         raise ValueError(
             f"block {index} names {wrong[0]!r} in its inputs: another entry of the batch than "
             f"{', '.join(_RESERVED)} is needed"
         )
-    return tuple(names)
+    return names
 
 
 def share_traces(units: Sequence[Unit]) -> tuple[Unit, ...]:

@@ -1,0 +1,156 @@
+"""Local modules: which units of a net, its blocks as built, stand together behind one head.
+
+A cut is one of
+
+- "units": every unit is a module;
+- K, a whole number: the first of the net's named splits with K parts; without one 1 makes a single
+  module, and the number of units as many;
+- "name:K", or "name" alone where that split has one K: a split of `Model.splits`;
+- indices of the units at which modules begin, the first 0, such as `(0, 3, 7)`.
+
+Numbers and indices may be given as text, as a command line does.
+"""
+
+import ast
+import contextlib
+import functools
+import inspect
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
+from typing import Any
+
+from flax import nnx
+
+from jdecouple._errors import choices
+
+Cut = int | str | Sequence[int]
+Splits = Mapping[str, Mapping[int, tuple[int, ...]]]
+
+
+def module_starts(cut: Cut, splits: Splits, count: int) -> tuple[int, ...]:
+    """Indices of the units at which the modules of a cut begin, the first 0.
+
+    >>> splits = {"even": {2: (3,), 3: (2, 4)}, "late": {2: (5,)}}
+    >>> [module_starts(cut, splits, 6) for cut in (2, "even:3", "late", "(0, 1)")]
+    [(0, 3), (0, 2, 4), (0, 5), (0, 1)]
+
+    Args:
+        cut: see this module.
+        splits: as of `Model`.
+        count: number of units.
+
+    Raises:
+        ValueError: there is no such cut.
+    """
+    if isinstance(cut, str):
+        with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            cut = ast.literal_eval(cut)
+    if isinstance(cut, str):
+        return (0, *_named(cut, splits, count))
+    if isinstance(cut, Integral) and not isinstance(cut, bool):
+        return (0, *_published(int(cut), splits, count))
+    if not isinstance(cut, Sequence):
+        raise ValueError(
+            f"cut is {cut!r}: 'units', a number of modules, a split such as 'name:4', or unit "
+            "indices such as (0, 3, 7) are needed"
+        )
+    whole = all(isinstance(start, Integral) and not isinstance(start, bool) for start in cut)
+    if not whole or [*cut[:1]] != [0] or any(a >= b for a, b in itertools.pairwise((*cut, count))):
+        raise ValueError(
+            f"cut is {cut!r}: modules begin at increasing unit indices, the first 0, the last "
+            f"{count - 1} at most"
+        )
+    return tuple(map(int, cut))
+
+
+def _named(cut: str, splits: Splits, count: int) -> tuple[int, ...]:
+    if cut == "units":
+        return tuple(range(1, count))
+    name, colon, _ = cut.partition(":")
+    if name not in splits:
+        raise ValueError(f"cut is {cut!r}: {choices(name, ('units', *splits))}")
+    parts = {f"{name}:{k}": starts for k, starts in splits[name].items()}
+    if not colon and len(parts) == 1:
+        return next(iter(parts.values()))
+    if cut not in parts:
+        raise ValueError(f"cut is {cut!r}: {choices(cut, parts)}")
+    return parts[cut]
+
+
+def _published(k: int, splits: Splits, count: int) -> tuple[int, ...]:
+    known = [*splits.values(), {1: (), count: tuple(range(1, count))}]
+    for cuts in known:
+        if k in cuts:
+            return cuts[k]
+    numbers = ", ".join(map(str, sorted({k for cuts in known for k in cuts})))
+    raise ValueError(
+        f"cut is {k}: cuts into {numbers} modules are known; unit indices such as (0, 3, 7) make "
+        "others"
+    )
+
+
+def regrouped(splits: Splits, starts: Sequence[int]) -> Splits:
+    """Splits by units as splits by the modules that begin at `starts`, but for those in a module.
+
+    >>> regrouped({"even": {2: (3,), 3: (2, 4)}}, (0, 2, 4))
+    {'even': {3: (1, 2)}}
+    """
+    kept = {
+        name: {
+            k: tuple(map(starts.index, units)) for k, units in cuts.items() if {*units} <= {*starts}
+        }
+        for name, cuts in splits.items()
+    }
+    return {name: cuts for name, cuts in kept.items() if cuts}
+
+
+class Chain(nnx.Sequential):
+    """Consecutive units as one block, which reads all entries of the batch that its units read.
+
+    It is no embedding block (`is_embedding`), even where its first unit is: it does more. Unlike
+    `nnx.Sequential` it hands on what a unit returns as it is, a dict too.
+    """
+
+    def __init__(self, *units: nnx.Module):
+        super().__init__(*units)
+        self.inputs = tuple(dict.fromkeys(name for unit in units for name in read_entries(unit)))
+
+    def __call__(self, x: Any, **entries: Any) -> Any:  # type: ignore[override]
+        """Applies the units in turn, each to what the one before returned."""
+        for unit in self.layers:
+            x = unit(x, **{name: entries[name] for name in read_entries(unit)})
+        return x
+
+
+def read_entries(block: Any) -> tuple[str, ...]:
+    """Entries of the batch beside "x" that a block names in its attribute `inputs`, () without one.
+
+    An attribute of that name that holds no names is the block's own.
+    """
+    names = getattr(block, "inputs", ())
+    names = (names,) if isinstance(names, str) else names
+    is_names = isinstance(names, tuple | list) and all(isinstance(name, str) for name in names)
+    return tuple(names) if is_names else ()
+
+
+def cuttable(builder: Callable[..., Any]) -> Callable[..., Any]:
+    """A builder of models with the keyword `cut`, by default "units"; see this module.
+
+    One that has an argument `cut` of its own stays as it is.
+    """
+    signature = inspect.signature(builder)
+    parameters = [*signature.parameters.values()]
+    if "cut" in signature.parameters:
+        return builder
+
+    @functools.wraps(builder)
+    def build(*args: Any, cut: Cut = "units", **kwargs: Any) -> Any:
+        model = builder(*args, **kwargs)
+        return model if isinstance(cut, str) and cut == "units" else model.cut(cut)
+
+    further = [each for each in parameters if each.kind is each.VAR_KEYWORD]
+    own = inspect.Parameter("cut", inspect.Parameter.KEYWORD_ONLY, default="units", annotation=Cut)
+    before = parameters[: len(parameters) - len(further)]
+    build.__signature__ = signature.replace(parameters=[*before, own, *further])  # type: ignore[attr-defined]
+    return build
