@@ -64,9 +64,15 @@ class ImageInputs:
         """What `entries` made the batch of."""
         return batch["x"]
 
-    def transform(self, name: str) -> Callable[..., Any]:
-        """The augmentation of this name for the Trainer; ValueError if there is none."""
-        return augment.get(name, mean=self.mean, std=self.std)
+    def transform(self, name: str, **options: Any) -> Callable[..., Any]:
+        """The augmentation of this name for the Trainer; ValueError if it does not fit.
+
+        The options are those of `augment.get`.
+        """
+        found = augment.get(name, mean=self.mean, std=self.std, **options)
+        padding, cutout = options.get("crop_padding"), options.get("cutout", 0)
+        augment.require_fit(self.image_shape[:2], padding, cutout)
+        return found
 
     def encode(self, items: Any) -> np.ndarray:
         """Brings images to what the model reads.
@@ -184,10 +190,12 @@ class TextInputs:
         names = ("x", *(f"x_{number}" for number in range(1, len(self.parts))))
         return np.concatenate([np.asarray(batch[name]) for name in names], axis=1)
 
-    def transform(self, name: str) -> None:
+    def transform(self, name: str, **options: Any) -> None:
         """The augmentation of this name for the Trainer; ValueError but for "none"."""
         if name != "none":
             raise ValueError(
+        for key, value in options.items():
+            raise ValueError(f"{key} is {value!r}: it is for images, but the data set holds texts")
                 f"unknown augmentation {name!r}: allowed for the texts of a data set is none"
             )
 

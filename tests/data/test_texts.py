@@ -84,6 +84,7 @@ class TestDataset:
         refused("max_length is 9: data set 'digits' holds images", "digits", max_length=9)
         refused("image_size is 9: .* holds texts", csv_set(tmp_path), image_size=9)
 
+        refused(r"mean is \(0\.5,\): .* holds texts", csv_set(tmp_path), mean=(0.5,))
     def test_texts_are_not_augmented(self, tmp_path):
         loaded = data.load(csv_set(tmp_path))
         assert loaded.transform("none") is None
@@ -92,6 +93,8 @@ class TestDataset:
         ):
             loaded.transform("basic")
 
+        with pytest.raises(ValueError, match=r"cutout is 4: it is for images, .* holds texts"):
+            loaded.transform("none", cutout=4)
     def test_images_have_no_lengths(self):
         with pytest.raises(ValueError, match="train split has no lengths"):
             _ = data.load("digits").train.lengths
