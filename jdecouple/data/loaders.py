@@ -114,6 +114,7 @@ def load(
     cache_bytes: int = CACHE_BYTES,
     max_length: int | None = None,
     vocabulary_size: int | None = None,
+    clean: str = "none",
     glove: str | os.PathLike[str] | None = None,
     label_column: str | None = None,
     text_columns: Sequence[str] | None = None,
@@ -150,10 +151,10 @@ def load(
         download: prepare a TFDS set that is not prepared yet; without it nothing is downloaded.
         image_size: resize images to this many pixels a side (shorter side, then centre crop);
             the size of the synthetic images (32 if None).
-        synthetic_size: synthetic examples for training and validation together; the test split
         mean: per-channel mean that images, scaled to 0..1, are normalised with, one number a
             channel; None is that of the set.
         std: per-channel standard deviation likewise.
+        synthetic_size: synthetic examples for training and validation together; the test split
             has a quarter as many. Other built-in sets refuse it, `channels` and `num_classes`.
         channels: channels of the synthetic images, 1 or 3.
         num_classes: classes of the synthetic set.
@@ -161,6 +162,9 @@ def load(
         max_length: words that are kept of a text; 256 if None.
         vocabulary_size: most words that are told apart, padding and the unknown word included;
             30,000 if None.
+        clean: what is taken out of texts before they are split into words: "none"; "punctuation",
+            markup and ASCII punctuation; or "paper", English stop words as well, see
+            `cleaning.cleaned`.
         glove: text file of word vectors, see `vocabulary.word_vectors`.
         label_column: name of the column of labels of CSV and Parquet files; None is the one called
             `label`, `class`, `target` or the like.
@@ -187,13 +191,13 @@ def load(
     if not isinstance(dataset, Dataset):
         raise TypeError(f"the loader of data set {name!r} returns {dataset!r}: a Dataset is needed")
     own = {*taken, *_ALWAYS, *(() if _registered(name) else _WHERE)}
+    if isinstance(dataset, ImageDataset):
+        own |= {*_OF_IMAGES}
+        dataset = _normalised(dataset, mean=mean, std=std)
     parameters = inspect.signature(load).parameters
     for key, value in options.items():
         if key not in own and value != parameters[key].default:
             raise ValueError(
-    if isinstance(dataset, ImageDataset):
-        own |= {*_OF_IMAGES}
-        dataset = _normalised(dataset, mean=mean, std=std)
                 f"{key} is {options[key]!r}: data set {name!r} holds {dataset.kind} and takes "
                 f"only: {', '.join(key for key in options if key in own - _ALWAYS) or 'no options'}"
             )
@@ -206,10 +210,6 @@ def load(
         splits["train"] = dataclasses.replace(splits["train"], overrides=noise)
     return dataclasses.replace(dataset, name=name, **splits)
 
-
-def _registered(name: str) -> Callable[..., Dataset] | None:
-    scheme, colon, _ = name.partition(":")
-    return _LOADERS.get(scheme + colon)
 
 def _normalised(dataset: ImageDataset, **statistics: Sequence[float] | None) -> ImageDataset:
     """The data set with the statistics that are given, checked, in place of its own."""
@@ -227,6 +227,10 @@ def _normalised(dataset: ImageDataset, **statistics: Sequence[float] | None) -> 
     changes: dict[str, Any] = {key: tuple(map(float, values)) for key, values in given.items()}
     return dataclasses.replace(dataset, **changes)
 
+
+def _registered(name: str) -> Callable[..., Dataset] | None:
+    scheme, colon, _ = name.partition(":")
+    return _LOADERS.get(scheme + colon)
 
 
 def _loader(name: str, data_dir: Any, download: bool) -> Callable[..., Dataset]:

@@ -68,6 +68,7 @@ KEYS: tuple[Key, ...] = (
     Key("data.max_length", int),
     Key("data.parts", tuple),
     Key("data.vocabulary_size", int),
+    Key("data.clean", "none"),
     Key("data.glove", str),
     Key("data.label_column", str),
     Key("data.text_columns", tuple),
