@@ -168,10 +168,64 @@ def test_labels_enter_one_hot(x64):
         ({"expansion": False}, ("expansion", "at least 0")),
         ({"head_pool": 0.5}, ("head_pool", "at least 0")),
         ({"activation": "relu"}, ("activation", "sigmoid, tanh, linear", "relu")),
+        ({"autoencoder_lr_scale": 0}, ("autoencoder_lr_scale", "above 0")),
     ],
 )
 def test_bad_arguments_are_refused(arguments, words):
     nets.assert_clear(ValueError, words, lambda: jd.methods.get("al", **arguments))
+
+
+# --- The rate of the autoencoder -----------------------------------------------------------
+
+
+def one_block(scale, optimizer):
+    """A dense block under al, float64, and two batches for it."""
+    options = {"param_dtype": jnp.float64, "rngs": nnx.Rngs(0)}
+    arguments = {"features": 6, "expansion": 0, "activation": "tanh", "autoencoder_lr_scale": scale}
+    data = nets.batches(2, dtype=np.float64)
+    model = jd.Model([nnx.Linear(nets.FEATURES, 7, **options)])
+    method = jd.methods.get("al", **arguments)
+    trainer = jd.Trainer(model, method, optimizer, example=data[0], num_classes=nets.CLASSES)
+    return trainer, data
+
+
+def adam_by_hand(trainer, data, rate, scale):
+    """Weights after a step of Adam on every batch, by their names."""
+    arrays = nets.to_arrays(trainer, trainer.init())
+    names = {key: key.split("/", 2)[2] for key in arrays if "/params/" in key}
+    weights = {name: jnp.asarray(arrays[key]) for key, name in names.items()}
+    first, second = ({name: jnp.zeros_like(w) for name, w in weights.items()} for _ in range(2))
+
+    def loss(weights, batch):
+        def dense(part, x):
+            return x @ weights[f"{part}/kernel"] + weights[f"{part}/bias"]
+
+        y = jnp.eye(nets.CLASSES)[batch["label"]]
+        code = jnp.tanh(dense("head/encoder/layers/0", y))
+        bridged = jnp.tanh(dense("head/bridge/layers/1", dense("block", batch["x"])))
+        decoded = jnp.tanh(dense("head/decoder/layers/0", code))
+        bridge = jnp.mean((bridged - jax.lax.stop_gradient(code)) ** 2)
+        return bridge + jnp.mean((decoded - y) ** 2)
+
+    for step, batch in enumerate(data, start=1):
+        for name, gradient in jax.grad(loss)(weights, batch).items():
+            first[name] = 0.9 * first[name] + 0.1 * gradient
+            second[name] = 0.999 * second[name] + 0.001 * gradient**2
+            root = jnp.sqrt(second[name] / (1 - 0.999**step)) + 1e-8
+            factor = scale if name.startswith(("head/encoder", "head/decoder")) else 1
+            move = first[name] / (1 - 0.9**step) / root
+            weights[name] = weights[name] - factor * rate * move
+    return {key: weights[name] for key, name in names.items()}
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_two_steps_with_an_autoencoder_at_another_rate(scale, x64):
+    """A factor on the gradients would leave Adam's steps as they are."""
+    trainer, data = one_block(scale, jd.optim.adam(0.01))
+    state, _ = nets.trained(trainer, data, 2)
+    found = nets.to_arrays(trainer, state)
+    for name, wanted in adam_by_hand(trainer, data, 0.01, scale).items():
+        assert gv.relative_error(found[name], wanted) < 1e-13, name
 
 
 # --- Over several stages --------------------------------------------------------------------

@@ -6,7 +6,14 @@ inside itself.
 
 from jdecouple.methods.objectives.associated_learning import AssociatedLearning, associated_learning
 from jdecouple.methods.objectives.auxiliary_net import AuxiliaryNet
-from jdecouple.methods.objectives.base import BlockInfo, Descending, Head, HeadOutput, Objective
+from jdecouple.methods.objectives.base import (
+    BlockInfo,
+    Descending,
+    Head,
+    HeadOutput,
+    Objective,
+    Scaling,
+)
 from jdecouple.methods.objectives.cross_entropy import CrossEntropy, cross_entropy
 from jdecouple.methods.objectives.exits import Exits
 from jdecouple.methods.objectives.information_propagation import InformationPropagation, unit_range
@@ -34,6 +41,7 @@ __all__ = [
     "InformationRegularization",
     "Objective",
     "PredictionSimilarity",
+    "Scaling",
     "SupervisedContrastive",
     "associated_learning",
     "cross_entropy",

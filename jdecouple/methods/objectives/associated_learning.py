@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jdecouple._errors import require_int, require_one_of
+from jdecouple._errors import require_int, require_number, require_one_of
 from jdecouple.methods.objectives.base import BlockInfo, HeadOutput, Objective, at_least_float32
 from jdecouple.methods.objectives.maps import pool_maps, pooled_info
 from jdecouple.models import layers
@@ -62,6 +62,7 @@ class AssociatedLearningHead(nnx.Module):
     def __init__(self, objective: "AssociatedLearning", info: BlockInfo, rngs: nnx.Rngs):
         self.num_classes = info.num_classes
         self.head_pool = objective.head_pool
+        self.autoencoder_lr_scale = objective.autoencoder_lr_scale
         size = pooled_info(info, self.head_pool).size
         below = objective.features if info.index else info.num_classes
 
@@ -70,6 +71,12 @@ class AssociatedLearningHead(nnx.Module):
         hidden = (objective.expansion * objective.features,) if objective.expansion else ()
         self.bridge = nnx.Sequential(layers.Flatten(), *dense(size, *hidden, objective.features))
         self.decoder = nnx.Sequential(*dense(objective.features, below))
+
+    @property
+    def lr_scales(self) -> dict[str, float]:
+        """Factors on the updates of encoder and decoder, see `jdecouple.objectives.Scaling`."""
+        scale = self.autoencoder_lr_scale
+        return {} if scale == 1 else {"encoder": scale, "decoder": scale}
 
     def __call__(self, features: Any, carry: Mapping[str, Any]) -> HeadOutput:
         """Loss of `features` `[batch, ...]`, or a sequence, under `carry["target"]`.
@@ -118,23 +125,28 @@ class AssociatedLearning(Objective):
     model's own classifier is ignored.
 
     Attributes:
-        features: Width of the codes; 500 for images and 300 for text in the authors' code.
+        features: Width of the codes; in the code of DeInfoReg and SCPL 500 for images and 300 for
+            text, in the paper's own 300.
         expansion: Width of the bridge's hidden layer, in multiples of `features`; 0 for a bridge of
             one dense layer (text).
         activation: Behind every dense layer: "sigmoid" (images), "tanh" (text) or "linear" (none).
         head_pool: The bridge reads feature maps averaged over this many bins a side; 0: whole.
+        autoencoder_lr_scale: Factor on the learning rate of encoder and decoder; 2 in the paper's
+            own code.
     """
 
     features: int = 500
     expansion: int = 5
     activation: str = "sigmoid"
     head_pool: int = 0
+    autoencoder_lr_scale: float = 1.0
     trains_classifier: ClassVar[bool] = False
 
     def __post_init__(self):
         require_int(1, features=self.features)
         require_int(0, expansion=self.expansion, head_pool=self.head_pool)
         require_one_of(ACTIVATIONS, activation=self.activation)
+        require_number(positive=True, autoencoder_lr_scale=self.autoencoder_lr_scale)
 
     def head(self, info: BlockInfo, rngs: nnx.Rngs) -> nnx.Module:
         """Head for any block."""

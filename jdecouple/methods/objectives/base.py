@@ -114,6 +114,18 @@ class Descending(Protocol):
 
 
 @runtime_checkable
+class Scaling(Protocol):
+    """A head of which parts learn at another rate than the rest of the block.
+
+    Attributes:
+        lr_scales: Factor on the optimiser's updates, by the attribute of the head that holds the
+            part.
+    """
+
+    lr_scales: Mapping[str, float]
+
+
+@runtime_checkable
 class Objective(Protocol):
     """What each block minimises; a subclass inherits the two defaults.
 

@@ -190,7 +190,7 @@ class Stage:
             if self.num_microbatches > 1 or squared_norm is not None:
                 grads = jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads)
             updates, new_opt = self.optimizer.update(grads, unit_opt, weights)
-            params.append(optax.apply_updates(weights, updates))
+            params.append(optax.apply_updates(weights, unit.scaled(updates)))
             opt.append(new_opt)
         new = {**state, "params": tuple(params), "opt": tuple(opt)}
         return new if self.ema is None else {**new, "ema": self._averages(state, new)}

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jdecouple.methods.objectives import Descending, HeadOutput
+from jdecouple.methods.objectives import Descending, HeadOutput, Scaling
 from jdecouple.methods.routes import loss_scale
 from jdecouple.models.cuts import read_entries
 
@@ -43,6 +43,7 @@ class Unit:
             `inputs` and is called with them by name.
         frozen: whether nothing of the block and its head is trained.
         hands_on: whether the head writes into the carry.
+        scales: factors on an optimiser's updates by the names of parameters; 1 for all others.
     """
 
     index: int
@@ -57,6 +58,7 @@ class Unit:
     inputs: tuple[str, ...] = ()
     frozen: bool = False
     hands_on: bool = False
+    scales: Mapping[str, float] = dataclasses.field(default_factory=dict)
     _shared: Train | None = None
 
     @classmethod
@@ -79,9 +81,11 @@ class Unit:
                 named[name] = variable
             return named
 
+        trained = flat(params)
+        parts: Mapping[str, float] = head.lr_scales if isinstance(head, Scaling) else {}
         return cls(
             index=index,
-            params=flat(params),
+            params=trained,
             stats=flat(stats),
             has_loss=head is not None,
             descends=isinstance(head, Descending),
@@ -90,6 +94,12 @@ class Unit:
             _keys=dict(nnx.to_flat_state(keys)),
             _definitions=definitions,
             inputs=side_inputs(index, block),
+            scales={
+                name: scale
+                for part, scale in parts.items()
+                for name in trained
+                if name.startswith(f"head/{part}/")
+            },
         )
 
     def same_definition(self, other: "Unit") -> bool:
@@ -185,6 +195,12 @@ class Unit:
     def descend(self, params: Arrays, stats: Arrays, target: Any) -> Any:
         """What the block below gets for what came down."""
         return self._module(False, params, stats, jax.random.key(0)).head.descend(target)
+
+    def scaled(self, updates: Arrays) -> Arrays:
+        """An optimiser's updates by the names of parameters, times the factors."""
+        if not self.scales:
+            return updates
+        return {name: self.scales.get(name, 1.0) * update for name, update in updates.items()}
 
     def modules(self, params: Arrays, stats: Arrays) -> tuple[nnx.Module, nnx.Module | None]:
         """The block and its head as nnx modules in training mode, with the given values."""
