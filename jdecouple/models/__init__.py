@@ -31,6 +31,7 @@ from jdecouple.models.resnet import (
     resnet,
     resnet18,
     resnet20,
+    resnet32,
     resnet34,
     resnet50,
     resnet56,
@@ -43,7 +44,8 @@ from jdecouple.models.vgg8b import vgg8b
 from jdecouple.models.vit import vit
 from jdecouple.models.wide_resnet import wide_resnet, wrn28_10
 
-_RESNETS = resnet, resnet18, resnet20, resnet34, resnet50, resnet56, resnet101, resnet110
+_CIFAR_RESNETS = resnet, resnet20, resnet32, resnet56, resnet110
+_RESNETS = *_CIFAR_RESNETS, resnet18, resnet34, resnet50, resnet101
 _BUILDERS: dict[str, Callable[..., Model]] = {
     builder.__name__: builder
     for builder in (lstm, mlp, *_RESNETS, transformer, vgg, vgg8, vgg8b, vit, wide_resnet, wrn28_10)
@@ -113,6 +115,7 @@ __all__ = [
     "resnet",
     "resnet18",
     "resnet20",
+    "resnet32",
     "resnet34",
     "resnet50",
     "resnet56",

@@ -265,6 +265,7 @@ def _named(
 
 
 resnet20 = bind(resnet, "resnet20", "ResNet of 20 layers for CIFAR", depth=20)
+resnet32 = bind(resnet, "resnet32", "ResNet of 32 layers for CIFAR", depth=32)
 resnet56 = bind(resnet, "resnet56", "ResNet of 56 layers for CIFAR", depth=56)
 resnet110 = bind(resnet, "resnet110", "ResNet of 110 layers for CIFAR", depth=110)
 resnet18 = _named("resnet18", (2, 2, 2, 2), bottleneck=False)

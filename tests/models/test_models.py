@@ -329,7 +329,7 @@ def test_bad_arguments_get_one_clear_line(name, arguments, message):
 
 
 def test_table_of_builders():
-    resnets = [f"resnet{depth}" for depth in ("", 101, 110, 18, 20, 34, 50, 56)]
+    resnets = [f"resnet{depth}" for depth in ("", 101, 110, 18, 20, 32, 34, 50, 56)]
     others = ("transformer", "vgg", "vgg8", "vit", "wide_resnet", "wrn28_10")
     assert {"lstm", "mlp", *resnets, *others} <= set(models.names())
     assert list(models.names()) == sorted(models.names())

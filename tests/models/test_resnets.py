@@ -59,6 +59,7 @@ def weighted(modules):
     ("name", "units"),
     [
         ("resnet20", 9),
+        ("resnet32", 15),
         ("resnet56", 27),
         pytest.param("resnet110", 54, marks=pytest.mark.slow),
         ("resnet18", 8),

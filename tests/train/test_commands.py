@@ -134,7 +134,7 @@ class TestMeant:
             ({"mesh": {"stage": 2}}, "stages"),
             ({"method": {"projectr": "8"}}, "projector"),
             ({"method": {"name": "DeInfo"}}, "deinforeg"),
-            ({"model": {"name": "resnet21"}}, "resnet20"),
+            ({"model": {"name": "resnet57"}}, "resnet56"),
             ({"optimizer": {"name": "Adam"}}, "adam"),
         ],
     )
