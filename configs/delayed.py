@@ -2,73 +2,70 @@
 
 Data sets: a prepared TFDS image set (cifar10, cifar100, ...; --config.data.data_dir=FOLDER),
 digits or synthetic. Models: any; those of the papers are resnet20, resnet56, resnet110, resnet18,
-resnet50, resnet101 and wrn28_10, and begin their stages where FDG's code does. Methods: fdg, fr,
-ddg, adl, and bp, which they compare with. K stages, 2 if left out, share devices where there are
-fewer.
+resnet50, resnet101 and wrn28_10, and begin their stages where the paper's code does. Methods: fdg,
+fr, ddg, adl, and bp, which they compare with: as FDG trains it, or as `bp@fr` as Features Replay
+does. K stages, 2 if left out, share devices where there are fewer.
+
+The papers train on all training images and report the last epoch: nothing is held out for
+validation (--config.data.validation=0.1 does).
 
 Command:   jdecouple train --config delayed:cifar10,resnet56,fdg,3 --workdir runs/fdg
 Hardware:  K GPUs for the papers' 300 epochs (not measured yet); a CPU for less.
-Expected:  the papers' test errors stand in docs/methods.md; what half the width of resnet20 reaches
-           on one CPU core in 4 epochs stands in bench/RESULTS.md.
+Expected:  the papers' test errors stand in docs/methods.md and were not reproduced yet; what half
+           the width of resnet20 reaches on one CPU core in 4 epochs stands in bench/RESULTS.md.
+Differs:   the released code of fdg, adl and ddg multiplies old activations by current weights, with
+           --config.method.current_weights=True; that of fr doubles the rate of the first stage,
+           with --config.method.first_stage_lr_scale=2. More is in the table in docs/methods.md.
 """
 
-from jdecouple import methods, models
 from jdecouple.train import config as configuration
 
-_PUBLISHED = ("resnet20", "resnet56", "resnet110", "resnet18", "resnet50", "resnet101", "wrn28_10")
+_FORM = "dataset,model,method,K"
+_NETS = ("resnet20", "resnet56", "resnet110", "resnet18", "resnet50", "resnet101", "wrn28_10")
+# Numbers of equal parts that Features Replay and DDG cut these nets into.
+_EQUAL_PARTS = {
+    "resnet20": (2, 3),
+    **dict.fromkeys(("resnet56", "resnet110", "resnet50", "resnet101"), (2, 3, 4)),
+}
+_STD = (0.2023, 0.1994, 0.2010)  # of FDG, for CIFAR-10
+
+_SHARED = {
+    "data.validation": 0.0,
+    "data.augment": "basic",
+    "batch_size": 128,
+    "epochs": 300,
+    "optimizer.name": "sgd",
+    "optimizer.momentum": 0.9,
+    "optimizer.weight_decay": 5e-4,
+    "optimizer.learning_rate": 0.1,
+    "optimizer.schedule": "step_decay",
+    "optimizer.decay_epochs": (150, 225, 275),
+}
+_FR = {
+    "model.init": "he",
+    "optimizer.nesterov": True,
+    "optimizer.learning_rate": 0.01,
+    "optimizer.decay_epochs": (150, 225),
+}
+PAPERS = {
+    "fdg": _SHARED,  # arXiv:1906.09108
+    "adl": {**_SHARED, "optimizer.warmup_epochs": 5.0},  # arXiv:2012.03747
+    "fr": {**_SHARED, **_FR},  # arXiv:1807.04511
+    "ddg": {**_SHARED, **_FR},  # arXiv:1804.10574
+}
 
 
 def get_config(arguments: str = "cifar10,resnet20,fdg,2"):
-    parts = [part.strip() for part in arguments.split(",")]
-    if len(parts) == 3:
-        parts.append("2")
-    if len(parts) != 4 or not parts[3].isdecimal() or int(parts[3]) < 1:
-        raise ValueError(f"'dataset,model,method,K' is needed after the file: given {arguments!r}")
-    dataset, model, method, stages = parts
-    models.get(model)
-    methods.arguments(method)
-    if method not in _PAPERS:
-        raise ValueError(f"method {method!r} is not one of {', '.join(_PAPERS)}")
-    config = configuration.default()
-    config.data.name = dataset
-    config.data.augment = "basic"
-    config.model.name = model
-    config.model.init = "torch"
-    config.method.name = method
-    config.num_stages = int(stages)
-    if model in _PUBLISHED and config.num_stages > 1:
-        config.split = "fdg"
-    config.batch_size = 128
-    config.epochs = 300
-    config.optimizer.name = "sgd"
-    config.optimizer.momentum = 0.9
-    config.optimizer.weight_decay = 5e-4
-    config.optimizer.schedule = "step_decay"
-    _PAPERS[method](config)
+    config, given, stages = configuration.in_paper(arguments, PAPERS, _FORM)
+    model, method = config.model.name, config.method.name
+    if method not in ("bp", *PAPERS):
+        raise ValueError(f"method {method!r} is not one of bp, {', '.join(PAPERS)}")
+    paper = given or ("fdg" if method == "bp" else method)
+    configuration.set_keys(config, PAPERS[paper])
+    if paper == "fdg" and config.data.name == "cifar10":
+        config.data.std = _STD
+    config.num_stages = stages or 2
+    if config.num_stages > 1 and model in _NETS:
+        equal = paper in ("fr", "ddg") and config.num_stages in _EQUAL_PARTS.get(model, ())
+        config.split = "fr" if equal else "fdg"
     return config
-
-
-def _fdg(config):
-    """arXiv:1906.09108: 0.1, divided by 10 at 150, 225 and 275 epochs; its baselines likewise."""
-    config.optimizer.learning_rate = 0.1
-    config.optimizer.decay_epochs = (150, 225, 275)
-
-
-def _adl(config):
-    """arXiv:2012.03747: as FDG, after 5 epochs of warm-up from a hundredth of the rate."""
-    _fdg(config)
-    config.optimizer.warmup_epochs = 5.0
-
-
-def _fr(config):
-    """arXiv:1807.04511 and 1804.10574: Nesterov, 0.01, divided by 10 at 150 and 225 epochs.
-
-    The released code of Features Replay also doubles the rate of the first stage:
-    --config.method.first_stage_lr_scale=2.
-    """
-    config.optimizer.nesterov = True
-    config.optimizer.learning_rate = 0.01
-    config.optimizer.decay_epochs = (150, 225)
-
-
-_PAPERS = {"bp": _fdg, "fdg": _fdg, "adl": _adl, "fr": _fr, "ddg": _fr}

@@ -4,14 +4,15 @@ import contextlib
 import functools
 import json
 import operator
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from typing import Any, NoReturn
 
 from flax import traverse_util
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from jdecouple._errors import choices, did_you_mean
+from jdecouple._errors import choices, did_you_mean, require_int, require_one_of
 from jdecouple.train.errors import ConfigError, is_section, one_line, shown
 from jdecouple.train.keys import KEYS, nested
 from jdecouple.train.options import OWNERS, is_imported, options
@@ -235,14 +236,60 @@ def named(arguments: str) -> ConfigDict:
     Initial weights are PyTorch's, as in the papers' code: local losses and LARS see their scale.
 
     Raises:
-        ValueError: There are less than three names, or no model or method has that name.
+        ValueError: There are not three names, or no model or method has that name.
     """
+    return _named(
+        arguments, f"'dataset,model,method' is needed after the file: given {arguments!r}"
+    )
+
+
+def in_paper(
+    arguments: str, papers: Collection[str], form: str = "dataset,model,method"
+) -> tuple[ConfigDict, str | None, int | None]:
+    """What `named` makes of "dataset,model,method[@paper][,K]"; paper and K, None if not given.
+
+    Args:
+        arguments: what follows the file.
+        papers: those whose settings there are.
+        form: what an error says that the arguments should be.
+
+    Raises:
+        ValueError: As `named`, or there are no such settings of a paper, or K is 0.
+    """
+    names, paper, count = re.fullmatch(_IN_PAPER, arguments).groups()  # type: ignore[union-attr]
+    config = _named(names, f"{form!r} is needed after the file: given {arguments!r}")
+    if paper is not None:
+        paper = paper.strip()
+        require_one_of(papers, paper=paper)
+    if count is not None:
+        count = int(count)
+        require_int(1, K=count)
+    return config, paper, count
+
+
+_IN_PAPER = re.compile(r"(.*?)(?:@([^@,]*))?(?:,\s*(\d+))?\s*", re.DOTALL)
+
+
+def _named(arguments: str, needed: str) -> ConfigDict:
     names = [name.strip() for name in arguments.rsplit(",", 2)]
-    if len(names) != 3:
-        raise ValueError(f"'dataset,model,method' is needed after the file: given {arguments!r}")
+    if len(names) != 3 or ("," in names[0] and ":" not in names[0]):  # only a path may have commas
+        raise ValueError(needed)
     config = default()
     config.data.name, config.model.name, config.method.name = names
     for section in ("model", "method"):
         if "init" in options(section, config[section].name):
             config[section].init = "torch"
     return config
+
+
+def set_keys(config: ConfigDict, settings: Mapping[str, Any]) -> None:
+    """Sets values by key, such as "data.augment".
+
+    Options that the chosen model or method does not take are left out: settings of a paper are for
+    every net and method that is trained in them.
+    """
+    for key, value in settings.items():
+        *path, last = key.split(".")
+        section = functools.reduce(operator.getitem, path, config)
+        if path[:1] not in (["model"], ["method"]) or last in options(path[0], section.name):
+            section[last] = value

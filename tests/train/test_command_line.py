@@ -297,9 +297,10 @@ def test_bad_argument_of_a_config_file(refused, workdir, argument, said):
             (given, f"'dataset,model,method,K' is needed after the file: given {given!r}")
             for given in (
                 *("", "cifar10", "cifar10,resnet20", "cifar10,resnet20,fdg,2,2"),
-                *(f"cifar10,resnet20,fdg,{k}" for k in ("0", "-1", "x", "1.5", "")),
+                *(f"cifar10,resnet20,fdg,{k}" for k in ("-1", "x", "1.5", "")),
             )
         ),
+        ("cifar10,resnet20,fdg,0", "K is 0: a whole number of at least 1 is needed"),
         ("cifar10,resnet20,deinforeg,2", "method 'deinforeg' is not one of bp, fdg, adl, fr, ddg"),
         (
             "cifar10,resnet20,bogus",

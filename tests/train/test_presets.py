@@ -153,7 +153,7 @@ class TestOtherNames:
         config = parse("vision:digits,vgg8,scpl", "model.name=resnet18", "method.name=infopro")
         assert config.model.to_dict() == {"name": "resnet18", "init": "torch"}
         assert config.method.to_dict() == {"name": "infopro", "init": "torch"}
-        assert "left out config.model.layout\n" in capsys.readouterr().err
+        assert "left out config.model.classifier, config.model.layout\n" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
         ("argv", "said"),
