@@ -285,18 +285,24 @@ class Residual(nnx.Module):
 
 
 def perceptron(
-    in_features: int, widths: Sequence[int], *, batch_norm: bool = False, **options: Any
+    in_features: int,
+    widths: Sequence[int],
+    *,
+    batch_norm: bool = False,
+    activation: str = "relu",
+    **options: Any,
 ) -> nnx.Sequential:
-    """Flattens, then applies dense layers of the given widths, ReLU between them.
+    """Flattens, then applies dense layers of the given widths, an activation between them.
 
-    Without widths it is a bare flatten. With `batch_norm` BatchNorm precedes every ReLU. The
+    Without widths it is a bare flatten. With `batch_norm` BatchNorm precedes every activation. The
     options are `init`, `param_dtype` and `rngs`.
     """
+    act = ACTIVATIONS[activation]
     norm = {key: value for key, value in options.items() if key != "init"}
     stack: list[Callable[..., jax.Array]] = [Flatten()]
     for i, width in enumerate(widths):
         if i > 0:
-            stack += [BatchNorm(in_features, **norm), nnx.relu] if batch_norm else [nnx.relu]
+            stack += [BatchNorm(in_features, **norm), act] if batch_norm else [act]
         stack.append(linear(in_features, width, **options))
         in_features = width
     return nnx.Sequential(*stack)
