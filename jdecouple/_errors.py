@@ -124,6 +124,18 @@ def require_number(*, positive: bool = False, below: float = math.inf, **values:
             raise ValueError(f"{name} is {value!r}: a {kind} is needed")
 
 
+def require_bool(**values: Any) -> None:
+    """Raises ValueError for the first of `values` that is neither True nor False.
+
+    >>> require_bool(normalize=1)
+    Traceback (most recent call last):
+    ValueError: normalize is 1: True or False is needed
+    """
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} is {value!r}: True or False is needed")
+
+
 def require_one_of(allowed: Collection[str], /, **values: Any) -> None:
     """Raises ValueError for the first of `values` that is not `allowed`.
 

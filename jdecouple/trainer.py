@@ -117,8 +117,7 @@ class Trainer:
             remat: what a forward keeps for its backward: "none" (all that differentiation asks
                 for), "elementwise" (results of products and convolutions), "blocks" or "stages"
                 (inputs), "offload" (as "elementwise", on the host); or one of these a stage.
-                "auto" is "elementwise" where activations wait for an error, else (also of a single
-                stage and microbatch) "none".
+                "auto" is "none" under a local method and "elementwise" where an error comes down.
             fuse: compile the training of all stages into one call; by default where they share
                 their devices.
             max_in_flight: batches, or lists of them, that may be unfinished; by default 2K.

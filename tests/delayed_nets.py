@@ -83,12 +83,21 @@ class Recorded(NamedTuple):
         return {**{name: self.golden.settings[name] for name in names}, "nesterov": self.nesterov}
 
     @property
+    def batches(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Images and labels of every iteration."""
+        return list(zip(self.golden["in.x"], self.golden["in.labels"], strict=True))
+
+    @property
+    def num_stages(self) -> int:
+        return self.golden.settings["K"]
+
+    @property
     def prefix(self) -> str:
         return f"out64.{self.variant}".removesuffix(".")
 
     @property
-    def losses(self) -> np.ndarray:
-        """Loss that became known in each iteration, or NaN."""
+    def losses(self) -> np.ndarray | None:
+        """Loss that became known in each iteration, or NaN; None where it was not recorded."""
         return self.golden[f"{self.prefix}.loss_at_iter"]
 
     def initial(self) -> list[Layers]:
@@ -100,9 +109,10 @@ class Recorded(NamedTuple):
     def comparable(self, history: list[list[Layers]]) -> list[Layers]:
         """The latest of the layers after every iteration, in the recording's terms.
 
-        FDG's code steps its last module at the start of the next iteration, before the forward.
+        FDG's code, and ADL's, steps its last module at the start of the next iteration, before the
+        forward.
         """
-        if self.method != "fdg":
+        if self.method not in ("fdg", "adl"):
             return history[-1]
         return [*history[-1][:-1], history[-2][-1]]
 
@@ -117,6 +127,55 @@ class Recorded(NamedTuple):
             [layer(f"m{module}.l{number}") for number in range(len(sizes) - 1)]
             for module, sizes in enumerate(self.golden.settings["arch"])
         ]
+
+
+class RecordedByLayer(Recorded):
+    """One of ADL or DDG, of three stages of two layers, in arrays of "VARIANT/ITERATION/...".
+
+    Its settings are not recorded: the first update of the last module tells them.
+    """
+
+    @property
+    def sgd(self) -> dict[str, Any]:
+        lr = 0.05 if self.method == "ddg" else 0.1
+        return {"lr": lr, "momentum": 0.9, "weight_decay": 5e-4, "nesterov": self.nesterov}
+
+    @property
+    def batches(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        return list(zip(self.golden["x"], self.golden["y"], strict=True))
+
+    @property
+    def num_stages(self) -> int:
+        return 3
+
+    @property
+    def losses(self) -> None:
+        return None
+
+    def initial(self) -> list[Layers]:
+        return self.after(-1)
+
+    def after(self, iteration: int) -> list[Layers]:
+        def layer(name: str) -> Layer:
+            prefix = f"{self.variant}/{iteration + 1}/{name}"
+            return self.golden[f"{prefix}/w"], self.golden[f"{prefix}/b"]
+
+        return [[layer(f"{module}/{number}") for number in range(2)] for module in range(3)]
+
+
+def recorded_by_layer() -> list[RecordedByLayer]:
+    """All recorded variants of ADL and DDG."""
+    (case,) = gv.cases("delayed__adl_ddg")
+    variants = sorted({key.split("/")[0] for key in gv.load(case).arrays if "/" in key})
+    runs = []
+    for variant in variants:
+        method, *words = variant.split("_")
+        arguments: dict[str, Any] = {"current_weights": True}
+        if method == "adl":
+            accumulate, beta = words
+            arguments |= {"accumulate": int(accumulate[1:]), "beta": float(beta[1:])}
+        runs.append(RecordedByLayer(case, variant, method, arguments, nesterov=method == "ddg"))
+    return runs
 
 
 def recorded(prefix: str) -> list[Recorded]:

@@ -36,7 +36,7 @@ class Use:
 
     stage: int
     batch: int
-    weights: int  # updates of the stage since the weights that the gradient was computed with
+    weights: int  # updates of the stage since the weights that the activations came from
     error: int  # updates of the last stage since the weights at the loss
 
 
@@ -175,7 +175,7 @@ class Simulation:
             layers, version = self.weights[k], self.updates[k]
             outputs = forward(layers, outputs[0], is_last=is_last)
         if self.settings.current_weights:
-            layers, version = self.weights[k], self.updates[k]
+            layers = self.weights[k]
         if is_last:
             self.losses[batch], error = cross_entropy(outputs[-1], self.batches[batch][1])
             self._version_at_loss[batch] = version

@@ -1,8 +1,8 @@
 """Reader of the golden vectors: what the papers' released PyTorch code computed.
 
 `tests/golden/CASE.npz` holds float64 inputs and weights, and the results in both precisions;
-`CASE.json` the settings and the formula. Dense weights are (out, in), convolutions OIHW, images
-NCHW; the functions here turn them into flax's layouts.
+`CASE.json`, where there is one, the settings and the formula. Dense weights are (out, in),
+convolutions OIHW, images NCHW; the functions here turn them into flax's layouts.
 """
 
 import json
@@ -26,8 +26,8 @@ class Golden(NamedTuple):
         return self.arrays[key] if isinstance(key, str) else tuple.__getitem__(self, key)
 
     def group(self, prefix: str) -> dict[str, np.ndarray]:
-        """Arrays whose key starts with `prefix` and a dot, by the rest of the key."""
-        start = prefix + "."
+        """Arrays whose key starts with `prefix` and a dot or slash, by the rest of the key."""
+        start = prefix if prefix.endswith("/") else prefix + "."
         return {k.removeprefix(start): v for k, v in self.arrays.items() if k.startswith(start)}
 
 
@@ -42,7 +42,8 @@ def cases(prefix: str) -> list[str]:
 def load(name: str) -> Golden:
     with np.load(FOLDER / f"{name}.npz") as file:
         arrays = dict(file)
-    return Golden(name, arrays, json.loads((FOLDER / f"{name}.json").read_text()))
+    settings = FOLDER / f"{name}.json"
+    return Golden(name, arrays, json.loads(settings.read_text()) if settings.is_file() else {})
 
 
 def images(x: np.ndarray) -> np.ndarray:

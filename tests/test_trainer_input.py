@@ -257,10 +257,11 @@ def test_a_bad_argument_of_the_delayed_route(case):
 @pytest.mark.parametrize(
     ("name", "argument", "allowed"),
     [
-        ("ddg", "beta", "init"),
+        ("ddg", "beta", "current_weights, init"),
         ("fr", "beta", "first_stage_lr_scale, init"),
         ("fdg", "accumulate", "beta, current_weights, init"),
-        ("adl", "current_weights", "accumulate, beta, accumulate_mean, init"),
+        ("fr", "current_weights", "first_stage_lr_scale, init"),
+        ("adl", "forward_pass", "accumulate, beta, accumulate_mean, current_weights, init"),
         ("fdg", "forward_pass", "beta, current_weights, init"),
     ],
 )

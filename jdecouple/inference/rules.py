@@ -9,7 +9,9 @@ last exit always answers.
   the first, so no example leaves there. The authors' code decides once for a whole batch, and a
   miss does not set its count back; here every example leaves by itself, and a miss does.
 - ``confidence``: the largest probability.
-- ``entropy``: the negative entropy of the probabilities, divided by log(classes): from -1 to 0.
+- ``entropy``, of BranchyNet (arXiv 1709.01686): the negative entropy of the probabilities, divided
+  by log(classes): from -1 to 0. There an example leaves whose entropy is below T nats, which is the
+  threshold -T / log(classes) here.
 - ``margin``: the difference of the two largest probabilities.
 
 >>> import numpy as np

@@ -63,7 +63,13 @@ _METHODS: dict[str, MethodSpec] = {
     "dgl": MethodSpec(AuxiliaryNet, Local, "arXiv:1901.08164"),
     "predsim": MethodSpec(PredictionSimilarity, Local, "arXiv:1901.06656"),
     "infopro": MethodSpec(InformationPropagation, Local, "arXiv:2101.10832"),
-    "ddg": MethodSpec(CrossEntropy, Delayed, "arXiv:1804.10574", {"forward_pass": "locked"}),
+    "ddg": MethodSpec(
+        CrossEntropy,
+        Delayed,
+        "arXiv:1804.10574",
+        {"forward_pass": "locked"},
+        {"current_weights": False},
+    ),
     "fr": MethodSpec(
         CrossEntropy,
         Delayed,
@@ -83,7 +89,7 @@ _METHODS: dict[str, MethodSpec] = {
         Delayed,
         "arXiv:2012.03747",
         {"forward_pass": "pipelined"},
-        {"accumulate": 4, "beta": 1.0, "accumulate_mean": False},
+        {"accumulate": 4, "beta": 1.0, "accumulate_mean": False, "current_weights": False},
     ),
 }
 

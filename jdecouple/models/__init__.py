@@ -39,13 +39,14 @@ from jdecouple.models.resnet import (
 )
 from jdecouple.models.transformer import transformer
 from jdecouple.models.vgg import vgg, vgg8
+from jdecouple.models.vgg8b import vgg8b
 from jdecouple.models.vit import vit
 from jdecouple.models.wide_resnet import wide_resnet, wrn28_10
 
 _RESNETS = resnet, resnet18, resnet20, resnet34, resnet50, resnet56, resnet101, resnet110
 _BUILDERS: dict[str, Callable[..., Model]] = {
     builder.__name__: builder
-    for builder in (lstm, mlp, *_RESNETS, transformer, vgg, vgg8, vit, wide_resnet, wrn28_10)
+    for builder in (lstm, mlp, *_RESNETS, transformer, vgg, vgg8, vgg8b, vit, wide_resnet, wrn28_10)
 }
 _BUILT_IN = frozenset(_BUILDERS)
 
@@ -120,6 +121,7 @@ __all__ = [
     "transformer",
     "vgg",
     "vgg8",
+    "vgg8b",
     "vit",
     "wide_resnet",
     "wrn28_10",

@@ -5,7 +5,9 @@ Between the blocks of text models and of the ViT goes a dict
 - "h": `[batch, length, width]`, 0 at padding;
 - "mask": `[batch, length]`, 1 at what counts and 0 at padding, in the dtype of "h";
 - "summary": `[batch, width]`, what represents the sequence. Heads and the classifier read it, the
-  next block does not.
+  next block does not;
+- "state", where LSTM blocks pass theirs on: `[batch, 2, 2, hidden]`, at which state (output and
+  cell) either direction ended.
 
 The mask is no integer, so that a vector-Jacobian product of the whole dict is one of arrays of
 floats; its gradient is always zero.
@@ -21,10 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jdecouple._errors import require_int, require_number, require_one_of
+from jdecouple._errors import require_bool, require_int, require_number, require_one_of
 from jdecouple.models import layers
 
 Sequence = dict[str, jax.Array]
+CLASSIFIERS = ("linear", "deinforeg", "scpl")
 
 
 def pooled(features: Any) -> Any:
@@ -63,17 +66,42 @@ def dropout_layer(rate: float, rngs: nnx.Rngs) -> nnx.Module:
     return nnx.Dropout(rate, rngs=rngs) if rate > 0 else nnx.Sequential()
 
 
+def classifier_layers(
+    classifier: str, width: int, num_classes: int, **options: Any
+) -> list[Callable[..., jax.Array]]:
+    """Layers from a summary `[batch, width]` to logits.
+
+    Args:
+        classifier: "linear": dense; "deinforeg": tanh, dense (arXiv 2506.18193); "scpl": dense of
+            the same width, tanh, dense (arXiv 2602.00062).
+        width: Width of the summary.
+        num_classes: Number of classes.
+        **options: `init`, `param_dtype` and `rngs`.
+
+    Raises:
+        ValueError: No such classifier.
+    """
+    require_one_of(CLASSIFIERS, classifier=classifier)
+    stack: list[Callable[..., jax.Array]] = []
+    if classifier == "scpl":
+        stack.append(layers.linear(width, width, **options))
+    if classifier != "linear":
+        stack.append(layers.ACTIVATIONS["tanh"])
+    return [*stack, layers.linear(width, num_classes, **options)]
+
+
 class Embedding(nnx.Module):
     """Token ids to a sequence of vectors of width `features`; the summary is their mean.
 
     Id 0 is padding. Vectors of padding are 0, take no part in the mean and get no gradient, unless
-    padding counts as a word.
+    padding counts as a word. In the mean alone it may count as well.
 
     Args:
         embeddings: Initial vectors `[vocabulary_size, features]`, or None to draw them.
         positions: Whether a learned vector is added for every position.
         drop: Rate of dropout on the vectors; the summary sees none of it.
         mask_padding: Whether padding is masked; if not, every position counts as a word.
+        mask_embedding: Whether the summary leaves padding out; None: as `mask_padding` says.
         init: "torch" and "he_out": vectors are drawn from N(0, 1); "flax" and "he": from
             N(0, 1/features).
     """
@@ -90,17 +118,19 @@ class Embedding(nnx.Module):
         positions: bool = False,
         drop: float = 0.0,
         mask_padding: bool = True,
+        mask_embedding: bool | None = None,
         init: str = "flax",
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
         require_int(1, vocabulary_size=vocabulary_size, max_length=max_length)
         require_one_of(layers.INITS, init=init)
-        if not isinstance(mask_padding, bool):
-            raise ValueError(f"mask_padding is {mask_padding!r}: True or False is needed")
+        mask_embedding = mask_padding if mask_embedding is None else mask_embedding
+        require_bool(mask_padding=mask_padding, mask_embedding=mask_embedding)
         deviation = 1.0 if init in ("torch", "he_out") else 1.0 / math.sqrt(features)
         draw = nnx.initializers.normal(deviation)
-        self.max_length, self.mask_padding = max_length, mask_padding
+        self.max_length = max_length
+        self.mask_padding, self.mask_embedding = mask_padding, mask_embedding
         shape = vocabulary_size, features
         if embeddings is None:
             embeddings = draw(rngs.params(), shape, param_dtype)
@@ -125,9 +155,9 @@ class Embedding(nnx.Module):
         h = jnp.take(self.table[...], x, axis=0)  # nan for ids that the table does not have
         if self.positions is not None:
             h = h + self.positions[...][: x.shape[1]]
-        mask = (x != 0) if self.mask_padding else jnp.ones(x.shape)
-        mask = mask.astype(h.dtype)
-        return sequence(self.drop(h), mask, masked_mean(h, mask))
+        real, everything = (x != 0).astype(h.dtype), jnp.ones(x.shape, h.dtype)
+        summary = masked_mean(h, real if self.mask_embedding else everything)
+        return sequence(self.drop(h), real if self.mask_padding else everything, summary)
 
 
 class Further(nnx.Module):
@@ -165,7 +195,7 @@ class Further(nnx.Module):
         more = self.embedding(*parts.values())
         longer = jnp.concatenate([h, self.resize(more["h"])], axis=1)
         both = jnp.concatenate([mask, more["mask"].astype(mask.dtype)], axis=1)
-        return self.block(sequence(longer, both, x["summary"]))
+        return self.block({**x, **sequence(longer, both, x["summary"])})
 
 
 def read_further(

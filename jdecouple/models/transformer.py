@@ -15,6 +15,7 @@ from jdecouple.models.cuts import cuttable
 from jdecouple.models.sequence import (
     Embedding,
     Sequence,
+    classifier_layers,
     dropout_layer,
     masked_mean,
     pooled,
@@ -72,6 +73,8 @@ class EncoderBlock(nnx.Module):
             of the "class" token.
         drop: Rate of dropout on attention weights, inside the feed-forward layer and before each
             addition.
+        init: "xavier": weights of the dense layers are uniform in +-sqrt(6/(fan_in + fan_out)), the
+            attention's projections each for itself, biases as under "torch".
     """
 
     def __init__(
@@ -96,11 +99,11 @@ class EncoderBlock(nnx.Module):
         norm = {"unbiased": layout.unbiased, "param_dtype": param_dtype}
         options = {"init": init, "param_dtype": param_dtype, "rngs": rngs}
         self.attention_norm = layers.LayerNorm(hidden, **norm)
-        self.projections = layers.linear(hidden, 3 * hidden, **options)
-        self.out = layers.linear(hidden, hidden, **options)
+        self.projections = _dense(hidden, hidden, 3, **options)
+        self.out = _dense(hidden, hidden, **options)
         self.feed_norm = layers.LayerNorm(hidden, **norm)
-        self.up = layers.linear(hidden, feed_forward, **options)
-        self.down = layers.linear(feed_forward, hidden, **options)
+        self.up = _dense(hidden, feed_forward, **options)
+        self.down = _dense(feed_forward, hidden, **options)
         self.norm = layers.LayerNorm(hidden, **norm) if layout.norm_each else None
         self.drop = dropout_layer(drop, rngs)
 
@@ -122,6 +125,19 @@ class EncoderBlock(nnx.Module):
         return self.out(attention(query, key, value, mask, self.drop).reshape(h.shape))
 
 
+def _dense(
+    in_features: int, out_features: int, count: int = 1, *, init: str, **options: Any
+) -> layers.Linear:
+    """`count` dense layers side by side."""
+    if init != "xavier":
+        return layers.linear(in_features, count * out_features, init=init, **options)
+    layer = layers.linear(in_features, count * out_features, init="torch", **options)
+    # From +-1/sqrt(fan_in).
+    scale = math.sqrt(6 * in_features / (in_features + out_features))
+    layer.kernel.set_value(layer.kernel[...] * scale)
+    return layer
+
+
 @cuttable
 def transformer(
     num_classes: int,
@@ -134,8 +150,11 @@ def transformer(
     heads: int = 6,
     feed_forward: int = 0,
     layout: str = "standard",
+    classifier: str = "linear",
     dropout: float = 0.0,
+    embedding_dropout: float | None = None,
     mask_padding: bool = True,
+    mask_embedding: bool | None = None,
     further: tuple[int, ...] = (),
     init: str = "flax",
     param_dtype: Any = jnp.float32,
@@ -147,17 +166,25 @@ def transformer(
 
     Args:
         hidden: Width of the states; 300 in DeInfoReg (arXiv 2506.18193) and SCPL (2602.00062).
-        depth: Number of encoder blocks.
+        depth: Number of encoder blocks. SCPL counts the embedding too: its four layers are 3.
         heads: Attention heads of every block, a divisor of `hidden`.
         feed_forward: Width inside the feed-forward layers; 0 for the layout's own.
         layout: "standard": learned positions, feed-forward of 4 x `hidden` with GELU, LayerNorm
             before the classifier's dense layer. "paper": no positions, feed-forward of `hidden`
             with ReLU, LayerNorm with the unbiased standard deviation, which also ends every block.
+        classifier: "linear": dense; "deinforeg": tanh, dense; "scpl": dense of `hidden`, tanh,
+            dense.
         dropout: Share of numbers dropped from embeddings, attention weights, inside the
-            feed-forward layers and before every addition.
+            feed-forward layers and before every addition. The papers' code has 0.1, and 0 for
+            embeddings.
+        embedding_dropout: Share of numbers dropped from embeddings; None: as `dropout` says.
         mask_padding: Whether padding is masked, in attention as in means. If not, it is a word
             like others.
+        mask_embedding: Whether the embedding block's summary leaves padding out; None: as
+            `mask_padding` says. In the papers' code padding is masked, but counts in that mean.
         further: Blocks that read the further parts of a text (`data.parts`), in their order.
+        init: Initial weights; "xavier", as in the papers' code, is "torch" with dense weights of
+            the encoder layers uniform in +-sqrt(6/(fan_in + fan_out)).
 
     Returns:
         A model of 1 + `depth` blocks from token ids, int `[batch, length]`, to sequences (see
@@ -166,8 +193,10 @@ def transformer(
     """
     require_int(1, num_classes=num_classes, hidden=hidden, depth=depth)
     require_one_of(LAYOUTS, layout=layout)
+    require_one_of((*layers.INITS, "xavier"), init=init)
     kind = LAYOUTS[layout]
-    options = {"init": init, "param_dtype": param_dtype, "rngs": rngs}
+    shared: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
+    options: dict[str, Any] = {"init": "torch" if init == "xavier" else init, **shared}
 
     def embed() -> Embedding:
         return Embedding(
@@ -176,14 +205,17 @@ def transformer(
             max_length=max_length,
             embeddings=embeddings,
             positions=kind.positions,
-            drop=dropout,
+            drop=dropout if embedding_dropout is None else embedding_dropout,
             mask_padding=mask_padding,
+            mask_embedding=mask_embedding,
             **options,
         )
 
     blocks: list[nnx.Module] = [embed()]
-    blocks += encoder(hidden, depth, heads, feed_forward, layout=kind, drop=dropout, **options)
-    readout = classifier(hidden, num_classes, kind, **options)
+    blocks += encoder(
+        hidden, depth, heads, feed_forward, layout=kind, drop=dropout, init=init, **shared
+    )
+    readout = normed_classifier(classifier, hidden, num_classes, kind, **options)
     return Model(read_further(blocks, further, depth * [hidden], embed, **options), readout)
 
 
@@ -195,8 +227,11 @@ def encoder(
     return [EncoderBlock(hidden, heads, width, layout=layout, **options) for _ in range(depth)]
 
 
-def classifier(hidden: int, num_classes: int, layout: Layout, **options: Any) -> nnx.Module:
-    """Summary of a sequence, LayerNorm if no block has it, dense."""
+def normed_classifier(
+    classifier: str, hidden: int, num_classes: int, layout: Layout, **options: Any
+) -> nnx.Module:
+    """Summary of a sequence, LayerNorm if no block has it, `classifier_layers`."""
     dtype = options["param_dtype"]
     norm = [] if layout.norm_each else [layers.LayerNorm(hidden, param_dtype=dtype)]
-    return nnx.Sequential(pooled, *norm, layers.linear(hidden, num_classes, **options))
+    readout = classifier_layers(classifier, hidden, num_classes, **options)
+    return nnx.Sequential(pooled, *norm, *readout)

@@ -11,7 +11,7 @@ from jdecouple.models import layers
 from jdecouple.models.base import Model
 from jdecouple.models.cuts import cuttable
 from jdecouple.models.sequence import Sequence, dropout_layer, masked_mean, sequence
-from jdecouple.models.transformer import LAYOUTS, POOLINGS, classifier, encoder
+from jdecouple.models.transformer import LAYOUTS, POOLINGS, encoder, normed_classifier
 
 _DEVIATION = 0.02  # of initial positions and class token, as in the paper's code
 
@@ -119,4 +119,5 @@ def vit(
     blocks = encoder(
         hidden, depth, heads, feed_forward, layout=layout, pooling=pooling, drop=dropout, **options
     )
-    return Model([patches, *blocks], classifier(hidden, num_classes, layout, **options))
+    readout = normed_classifier("linear", hidden, num_classes, layout, **options)
+    return Model([patches, *blocks], readout)

@@ -275,7 +275,7 @@ def _check_update(optimizer: optax.GradientTransformation, units: Sequence[Unit]
         )
 
 
-def _remats(remat: Any, method: Method, num_stages: int, num_microbatches: int) -> list[str]:
+def _remats(remat: Any, method: Method, num_stages: int) -> list[str]:
     """What every stage keeps, from what the user asks for."""
     allowed = ("auto", *REMATS)
     asked = [remat] * num_stages if isinstance(remat, str) else remat
@@ -288,9 +288,7 @@ def _remats(remat: Any, method: Method, num_stages: int, num_microbatches: int) 
             f"remat has {len(asked)} entries: one is needed for each of {num_stages} stages"
         )
     route = method.route
-    at_once = num_stages == num_microbatches == 1  # the backward follows the forward
-    automatic = "none" if at_once else route.automatic_remat
-    chosen = [automatic if value == "auto" else value for value in asked]
+    chosen = [route.automatic_remat if value == "auto" else value for value in asked]
     for k, value in enumerate(chosen[:-1]):
         if value not in route.remats:
             raise ValueError(
@@ -347,7 +345,7 @@ def build_stages(
     if ema is not None:
         require_number(positive=True, below=1, ema=ema)
     num_stages = len(boundaries)
-    remats = _remats(remat, method, num_stages, common["num_microbatches"])
+    remats = _remats(remat, method, num_stages)
     if clip_norm is not None:
         require_number(positive=True, clip_norm=clip_norm)
         if not isinstance(method.route, Synchronous):

@@ -1,4 +1,4 @@
-"""Heads of dgl, predsim and infopro, and `head_pool`."""
+"""Heads of dgl (see also test_auxiliary_net.py), predsim and infopro, and `head_pool`."""
 
 import dataclasses
 import functools
@@ -30,6 +30,7 @@ from jdecouple.models.resampling import adaptive_average_pool
 
 OBJECTIVES = {
     "dgl": AuxiliaryNet(),
+    "dgl-cnn": AuxiliaryNet("cnn"),
     "dgl-linear": AuxiliaryNet("linear"),
     "predsim": PredictionSimilarity(),
     "predsim-features": PredictionSimilarity(statistic="features"),
@@ -137,69 +138,6 @@ def test_a_sequence_is_read_through_its_summary(name):
     assert not in_features["h"].any()
 
 
-# dgl
-
-
-def reference_auxiliary(params, x):
-    """The paper's net on maps of 8 x 8, written out: [batch, 8, 8, C] -> logits."""
-
-    def normalized(y, layer):
-        axes = tuple(range(y.ndim - 1))
-        y = (y - y.mean(axes)) / np.sqrt(y.var(axes) + 1e-5)
-        return np.maximum(0, y * layer["scale"] + layer["bias"])
-
-    batch, _, _, channels = x.shape
-    y = x.reshape(batch, 2, 4, 2, 4, channels).mean((2, 4))
-    stack = params["reduction"]["convolutions"]["layers"]
-    for i in (0, 3, 6):
-        y = normalized(y @ stack[i]["kernel"][0, 0], stack[i + 1])
-    stack = params["readout"]["layers"]
-    y = y.reshape(batch, -1)
-    for i in (1, 4, 7):
-        y = normalized(y @ stack[i]["kernel"] + stack[i]["bias"], stack[i + 1])
-    return y @ stack[10]["kernel"] + stack[10]["bias"]
-
-
-def test_the_auxiliary_net_by_its_definition(x64):
-    x = jax.random.normal(jax.random.key(0), (8, 8, 8, 3))
-    head = AuxiliaryNet().head(site(x), nnx.Rngs(0))
-    for seed, (path, variable) in enumerate(nnx.to_flat_state(nnx.state(head, nnx.Param))):
-        if path[-1] in ("scale", "bias"):  # so that none of them hides
-            variable.set_value(jax.random.normal(jax.random.key(seed), variable.shape))
-    params = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(head, nnx.Param)))
-    output, _, _ = run(head, x)
-    expected = reference_auxiliary(params, np.asarray(x))
-    np.testing.assert_allclose(output.logits, expected, rtol=0, atol=1e-10)
-    assert float(output.loss) == pytest.approx(float(cross_entropy(expected, LABELS)), abs=1e-10)
-    assert [params["readout"]["layers"][i]["kernel"].shape for i in (1, 4, 7, 10)] == [
-        *[(12, 12)] * 3,
-        (12, CLASSES),
-    ]
-
-
-def test_the_linear_auxiliary_is_one_dense_layer():
-    head = AuxiliaryNet("linear").head(site(), nnx.Rngs(0))
-    params = nnx.state(head, nnx.Param)
-    assert sorted(leaf.shape for leaf in jax.tree.leaves(params)) == [(5,), (108, 5)]
-    flat = MAPS.reshape(8, -1)
-    np.testing.assert_allclose(head.logits(MAPS), head.readout.layers[1](flat), rtol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("features", "hidden", "widths"),
-    [
-        (MAPS, 0, (12, 12, 12, 12, 5)),
-        (MAPS, 9, (12, 9, 9, 9, 5)),
-        (MAPS[:, :5, :3], 0, (6, 6, 6, 6, 5)),  # a quarter of three columns is one
-        (VECTORS, 0, (7, 7, 7, 7, 5)),
-    ],
-)
-def test_widths_of_the_auxiliary_net(features, hidden, widths):
-    head = AuxiliaryNet(hidden=hidden).head(site(features), nnx.Rngs(0))
-    dense = [layer for layer in head.readout.layers if isinstance(layer, nnx.Linear)]
-    assert (dense[0].in_features, *(layer.out_features for layer in dense)) == widths
-
-
 @pytest.mark.parametrize("objective", [AuxiliaryNet(), InformationPropagation()])
 def test_the_last_block_has_the_models_own_end(objective):
     head = objective.head(site(VECTORS[:, :5], index=3), nnx.Rngs(0))
@@ -274,7 +212,8 @@ def test_the_decoder_reads_at_most_so_many_numbers(shape, most, pooled):
 
 def test_the_decoder_averages_and_the_classifier_reads_detached_features():
     classifier = layers.perceptron(108, (CLASSES,), rngs=nnx.Rngs(7))
-    objective = PredictionSimilarity(1.0, 0.0, dim_in_decoder=12)
+    assert PredictionSimilarity().classifier == 1
+    objective = PredictionSimilarity(1.0, 0.0, dim_in_decoder=12, classifier=0.25)
     first = objective.head(site(), nnx.Rngs(0))
     last = objective.head(site(index=3, classifier=classifier), nnx.Rngs(0))
     for head in (first, last):
@@ -289,7 +228,7 @@ def test_the_decoder_averages_and_the_classifier_reads_detached_features():
     np.testing.assert_allclose(in_features, found[1], rtol=1e-5, atol=1e-7)
     expected = cross_entropy(classifier(MAPS), LABELS)
     assert float(output.metrics["classifier"]) == pytest.approx(float(expected), rel=1e-5)
-    assert float(output.loss) == pytest.approx(float(found[0].loss + expected), rel=1e-5)
+    assert float(output.loss) == pytest.approx(float(found[0].loss + expected / 4), rel=1e-5)
     np.testing.assert_allclose(output.logits, classifier(MAPS), rtol=1e-5, atol=1e-6)
     assert in_params["classifier"]["layers"][1]["kernel"][...].any()
 
@@ -366,7 +305,7 @@ def test_the_papers_projector_of_vgg8_has_134_million_weights_and_a_pooled_one_f
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: AuxiliaryNet("conv"), "aux is 'conv': allowed are mlp_sr, linear"),
+        (lambda: AuxiliaryNet("conv"), "aux is 'conv': allowed are mlp_sr, mlp, cnn, linear"),
         (lambda: AuxiliaryNet(hidden=-1), "hidden is -1: a whole number of at least 0"),
         (
             lambda: AuxiliaryNet(hidden=False),
@@ -385,6 +324,7 @@ def test_the_papers_projector_of_vgg8_has_134_million_weights_and_a_pooled_one_f
             lambda: PredictionSimilarity(statistic="std"),
             "statistic is 'std': allowed are deviation, features",
         ),
+        (lambda: PredictionSimilarity(classifier=0), "classifier is 0: a finite number above 0"),
         (
             lambda: PredictionSimilarity(dim_in_decoder=0),
             "dim_in_decoder is 0: a whole number of at least 1",

@@ -102,13 +102,14 @@ def test_a_stage_holds_what_the_formula_says(name):
         assert size(on_device) <= found + core + 1024, (k, size(on_device), found + core)
 
 
-def test_current_weights_are_not_kept():
+@pytest.mark.parametrize("name", nets.marked(("ddg", "fdg", "adl"), ("fdg",)))
+def test_current_weights_are_not_kept(name):
     """Of a linearisation only the activations wait; the weights are those of the moment."""
-    states = [trainer("fdg", "none", current_weights=flag).init() for flag in (False, True)]
+    states = [trainer(name, "none", current_weights=flag).init() for flag in (False, True)]
     for k in range(STAGES - 1):
         kept, current = (size(state.stages[k]["queues"]["residuals"]) for state in states)
         matrices = (1 if k == 0 else 2) * WIDTH * WIDTH * 4
-        assert kept - current == HELD["fdg"](k) * matrices
+        assert kept - current == HELD[name](k) * matrices
 
 
 @pytest.mark.parametrize(

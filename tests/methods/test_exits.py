@@ -1,6 +1,7 @@
 """Cross-entropy at every block, joined or cut apart."""
 
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -111,10 +112,12 @@ def test_cut_boundaries_change_what_lower_blocks_learn():
 # --- The exits ------------------------------------------------------------------------------
 
 
-def head(objective: Exits, features: tuple, index: int = 0, classifier: Any = None) -> Any:
+def head(
+    objective: Exits, features: tuple, index: int = 0, classifier: Any = None, blocks: int = 2
+) -> Any:
     shape = jax.ShapeDtypeStruct(features, jnp.float64)
     return objective.head(
-        BlockInfo(index, 2, shape, 5, classifier, "torch", jnp.float64), nnx.Rngs(index)
+        BlockInfo(index, blocks, shape, 5, classifier, "torch", jnp.float64), nnx.Rngs(index)
     )
 
 
@@ -130,6 +133,64 @@ def test_an_exit_reads_pooled_or_flattened_features(head_pool, features, size):
     read = x.mean((1, 2)) if size == 3 else x.reshape(2, -1)
     bias = found.classifier.layers[-1].bias[...]
     np.testing.assert_allclose(found.logits(x), read @ kernel + bias, rtol=1e-12)
+
+
+def branch_by_definition(params: dict, x: np.ndarray) -> np.ndarray:
+    """Convolutions with ReLU, and the largest of 2 x 2 pixels, written out for maps."""
+    for number in sorted(params):
+        kernel, (_, height, width, _) = params[number]["kernel"], x.shape
+        around = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        places = itertools.product(range(3), repeat=2)
+        parts = [around[:, i : i + height, j : j + width] @ kernel[i, j] for i, j in places]
+        x = np.maximum(0, sum(parts) + params[number]["bias"])
+    even = x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2]
+    batch, height, width, channels = even.shape
+    return even.reshape(batch, height // 2, 2, width // 2, 2, channels).max((2, 4))
+
+
+@pytest.mark.parametrize(("index", "convolutions"), [(0, 2), (1, 1)])
+@pytest.mark.parametrize(("head_pool", "size"), [(0, 2 * 3 * 32), (1, 32)])
+def test_a_branch_by_its_definition(index, convolutions, head_pool, size):
+    objective, shape = Exits(head_pool=head_pool, branch="conv"), (2, 5, 6, 3)
+    found = head(objective, shape, index, blocks=3)
+    params = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(found, nnx.Param)))
+    stack = params["branch"]["stack"]["layers"]
+    wanted = [(3, 3, 3, 32), (3, 3, 32, 32)][:convolutions]
+    assert [layer["kernel"].shape for _, layer in sorted(stack.items())] == wanted
+    dense = params["classifier"]["layers"][1]
+    assert dense["kernel"].shape == (size, 5)
+    x = np.random.default_rng(0).normal(size=shape)
+    read = branch_by_definition(stack, x)
+    read = read.mean((1, 2)) if head_pool else read.reshape(2, -1)
+    logits = nnx.jit(lambda net, x: net.logits(x))(found, x)
+    np.testing.assert_allclose(logits, read @ dense["kernel"] + dense["bias"], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("features", "size"),
+    [((2, 1, 1, 3), 32), ((2, 1, 4, 3), 128), ((2, 2, 2, 3), 32), ((2, 7), 7), ((2, 7, 3), 21)],
+)
+def test_a_branch_of_small_maps_and_of_none(features, size):
+    found = nnx.eval_shape(lambda: head(Exits(head_pool=0, branch="conv"), features))
+    assert found.classifier.layers[1].kernel.shape == (size, 5)
+    assert len(jax.tree.leaves(nnx.state(found.branch))) == (4 if len(features) == 4 else 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["early_exit", "greedy_exit"])
+def test_branches_train_alike_on_one_stage_and_on_two(name):
+    data = [{**each, "x": each["x"] / 255.0} for each in nets.images(2)]
+    options = {"image_size": 8, "channels": 1, "param_dtype": jnp.float64}
+    ends = []
+    for stages in (1, 2):
+        model = jd.models.vgg(nets.CLASSES, blocks="3,M|3|3", rngs=nnx.Rngs(0), **options)
+        method, mesh = jd.methods.get(name, branch="conv"), jd.make_mesh(stages)
+        trainer = jd.Trainer(model, method, jd.optim.sgd(0.1), mesh=mesh, example=data[0])
+        before = nets.weights(trainer, trainer.init())
+        after = nets.weights(trainer, nets.trained(trainer, data, 2)[0])
+        assert all((before[key] != after[key]).any() for key in before if "/branch/" in key)
+        ends.append(after)
+    assert nets.largest_error(*ends) < 1e-12
 
 
 def test_the_last_exit_is_the_classifier():
@@ -150,6 +211,7 @@ def test_the_last_exit_is_the_classifier():
         ({"weights": ()}, ("weights", "above 0")),
         ({"weights": (0, 0.0)}, ("weights", "above 0")),
         ({"head_pool": -1}, ("head_pool", "at least 0", "-1")),
+        ({"branch": "dense"}, ("branch is 'dense'", "linear, conv")),
     ],
 )
 def test_bad_arguments_are_refused(name, arguments, words):

@@ -172,6 +172,7 @@ def test_contrastive_projector_golden(bits):
             assert gv.relative_error(actual, convert(expected)) < limit, key
 
 
+TEXTS = {"activation": "tanh", "batch_norm": False}  # DeInfoReg's heads for texts
 CLASSIFIER = nnx.Linear(6, 5, rngs=nnx.Rngs(7))
 LABELS = jnp.array([0, 1, 2, 3, 4, 0, 1, 2])
 FEATURES = jax.random.normal(jax.random.key(3), (8, 6))
@@ -181,6 +182,7 @@ OBJECTIVES = [
     InformationRegularization("12-10", mode="unmerge"),
     InformationRegularization("identity"),
     InformationRegularization("identity", mode="unmerge"),
+    InformationRegularization("identity", mode="unmerge", hidden="7-9", **TEXTS),
     SupervisedContrastive(hidden=7, features=9),
     SupervisedContrastive("linear", features=9),
     SupervisedContrastive("identity"),
@@ -224,6 +226,29 @@ def test_the_classifier_reaches_the_block_in_merge_mode_only(mode):
     assert bool(in_x.any()) == reaches
     assert bool(in_params.head.projector.layers[1].kernel[...].any()) == reaches
     assert in_params.head.classifier.layers[-1].kernel[...].any()
+
+
+@pytest.mark.parametrize(
+    ("mode", "hidden", "widths"),
+    [
+        ("merge", "projector", (6, 5)),
+        ("unmerge", "projector", (6, 5)),
+        ("unmerge", "7-9", (6, 7, 9, 5)),
+        ("unmerge", (4,), (6, 4, 5)),
+    ],
+)
+def test_deinforeg_heads_for_texts(mode, hidden, widths):
+    """Dense layers with tanh between them; merged, tanh before the only one."""
+    objective = InformationRegularization("identity", mode, hidden=hidden, **TEXTS)
+    head = objective.head(site(), nnx.Rngs(0))
+    dense = [each for each in head.classifier.layers if isinstance(each, nnx.Linear)]
+    assert (*(each.in_features for each in dense), dense[-1].out_features) == widths
+    assert not nnx.state(head, nnx.BatchStat)
+    x = np.tanh(FEATURES) if mode == "merge" else FEATURES
+    for layer in dense[:-1]:
+        x = np.tanh(x @ layer.kernel[...] + layer.bias[...])
+    wanted = x @ dense[-1].kernel[...] + dense[-1].bias[...]
+    np.testing.assert_allclose(head.logits(FEATURES), wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_weights_of_the_terms():
@@ -271,6 +296,13 @@ def test_cross_entropy_without_a_classifier_takes_features_as_logits():
     output = head(logits, {"label": LABELS})
     assert float(output.loss) == float(objectives.cross_entropy(logits, LABELS))
     np.testing.assert_array_equal(output.logits, logits)
+
+
+def test_the_divisor_of_the_contrastive_loss_is_passed_on():
+    arguments = {"projector": "identity", "count_self": False}
+    output, _ = run_head(SupervisedContrastive(**arguments).head(site(), nnx.Rngs(0)))
+    expected = objectives.supervised_contrastive(FEATURES, LABELS, count_self=False)
+    assert float(output.loss) == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_heads_compute_in_bfloat16_but_lose_in_float32():
@@ -345,9 +377,19 @@ def test_projector_widths(projector, expected):
             "covariance is inf: a finite number",
         ),
         (lambda: InformationRegularization(normalize=1), "normalize is 1: True or False is needed"),
+        (lambda: InformationRegularization(batch_norm="no"), "batch_norm is 'no': True or False"),
+        (lambda: InformationRegularization(hidden="0"), "hidden is '0': 'projector' or positive"),
+        (
+            lambda: InformationRegularization(activation="elu"),
+            "activation is 'elu': allowed are gelu, relu, sigmoid, tanh",
+        ),
         (
             lambda: SupervisedContrastive("deep"),
             "projector is 'deep': allowed are mlp, linear, identity",
+        ),
+        (
+            lambda: SupervisedContrastive(count_self=1),
+            "count_self is 1: True or False is needed",
         ),
         (lambda: SupervisedContrastive(hidden=0), "hidden is 0: a whole number of at least 1"),
         (lambda: SupervisedContrastive(temperature=0), "temperature is 0: a finite number above 0"),

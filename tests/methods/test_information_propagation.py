@@ -5,10 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from heads import IMAGES, LABELS, MAPS, run, site
+from heads import IMAGES, LABELS, MAPS, VECTORS, run, site
 
 from jdecouple.methods import objectives
-from jdecouple.methods.objectives import InformationPropagation, cross_entropy
+from jdecouple.methods.objectives import (
+    InformationPropagation,
+    PredictionSimilarity,
+    cross_entropy,
+)
 from jdecouple.models.resampling import bilinear
 from jdecouple.train import loop as training
 
@@ -68,6 +72,29 @@ def test_a_term_of_weight_zero_is_left_out():
         assert run(head)[0].metrics.keys() == names
 
 
+@pytest.mark.parametrize(
+    ("most", "channels", "strides"), [(0, 6, 2), (4, 6, 2), (3, 3, 1), (2, 3, 1)]
+)
+def test_maps_of_many_channels_keep_them_in_the_task_net(most, channels, strides):
+    head = InformationPropagation(max_channels=most).head(site(index=2), nnx.Rngs(0))
+    convolution, norm, _, _, dense = head.task_net.layers
+    assert convolution.out_features == norm.num_features == dense.layers[1].in_features == channels
+    assert convolution(MAPS).shape == (8, 6 // strides, 6 // strides, channels)
+
+
+@pytest.mark.parametrize(
+    "objective", [InformationPropagation((1, 1), (1, 1)), PredictionSimilarity()]
+)
+def test_all_layers_of_a_head_start_as_the_method_says(objective):
+    for features in (MAPS, VECTORS):
+        head = objective.head(site(features, init="torch"), nnx.Rngs(0))
+        nodes = [node for _, node in nnx.iter_graph(head)]
+        for layer in (node for node in nodes if isinstance(node, nnx.Conv | nnx.Linear)):
+            kernel = layer.kernel[...]
+            assert np.abs(kernel).max() <= (kernel.size / kernel.shape[-1]) ** -0.5
+            assert layer.bias is None or layer.bias[...].any()
+
+
 def test_unit_range():
     bytes_ = np.array([[[[0], [51]], [[102], [255]]]], np.uint8)
     np.testing.assert_allclose(objectives.unit_range(jnp.asarray(bytes_)), bytes_ / 255, atol=1e-7)
@@ -110,6 +137,14 @@ def test_a_run_knows_how_its_images_were_normalised():
         (
             lambda: InformationPropagation(task_loss="ce"),
             "task_loss is 'ce': allowed are contrastive, cross_entropy",
+        ),
+        (
+            lambda: InformationPropagation(count_self="no"),
+            "count_self is 'no': True or False is needed",
+        ),
+        (
+            lambda: InformationPropagation(max_channels=-1),
+            "max_channels is -1: a whole number of at least 0",
         ),
         (lambda: InformationPropagation(hidden=0), "hidden is 0: a whole number of at least 1"),
         (

@@ -187,6 +187,15 @@ def test_a_constant_row_has_the_authors_value(x64):
     np.testing.assert_allclose(np.diag(similarity)[[0, 2, 3]], 1, rtol=1e-7)
 
 
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_maps_of_three_channels_and_fewer_are_compared_in_all_numbers(channels):
+    z = jax.random.normal(jax.random.key(0), (4, 3, 3, channels))
+    flat = objectives.similarity_matrix(z.reshape(4, -1))
+    deviations = objectives.similarity_matrix(z.std((1, 2), ddof=1))
+    expected = flat if channels < 4 else deviations
+    np.testing.assert_allclose(objectives.similarity_matrix(z), expected, atol=1e-6)
+
+
 def test_a_flat_feature_map_has_a_finite_gradient():
     z = jax.random.normal(jax.random.key(0), (4, 3, 3, 5)).at[1].set(0.0).at[2, ..., 0].set(1.0)
     value_and_gradient(matching, z, jnp.array([0, 1, 1, 2]))
@@ -217,7 +226,8 @@ def test_contrastive_stays_finite_at_a_tiny_temperature():
     value_and_gradient(loss, z, jnp.array([0, 0, 1, 1]))
 
 
-def test_contrastive_counts_the_example_itself_in_the_divisor(x64):
+@pytest.mark.parametrize("count_self", [True, False])
+def test_contrastive_counts_the_example_itself_in_the_divisor_or_not(count_self, x64):
     z = np.random.default_rng(1).normal(size=(5, 4))
     labels = np.array([0, 0, 0, 1, 2])
     unit = z / np.linalg.norm(z, axis=1, keepdims=True)
@@ -227,9 +237,12 @@ def test_contrastive_counts_the_example_itself_in_the_divisor(x64):
         others = [j for j in range(5) if j != i]
         denominator = np.log(np.sum(np.exp(similarity[i, others])))
         same = [j for j in others if labels[j] == labels[i]]
-        total -= sum(similarity[i, j] - denominator for j in same) / (len(same) + 1)
-    value = objectives.supervised_contrastive(jnp.asarray(z), jnp.asarray(labels), 0.5)
+        total -= sum(similarity[i, j] - denominator for j in same) / max(len(same) + count_self, 1)
+    arguments = jnp.asarray(z), jnp.asarray(labels), 0.5
+    value = objectives.supervised_contrastive(*arguments, count_self=count_self)
     assert float(value) == pytest.approx(total / 5, rel=1e-12)
+    if count_self:
+        assert float(value) == float(objectives.supervised_contrastive(*arguments))
 
 
 def test_cross_entropy_is_the_mean_negative_log_likelihood(x64):

@@ -128,7 +128,8 @@ class TestTrainPy:
         assert not stopped.value.code
         text = capsys.readouterr().out
         assert "  one_layer: scale=1.0, cut='units'\n" in text
-        assert "  mine: weights=(1.0,), head_pool=1, projector=3, beta=0.5, init='flax'\n" in text
+        own = "weights=(1.0,), head_pool=1, branch='linear', projector=3"
+        assert f"  mine: {own}, beta=0.5, init='flax'\n" in text
         assert "batch_size: 8" in text
 
     def test_an_option_of_the_file_is_taken_back(self, parsed):

@@ -77,6 +77,21 @@ def test_two_devices_train_as_one(name, kind):
 
 
 @SLOW
+@pytest.mark.parametrize("name", ["bp", "scpl", "fdg", "al"])
+def test_passed_states_travel_between_devices(name):
+    """Two LSTMs, the second on another device."""
+    papers = {"model": {"merge": "concat", "pass_state": True}, "boundaries": (0, 2)}
+    alone = build(name, "lstm", **papers, fuse=False)
+    wanted = run(alone, "lstm", evaluate=True)
+    assert_same(run(build(name, "lstm", 2, **papers), "lstm", evaluate=True), wanted)
+    without = run(build(name, "lstm", model={"merge": "concat"}, boundaries=(0, 2)), "lstm")
+    params = [key for key in wanted[0] if "/params/" in key]
+    changed = {key.split("/")[0] for key in params if (without[0][key] != wanted[0][key]).any()}
+    local = name in ("scpl", "al")  # only what reads the state is another then
+    assert changed == ({"block_2"} if local else {"block_0", "block_1", "block_2"})
+
+
+@SLOW
 @pytest.mark.parametrize("name", ["fr", "fdg"])
 def test_a_delayed_method_with_one_stage_is_backpropagation(name):
     found = run(build(name, "lstm", model={"depth": 1}), "lstm")

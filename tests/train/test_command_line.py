@@ -154,7 +154,7 @@ def of(method, **values):
         (of("fr", method__first_stage_lr_scale="inf"), "first_stage_lr_scale is inf: a finite num"),
         (
             of("ddg", method__beta=0.5),
-            "config.method.beta is set, but method 'ddg' takes only: init",
+            "config.method.beta is set, but method 'ddg' takes only: current_weights, init",
         ),
         (
             of("fdg", method__accumulate=2),

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -15,27 +15,53 @@ from jdecouple.models import layers
 from jdecouple.models.resampling import adaptive_average_pool
 
 
-class SpatialReduction(nnx.Module):
-    """Maps to 2 x 2: means over a quarter of each side, three 1x1 convolutions, means again.
+class Layout(NamedTuple):
+    """What an auxiliary net is made of, from its maps to its classes.
 
-    BatchNorm and ReLU follow every convolution. A side of n pixels is left at ceil(n / 4), then at
-    2, or at 1 where no more are left.
+    Attributes:
+        quarter: Whether maps are averaged over a quarter of each side first.
+        convolutions: Number of convolutions, with BatchNorm and ReLU behind each.
+        size: Side of their kernels.
+        hidden: Number of hidden dense layers, with BatchNorm and ReLU behind each; without any,
+            BatchNorm precedes the last dense layer.
     """
 
-    def __init__(self, info: BlockInfo, rngs: nnx.Rngs):
+    quarter: bool
+    convolutions: int
+    size: int
+    hidden: int
+
+
+LAYOUTS = {
+    "mlp_sr": Layout(quarter=True, convolutions=3, size=1, hidden=3),
+    "mlp": Layout(quarter=True, convolutions=0, size=1, hidden=3),
+    "cnn": Layout(quarter=False, convolutions=2, size=3, hidden=0),
+}
+
+
+class SpatialReduction(nnx.Module):
+    """Maps to 2 x 2 bins, by means and the convolutions of a layout.
+
+    A quarter of n pixels a side is ceil(n / 4). Whatever is left, two bins a side are the end: a
+    single pixel is repeated.
+    """
+
+    def __init__(self, layout: Layout, info: BlockInfo, rngs: nnx.Rngs):
         _, height, width, channels = info.features.shape
-        self.quarter = (-(-height // 4), -(-width // 4))
-        self.end = (min(2, self.quarter[0]), min(2, self.quarter[1]))
+        self.sides = (-(-height // 4), -(-width // 4)) if layout.quarter else (height, width)
         stack: list[Callable[..., jax.Array]] = []
-        for _ in range(3):
-            stack += [*layers.conv_norm(channels, channels, 1, **info.options(rngs)), nnx.relu]
+        for _ in range(layout.convolutions):
+            convolution = layers.conv_norm(channels, channels, layout.size, **info.options(rngs))
+            stack += [*convolution, nnx.relu]
         self.convolutions = nnx.Sequential(*stack)
-        self.size = self.end[0] * self.end[1] * channels
+        options = {"param_dtype": info.param_dtype, "rngs": rngs}
+        self.norm = nnx.Sequential() if layout.hidden else layers.BatchNorm(channels, **options)
+        self.size = 4 * channels
 
     def __call__(self, features: jax.Array) -> jax.Array:
         """`[batch, height, width, channels] -> [batch, 2, 2, channels]`."""
-        reduced = self.convolutions(adaptive_average_pool(features, *self.quarter))
-        return adaptive_average_pool(reduced, *self.end)
+        reduced = self.convolutions(adaptive_average_pool(features, *self.sides))
+        return self.norm(adaptive_average_pool(reduced, 2, 2))
 
 
 class AuxiliaryNetHead(CrossEntropyHead):
@@ -45,11 +71,12 @@ class AuxiliaryNetHead(CrossEntropyHead):
         self.head_pool = objective.head_pool
         info = pooled_info(info, self.head_pool)
         reduction, size = None, info.size
-        if objective.aux == "mlp_sr" and is_map(info.features):
-            reduction = SpatialReduction(info, rngs)
+        layout = LAYOUTS.get(objective.aux)
+        if layout and is_map(info.features):
+            reduction = SpatialReduction(layout, info, rngs)
             size = reduction.size
         self.reduction = reduction or nnx.Sequential()
-        hidden = () if objective.aux == "linear" else 3 * (objective.hidden or size,)
+        hidden = layout.hidden * (objective.hidden or size,) if layout else ()
         widths = (*hidden, info.num_classes)
         self.readout = layers.perceptron(size, widths, batch_norm=True, **info.options(rngs))
 
@@ -68,8 +95,9 @@ class AuxiliaryNet(Objective):
     Attributes:
         aux: "mlp_sr", the paper's net: means over a quarter of each side, three 1x1 convolutions
             with BatchNorm and ReLU, means over 2 x 2 bins, three hidden dense layers with BatchNorm
-            and ReLU, dense. Features that are no maps go to the dense layers at once. Or "linear":
-            flatten, dense.
+            and ReLU, dense. Or "mlp": the same without convolutions. "cnn": two 3x3 convolutions
+            with BatchNorm and ReLU, means over 2 x 2 bins, BatchNorm, dense. "linear": flatten,
+            dense. Features that are no maps go to the dense layers at once.
         hidden: Width of the hidden dense layers; 0: that of their input, as in the paper.
         head_pool: Average maps over this many bins a side before the net; 0: do not.
     """
@@ -79,7 +107,7 @@ class AuxiliaryNet(Objective):
     head_pool: int = 0
 
     def __post_init__(self):
-        require_one_of(("mlp_sr", "linear"), aux=self.aux)
+        require_one_of((*LAYOUTS, "linear"), aux=self.aux)
         require_int(0, hidden=self.hidden, head_pool=self.head_pool)
 
     def head(self, info: BlockInfo, rngs: nnx.Rngs) -> nnx.Module | None:

@@ -5,22 +5,52 @@ BranchyNet (Teerapittayanon et al., arXiv 1709.01686) trains the exits jointly; 
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from flax import nnx
 
-from jdecouple._errors import require_int, require_number
+from jdecouple._errors import require_int, require_number, require_one_of
 from jdecouple.methods.objectives.base import BlockInfo, Objective
 from jdecouple.methods.objectives.cross_entropy import CrossEntropy, CrossEntropyHead
-from jdecouple.methods.objectives.maps import pool_maps, pooled_info
+from jdecouple.methods.objectives.maps import is_map, pool_maps, pooled_info
 from jdecouple.models import layers
+
+CHANNELS = 32
+"""Of the convolutions of BranchyNet's branches, on any net for CIFAR-10."""
+
+
+class Branch(nnx.Module):
+    """BranchyNet's convolutions on a map: 3x3 to 32 channels with ReLU, then 2x2 maximum pooling.
+
+    There are two convolutions at the first block and one at every other, as in the paper's AlexNet.
+    A map of less than two pixels a side is not pooled.
+    """
+
+    def __init__(self, info: BlockInfo, rngs: nnx.Rngs):
+        _, height, width, channels = info.features.shape
+        stack: list[Callable[..., jax.Array]] = []
+        for _ in range(1 if info.index else 2):
+            convolution = layers.conv(channels, CHANNELS, use_bias=True, **info.options(rngs))
+            stack += [convolution, nnx.relu]
+            channels = CHANNELS
+        if min(height, width) > 1:
+            stack.append(layers.MaxPool())
+        self.stack = nnx.Sequential(*stack)
+
+    def __call__(self, features: jax.Array) -> jax.Array:
+        """`[batch, height, width, channels] -> [batch, height // 2, width // 2, 32]`."""
+        return self.stack(features)
 
 
 class ExitHead(CrossEntropyHead):
-    """A dense layer on pooled features, under weighted cross-entropy."""
+    """A dense layer on pooled features, or on those of a branch, under weighted cross-entropy."""
 
     def __init__(self, objective: "Exits", weight: float, info: BlockInfo, rngs: nnx.Rngs):
+        convolves = objective.branch == "conv" and is_map(info.features)
+        self.branch = Branch(info, rngs) if convolves else nnx.Sequential()
+        info = dataclasses.replace(info, features=jax.eval_shape(self.branch, info.features))
         size = pooled_info(info, objective.head_pool).size
         readout = layers.perceptron(size, (info.num_classes,), **info.options(rngs))
         super().__init__(readout, weight)
@@ -28,7 +58,7 @@ class ExitHead(CrossEntropyHead):
 
     def logits(self, features: Any) -> jax.Array:
         """Logits `[batch, classes]` of this exit."""
-        return super().logits(pool_maps(features, self.head_pool))
+        return super().logits(pool_maps(self.branch(features), self.head_pool))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,15 +66,19 @@ class Exits(Objective):
     """Weighted cross-entropy of an exit at every block.
 
     The exit of the last block is the model's classifier, or its output where there is none; every
-    other block gets one dense layer.
+    other block gets one dense layer, which a branch of convolutions may precede.
 
     Attributes:
         weights: Weight of each block's loss; a single number (or a tuple of one) is that of all.
         head_pool: The dense layers read feature maps averaged over this many bins a side; 0: whole.
+        branch: What stands before the dense layer of an exit of feature maps. "linear": nothing.
+            "conv": BranchyNet's 3x3 convolutions to 32 channels with ReLU, two at the first block
+            and one at every other, and 2x2 maximum pooling; the paper has head_pool=0 behind them.
     """
 
     weights: float | tuple[float, ...] = (1.0,)
     head_pool: int = 1
+    branch: str = "linear"
 
     def __post_init__(self):
         weights = self.weights if isinstance(self.weights, list | tuple) else (self.weights,)
@@ -54,6 +88,7 @@ class Exits(Objective):
         if not any(weights):
             raise ValueError(f"weights is {self.weights}: a number above 0 is needed")
         require_int(0, head_pool=self.head_pool)
+        require_one_of(("linear", "conv"), branch=self.branch)
 
     def head(self, info: BlockInfo, rngs: nnx.Rngs) -> nnx.Module:
         """Head for any block.

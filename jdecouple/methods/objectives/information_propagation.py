@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from jdecouple._errors import require_int, require_number, require_one_of
+from jdecouple._errors import require_bool, require_int, require_number, require_one_of
 from jdecouple.methods.objectives.base import BlockInfo, HeadOutput, Objective, at_least_float32
 from jdecouple.methods.objectives.cross_entropy import CrossEntropy, cross_entropy
 from jdecouple.methods.objectives.maps import is_map, pooled_info
@@ -75,18 +75,20 @@ class Decoder(nnx.Module):
 
 
 def _task_net(objective: "InformationPropagation", info: BlockInfo, rngs: nnx.Rngs) -> nnx.Module:
-    """Strided convolution to twice the channels and global average of maps, two dense layers."""
+    """Convolution to twice the channels, at stride 2, global average of maps, two dense layers."""
     options = info.options(rngs)
     contrastive = objective.task_loss == "contrastive"
     widths = (objective.hidden, objective.features if contrastive else info.num_classes)
     if not is_map(info.features):
         return layers.perceptron(info.size, widths, **options)
     channels = info.features.shape[-1]
+    doubles = not objective.max_channels or channels < objective.max_channels
+    middle, strides = (2 * channels, 2) if doubles else (channels, 1)
     return nnx.Sequential(
-        *layers.conv_norm(channels, 2 * channels, strides=2, **options),
+        *layers.conv_norm(channels, middle, strides=strides, **options),
         nnx.relu,
         layers.GlobalAveragePool(),
-        layers.perceptron(2 * channels, widths, **options),
+        layers.perceptron(middle, widths, **options),
     )
 
 
@@ -128,7 +130,12 @@ class InformationPropagationHead(nnx.Module):
         if self.task_net is not None:
             output = self.task_net(features)
             if self.objective.task_loss == "contrastive":
-                task = supervised_contrastive(output, carry["label"], self.objective.temperature)
+                task = supervised_contrastive(
+                    output,
+                    carry["label"],
+                    self.objective.temperature,
+                    count_self=self.objective.count_self,
+                )
             else:
                 logits = output
                 task = cross_entropy(logits, carry["label"])
@@ -159,6 +166,10 @@ class InformationPropagation(Objective):
         hidden: Width of the hidden dense layer (of the decoder too, where it is dense).
         features: Width of what the contrastive loss reads.
         temperature: Divisor of the cosines.
+        count_self: Whether the contrastive loss divides by the count of a class that includes the
+            example, as SCPL's code does, or by the one that does not, as the authors' does.
+        max_channels: Maps of as many channels keep them, and their pixels, in the convolution of
+            the task's net; the authors' 64 are those of their nets' last group. 0: none do.
         image_mean: Means by channel that the input was normalised with, on the scale 0..1; empty if
             they are not known, see `unit_range`. `train.py` gives those of the data set.
         image_std: The same for the standard deviations.
@@ -172,6 +183,8 @@ class InformationPropagation(Objective):
     temperature: float = 0.07
     image_mean: tuple[float, ...] = ()
     image_std: tuple[float, ...] = ()
+    count_self: bool = True
+    max_channels: int = 0
 
     def __post_init__(self):
         for name in ("reconstruction", "task", "image_mean", "image_std"):
@@ -185,6 +198,8 @@ class InformationPropagation(Objective):
             object.__setattr__(self, name, tuple(map(float, numbers)))  # modules have to hash it
         require_one_of(("contrastive", "cross_entropy"), task_loss=self.task_loss)
         require_int(1, hidden=self.hidden, features=self.features)
+        require_int(0, max_channels=self.max_channels)
+        require_bool(count_self=self.count_self)
         require_number(positive=True, temperature=self.temperature)
         if len(self.image_mean) != len(self.image_std) or not all(self.image_std):
             raise ValueError(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jdecouple._errors import require_int, require_number, require_one_of
+from jdecouple._errors import require_bool, require_int, require_number, require_one_of
 from jdecouple.methods.objectives.base import (
     BlockInfo,
     HeadOutput,
@@ -92,19 +92,23 @@ class InformationRegularizationHead(nnx.Module):
         self.num_classes = info.num_classes
         info = pooled_info(info, objective.head_pool)
         options = info.options(rngs)
+        between: dict[str, Any] = {"batch_norm": objective.batch_norm}
+        between["activation"] = objective.activation
         widths = objective.widths
-        self.projector = layers.perceptron(info.size, widths, batch_norm=True, **options)
+        self.projector = layers.perceptron(info.size, widths, **between, **options)
         if info.is_embedding:
             self.classifier = None
         elif objective.mode == "unmerge":
-            self.classifier = layers.perceptron(
-                info.size, (*widths[:-1], info.num_classes), batch_norm=True, **options
-            )
+            widths = (*objective.hidden_widths, info.num_classes)
+            self.classifier = layers.perceptron(info.size, widths, **between, **options)
         else:
             out = widths[-1] if widths else info.size
             norm = layers.BatchNorm(out, param_dtype=info.param_dtype, rngs=rngs)
-            readout = layers.linear(out, info.num_classes, **options)
-            self.classifier = nnx.Sequential(norm, nnx.relu, readout)
+            self.classifier = nnx.Sequential(
+                *([norm] if objective.batch_norm else []),
+                layers.ACTIVATIONS[objective.activation],
+                layers.linear(out, info.num_classes, **options),
+            )
 
     def __call__(self, features: Any, carry: Mapping[str, Any]) -> HeadOutput:
         """Loss of `features` `[batch, ...]`, or a sequence, under `carry["label"]`."""
@@ -148,8 +152,8 @@ class InformationRegularization(Objective):
             "2048-2048-2048" or as a tuple; or "identity" (or an empty tuple): z is the flattened
             features.
         mode: "merge": the classifier (BatchNorm, ReLU, dense) reads the projector's output, with
-            its gradient. "unmerge": a net of its own, with the projector's hidden widths (a single
-            dense layer under "identity"), reads the detached block output.
+            its gradient. "unmerge": a net of its own (dense layers with BatchNorm and ReLU between
+            them) reads the detached block output.
         variance: Weight of the variance term.
         invariance: Weight of the invariance term.
         covariance: Weight of the covariance term.
@@ -157,6 +161,11 @@ class InformationRegularization(Objective):
         normalize: Whether z is L2-normalised by row before the terms.
         head_pool: Average maps over this many bins a side before projector and classifier; 0: do
             not, as in the paper.
+        hidden: Widths of the hidden layers of the "unmerge" classifier, as text or as a tuple;
+            "projector": those of the projector (none under "identity").
+        activation: In place of ReLU, in projector and classifier: "gelu", "relu", "sigmoid" or
+            "tanh" (the authors' code for texts).
+        batch_norm: Whether BatchNorm precedes it; False in the authors' code for texts.
     """
 
     projector: str | tuple[int, ...] = "2048-2048-2048"
@@ -167,36 +176,47 @@ class InformationRegularization(Objective):
     alpha: float = 0.001
     normalize: bool = True
     head_pool: int = 0
+    hidden: str | tuple[int, ...] = "projector"
+    activation: str = "relu"
+    batch_norm: bool = True
     trains_classifier: ClassVar[bool] = False
 
     def __post_init__(self):
-        if isinstance(self.projector, list):  # the modules that carry this have to hash it
-            object.__setattr__(self, "projector", tuple(self.projector))
-        parts = [str(part) for part in self._parts()]
-        if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
-            raise ValueError(
-                f"projector is {self.projector!r}: 'identity' or positive widths as in "
-                "'2048-2048-2048' are needed"
-            )
+        for name in ("projector", "hidden"):
+            if isinstance(value := getattr(self, name), list):  # modules that carry this hash it
+                object.__setattr__(self, name, tuple(value))
+        _ = self.widths, self.hidden_widths  # whether they are widths
         require_one_of(("merge", "unmerge"), mode=self.mode)
+        require_one_of(layers.ACTIVATIONS, activation=self.activation)
         for name in ("variance", "invariance", "covariance", "alpha"):
             require_number(**{name: getattr(self, name)})
-        if not isinstance(self.normalize, bool):
-            raise ValueError(f"normalize is {self.normalize!r}: True or False is needed")
+        require_bool(batch_norm=self.batch_norm, normalize=self.normalize)
         require_int(0, head_pool=self.head_pool)
-
-    def _parts(self) -> tuple[Any, ...]:
-        if self.projector == "identity":
-            return ()
-        if isinstance(self.projector, str):
-            return tuple(self.projector.split("-"))
-        return self.projector if isinstance(self.projector, tuple) else (self.projector,)
 
     @property
     def widths(self) -> tuple[int, ...]:
         """Output sizes of the projector's dense layers; empty for "identity"."""
-        return tuple(map(int, self._parts()))
+        return () if self.projector == "identity" else _widths("projector", self.projector)
+
+    @property
+    def hidden_widths(self) -> tuple[int, ...]:
+        """Output sizes of the hidden layers of the "unmerge" classifier."""
+        if self.hidden == "projector":
+            return self.widths[:-1]
+        return _widths("hidden", self.hidden)
 
     def head(self, info: BlockInfo, rngs: nnx.Rngs) -> nnx.Module:
         """Head for any block."""
         return InformationRegularizationHead(self, info, rngs)
+
+
+def _widths(name: str, value: Any) -> tuple[int, ...]:
+    """Positive widths of dense layers, given as text, as a tuple or as one number."""
+    parts = value.split("-") if isinstance(value, str) else value
+    texts = [str(part) for part in (parts if isinstance(parts, list | tuple) else (parts,))]
+    if not all(text.isascii() and text.isdigit() and int(text) > 0 for text in texts):
+        word = {"projector": "identity", "hidden": "projector"}[name]
+        raise ValueError(
+            f"{name} is {value!r}: {word!r} or positive widths as in '2048-2048-2048' are needed"
+        )
+    return tuple(map(int, texts))

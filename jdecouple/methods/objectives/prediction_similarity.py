@@ -64,7 +64,7 @@ class PredictionSimilarityHead(nnx.Module):
         if self.classifier is not None:
             logits = self.classifier(jax.lax.stop_gradient(features))
             metrics["classifier"] = cross_entropy(logits, labels)
-            loss = loss + metrics["classifier"]
+            loss = loss + weights.classifier * metrics["classifier"]
         return HeadOutput(loss, metrics, logits)
 
     def logits(self, features: Any) -> jax.Array:
@@ -101,18 +101,22 @@ class PredictionSimilarity(Objective):
         similarity: Weight of the similarity matching.
         statistic: What of the similarity layer's output is compared; the layer is a 3x3 convolution
             of maps, a dense one otherwise. "deviation": each map's standard deviation over space,
-            as in the paper. "features": all numbers, as maps of one pixel and other features are
-            compared in any case.
+            as in the paper. "features": all numbers, as maps of one pixel or of three channels and
+            fewer, and other features, are compared in any case.
         dim_in_decoder: Most numbers that the decoder reads; maps are averaged down to it.
+        classifier: Weight of the cross-entropy that trains the model's classifier; the authors'
+            code takes `prediction` here too.
     """
 
     prediction: float = 0.01
     similarity: float = 0.99
     statistic: str = "deviation"
     dim_in_decoder: int = 4096
+    classifier: float = 1.0
 
     def __post_init__(self):
         require_number(prediction=self.prediction, similarity=self.similarity)
+        require_number(positive=True, classifier=self.classifier)
         if not self.prediction and not self.similarity:
             raise ValueError("prediction and similarity are both 0: a weight above 0 is needed")
         require_one_of(("deviation", "features"), statistic=self.statistic)

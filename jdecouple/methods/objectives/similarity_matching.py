@@ -10,20 +10,21 @@ def similarity_matrix(x: jax.Array) -> jax.Array:
     """Cosine similarities between the examples of a batch, each centred over its features.
 
     Args:
-        x: `[batch, ...]`. A feature map `[batch, height, width, channels]` is first reduced to the
-            unbiased standard deviation of each channel over space; anything else is flattened.
+        x: `[batch, ...]`. A feature map `[batch, height, width, channels]` of more than three
+            channels is first reduced to the unbiased standard deviation of each channel over space;
+            anything else is flattened.
 
     Returns:
         `[batch, batch]`, within [-1, 1], float32 at least. A constant example is similar to none
         (0, to itself too), and its gradient is zero.
 
     Raises:
-        ValueError: `x` has one axis only, or a map of a single pixel.
+        ValueError: `x` has one axis only, or a map of that kind has a single pixel.
     """
     if x.ndim < 2:
         raise ValueError(f"x is {x.shape}: [batch, ...] is needed")
     x = at_least_float32(x)
-    if x.ndim == 4:
+    if x.ndim == 4 and x.shape[-1] > 3:
         x = _spatial_deviation(x)
     x = x.reshape(x.shape[0], -1)
     # Shifted before centring, so that a constant row becomes exact zeros, not rounding noise whose

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jdecouple._errors import require_int, require_number, require_one_of
+from jdecouple._errors import require_bool, require_int, require_number, require_one_of
 from jdecouple.methods.objectives.base import (
     BlockInfo,
     HeadOutput,
@@ -23,7 +23,9 @@ from jdecouple.methods.objectives.maps import pool_maps, pooled_info
 from jdecouple.models import layers
 
 
-def supervised_contrastive(z: jax.Array, labels: jax.Array, temperature: float = 0.1) -> jax.Array:
+def supervised_contrastive(
+    z: jax.Array, labels: jax.Array, temperature: float = 0.1, *, count_self: bool = True
+) -> jax.Array:
     """Supervised contrastive loss.
 
     >>> z = jnp.array([[1.0, 0.0], [2.0, 0.1], [0.0, 3.0]])
@@ -33,13 +35,15 @@ def supervised_contrastive(z: jax.Array, labels: jax.Array, temperature: float =
     1.660
 
     Rows are L2-normalised. An example's loss is minus the sum, over the *other* examples of its
-    class, of the log-probability of that example among all others, divided by the class count that
-    *includes* it, as the authors' code does. An example alone in its class contributes 0.
+    class, of the log-probability of that example among all others, divided by the size of its
+    class. SCPL's code counts the example itself as well, InfoPro's does not. An example alone in
+    its class contributes 0.
 
     Args:
         z: `[batch, dim]`, not yet normalised.
         labels: `[batch]`, int.
         temperature: Divisor of the cosines, positive.
+        count_self: Whether the size of a class includes the example itself.
 
     Returns:
         Scalar, mean over the batch, float32 at least.
@@ -55,8 +59,10 @@ def supervised_contrastive(z: jax.Array, labels: jax.Array, temperature: float =
     candidates = others if z.shape[0] > 1 else ~others
     log_probability = logits - jax.nn.logsumexp(logits, axis=1, keepdims=True, where=candidates)
     same = labels[:, None] == labels[None, :]
-    total = jnp.sum(jnp.where(same & others, log_probability, 0), axis=1)
-    return -jnp.mean(total / jnp.sum(same, axis=1))
+    positives = same & others
+    total = jnp.sum(jnp.where(positives, log_probability, 0), axis=1)
+    count = jnp.sum(same if count_self else positives, axis=1)
+    return -jnp.mean(total / jnp.maximum(count, 1))
 
 
 class SupervisedContrastiveHead(nnx.Module):
@@ -64,6 +70,7 @@ class SupervisedContrastiveHead(nnx.Module):
 
     def __init__(self, objective: "SupervisedContrastive", info: BlockInfo, rngs: nnx.Rngs):
         self.temperature = objective.temperature
+        self.count_self = objective.count_self
         self.head_pool = objective.head_pool
         size = pooled_info(info, self.head_pool).size
         hidden, out = objective.hidden, objective.features
@@ -75,7 +82,7 @@ class SupervisedContrastiveHead(nnx.Module):
         """Loss of `features` `[batch, ...]`, or a sequence, under `carry["label"]`."""
         labels = carry["label"]
         z = self.projector(pool_maps(features, self.head_pool))
-        loss = supervised_contrastive(z, labels, self.temperature)
+        loss = supervised_contrastive(z, labels, self.temperature, count_self=self.count_self)
         metrics = {"contrastive": loss}
         logits = self.logits(jax.lax.stop_gradient(features))
         if logits is not None:
@@ -100,6 +107,7 @@ class SupervisedContrastive(Objective):
         hidden: Width of the hidden layer of "mlp".
         features: Width of the projector's output.
         temperature: Divisor of the cosines.
+        count_self: Whether the loss divides by the count of a class that includes the example.
         head_pool: Average maps over this many bins a side before the projector; 0: do not, as in
             the paper. The classifier reads the whole map.
     """
@@ -109,6 +117,7 @@ class SupervisedContrastive(Objective):
     features: int = 1024
     temperature: float = 0.1
     head_pool: int = 0
+    count_self: bool = True
     needs_classifier: ClassVar[bool] = True
 
     def __post_init__(self):
@@ -116,6 +125,7 @@ class SupervisedContrastive(Objective):
         require_int(1, hidden=self.hidden, features=self.features)
         require_number(positive=True, temperature=self.temperature)
         require_int(0, head_pool=self.head_pool)
+        require_bool(count_self=self.count_self)
 
     def head(self, info: BlockInfo, rngs: nnx.Rngs) -> nnx.Module:
         """Head for any block.

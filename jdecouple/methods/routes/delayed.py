@@ -137,7 +137,8 @@ class Delayed(Route):
         """Staleness in the steady state; under accumulation the average over its passes.
 
         A pipelined stage steps before it forwards, so of the 2(K-1-k) iterations between its
-        forward and its backward one less changes its weights.
+        forward and its backward one less changes its weights. With `current_weights` that is the
+        age of the activations.
         """
         above = 0 if self.backward_pass == "locked" else num_stages - 1 - stage
         late = 2 * above - 1 if self.forward_pass == "pipelined" else above
