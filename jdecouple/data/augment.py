@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jdecouple._errors import choices
+from jdecouple._errors import choices, require_int, require_one_of
 
 Batch = dict[str, Any]
 
 JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
 JITTER_PROBABILITY = 0.8
 GRAYSCALE_PROBABILITY = 0.2
+OPTIONS = {"crop_padding": None, "crop_mode": "zeros", "cutout": 0}  # of `get`, with defaults
+
+_PADDING = {"zeros": "constant", "reflect": "reflect"}  # as NumPy calls it
+_CUTOUT = 64  # folded into the key of a view, which is split into fewer parts
 
 
-def get(name: str, *, mean: Sequence[float], std: Sequence[float]) -> Callable[..., Batch]:
+def get(
+    name: str,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    crop_padding: int | None = None,
+    crop_mode: str = "zeros",
+    cutout: int = 0,
+) -> Callable[..., Batch]:
     """Returns an augmentation by name.
 
     >>> augmentation = get("two_views", mean=(0.5,), std=(0.25,))
@@ -27,8 +40,9 @@ def get(name: str, *, mean: Sequence[float], std: Sequence[float]) -> Callable[.
     ((8, 8, 8, 1), (8,))
 
     - `none`: normalisation only.
-    - `basic`: pad by an eighth of the size with zeros (4 pixels for 32) and crop at random, then
-      flip left-right with probability 1/2. The padding is done before the normalisation.
+    - `crop`: pad by an eighth of the size with zeros (4 pixels for 32) and crop at random. The
+      padding is done before the normalisation.
+    - `basic`: `crop`, then flip left-right with probability 1/2.
     - `strong`: `basic`, then colour jitter with probability 0.8 and grayscale with probability
       0.2. The jitter is that of torchvision's `ColorJitter(0.4, 0.4, 0.4, 0.1)`, as the
       published contrastive and local-learning code uses it, in the fixed order brightness,
@@ -47,9 +61,17 @@ def get(name: str, *, mean: Sequence[float], std: Sequence[float]) -> Callable[.
         name: one of the names above.
         mean: per-channel mean of the images on the scale 0..1.
         std: per-channel standard deviation on the same scale, all positive.
+        crop_padding: pixels of padding on each side for views that crop; None is an eighth of the
+            size.
+        crop_mode: what the padding holds: "zeros", or "reflect", the image mirrored at its
+            outermost pixels.
+        cutout: side, in pixels, of a square of the mean colour (0 after the normalisation) that
+            covers a part of every view; 0 is none. Its centre is any pixel with the same
+            probability, and it is clipped at the borders (DeVries and Taylor, arXiv 1708.04552).
 
     Raises:
-        ValueError: an unknown name, or `mean` and `std` that are not as many positive figures.
+        ValueError: an unknown name, `mean` and `std` that are not as many positive figures, or
+            options that are none or that the augmentation does not use.
     """
     if name not in _VIEWS:
         raise ValueError(f"unknown augmentation {name!r}: {choices(name, names())}")
@@ -58,14 +80,30 @@ def get(name: str, *, mean: Sequence[float], std: Sequence[float]) -> Callable[.
             f"mean is {tuple(mean)} and std {tuple(std)}: as many of each, and std above 0, are "
             "needed"
         )
-    views = _VIEWS[name]
+    require_one_of(_PADDING, crop_mode=crop_mode)
+    require_int(0, cutout=cutout)
+    if crop_padding is not None:
+        require_int(0, crop_padding=crop_padding)
+    for key, value in {"crop_padding": crop_padding, "crop_mode": crop_mode}.items():
+        if value != OPTIONS[key] and not _VIEWS[name]:
+            cropping = ", ".join(each for each in names() if _VIEWS[each])
+            raise ValueError(
+                f"{key} is {value!r}, but augmentation {name!r} does not crop: {cropping} do"
+            )
+    views: list[View] = [
+        functools.partial(view, padding=crop_padding, mode=crop_mode) for view in _VIEWS[name]
+    ]
     # Python floats stay constants of whatever is compiled, whichever device that is for.
     offset, scale = tuple(map(float, mean)), tuple(map(float, std))
+    if cutout:
+        plain: list[View] = [lambda key, image: _to_unit(image)]
+        views = [functools.partial(_cut_view, view, cutout, offset) for view in views or plain]
 
     def transform(batch: Batch, keys: jax.Array | None, train: bool) -> Batch:
         images = batch["x"]
         if images.ndim != 4 or images.shape[-1] != len(offset):
             raise ValueError(f"x is {images.shape}: [n, H, W, {len(offset)}] is needed")
+        require_fit(images.shape[1:3], crop_padding, cutout)
         if not train or not views:
             return batch | {"x": _normalise(_to_unit(images), offset, scale)}
         if keys is None or keys.shape != images.shape[:1]:
@@ -96,22 +134,41 @@ def names() -> tuple[str, ...]:
     return tuple(_VIEWS)
 
 
-def basic_view(key: jax.Array, image: jax.Array) -> jax.Array:
+def require_fit(size: Sequence[int], crop_padding: int | None, cutout: int) -> None:
+    """Raises ValueError for what is too large for images of this height and width, in pixels."""
+    side = min(size)
+    if crop_padding is not None and crop_padding >= side:
+        raise ValueError(
+            f"crop_padding is {crop_padding}: a number below the images' side, {side}, is needed"
+        )
+    if cutout > side:
+        raise ValueError(f"cutout is {cutout}: at most the images' side, {side}, is allowed")
+
+
+def crop_view(
+    key: jax.Array, image: jax.Array, *, padding: int | None = None, mode: str = "zeros"
+) -> jax.Array:
+    """Random pad-and-crop of one image [H, W, C]; float32 in 0..1."""
+    return _to_unit(_cropped(jax.random.split(key)[0], image, padding, mode))
+
+
+def basic_view(
+    key: jax.Array, image: jax.Array, *, padding: int | None = None, mode: str = "zeros"
+) -> jax.Array:
     """Random pad-and-crop and flip of one image [H, W, C]; float32 in 0..1."""
     import dm_pix as pix  # only here, as most programs augment nothing
 
-    height, width, channels = image.shape
     crop_key, flip_key = jax.random.split(key)
-    vertical, horizontal = height // 8, width // 8
-    padded = jnp.pad(image, ((vertical, vertical), (horizontal, horizontal), (0, 0)))
-    cropped = pix.random_crop(crop_key, padded, (height, width, channels))
+    cropped = _cropped(crop_key, image, padding, mode)
     return _to_unit(pix.random_flip_left_right(flip_key, cropped))
 
 
-def strong_view(key: jax.Array, image: jax.Array) -> jax.Array:
+def strong_view(
+    key: jax.Array, image: jax.Array, *, padding: int | None = None, mode: str = "zeros"
+) -> jax.Array:
     """`basic_view`, then colour jitter and grayscale, each by chance; float32 in 0..1."""
     view_key, jitter_key, apply_key, gray_key = jax.random.split(key, 4)
-    image = basic_view(view_key, image)
+    image = basic_view(view_key, image, padding=padding, mode=mode)
     apply = jax.random.bernoulli(apply_key, JITTER_PROBABILITY)
     image = jnp.where(apply, colour_jitter(jitter_key, image), image)
     gray = jax.random.bernoulli(gray_key, GRAYSCALE_PROBABILITY)
@@ -136,12 +193,39 @@ def colour_jitter(key: jax.Array, image: jax.Array) -> jax.Array:
     return pix.adjust_hue(image, JITTER["hue"] * hue)
 
 
-_VIEWS: dict[str, tuple[Callable[[jax.Array, jax.Array], jax.Array], ...]] = {
+View = Callable[..., jax.Array]  # of a key and an image
+
+_VIEWS: dict[str, tuple[View, ...]] = {
     "none": (),
     "basic": (basic_view,),
+    "crop": (crop_view,),
     "strong": (strong_view,),
     "two_views": (basic_view, strong_view),
 }
+
+
+def _cropped(key: jax.Array, image: jax.Array, padding: int | None, mode: str) -> jax.Array:
+    """A random window of the padded image, as large as the image."""
+    import dm_pix as pix
+
+    height, width, _ = image.shape
+    vertical, horizontal = (height // 8, width // 8) if padding is None else (padding, padding)
+    sides = ((vertical, vertical), (horizontal, horizontal), (0, 0))
+    return pix.random_crop(key, jnp.pad(image, sides, mode=_PADDING[mode]), image.shape)
+
+
+def _cut_view(
+    view: View, side: int, colour: Sequence[float], key: jax.Array, image: jax.Array
+) -> jax.Array:
+    """A view with a square of one colour at a random place; float32 in 0..1."""
+    inside = []
+    keys = jax.random.split(jax.random.fold_in(key, _CUTOUT))
+    for each, length in zip(keys, image.shape[:2], strict=True):
+        first = jax.random.randint(each, (), 0, length, jnp.int32) - side // 2
+        pixels = jnp.arange(length)
+        inside.append((first <= pixels) & (pixels < first + side))
+    hole = inside[0][:, None, None] & inside[1][:, None]
+    return jnp.where(hole, jnp.asarray(colour, jnp.float32), view(key, image))
 
 
 def _blend(image: jax.Array, other: jax.Array | float, factor: jax.Array) -> jax.Array:

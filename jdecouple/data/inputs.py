@@ -64,9 +64,15 @@ class ImageInputs:
         """What `entries` made the batch of."""
         return batch["x"]
 
-    def transform(self, name: str) -> Callable[..., Any]:
-        """The augmentation of this name for the Trainer; ValueError if there is none."""
-        return augment.get(name, mean=self.mean, std=self.std)
+    def transform(self, name: str, **options: Any) -> Callable[..., Any]:
+        """The augmentation of this name for the Trainer; ValueError if it does not fit.
+
+        The options are those of `augment.get`.
+        """
+        found = augment.get(name, mean=self.mean, std=self.std, **options)
+        padding, cutout = options.get("crop_padding"), options.get("cutout", 0)
+        augment.require_fit(self.image_shape[:2], padding, cutout)
+        return found
 
     def encode(self, items: Any) -> np.ndarray:
         """Brings images to what the model reads.
@@ -146,6 +152,7 @@ class TextInputs:
         max_length: words of the longest text; shorter ones are padded to it.
         embedding_width: width of the vectors that the words began with, if they were given.
         parts: words of the parts that texts are cut into, in all `max_length`; () for none.
+        clean: what is taken out of a text before it is split into words, see `cleaning.cleaned`.
     """
 
     kind: ClassVar[str] = "texts"
@@ -153,6 +160,7 @@ class TextInputs:
     max_length: int
     embedding_width: int | None = None
     parts: tuple[int, ...] = ()
+    clean: str = "none"
 
     @property
     def example(self) -> tuple[tuple[int, ...], str]:
@@ -184,8 +192,10 @@ class TextInputs:
         names = ("x", *(f"x_{number}" for number in range(1, len(self.parts))))
         return np.concatenate([np.asarray(batch[name]) for name in names], axis=1)
 
-    def transform(self, name: str) -> None:
+    def transform(self, name: str, **options: Any) -> None:
         """The augmentation of this name for the Trainer; ValueError but for "none"."""
+        for key, value in options.items():
+            raise ValueError(f"{key} is {value!r}: it is for images, but the data set holds texts")
         if name != "none":
             raise ValueError(
                 f"unknown augmentation {name!r}: allowed for the texts of a data set is none"
@@ -244,14 +254,14 @@ class TextInputs:
 
     @cached_property
     def _vocabulary(self) -> Vocabulary:
-        return Vocabulary(self.words[Vocabulary.RESERVED :])
+        return Vocabulary(self.words[Vocabulary.RESERVED :], self.clean)
 
     def to_json(self) -> dict[str, Any]:
         """What `from_json` reads; the words are packed, as a checkpoint's info is read often."""
         packed = base64.b64encode(zlib.compress(json.dumps(self.words).encode())).decode()
         width = self.embedding_width
         sizes = {"max_length": self.max_length, "embedding_width": width, "parts": self.parts}
-        return {"kind": self.kind, "words": packed, **sizes}
+        return {"kind": self.kind, "words": packed, **sizes, "clean": self.clean}
 
 
 Inputs = ImageInputs | TextInputs

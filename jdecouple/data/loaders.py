@@ -7,12 +7,13 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any
 
 from jdecouple._errors import require_int
 from jdecouple.data import sources, texts, tfds_sets, tfds_texts
 from jdecouple.data.noise import symmetric_label_noise
-from jdecouple.data.splits import CACHE_BYTES, Dataset
+from jdecouple.data.splits import CACHE_BYTES, Dataset, ImageDataset
 
 # A name that ends in a colon has a PATH after it; its loader takes the name.
 _LOADERS: dict[str, Callable[..., Dataset]] = {
@@ -25,6 +26,7 @@ _LOADERS: dict[str, Callable[..., Dataset]] = {
 _BUILT_IN = frozenset(_LOADERS)
 _WHERE = ("data_dir", "download")  # of TFDS's sets alone, but for loaders that name them
 _ALWAYS = {"seed", "cache_bytes"}
+_OF_IMAGES = ("mean", "std")  # which `load` sets itself
 _LEAST = {"seed": 0, "image_size": 1, "max_length": 1, "vocabulary_size": 3}
 
 
@@ -37,11 +39,12 @@ def options() -> dict[str, tuple[str, ...]]:
     """The options of `load` that each of `names()` takes, and those that TFDS's sets take.
 
     >>> options()["digits"]
-    ('validation', 'label_noise', 'image_size')
+    ('validation', 'label_noise', 'image_size', 'mean', 'std')
     """
     tfds = {"images of TFDS": sources.prepared_images, "texts of TFDS": texts.dataset}
     taken = {name: {"label_noise", *_takes(loader)} for name, loader in _LOADERS.items()}
     taken |= {name: {"label_noise", *_WHERE, *_takes(loader)} for name, loader in tfds.items()}
+    taken = {n: {*keys, *(_OF_IMAGES if "image_size" in keys else ())} for n, keys in taken.items()}
     known = [key for key in _takes(load) if key != "name" and key not in _ALWAYS]
     return {name: tuple(key for key in known if key in keys) for name, keys in taken.items()}
 
@@ -70,7 +73,8 @@ def register(name: str, loader: Callable[..., Dataset]) -> None:
         name: what the data set is called.
         loader: returns the data set. It is called with the options of `load` that its signature
             names; `load` refuses any other value than the default of one that it does not name, but
-            for `seed` and `cache_bytes`, and draws the label noise itself.
+            for `seed` and `cache_bytes`, and draws the label noise itself. Nor need it name `mean`
+            and `std`, which `load` sets where they are given.
 
     Raises:
         ValueError: the name is a built-in set's or holds a colon, or the loader needs an argument
@@ -102,12 +106,15 @@ def load(
     seed: int = 0,
     download: bool = False,
     image_size: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     synthetic_size: int = 4096,
     channels: int = 3,
     num_classes: int = 10,
     cache_bytes: int = CACHE_BYTES,
     max_length: int | None = None,
     vocabulary_size: int | None = None,
+    clean: str = "none",
     glove: str | os.PathLike[str] | None = None,
     label_column: str | None = None,
     text_columns: Sequence[str] | None = None,
@@ -144,6 +151,9 @@ def load(
         download: prepare a TFDS set that is not prepared yet; without it nothing is downloaded.
         image_size: resize images to this many pixels a side (shorter side, then centre crop);
             the size of the synthetic images (32 if None).
+        mean: per-channel mean that images, scaled to 0..1, are normalised with, one number a
+            channel; None is that of the set.
+        std: per-channel standard deviation likewise.
         synthetic_size: synthetic examples for training and validation together; the test split
             has a quarter as many. Other built-in sets refuse it, `channels` and `num_classes`.
         channels: channels of the synthetic images, 1 or 3.
@@ -152,6 +162,9 @@ def load(
         max_length: words that are kept of a text; 256 if None.
         vocabulary_size: most words that are told apart, padding and the unknown word included;
             30,000 if None.
+        clean: what is taken out of texts before they are split into words: "none"; "punctuation",
+            markup and ASCII punctuation; or "paper", English stop words as well, see
+            `cleaning.cleaned`.
         glove: text file of word vectors, see `vocabulary.word_vectors`.
         label_column: name of the column of labels of CSV and Parquet files; None is the one called
             `label`, `class`, `target` or the like.
@@ -178,6 +191,9 @@ def load(
     if not isinstance(dataset, Dataset):
         raise TypeError(f"the loader of data set {name!r} returns {dataset!r}: a Dataset is needed")
     own = {*taken, *_ALWAYS, *(() if _registered(name) else _WHERE)}
+    if isinstance(dataset, ImageDataset):
+        own |= {*_OF_IMAGES}
+        dataset = _normalised(dataset, mean=mean, std=std)
     parameters = inspect.signature(load).parameters
     for key, value in options.items():
         if key not in own and value != parameters[key].default:
@@ -193,6 +209,23 @@ def load(
     if (noise >= 0).any():
         splits["train"] = dataclasses.replace(splits["train"], overrides=noise)
     return dataclasses.replace(dataset, name=name, **splits)
+
+
+def _normalised(dataset: ImageDataset, **statistics: Sequence[float] | None) -> ImageDataset:
+    """The data set with the statistics that are given, checked, in place of its own."""
+    given = {key: tuple(values) for key, values in statistics.items() if values is not None}
+    channels = dataset.image_shape[-1]
+    for key, values in given.items():
+        numbers = all(isinstance(x, Real) and not isinstance(x, bool) for x in values)
+        fits = numbers and all(0 <= x <= 1 and (x > 0 or key == "mean") for x in values)
+        if len(values) != channels or not fits:
+            bounds = "from 0 to 1" if key == "mean" else "above 0, at most 1,"
+            raise ValueError(
+                f"{key} is {values}: a number {bounds} for each channel is needed, of which the "
+                f"images, scaled to 0..1, have {channels}"
+            )
+    changes: dict[str, Any] = {key: tuple(map(float, values)) for key, values in given.items()}
+    return dataclasses.replace(dataset, **changes)
 
 
 def _registered(name: str) -> Callable[..., Dataset] | None:

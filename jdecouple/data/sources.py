@@ -142,6 +142,7 @@ def table(
     seed: int,
     max_length: int | None,
     vocabulary_size: int | None,
+    clean: str,
     glove: Any,
     label_column: str | None,
     text_columns: Sequence[str] | None,
@@ -149,7 +150,7 @@ def table(
 ) -> Dataset:
     """Labelled texts in CSV or Parquet files."""
     options: dict[str, Any] = {"max_length": max_length, "vocabulary_size": vocabulary_size}
-    options["parts"] = parts
+    options |= {"parts": parts, "clean": clean}
     stored, class_names = tables.splits(name, data_dir, label_column, text_columns)
     return text_dataset(
         name, stored, class_names, validation=validation, seed=seed, glove=glove, **options

@@ -142,9 +142,12 @@ class Dataset(abc.ABC):
         """What a method of `jdecouple.methods` may ask for of the inputs."""
         return self.inputs.method_arguments()
 
-    def transform(self, name: str) -> Callable[..., Any] | None:
-        """The augmentation of this name for the Trainer; ValueError if it does not fit."""
-        return self.inputs.transform(name)
+    def transform(self, name: str, **options: Any) -> Callable[..., Any] | None:
+        """The augmentation of this name for the Trainer; ValueError if it does not fit.
+
+        The options are those of `augment.get`.
+        """
+        return self.inputs.transform(name, **options)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -34,6 +34,7 @@ class TextDataset(Dataset):
         max_length: words of the longest text; shorter ones are padded to it.
         embeddings: initial vectors of the words, float32 [len(words), width], or None.
         parts: words of the parts that texts are cut into; () leaves them whole.
+        clean: what is taken out of texts before they are split into words.
     """
 
     kind = "texts"
@@ -41,12 +42,13 @@ class TextDataset(Dataset):
     max_length: int
     embeddings: np.ndarray | None
     parts: tuple[int, ...] = ()
+    clean: str = "none"
 
     @property
     def inputs(self) -> TextInputs:
         """See `Dataset.inputs`."""
         width = None if self.embeddings is None else self.embeddings.shape[1]
-        return TextInputs(self.words, self.max_length, width, self.parts)
+        return TextInputs(self.words, self.max_length, width, self.parts, self.clean)
 
     def model_arguments(self) -> dict[str, Any]:
         """See `Dataset.model_arguments`."""
@@ -91,6 +93,7 @@ def dataset(
     vocabulary_size: int | None,
     glove: str | os.PathLike[str] | None,
     parts: Sequence[int] | None = None,
+    clean: str = "none",
 ) -> TextDataset:
     """Makes a data set of stored texts; its vocabulary is that of its training split alone."""
     lengths = _parts(parts, max_length)
@@ -99,7 +102,7 @@ def dataset(
     roles = divide(name, sizes, validation)
     split, rows = roles["train"]
     texts = (stored[split].texts[row] for row in rows)
-    vocabulary = Vocabulary.of(texts, vocabulary_size or VOCABULARY_SIZE)
+    vocabulary = Vocabulary.of(texts, vocabulary_size or VOCABULARY_SIZE, clean)
     sources = {
         split: TextSource(stored[split], vocabulary, max_length, len(class_names), split)
         for split in sorted({split for split, _ in roles.values()})
@@ -116,6 +119,7 @@ def dataset(
         max_length=max_length,
         embeddings=None if glove is None else word_vectors(glove, vocabulary.words, seed),
         parts=lengths,
+        clean=clean,
     )
 
 

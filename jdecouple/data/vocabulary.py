@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from jdecouple._errors import require_one_of
+from jdecouple.data import cleaning
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
@@ -31,34 +34,45 @@ class Vocabulary:
     falls into words: letters, digits and underscores with the apostrophes between them ("don't"),
     endings that stand alone ("'s", "'ll"), and runs of every other sign ("...", "-").
 
+    With another `clean` than "none" a text is what `cleaning.cleaned` leaves of it, in the form
+    NFC, and a word is what stands between spaces.
+
     Args:
         words: the words with the numbers 2, 3, ...
+        clean: one of `cleaning.NAMES`.
 
     Attributes:
         words: the word of every number.
+        clean: what is taken out of texts.
+
+    Raises:
+        ValueError: an unknown `clean`.
     """
 
     RESERVED: ClassVar[int] = len(_RESERVED)
 
-    def __init__(self, words: Iterable[str]):
-        self.words = (*_RESERVED, *words)
-        self._tokenizer = _tokenizer({word: number for number, word in enumerate(self.words)})
+    def __init__(self, words: Iterable[str], clean: str = "none"):
+        require_one_of(cleaning.NAMES, clean=clean)
+        self.words, self.clean = (*_RESERVED, *words), clean
+        numbers = {word: number for number, word in enumerate(self.words)}
+        self._tokenizer = _tokenizer(numbers, clean)
 
     @classmethod
-    def of(cls, texts: Iterable[str], size: int) -> Vocabulary:
+    def of(cls, texts: Iterable[str], size: int, clean: str = "none") -> Vocabulary:
         """The most frequent words of some texts, equally frequent ones in alphabetical order.
 
         There are at most `size` numbers, the two reserved ones included.
         """
         from tokenizers import trainers
 
-        tokenizer = _tokenizer({})
+        require_one_of(cleaning.NAMES, clean=clean)
+        tokenizer = _tokenizer({}, clean)
         trainer = trainers.WordLevelTrainer(
             vocab_size=size - len(_RESERVED), show_progress=False, special_tokens=[]
         )
-        tokenizer.train_from_iterator(texts, trainer)
+        tokenizer.train_from_iterator((cleaning.cleaned(text, clean) for text in texts), trainer)
         numbers = tokenizer.get_vocab()
-        return cls(sorted(numbers, key=numbers.__getitem__))
+        return cls(sorted(numbers, key=numbers.__getitem__), clean)
 
     def __len__(self) -> int:
         return len(self.words)
@@ -73,7 +87,7 @@ class Vocabulary:
         self._tokenizer.enable_truncation(max_length)
         numbers, lengths = [], []
         for first in range(0, len(texts), _TEXTS_AT_ONCE):
-            part = list(texts[first : first + _TEXTS_AT_ONCE])
+            part = [cleaning.cleaned(x, self.clean) for x in texts[first : first + _TEXTS_AT_ONCE]]
             for encoding in self._tokenizer.encode_batch_fast(part, add_special_tokens=False):
                 numbers.append(np.array(encoding.ids or [UNKNOWN], np.int32))
                 lengths.append(len(numbers[-1]))
@@ -155,10 +169,14 @@ def _finite(values: list[str], where: str) -> np.ndarray:
     return vector
 
 
-def _tokenizer(numbers: dict[str, int]) -> Tokenizer:
+def _tokenizer(numbers: dict[str, int], clean: str) -> Tokenizer:
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
     tokenizer = Tokenizer(models.WordLevel(numbers, unk_token=_RESERVED[UNKNOWN]))
+    if clean != "none":
+        tokenizer.normalizer = normalizers.NFC()
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        return tokenizer
     tokenizer.normalizer = normalizers.Sequence(
         [
             normalizers.Lowercase(),

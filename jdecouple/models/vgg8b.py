@@ -10,10 +10,12 @@ from flax import nnx
 from jdecouple._errors import require_bool, require_int, require_number, require_one_of
 from jdecouple.models import layers
 from jdecouple.models.base import Model
+from jdecouple.models.cuts import cuttable
 
 _LAYOUT = (128, 256, "M", 256, 512, "M", 512, "M", 512, "M")
 
 
+@cuttable
 def vgg8b(
     num_classes: int,
     *,

@@ -107,6 +107,8 @@ def validate(config: Mapping[str, Any]) -> ConfigDict:
     return complete
 
 
+# Keys of `data` that earlier versions did not know: at their defaults a run is what it was.
+_LATER = ("crop_mode", "cutout", "clean")
 # Keys that say where, in which order and how often something is done, and not what is learnt.
 _FREE = (
     *("log_every", "checkpoint", "profile", "sufficient_direction", "max_in_flight", "remat"),
@@ -151,6 +153,9 @@ def identity(config: ConfigDict) -> dict[str, Any]:
         values[section] = {k: v for k, v in config[section].items() if v is not None}
     for key in ("data_dir", "download"):  # where the data lies may change
         values["data"].pop(key, None)
+    for key in _LATER:
+        if values["data"].get(key) == default().data[key]:
+            del values["data"][key]
     if config.growth.blocks is not None:
         values["growth"] = {k: v for k, v in config.growth.items() if v is not None}
     if config.init_from is not None:

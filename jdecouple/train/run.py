@@ -73,7 +73,7 @@ def build(config: ConfigDict | Mapping) -> Run:
     config = configuration.validate(config)
     with one_line(config.data, "config.data"):
         dataset = load_data(config)
-        transform = dataset.transform(config.data.augment)
+        transform = dataset.transform(config.data.augment, **_augmentation(config))
     with one_line(config.method, "config.method"):
         method = methods.get(config.method.name, **method_arguments(config, dataset))
     with one_line(config):
@@ -248,6 +248,12 @@ def load_data(config: ConfigDict) -> data.Dataset:
     if config.data.buckets:
         section["max_length"] = config.data.buckets[-1]
     return data.load(**section, seed=config.seed)
+
+
+def _augmentation(config: ConfigDict) -> dict[str, Any]:
+    """The options of the augmentation that are set."""
+    defaults = data.augment.OPTIONS.items()
+    return {key: config.data[key] for key, value in defaults if config.data[key] != value}
 
 
 def _model(config: ConfigDict, dataset: data.Dataset, rngs: nnx.Rngs) -> models.Model:

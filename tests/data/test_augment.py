@@ -8,7 +8,7 @@ import nets
 import numpy as np
 import pytest
 
-from jdecouple.data import augment
+from jdecouple.data import ImageInputs, augment
 
 # Without XLA's optimisations, which users have, jaxlib 0.11 computes other hues.
 if not version("jaxlib").startswith("0.10."):
@@ -29,13 +29,17 @@ def keys(count, seed=0):
 
 
 @functools.cache
-def compiled(name, mean=UNIT["mean"], std=UNIT["std"]):
-    transform = augment.get(name, mean=mean, std=std)
+def compiled(name, mean=UNIT["mean"], std=UNIT["std"], **options):
+    transform = augment.get(name, mean=mean, std=std, **options)
     return jax.jit(transform, static_argnums=2)
 
 
-def augmented(name, x, key_array, train=True, **statistics):
-    return np.asarray(compiled(name, **statistics)({"x": x}, key_array, train)["x"])
+def augmented(name, x, key_array, train=True, **options):
+    return np.asarray(compiled(name, **options)({"x": x}, key_array, train)["x"])
+
+
+def pixels_of(out):
+    return np.round(out * 255).astype(np.uint8)
 
 
 # "two_views" is a "basic" one and a "strong" one.
@@ -125,10 +129,10 @@ def test_bad_keys(name, given):
         augment.get(name, **UNIT)({"x": images(4)}, bad, True)
 
 
-def windows(image, padding):
+def windows(image, padding, mode="constant"):
     """Every window of the padded image, plain and flipped, with its offset."""
     size = image.shape[0]
-    padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)))
+    padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)), mode)
     for top in range(2 * padding + 1):
         for left in range(2 * padding + 1):
             window = padded[top : top + size, left : left + size]
@@ -143,6 +147,103 @@ def test_basic_is_a_shifted_window_flipped_or_not(size, padding):
     for image, result in zip(x, out, strict=True):
         matches = [place for place, window in windows(image, padding) if (window == result).all()]
         assert len(matches) == 1
+
+
+def test_crop_is_basic_without_the_flip():
+    x = images(40, 8)
+    cropped, flipped = (pixels_of(augmented(name, x, keys(40))) for name in ("crop", "basic"))
+    flips = 0
+    for image, result, other in zip(x, cropped, flipped, strict=True):
+        places = [place for place, window in windows(image, 1) if (window == result).all()]
+        assert [flip for *_, flip in places] == [False]
+        flips += (other != result).any()
+        np.testing.assert_array_equal(other, result if (other == result).all() else result[:, ::-1])
+    assert 10 < flips < 30
+
+
+@pytest.mark.parametrize(
+    ("padding", "mode", "numpy_mode"),
+    [(3, "zeros", "constant"), (3, "reflect", "reflect"), (6, "reflect", "reflect")],
+)
+def test_padding_is_that_of_numpy(padding, mode, numpy_mode):
+    x = images(12, 8)
+    out = pixels_of(augmented("crop", x, keys(12), crop_padding=padding, crop_mode=mode))
+    found = set()
+    for image, result in zip(x, out, strict=True):
+        plain = [each for each in windows(image, padding, numpy_mode) if not each[0][2]]
+        matches = [place for place, window in plain if (window == result).all()]
+        assert len(matches) == 1
+        found |= {*matches}
+    assert len(found) > 8
+    assert {max(place[:2]) for place in found} - {*range(padding)}, "never beyond the middle"
+
+
+def test_a_given_padding_holds_for_every_view():
+    """Also of an eighth of the size, as without one."""
+    x = np.repeat(images(6, 1), 8 * 8, axis=1).reshape(6, 8, 8, 3)  # each of one colour
+    whole = augmented("strong", x, keys(6), crop_padding=0)
+    np.testing.assert_allclose(whole, np.broadcast_to(whole[:, :1, :1], whole.shape), atol=1e-6)
+    given = augmented("basic", x, keys(6), crop_padding=1)
+    np.testing.assert_array_equal(given, augmented("basic", x, keys(6)))
+
+
+@pytest.mark.parametrize("side", [4, 3])
+def test_cutout_is_a_square_around_any_pixel_clipped_at_the_borders(side):
+    size, count = 6, 3000
+    x = np.repeat(images(1, size), count, axis=0)
+    plain = (x[0] / np.float32(255) - np.float32(MEAN)) / np.float32(STD)
+    out = augmented("none", x, keys(count), mean=MEAN, std=STD, cutout=side)
+    covered = (out == 0).all(-1)
+    kept = np.repeat(plain[None], count, 0)[~covered]
+    np.testing.assert_allclose(out[~covered], kept, rtol=0, atol=1e-6)
+    expected = {}
+    for centre in np.ndindex(size, size):
+        hole = np.zeros((size, size), bool)
+        first = [max(0, place - side // 2) for place in centre]
+        last = [max(0, place - side // 2 + side) for place in centre]
+        hole[first[0] : last[0], first[1] : last[1]] = True
+        expected[hole.tobytes()] = hole
+    assert len(expected) == size**2
+    drawn = [expected[hole.tobytes()] for hole in covered]
+    shares = np.bincount([[*expected].index(hole.tobytes()) for hole in covered]) / count
+    np.testing.assert_allclose(shares, 1 / size**2, atol=0.015)
+    wanted = np.mean([hole.mean() for hole in expected.values()])
+    assert np.mean(drawn) == pytest.approx(wanted, abs=0.01)
+    assert wanted < side**2 / size**2
+
+
+def test_cutout_leaves_the_rest_of_a_view_as_it_is():
+    x = images(8, 8)
+    whole = augmented("basic", x, keys(8), mean=MEAN, std=STD)
+    out = augmented("basic", x, keys(8), mean=MEAN, std=STD, cutout=4)
+    covered = (out == 0).all(-1)
+    assert (covered.sum((1, 2)) <= 16).all()
+    assert (covered.sum((1, 2)) >= 4).all()
+    np.testing.assert_allclose(out[~covered], whole[~covered], rtol=0, atol=1e-6)
+    evaluated = compiled("basic", mean=MEAN, std=STD, cutout=4)({"x": x}, None, False)["x"]
+    assert not (evaluated == 0).all(-1).any()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("crop", {"crop_padding": 8}, "crop_padding is 8: a number below the images' side, 8,"),
+        ("crop", {"crop_padding": -1}, "crop_padding is -1: a whole number of at least 0"),
+        ("crop", {"crop_padding": 1.5}, r"crop_padding is 1\.5: a whole number"),
+        ("crop", {"crop_mode": "mirror"}, "crop_mode is 'mirror': allowed are zeros, reflect"),
+        ("none", {"crop_padding": 4}, "crop_padding is 4, but augmentation 'none' does not crop"),
+        ("none", {"crop_mode": "reflect"}, "does not crop: basic, crop, strong, two_views do"),
+        ("none", {"cutout": 9}, "cutout is 9: at most the images' side, 8, is allowed"),
+        ("basic", {"cutout": -2}, "cutout is -2: a whole number of at least 0"),
+    ],
+)
+def test_options_that_do_not_fit(name, options, said):
+    inputs = ImageInputs((16, 8, 3), MEAN, STD)
+    with pytest.raises(ValueError, match=said) as error:
+        inputs.transform(name, **options)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=said):
+        augment.get(name, **UNIT, **options)({"x": images(4, 8)}, keys(4), True)
 
 
 def test_basic_draws_shifts_and_flips_uniformly():
@@ -215,7 +316,7 @@ def test_two_views_draw_separately():
 @pytest.mark.parametrize(
     ("name", "mean", "std", "match"),
     [
-        ("basics", MEAN, STD, "none, basic, strong, two_views"),
+        ("basics", MEAN, STD, "none, basic, crop, strong, two_views"),
         (None, MEAN, STD, "augmentation None"),
         ("basic", MEAN, (0.2,), "as many"),
         ("basic", MEAN, (0.2, 0.0, 0.2), "above 0"),

@@ -141,6 +141,15 @@ class TestChosenColumns:
         with pytest.raises(configuration.ConfigError, match=r"config.data.label_column is 'v2': "):
             build(config)
 
+    def test_the_content_of_dbpedia_alone(self, both):
+        """With a header, which its files lack."""
+        rows = "".join(f'{row % 14 + 1},"Title {row}","Content, of {row}"\n' for row in range(28))
+        whole = data.load(f"csv:{both(rows)}", validation=0)
+        assert text(whole, "test", 1) == "title 1 content , of 1"
+        name = f"csv:{both(f'label,title,content{chr(10)}{rows}')}"
+        only = data.load(name, text_columns=("content",), clean="paper", validation=0)
+        assert (text(only, "test", 1), only.num_classes) == ("content 1", 14)
+
     def test_in_parquet_files(self, tmp_path):
         arrow = pytest.importorskip("pyarrow")
         parquet = pytest.importorskip("pyarrow.parquet")
@@ -150,6 +159,7 @@ class TestChosenColumns:
         name = f"parquet:{tmp_path}"
         assert text(data.load(name), "test", 0) == "x"
         assert text(data.load(name, text_columns=("id", "text")), "test", 1) == "b x"
+        assert text(data.load(name, text_columns=("text",)), "test", 1) == "x"
         refused("at least one of texts is needed", name, text_columns=("n",))
 
 

@@ -89,6 +89,41 @@ def test_a_constant_channel_has_deviation_one():
     assert data.channel_statistics(split) == ((0.5, 0.0), (0.5, 1.0))
 
 
+class TestNormalisation:
+    def test_given_in_place_of_the_set_s_own(self):
+        own = data.load("digits")
+        given = data.load("digits", mean=(0.25,), std=[1])
+        assert (given.mean, given.std) == ((0.25,), (1.0,))
+        assert (given.inputs.mean, given.inputs.std) == (given.mean, given.std)
+        assert given.method_arguments() == {"image_mean": (0.25,), "image_std": (1.0,)}
+        half = data.load("digits", std=(0.5,))
+        assert (half.mean, half.std) == (own.mean, (0.5,))
+        x = everything(given.test)["x"]
+        normal = given.transform("none")({"x": x}, None, False)["x"]
+        np.testing.assert_allclose(normal, x / 255 - 0.25, rtol=0, atol=1e-6)
+
+    def test_of_registered_sets(self, monkeypatch):
+        monkeypatch.setattr(data.loaders, "_LOADERS", {**data.loaders._LOADERS})
+        data.register("again", lambda: data.load("digits"))
+        assert data.load("again", std=(0.5,)).std == (0.5,)
+
+    @pytest.mark.parametrize(
+        ("options", "said"),
+        [
+            ({"mean": (0.5,) * 3}, "mean is .*: a number from 0 to 1 for each .* have 1"),
+            ({"mean": (125.3,)}, r"mean is \(125.3,\): a number from 0 to 1"),
+            ({"mean": ("0.5",)}, "mean is"),
+            ({"std": (0.0,)}, "std is .*: a number above 0, at most 1, for each"),
+            ({"std": (float("nan"),)}, "std is"),
+            ({"std": ()}, "std is"),
+        ],
+    )
+    def test_refused(self, options, said):
+        with pytest.raises(ValueError, match=said) as error:
+            data.load("digits", **options)
+        assert_one_line(error)
+
+
 class TestSynthetic:
     def test_sizes(self):
         random = data.load(

@@ -116,12 +116,16 @@ class TestTexts:
         for given in ([2, 3], (2, 3), np.array([[2, 3]]), [[2, 3]], jnp.array([2, 3])):
             np.testing.assert_array_equal(WORDS.encode(given), [[2, 3, 0, 0]])
 
-    def test_as_the_data_set_encodes(self, tmp_path):
+    @pytest.mark.parametrize("clean", ["none", "punctuation", "paper"])
+    def test_as_the_data_set_encodes(self, tmp_path, clean):
         name = text_sets.csv_set(tmp_path, longest=30)
-        loaded = data.load(name, max_length=12)
+        loaded = data.load(name, max_length=12, clean=clean)
         texts = [text for _, text in text_sets.examples(16, seed=1, longest=30)]
         wanted = loaded.test.gather(np.arange(16))["x"]
         np.testing.assert_array_equal(loaded.inputs.encode(texts), wanted)
+        again = from_json(json.loads(json.dumps(loaded.inputs.to_json())))
+        np.testing.assert_array_equal(again.encode(texts), wanted)
+        assert ("the" in loaded.words) == (clean != "paper")
 
     @pytest.mark.parametrize(
         ("given", "kind", "said"),
@@ -142,9 +146,18 @@ class TestTexts:
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("inputs", [COLOUR, GREY, WORDS, TextInputs(("a", "b\n"), 3, 7)])
+@pytest.mark.parametrize(
+    "inputs",
+    [COLOUR, GREY, WORDS, TextInputs(("a", "b\n"), 3, 7), TextInputs(("a",), 3, clean="paper")],
+)
 def test_json(inputs):
     assert from_json(json.loads(json.dumps(inputs.to_json()))) == inputs
+
+
+def test_json_of_earlier_versions_has_nothing_taken_out():
+    written = WORDS.to_json()
+    del written["clean"]
+    assert from_json(written) == WORDS
 
 
 def test_many_words_stay_small():

@@ -82,7 +82,10 @@ class TestDataset:
 
     def test_options_of_the_other_kind(self, tmp_path):
         refused("max_length is 9: data set 'digits' holds images", "digits", max_length=9)
+        refused("clean is 'paper': data set 'digits' holds images", "digits", clean="paper")
         refused("image_size is 9: .* holds texts", csv_set(tmp_path), image_size=9)
+        refused(r"mean is \(0\.5,\): .* holds texts", csv_set(tmp_path), mean=(0.5,))
+        refused("clean is 'all': allowed are none, punct", csv_set(tmp_path), clean="all")
 
     def test_texts_are_not_augmented(self, tmp_path):
         loaded = data.load(csv_set(tmp_path))
@@ -91,6 +94,8 @@ class TestDataset:
             ValueError, match=r"augmentation 'basic': allowed for the texts .* is none"
         ):
             loaded.transform("basic")
+        with pytest.raises(ValueError, match=r"cutout is 4: it is for images, .* holds texts"):
+            loaded.transform("none", cutout=4)
 
     def test_images_have_no_lengths(self):
         with pytest.raises(ValueError, match="train split has no lengths"):

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 
 from jdecouple.data import Vocabulary, word_vectors
+from jdecouple.data.cleaning import STOP_WORDS, cleaned
 
 
-def words_of(*texts, max_length=99):
+def words_of(*texts, max_length=99, clean="none"):
     """What a vocabulary of some texts splits them into."""
-    vocabulary = Vocabulary.of(texts, 1000)
+    vocabulary = Vocabulary.of(texts, 1000, clean)
     numbers, lengths = vocabulary.encode(texts, max_length)
     assert lengths.sum() == len(numbers)
     return [vocabulary.words[number] for number in numbers]
@@ -55,6 +56,68 @@ class TestVocabulary:
         numbers, lengths = Vocabulary.of(texts, 9).encode(texts, 9)
         assert len(lengths) == 9001
         assert numbers[-2:].tolist() == [2, 3]
+
+
+class TestCleaning:
+    """Worked out by hand from what the papers' code does to a text."""
+
+    @pytest.mark.parametrize(
+        ("text", "punctuation", "paper"),
+        [
+            ("", "", ""),
+            ("It is what it was.", "it is what it was", ""),
+            (
+                "that loves its characters and communicates something rather beautiful",
+                "that loves its characters and communicates something rather beautiful",
+                "loves characters communicates something rather beautiful",
+            ),
+            # Apostrophes go first, so that a contraction is no stop word, but its pieces are.
+            ("I don't; he'll, isn 't", "i dont hell isn t", "dont hell"),
+            ("secretions from the parental units ", None, "secretions parental units"),
+            # Nothing stands in the place of markup and signs, not even a space.
+            ("The end.<br /><br />Well-made, 4/10 & snake_case", None, "endwellmade 410 snakecase"),
+            ("1 < 2 and 3 > 2", "1 2", "1 2"),
+            ("a <b\n> c", "a b c", "b c"),
+            ("\u201cThe film\u201d\u2019s\u00a0NO good", None, "\u201cthe film\u201d\u2019s good"),
+            (
+                " Abbott of Farnham E D Abbott Limited was a British coachbuilding business.",
+                "abbott of farnham e d abbott limited was a british coachbuilding business",
+                "abbott farnham e abbott limited british coachbuilding business",
+            ),
+        ],
+    )
+    def test_sentences(self, text, punctuation, paper):
+        assert cleaned(text, "none") == text
+        assert cleaned(text, "paper") == paper
+        if punctuation is not None:
+            assert cleaned(text, "punctuation") == punctuation
+
+    def test_stop_words_can_be_met(self):
+        """Each is what cleaning leaves of it, so that none is a line without effect."""
+        assert len(STOP_WORDS) == 153
+        for word in STOP_WORDS:
+            assert cleaned(word, "punctuation") == word
+            assert cleaned(f"{word.upper()}!", "paper") == ""
+
+    def test_words_are_what_stands_between_spaces(self):
+        texts = ["The \u201cnai\u0308ve\u201d, un-cut film", "A FILM... isn't Ann\u2019s"]
+        wanted = ["\u201cna\u00efve\u201d", "uncut", "film", "film", "isnt", "ann\u2019s"]
+        assert words_of(*texts, clean="paper") == wanted
+        kept = ["the", *wanted[:3], "a", *wanted[3:]]
+        assert words_of(*texts, clean="punctuation") == kept
+
+    def test_length_is_that_of_what_is_left(self):
+        assert words_of("it is the best of the best films", max_length=3, clean="paper") == [
+            *("best", "best", "films")
+        ]
+        numbers, lengths = Vocabulary(("film",), "paper").encode(["it is the", "the film"], 9)
+        assert (numbers.tolist(), lengths.tolist()) == ([1, 2], [1, 1])
+
+    def test_unknown(self):
+        said = "clean is 'papers': allowed are none, punctuation, paper; did you mean 'paper'"
+        for refuse in (lambda: Vocabulary((), "papers"), lambda: cleaned("a", "papers")):
+            with pytest.raises(ValueError, match=said):
+                refuse()
 
 
 @pytest.fixture

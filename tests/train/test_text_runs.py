@@ -5,8 +5,10 @@ import pytest
 import runs
 from text_sets import csv_set, tiny
 
+from jdecouple.inference.description import Description
 from jdecouple.train.config import ConfigError
 from jdecouple.train.loop import build, train_and_evaluate
+from jdecouple.train.resume import describe
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +39,17 @@ def test_vectors_of_words_are_where_the_embedding_begins(name, tmp_path):
     assert table.shape == (len(words), 3)
     np.testing.assert_array_equal(table[words.index("film")], [1, 2, 3])
     np.testing.assert_array_equal(table[0], [0, 0, 0])
+
+
+def test_what_is_taken_out_of_texts_stays_with_the_network(name):
+    run = build(tiny(name, data__clean="paper"))
+    assert not {"the", "of", "it"} & {*run.dataset.words}
+    inputs = Description.from_json(describe(run)).inputs
+    assert inputs == run.dataset.inputs
+    numbers = inputs.encode("The film: it isn't GOOD-good!")[0]
+    words = ["film", "[unknown]", "[unknown]"]  # isnt, goodgood
+    assert [inputs.words[number] for number in numbers[:3]] == words
+    assert not numbers[3:].any()
 
 
 def test_vectors_of_another_width(name, tmp_path):
