@@ -1,6 +1,7 @@
 """Associated Learning: the authors' numbers, and an answer that comes down through all stages."""
 
 import functools
+from types import MappingProxyType
 
 import golden_vectors as gv
 import jax
@@ -12,6 +13,7 @@ from flax import nnx
 
 import jdecouple as jd
 from jdecouple.methods.objectives import AssociatedLearning, BlockInfo, associated_learning
+from jdecouple.methods.routes import Unit
 
 CASES = pytest.mark.parametrize("case", gv.cases("al_component"))
 BITS = pytest.mark.parametrize("bits", [64, 32])
@@ -226,6 +228,15 @@ def test_two_steps_with_an_autoencoder_at_another_rate(scale, x64):
     found = nets.to_arrays(trainer, state)
     for name, wanted in adam_by_hand(trainer, data, 0.01, scale).items():
         assert gv.relative_error(found[name], wanted) < 1e-13, name
+
+
+def test_a_rate_of_parts_that_a_head_lacks_is_refused():
+    class Head(nnx.Module):
+        lr_scales = MappingProxyType({"decoder": 2.0})
+
+    block = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+    words = ("the head of block 3 has no parameters in 'decoder'",)
+    nets.assert_clear(ValueError, words, lambda: Unit.build(3, block, Head(), None))
 
 
 # --- Over several stages --------------------------------------------------------------------

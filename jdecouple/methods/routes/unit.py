@@ -1,7 +1,7 @@
 """A block with its head as pure functions over flat dicts of arrays."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -82,7 +82,6 @@ class Unit:
             return named
 
         trained = flat(params)
-        parts: Mapping[str, float] = head.lr_scales if isinstance(head, Scaling) else {}
         return cls(
             index=index,
             params=trained,
@@ -94,12 +93,7 @@ class Unit:
             _keys=dict(nnx.to_flat_state(keys)),
             _definitions=definitions,
             inputs=side_inputs(index, block),
-            scales={
-                name: scale
-                for part, scale in parts.items()
-                for name in trained
-                if name.startswith(f"head/{part}/")
-            },
+            scales=_scales(index, head, trained),
         )
 
     def same_definition(self, other: "Unit") -> bool:
@@ -244,6 +238,19 @@ def side_inputs(index: int, block: nnx.Module) -> tuple[str, ...]:
             f"{', '.join(_RESERVED)} is needed"
         )
     return names
+
+
+def _scales(index: int, head: nnx.Module | None, names: Iterable[str]) -> dict[str, float]:
+    """Factors on the updates of the parameters of those parts that a head gives another rate."""
+    scales: dict[str, float] = {}
+    if not isinstance(head, Scaling):
+        return scales
+    for part, scale in head.lr_scales.items():
+        found = [name for name in names if name.startswith(f"head/{part}/")]
+        if not found:
+            raise ValueError(f"the head of block {index} has no parameters in {part!r} to scale")
+        scales |= dict.fromkeys(found, scale)
+    return scales
 
 
 def share_traces(units: Sequence[Unit]) -> tuple[Unit, ...]:
