@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jdecouple._errors import require_int, require_one_of
+from jdecouple._errors import require_int, require_number, require_one_of
 from jdecouple.models import layers
 from jdecouple.models.base import Model
 from jdecouple.models.cuts import cuttable
@@ -194,6 +194,9 @@ def transformer(
     require_int(1, num_classes=num_classes, hidden=hidden, depth=depth)
     require_one_of(LAYOUTS, layout=layout)
     require_one_of((*layers.INITS, "xavier"), init=init)
+    if embedding_dropout is None:
+        embedding_dropout = dropout
+    require_number(below=1, dropout=dropout, embedding_dropout=embedding_dropout)
     kind = LAYOUTS[layout]
     shared: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
     options: dict[str, Any] = {"init": "torch" if init == "xavier" else init, **shared}
@@ -205,7 +208,7 @@ def transformer(
             max_length=max_length,
             embeddings=embeddings,
             positions=kind.positions,
-            drop=dropout if embedding_dropout is None else embedding_dropout,
+            drop=embedding_dropout,
             mask_padding=mask_padding,
             mask_embedding=mask_embedding,
             **options,

@@ -270,7 +270,7 @@ def test_associated_learning_bridges_the_summaries(x64):
         ("lstm", {"classifier": "mlp"}, "classifier is 'mlp': allowed are linear, deinforeg, scpl"),
         ("lstm", {"mask_embedding": "no"}, "mask_embedding is 'no': True or False is needed"),
         ("paper", {"init": "glorot"}, "init is 'glorot': allowed are flax, .*, xavier"),
-        ("paper", {"embedding_dropout": 1.5}, r"dropout is 1.5: a number in \[0, 1\) is needed"),
+        ("paper", {"embedding_dropout": 1.5}, r"^embedding_dropout is 1.5: a number in \[0, 1\)"),
     ],
 )
 def test_bad_arguments_get_one_clear_line(kind, arguments, message):
