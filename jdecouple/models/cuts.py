@@ -22,7 +22,7 @@ from typing import Any
 
 from flax import nnx
 
-from jdecouple._errors import choices
+from jdecouple._errors import choices, did_you_mean
 
 Cut = int | str | Sequence[int]
 Splits = Mapping[str, Mapping[int, tuple[int, ...]]]
@@ -69,7 +69,11 @@ def _named(cut: str, splits: Splits, count: int) -> tuple[int, ...]:
         return tuple(range(1, count))
     name, colon, _ = cut.partition(":")
     if name not in splits:
-        raise ValueError(f"cut is {cut!r}: {choices(name, ('units', *splits))}")
+        names = ("units", *splits)
+        raise ValueError(
+            f"cut is {cut!r}: allowed are {', '.join(names)}, a number of modules, and unit "
+            f"indices such as (0, 3, 7){did_you_mean(name, names)}"
+        )
     parts = {f"{name}:{k}": starts for k, starts in splits[name].items()}
     if not colon and len(parts) == 1:
         return next(iter(parts.values()))

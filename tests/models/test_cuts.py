@@ -298,7 +298,11 @@ def test_a_builder_of_ones_own_can_be_cut(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "cut", "words"),
     [
-        ("resnet18", "groups", ("cut is 'groups'", "allowed are units, paper, fdg")),
+        (
+            "resnet18",
+            "groups",
+            ("cut is 'groups'", "are units, paper, fdg, a number of"),
+        ),
         ("resnet18", "papper", ("cut is 'papper'", "did you mean 'paper'?")),
         ("resnet18", "paper:3", ("cut is 'paper:3'", "allowed are paper:4")),
         ("resnet18", 8, ("cut is 8", "into 1, 2, 3, 4, 9 modules", "unit indices")),

@@ -40,7 +40,7 @@ def test_growing_counts_modules():
 @pytest.mark.parametrize(
     ("cut", "said"),
     [
-        ("papers", "config.model.cut is 'papers': allowed are units"),
+        ("papers", "config.model.cut is 'papers': allowed are units, a number"),
         ("3", "config.model.cut is 3: cuts into 1, 2 modules are known"),
         ("(0, 2)", "config.model.cut is (0, 2): modules begin at increasing unit indices"),
         (1.5, "config.model.cut is 1.5: a value of type str is needed"),
