@@ -1,4 +1,4 @@
-"""Images as the papers on delayed gradients train them: --config delayed:dataset,model,method,K.
+"""Images with the delayed methods' settings: --config delayed:dataset,model,method[@paper][,K].
 
 Data sets: a prepared TFDS image set (cifar10, cifar100, ...; --config.data.data_dir=FOLDER),
 digits or synthetic. Models: any; those of the papers are resnet20, resnet56, resnet110, resnet18,
@@ -20,7 +20,7 @@ Differs:   the released code of fdg, adl and ddg multiplies old activations by c
 
 from jdecouple.train import config as configuration
 
-_FORM = "dataset,model,method,K"
+_FORM = "dataset,model,method[@paper][,K]"
 _NETS = ("resnet20", "resnet56", "resnet110", "resnet18", "resnet50", "resnet101", "wrn28_10")
 # Numbers of equal parts that Features Replay and DDG cut these nets into.
 _EQUAL_PARTS = {

@@ -21,6 +21,7 @@ Differs:   word vectors begin at random unless --config.data.glove=FILE gives th
 
 from jdecouple.train import config as configuration
 
+_FORM = "dataset,model,method[@paper]"
 _SETTINGS = {
     "data.validation": 0.0,
     "model.hidden": 300,
@@ -68,10 +69,10 @@ _SETS = {
 
 
 def get_config(arguments: str = "glue/sst2,lstm,deinforeg"):
-    config, given, count = configuration.in_paper(arguments, PAPERS)
+    config, given, count = configuration.in_paper(arguments, PAPERS, _FORM)
     model, method, name = config.model.name, config.method.name, config.data.name.lower()
     if count is not None:
-        raise ValueError(f"'dataset,model,method' is needed after the file: given {arguments!r}")
+        raise ValueError(f"{_FORM!r} is needed after the file: given {arguments!r}")
     if model not in _NETS:
         raise ValueError(f"model {model!r} is not one of {', '.join(_NETS)}")
     paper = given or (method if method in PAPERS else "deinforeg")

@@ -31,6 +31,8 @@ from typing import Any, NamedTuple
 
 from jdecouple.train import config as configuration
 
+_FORM = "dataset,model,method[@paper][,K]"
+
 
 class Paper(NamedTuple):
     """Settings of a paper.
@@ -196,7 +198,7 @@ _WITHOUT_HEADS = ("bp", "ddg", "fr", "fdg", "adl")  # their nets are one module,
 
 
 def get_config(arguments: str = "cifar10,vgg8,deinforeg"):
-    config, given, count = configuration.in_paper(arguments, PAPERS)
+    config, given, count = configuration.in_paper(arguments, PAPERS, _FORM)
     model, method = config.model.name, config.method.name
     paper = PAPERS.get(given or method, _NO_PAPER)
     configuration.set_keys(config, {"data.validation": 0.0, **paper.settings})

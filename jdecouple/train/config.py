@@ -244,7 +244,7 @@ def named(arguments: str) -> ConfigDict:
 
 
 def in_paper(
-    arguments: str, papers: Collection[str], form: str = "dataset,model,method"
+    arguments: str, papers: Collection[str], form: str
 ) -> tuple[ConfigDict, str | None, int | None]:
     """What `named` makes of "dataset,model,method[@paper][,K]"; paper and K, None if not given.
 

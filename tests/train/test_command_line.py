@@ -280,8 +280,8 @@ def test_bad_config_file(refused, workdir, tmp_path, content, said):
 @pytest.mark.parametrize(
     ("argument", "said"),
     [
-        ("cifar10", "'dataset,model,method' is needed after the file: given 'cifar10'"),
-        ("", "'dataset,model,method' is needed after the file: given ''"),
+        ("", "'dataset,model,method[@paper][,K]' is needed after the file: given ''"),
+        ("cifar10,vgg8,bp,four", "'dataset,model,method[@paper][,K]' is needed after the file"),
         ("cifar10,vgg8,bogus", "unknown method 'bogus': allowed are bp, early_exit, greedy_exit"),
         ("cifar10,bogus,bp", "unknown model 'bogus': allowed are lstm, mlp, resnet, resnet101"),
     ],
@@ -294,7 +294,7 @@ def test_bad_argument_of_a_config_file(refused, workdir, argument, said):
     ("argument", "said"),
     [
         *(
-            (given, f"'dataset,model,method,K' is needed after the file: given {given!r}")
+            (given, f"'dataset,model,method[@paper][,K]' is needed after the file: given {given!r}")
             for given in (
                 *("", "cifar10", "cifar10,resnet20", "cifar10,resnet20,fdg,2,2"),
                 *(f"cifar10,resnet20,fdg,{k}" for k in ("-1", "x", "1.5", "")),

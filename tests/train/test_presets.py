@@ -74,7 +74,7 @@ def test_a_file_imports_what_lies_beside_it(here, monkeypatch):
         ("mine", "no preset (the file is './mine'): allowed are delayed"),
         ("./quickstart", "there is no file './quickstart'"),
         ("quickstart:now", "TypeError: "),
-        ("vision:cifar10,vgg8", "'dataset,model,method' is needed after the file"),
+        ("vision:cifar10,vgg8", "'dataset,model,method[@paper][,K]' is needed after the file"),
         ("vision:cifar10,vgg8,deinforge", "; did you mean 'deinforeg'?"),
     ],
 )
