@@ -9,9 +9,9 @@ batch and augmentation with SCPL's optimiser.
 
 A local method trains modules, each with one head. The nets of a paper are cut as it cut them:
 resnet18 to resnet101 in 4 modules (deinforeg, scpl, and what has no settings of its own), resnet20
-and resnet32 in 4 (al), the CIFAR ResNets in K (dgl: 2, 3, 4; infopro: 2, 3, 4, 8, 16; 2 if left
-out), and so in equal parts wrn28_10. Any other net has a head on every block or, with a K, the cut
-into K modules that it is known to have. --config.model.cut says it otherwise.
+and resnet32 in 4 (al), the CIFAR ResNets in K (dgl: 2, 3, and 4 but for resnet20; infopro: 2, 3, 4,
+8, 16; 2 if left out), and so in equal parts wrn28_10. Any other net has a head on every block or,
+with a K, the cut into K modules that it is known to have. --config.model.cut says it otherwise.
 
 The papers train on all training images and report the last epoch: nothing is held out for
 validation (--config.data.validation=0.1 does).
