@@ -69,6 +69,7 @@ def _taken(run: Run, trainer: Trainer) -> tuple[dict[str, np.ndarray], str]:
             if _part(name)[1] == "block" and has != needs:
                 raise ValueError(
                     f"checkpoint {restored.step} holds {has} as {name!r}, this network {needs}"
+                    f"{_other_cut(run, restored.extra)}"
                 )
     except (OSError, ValueError) as error:
         raise ConfigError(f"config.init_from is {given!r}: {first_line(error)}") from error
@@ -96,6 +97,13 @@ def _check_words(inputs: TextInputs, extra: Mapping[str, Any]) -> None:
     before = from_json(described) if described else None
     if before is not None and getattr(before, "words", None) != inputs.words:
         raise ValueError("its words have other numbers: texts with the same vocabulary are needed")
+
+
+def _other_cut(run: Run, extra: Mapping[str, Any]) -> str:
+    """What to say where the two networks have other local modules."""
+    models = extra.get("identity", {}).get("model", {}), run.config.model
+    theirs, ours = (model.get("cut", "units") for model in models)
+    return f"; its config.model.cut is {theirs!r}, here {ours!r}" if theirs != ours else ""
 
 
 def _part(name: str) -> tuple[int, str]:

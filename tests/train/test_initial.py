@@ -174,6 +174,7 @@ class TestRefused:
             ),
             ({"model__depth": 3}, "holds nothing as 'block_2/params/block/"),
             ({"model__depth": 1, "mesh__stages": 1}, "as 'block_1/params/block/"),
+            ({"model__cut": 1}, "; its config.model.cut is 'units', here '1'"),
         ],
     )
     def test_blocks_that_do_not_fit(self, other, values, said):
