@@ -137,8 +137,8 @@ def resnet_of_groups(
         bottleneck: Whether units are bottlenecks.
         shortcut: Past a unit that changes the shape: "pad" or "projection", see `resnet`.
         splits: Named splits, see `Model`.
-        variant: "deinforeg": the net above, as in the code of DeInfoReg and FDG. "scpl": that of
-            SCPL's code, with LeakyReLU (slope 0.01) for ReLU, 3x3 convolutions for projections, and
+        variant: "deinforeg": ReLU, and `shortcut` as it is, as in the code of DeInfoReg and FDG.
+            "scpl": as in SCPL's code, LeakyReLU (slope 0.01), 3x3 convolutions for projections, and
             a last block that ends in the global average pooling, so that its head reads vectors.
         width: Factor on all channel counts; each is rounded and at least 1.
         init: As of all builders, see `jdecouple.models`; the code of FDG uses "torch".
