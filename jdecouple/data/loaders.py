@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
 from typing import Any
 
@@ -213,19 +213,22 @@ def load(
 
 def _normalised(dataset: ImageDataset, **statistics: Sequence[float] | None) -> ImageDataset:
     """The data set with the statistics that are given, checked, in place of its own."""
-    given = {key: tuple(values) for key, values in statistics.items() if values is not None}
+    given: dict[str, Any] = {}
     channels = dataset.image_shape[-1]
-    for key, values in given.items():
-        numbers = all(isinstance(x, Real) and not isinstance(x, bool) for x in values)
-        fits = numbers and all(0 <= x <= 1 and (x > 0 or key == "mean") for x in values)
-        if len(values) != channels or not fits:
+    for key, values in statistics.items():
+        if values is None:
+            continue
+        values = tuple(values) if isinstance(values, Iterable) else values
+        several = isinstance(values, tuple) and len(values) == channels
+        numbers = several and all(isinstance(x, Real) and not isinstance(x, bool) for x in values)
+        if not numbers or not all(0 <= x <= 1 and (x > 0 or key == "mean") for x in values):
             bounds = "from 0 to 1" if key == "mean" else "above 0, at most 1,"
             raise ValueError(
                 f"{key} is {values}: a number {bounds} for each channel is needed, of which the "
                 f"images, scaled to 0..1, have {channels}"
             )
-    changes: dict[str, Any] = {key: tuple(map(float, values)) for key, values in given.items()}
-    return dataclasses.replace(dataset, **changes)
+        given[key] = tuple(map(float, values))
+    return dataclasses.replace(dataset, **given)
 
 
 def _registered(name: str) -> Callable[..., Dataset] | None:

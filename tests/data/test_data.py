@@ -111,6 +111,7 @@ class TestNormalisation:
         ("options", "said"),
         [
             ({"mean": (0.5,) * 3}, "mean is .*: a number from 0 to 1 for each .* have 1"),
+            ({"mean": 0.5}, "mean is 0.5: a number from 0 to 1 for each"),
             ({"mean": (125.3,)}, r"mean is \(125.3,\): a number from 0 to 1"),
             ({"mean": ("0.5",)}, "mean is"),
             ({"std": (0.0,)}, "std is .*: a number above 0, at most 1, for each"),
