@@ -293,7 +293,7 @@ def _remats(remat: Any, method: Method, num_stages: int) -> list[str]:
         if value not in route.remats:
             raise ValueError(
                 f"remat is {value!r} in stage {k}, whose activations wait for {method.name}: "
-                f"{', '.join(route.remats)} are allowed"
+                f"allowed are {', '.join(map(repr, route.remats))}"
             )
     return chosen
 

@@ -116,7 +116,7 @@ def test_current_weights_are_not_kept(name):
     ("remat", "options"), [("stages", {"current_weights": True}), ("offload", {})]
 )
 def test_what_cannot_wait_in_a_queue(remat, options):
-    told = f"remat is '{remat}' in stage 0", "wait for fdg", "none"
+    told = f"remat is '{remat}' in stage 0", "wait for fdg: allowed are 'none'"
     nets.assert_clear(ValueError, told, lambda: trainer("fdg", remat, **options))
 
 
