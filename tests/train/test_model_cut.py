@@ -19,7 +19,10 @@ def parsed(*arguments, preset="equal:digits,mlp,deinforeg"):
 
 @pytest.mark.parametrize(
     ("argument", "given"),
-    [("4", 4), ("dgl:3", "dgl:3"), ("(0, 3, 7)", (0, 3, 7)), ("(0, 3, 7)", [0, 3, 7])],
+    [
+        *(("4", 4), ("dgl:3", "dgl:3"), ("(0, 3, 7)", (0, 3, 7)), ("(0, 3, 7)", [0, 3, 7])),
+        *(("0,3,7", (0, 3, 7)), ("[0,3, 7]", [0, 3, 7])),
+    ],
 )
 def test_a_command_line_and_a_file_say_the_same(argument, given):
     """A number, a name, and boundaries, as JSON has them too."""
