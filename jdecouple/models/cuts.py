@@ -157,6 +157,9 @@ def cuttable(builder: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(builder)
     def build(*args: Any, cut: Cut = "units", **kwargs: Any) -> Any:
         model = builder(*args, **kwargs)
+        if not hasattr(model, "cut"):
+            kind = type(model).__name__
+            raise TypeError(f"the model's builder returns one of type {kind}: a Model is needed")
         return model if isinstance(cut, str) and cut == "units" else model.cut(cut)
 
     further = [each for each in parameters if each.kind is each.VAR_KEYWORD]

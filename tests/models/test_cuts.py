@@ -294,6 +294,11 @@ def test_a_builder_of_ones_own_can_be_cut(monkeypatch):
     models.register("own", own)
     assert models.get("own") is own
 
+    models.register("none", lambda num_classes, *, rngs: [nnx.Linear(4, num_classes, rngs=rngs)])
+    words = ("builder returns one of type list", "a Model is needed")
+    none = models.get("none")
+    nets.assert_clear(TypeError, words, lambda: none(5, rngs=nnx.Rngs(0)))
+
 
 @pytest.mark.parametrize(
     ("name", "cut", "words"),
