@@ -32,6 +32,7 @@ def test_a_command_line_and_a_file_say_the_same(argument, given):
     assert identity(typed)["model"]["cut"] == identity(from_file)["model"]["cut"]
 
 
+@pytest.mark.slow
 def test_growing_counts_modules():
     config = runs.tiny(
         model__depth=4, model__cut=(0, 1, 3), growth__blocks=(2, 3), growth__epochs=(0, 1)
