@@ -48,9 +48,8 @@ NOTHING: dict[str, dict] = {"carries": {}, "residuals": {}, "errors": {}}
 
 def modules(model: jd.Model, count: int) -> jd.Model:
     """The model with its blocks in `count` runs."""
-    groups = np.array_split(np.arange(len(model.blocks)), count)
-    blocks = [nnx.Sequential(*(model.blocks[i] for i in group)) for group in groups]
-    return jd.Model(blocks, model.classifier)
+    parts = np.array_split(range(len(model.blocks)), count)
+    return model.cut([0, *np.cumsum([len(part) for part in parts[:-1]]).tolist()])
 
 
 def build(row: str, net: str, count: int, batch: int, options: Namespace) -> tuple[Any, dict]:

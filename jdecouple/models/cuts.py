@@ -43,9 +43,7 @@ def module_starts(cut: Cut, splits: Splits, count: int) -> tuple[int, ...]:
     Raises:
         ValueError: there is no such cut.
     """
-    if isinstance(cut, str):
-        with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            cut = ast.literal_eval(cut)
+    cut = parsed(cut)
     if isinstance(cut, str):
         return (0, *_named(cut, splits, count))
     if isinstance(cut, Integral) and not isinstance(cut, bool):
@@ -62,6 +60,18 @@ def module_starts(cut: Cut, splits: Splits, count: int) -> tuple[int, ...]:
             f"{count - 1} at most"
         )
     return tuple(map(int, cut))
+
+
+def parsed(cut: Any) -> Any:
+    """A cut that is given as text as what the text says; a name, and all else, as it is.
+
+    >>> parsed("(0,3)"), parsed("4"), parsed("dgl:4")
+    ((0, 3), 4, 'dgl:4')
+    """
+    if isinstance(cut, str):
+        with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            return ast.literal_eval(cut)
+    return cut
 
 
 def _named(cut: str, splits: Splits, count: int) -> tuple[int, ...]:
@@ -151,6 +161,9 @@ def cuttable(builder: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(builder)
     def build(*args: Any, cut: Cut = "units", **kwargs: Any) -> Any:
         model = builder(*args, **kwargs)
+        if not hasattr(model, "cut"):
+            kind = type(model).__name__
+            raise TypeError(f"the model's builder returns one of type {kind}: a Model is needed")
         return model if isinstance(cut, str) and cut == "units" else model.cut(cut)
 
     further = [each for each in parameters if each.kind is each.VAR_KEYWORD]

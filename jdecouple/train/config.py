@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from jdecouple._errors import choices, did_you_mean, require_int, require_one_of
+from jdecouple.models.cuts import parsed
 from jdecouple.train.errors import ConfigError, is_section, one_line, shown
 from jdecouple.train.keys import KEYS, nested
 from jdecouple.train.options import OWNERS, is_imported, options
@@ -198,8 +199,8 @@ def _fill(target: ConfigDict, given: Any, path: str) -> None:
         kind, optional = target.get_type(key), target[key] is None
         if value == "None" and optional:  # as the command line gives it
             value = None
-        if here == "config.model.cut" and kind is str and type(value) in (int, list, tuple):
-            value = str(tuple(value) if isinstance(value, list) else value)
+        if here == "config.model.cut" and kind is str:
+            value = _spelt(value)
         if (type(value), kind) in ((list, tuple), (int, float)):
             with contextlib.suppress(OverflowError):  # a number beyond those of a float
                 value = kind(value)
@@ -209,6 +210,13 @@ def _fill(target: ConfigDict, given: Any, path: str) -> None:
                 f"{here} is {shown(value)}: a value of type {kind.__name__} is needed"
             )
         target[key] = value
+
+
+def _spelt(cut: Any) -> Any:
+    """A cut as the text that stands for it, in one spelling; what is none as it is."""
+    said = parsed(cut)
+    said = tuple(said) if isinstance(said, list) else said
+    return str(said) if type(said) in (int, tuple) else cut
 
 
 def _unknown_key(section: Any, path: str, key: str) -> NoReturn:

@@ -266,7 +266,8 @@ def _model(config: ConfigDict, dataset: data.Dataset, rngs: nnx.Rngs) -> models.
     height, width = getattr(dataset, "image_shape", (0, 0))[:2]
     if height != width and not any(
         isinstance(layer, models.layers.GlobalAveragePool)
-        for _, layer in nnx.iter_graph(model.classifier)
+        for module in (model.blocks[-1], model.classifier)
+        for _, layer in nnx.iter_graph(module)
     ):
         raise ConfigError(
             f"config.model.name is {name!r}, which reads square images, but {what} of "

@@ -394,14 +394,18 @@ def test_a_run_on_a_folder(tmp_path):
 @pytest.mark.slow
 def test_images_that_are_not_square(tmp_path):
     """Nets with a mean over all pixels read them; others are refused."""
-    root = divided(tmp_path / "wide", size=(8, 6), mode="RGB")
+    root = divided(tmp_path / "wide", size=(12, 8), mode="RGB")
     values = {**on(root), "steps": 1}
-    words = ("6 x 8 pixels", "config.data.image_size", "'mlp'")
+    words = ("8 x 12 pixels", "config.data.image_size", "'mlp'")
     config = runs.cheap(**values)
     config.data.image_size = None
     nets.assert_clear(ConfigError, words, lambda: build(config))
     config.model.update(name="resnet", depth=8, width=0.125, hidden=None)
-    assert build(config).dataset.image_shape == (6, 8, 3)
+    assert build(config).dataset.image_shape == (8, 12, 3)
+    # Whose mean is the end of its last block.
+    del config.model.depth
+    config.model.update(name="resnet18", width=1 / 64, variant="scpl")
+    assert build(config).trainer.model.classifier.layers[-1].kernel.shape == (8, 3)
 
 
 def test_a_broken_file_ends_a_run_with_one_line(tmp_path):

@@ -332,7 +332,8 @@ def test_default_options_are_kept(tmp_path):
     workdir = trained("early_exit")
     info = json.loads((workdir / "checkpoints" / "9" / "info" / "metadata").read_text())
     kept = info["document"]["extra"]["inference"]
-    assert kept["method"]["arguments"] == {"weights": [1.0], "head_pool": 1, "init": "flax"}
+    own = {"weights": [1.0], "head_pool": 1, "branch": "linear", "init": "flax"}
+    assert kept["method"]["arguments"] == own
     assert kept["model"]["arguments"].items() >= {"hidden": 16, "depth": 2}.items()
     assert kept["inputs"]["kind"] == "images"
     assert (kept["batch_size"], kept["seed"], kept["dtype"]) == (8, 0, None)

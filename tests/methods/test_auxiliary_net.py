@@ -6,6 +6,7 @@ from typing import Any
 import golden_vectors as gv
 import jax
 import jax.numpy as jnp
+import nets
 import numpy as np
 import pytest
 from flax import nnx
@@ -57,7 +58,7 @@ def train(graphdef, params, rest, x, labels):
     return jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x)
 
 
-@pytest.mark.parametrize("case", gv.cases("dgl_aux__"))
+@pytest.mark.parametrize("case", nets.marked(gv.cases("dgl_aux__"), ("dgl_aux__study_c5_s2",)))
 def test_the_authors_net(case, x64):
     golden = gv.load(case)
     names = [key.removeprefix("w/") for key in golden.arrays if key.startswith("w/")]

@@ -5,6 +5,7 @@ import functools
 import golden_vectors as gv
 import jax
 import jax.numpy as jnp
+import nets
 import numpy as np
 import pytest
 from flax import nnx
@@ -17,6 +18,7 @@ from jdecouple.methods.objectives import (
 )
 
 LIMIT = 1e-10
+FAST = ("predsim_block__conv_c3_c16_s8_d256", "infopro__aux_c16_s8_contrast_balanced")
 
 
 class Unit(nnx.Module):
@@ -120,7 +122,7 @@ def predsim_layer(unit, name):
     }[name]
 
 
-@pytest.mark.parametrize("case", gv.cases("predsim_block__"))
+@pytest.mark.parametrize("case", nets.marked(gv.cases("predsim_block__"), FAST))
 def test_predsim_units_golden(case, x64):
     """Units of `vgg8b` with ReLU: a convolution that is the first, the dense layer on the last."""
     golden = gv.load(case)
@@ -165,7 +167,7 @@ def infopro_layer(unit, name):
     return {0: convolution, 1: norm, 5: dense.layers[1], 7: dense.layers[3]}[int(index)]
 
 
-@pytest.mark.parametrize("case", gv.cases("infopro__"))
+@pytest.mark.parametrize("case", nets.marked(gv.cases("infopro__"), FAST))
 def test_infopro_heads_golden(case, x64):
     golden = gv.load(case)
     features = jnp.asarray(gv.images(golden["features"]))

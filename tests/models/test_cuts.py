@@ -13,7 +13,6 @@ from flax import nnx
 
 import jdecouple as jd
 from jdecouple import models
-from jdecouple.models.resnet import resnet_of_groups
 from jdecouple.pipeline.build import build_units
 from jdecouple.train.memory import _keys
 
@@ -156,28 +155,29 @@ def test_splits_that_divide_no_module_stay():
 # --- It changes no number -------------------------------------------------------------------
 
 
-def small(cut):
-    net = {"bottleneck": False, "shortcut": "projection", "splits": {"paper": {4: (3, 4, 5)}}}
-    net["groups"] = [(64, 2), (128, 1), (256, 1), (512, 1)]
-    sizes = {"width": 1 / 16, "image_size": 8, "channels": 1}
-    return resnet_of_groups(nets.CLASSES, **net, **sizes, cut=cut, rngs=nnx.Rngs(0))
-
-
 def test_the_cut_changes_no_number():
-    pair = [small(cut) for cut in ("units", "paper")]
-    assert [len(net.blocks) for net in pair] == [6, 4]
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 8, 8, 1)), jnp.float32)
-
-    @nnx.jit
-    def run(modules, x):
-        for module in modules:
-            x = module(x)
-        return x
-
-    found = [run([*net.blocks, net.classifier], x) for net in pair]
-    np.testing.assert_allclose(*found, atol=1e-5)
+    x = jnp.asarray(nets.batches(1)[0]["x"])
+    found = []
+    for cut, count in (("units", 5), ((0, 2, 3), 3)):
+        net = nets.mlp(depth=5, cut=cut)
+        assert len(net.blocks) == count
+        found.append(
+            functools.reduce(lambda x, module: module(x), (*net.blocks, net.classifier), x)
+        )
+    np.testing.assert_array_equal(*found)
 
 
+def test_names_of_weights_in_a_module():
+    """As of the nnx.Sequential that a module was before, so that its checkpoints are read."""
+    model, example = nets.mlp(depth=5, cut=(0, 2, 3)), nets.batches(1)[0]
+    trainer = jd.Trainer(model, nets.method("greedy_exit"), jd.optim.sgd(0.1), example=example)
+    found = nets.to_arrays(trainer, trainer.init())
+    assert {name.split("/")[0] for name in found} == {"block_0", "block_1", "block_2"}
+    assert found["block_0/params/block/layers/1/layers/0/kernel"].shape == (24, 24)
+    assert found["block_1/params/block/layers/0/kernel"].shape == (24, 24)
+
+
+@SLOW
 def test_stages_change_no_local_result_of_a_cut_model(x64):
     data = nets.batches(2, dtype=np.float64)
 
@@ -189,16 +189,13 @@ def test_stages_change_no_local_result_of_a_cut_model(x64):
 
     alone, wanted = run(num_stages=1)
     assert alone.exits == (0, 1, 2)
-    assert {name.split("/")[0] for name in wanted} == {"block_0", "block_1", "block_2"}
-    # As of the nnx.Sequential that a module was before, so that its checkpoints are read.
-    assert wanted["block_0/params/block/layers/1/layers/0/kernel"].shape == (24, 24)
-    assert wanted["block_1/params/block/layers/0/kernel"].shape == (24, 24)
     placed, found = run(boundaries=(0, 2), mesh=jd.make_mesh(2))
     assert placed.boundaries == (0, 2)
     assert nets.largest_error(found, wanted) < 1e-12
 
 
-@pytest.mark.parametrize("depth", [32, pytest.param(110, marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize("depth", [32, 110])
 def test_dgl_has_as_many_heads_as_modules(depth):
     net, _ = units("resnet", depth=depth)
     carry = {
@@ -228,6 +225,7 @@ def test_a_module_that_begins_with_the_embedding_is_a_block_like_others():
     assert exits((0, 2)) == (0, 1)
 
 
+@SLOW
 def test_a_unit_that_reads_a_further_part_may_stand_in_a_module():
     entries = {f"x_{i}": jnp.asarray(sequence_nets.texts(seed=i)) for i in (1, 2)}
 
@@ -251,6 +249,7 @@ def test_a_unit_that_reads_a_further_part_may_stand_in_a_module():
     assert np.abs(run(1, train=True)[1] - wanted).max() > 1e-3  # dropout of the units
 
 
+@SLOW
 def test_equal_modules_run_in_one_program():
     """Blocks 1 and 2 of three: those between the first and the last need to be equal."""
     model = nets.mlp(depth=8, cut=(0, 2, 4, 6))
@@ -293,6 +292,11 @@ def test_a_builder_of_ones_own_can_be_cut(monkeypatch):
 
     models.register("own", own)
     assert models.get("own") is own
+
+    models.register("none", lambda num_classes, *, rngs: [nnx.Linear(4, num_classes, rngs=rngs)])
+    words = ("builder returns one of type list", "a Model is needed")
+    none = models.get("none")
+    nets.assert_clear(TypeError, words, lambda: none(5, rngs=nnx.Rngs(0)))
 
 
 @pytest.mark.parametrize(

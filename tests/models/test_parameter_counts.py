@@ -67,7 +67,7 @@ def test_of_the_net_with_its_classifier(name, arguments, parameters):
     [
         # Projectors 2048-2048-2048 and a classifier behind each, instead of the net's own.
         ("deinforeg", {}, "vgg8", {}, 265_454_760),
-        ("deinforeg", {}, "resnet18", {"cut": "paper"}, 296_537_192),
+        slow("deinforeg", {}, "resnet18", {"cut": "paper"}, 296_537_192),
         # Projectors 512-1024, and the net's classifier.
         ("scpl", {}, "vgg8", SCPL_VGG, 69_616_118),
         ("scpl", {}, "resnet18", SCPL_RESNET, 73_635_914),

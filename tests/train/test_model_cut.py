@@ -19,7 +19,10 @@ def parsed(*arguments, preset="equal:digits,mlp,deinforeg"):
 
 @pytest.mark.parametrize(
     ("argument", "given"),
-    [("4", 4), ("dgl:3", "dgl:3"), ("(0, 3, 7)", (0, 3, 7)), ("(0, 3, 7)", [0, 3, 7])],
+    [
+        *(("4", 4), ("dgl:3", "dgl:3"), ("(0, 3, 7)", (0, 3, 7)), ("(0, 3, 7)", [0, 3, 7])),
+        *(("0,3,7", (0, 3, 7)), ("[0,3, 7]", [0, 3, 7])),
+    ],
 )
 def test_a_command_line_and_a_file_say_the_same(argument, given):
     """A number, a name, and boundaries, as JSON has them too."""
@@ -29,6 +32,7 @@ def test_a_command_line_and_a_file_say_the_same(argument, given):
     assert identity(typed)["model"]["cut"] == identity(from_file)["model"]["cut"]
 
 
+@pytest.mark.slow
 def test_growing_counts_modules():
     config = runs.tiny(
         model__depth=4, model__cut=(0, 1, 3), growth__blocks=(2, 3), growth__epochs=(0, 1)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jdecouple._errors import require_int, require_number
+from jdecouple._errors import require_bool, require_int, require_number
 from jdecouple.methods.routes import loss_scale
 from jdecouple.methods.routes.remat import REMATS
 from jdecouple.methods.routes.route import Forward, Route, Staleness
@@ -66,8 +66,7 @@ class Delayed(Route):
 
     def __post_init__(self) -> None:
         for name in ("replay", "current_weights", "accumulate_mean"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} is {getattr(self, name)!r}: True or False is needed")
+            require_bool(**{name: getattr(self, name)})
         if (self.forward_pass, self.backward_pass) not in list(_SCHEDULES):
             raise ValueError(
                 f"forward_pass {self.forward_pass!r} with backward_pass {self.backward_pass!r}: "
