@@ -22,7 +22,8 @@ Hardware:  a GPU for the papers' epochs at full width (not measured yet); a CPU 
 Expected:  the papers' figures were not reproduced yet: no run here was as long. What small nets
            reach in few epochs on CPU cores stands in bench/RESULTS.md.
 Differs:   rates move at every step (--config.optimizer.per_epoch=True: once an epoch); infopro's
-           weights of the losses are those for CIFAR-10; al has no decay of weights, its nets ReLU
+           weights of the losses are those for CIFAR-10, and at another model.width its
+           method.max_channels=64 needs the same factor; al has no decay of weights, its nets ReLU
            and its VGG BatchNorm. What else differs is in the table of docs/methods.md.
 """
 
@@ -207,6 +208,9 @@ def get_config(arguments: str = "cifar10,vgg8,deinforeg"):
     cuts = paper.cuts.get(model, {})
     if count is None and method not in _WITHOUT_HEADS:
         count = next(iter(cuts), None)
+    if cuts and count not in (None, *cuts):
+        known = ", ".join(map(str, cuts))
+        raise ValueError(f"K is {count}: {known} are known here; --config.model.cut takes others")
     if count is not None:
         configuration.set_keys(config, {"model.cut": cuts.get(count, count)})
     if method == "infopro":

@@ -292,6 +292,7 @@ def test_the_papers_settings_for_texts(arguments):
         ),
         ("vision", "cifar10,vgg8,bp@", "paper is '': allowed are deinforeg"),
         ("vision", "cifar10,resnet110,dgl,0", "K is 0: a whole number of at least 1"),
+        ("vision", "cifar10,resnet110,infopro,5", "K is 5: 2, 3, 4, 8, 16 are known here"),
         ("vision", "cifar10,resnet110,4", "'dataset,model,method' is needed"),
         ("text", "glue/sst2,lstm,bp@dgl", "paper is 'dgl': allowed are deinforeg, scpl"),
         ("text", "glue/sst2,lstm,bp,2", "'dataset,model,method' is needed"),
