@@ -16,7 +16,9 @@ from jdecouple.train.rules import SCHEDULE_KEYS
 
 _KEY = r"--?(?:no)?config\.([^=]*)(?:=(.*))?"
 _SCHEDULE = "optimizer.schedule"
-NAMES = (*(f"{section}.name" for section in OWNERS), _SCHEDULE)
+_DATA = "data.name"
+_STATISTICS = ("mean", "std")  # keys of `data` whose values are those of one data set
+NAMES = (*(f"{section}.name" for section in OWNERS), _SCHEDULE, _DATA)
 """Keys that choose what the other keys of their section belong to."""
 
 
@@ -62,8 +64,9 @@ def renamed(
     """A copy of a configuration under other names, without what belongs to its own names.
 
     That is what its method, model, optimizer or schedule takes and the other one does not, or has
-    another default for, as that is another key of the same name: a line on stderr tells of it,
-    but for keys that are set `anew`. What belongs to neither stays, to be refused.
+    another default for, as that is another key of the same name, and the statistics of its data
+    set: a line on stderr tells of it, but for keys that are set `anew`. What belongs to neither
+    stays, to be refused.
     """
     changed, told, defaults = {**config}, [], configuration.default()
     for key, new in names.items():
@@ -89,6 +92,8 @@ def _taken(key: str, name: Any) -> dict[str, str] | None:
     try:
         if key == _SCHEDULE:
             return dict.fromkeys(SCHEDULE_KEYS[name], "")
+        if key == _DATA:
+            return dict.fromkeys(_STATISTICS, name)
         return {k: repr(kind) for k, kind in options(key.partition(".")[0], name).items()}
     except (LookupError, ValueError, TypeError):
         return None

@@ -49,7 +49,8 @@ def load(config: str | os.PathLike[str], overrides: Mapping[str, Any] = {}) -> C
         config: "NAME" or "NAME:ARGUMENT" of a preset, such as "vision:cifar10,vgg8,deinforeg"; or a
             path, which has a separator or ends in .py, also with an argument.
         overrides: other values by key. Where they choose another method, model, optimizer or
-            learning-rate schedule, what the file sets for its own is left out, and stderr tells.
+            learning-rate schedule, what the file sets for its own is left out, and stderr tells;
+            so are the statistics of images where they choose another data set.
 
     Raises:
         ConfigError: there is no such preset or file, it cannot be run, or a name, a key or a type

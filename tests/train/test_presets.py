@@ -138,6 +138,9 @@ class TestOtherNames:
             (SGD, ["optimizer.schedule=constant"], "config.optimizer.decay_epochs"),
             ("equal", ["optimizer.schedule constant"], "config.optimizer.end_learning_rate"),
             ("text", ["optimizer.schedule=None"], ""),
+            ("vision", ["data.name=digits"], "left out config.data.std"),
+            ("vision", ["data.name=digits", "data.std=(0.5,)"], ""),
+            ("vision", ["data.name=cifar10"], ""),
         ],
     )
     def test_what_they_do_not_take_is_left_out(self, capsys, config, argv, lost):
