@@ -27,10 +27,11 @@ import jdecouple as jd
 
 MIB = 2**20
 IMAGE_SIZE, NUM_CLASSES = 32, 10
+VGG8 = "128|128|128|256,M|256|512,M|512|512,M|512,M"  # a convolution a block
 NETS = {
     "resnet110": lambda width, rngs: jd.models.resnet(10, depth=110, width=width, rngs=rngs),
     "resnet20": lambda width, rngs: jd.models.resnet(10, depth=20, width=width, rngs=rngs),
-    "vgg8": lambda width, rngs: jd.models.vgg8(10, width=width, rngs=rngs),
+    "vgg8": lambda width, rngs: jd.models.vgg(10, blocks=VGG8, width=width, rngs=rngs),
 }
 ROWS = (
     "bp",
