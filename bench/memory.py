@@ -1,6 +1,6 @@
 """Memory and time of a training step in one program, by method and number of modules.
 
-    python bench/memory.py --nets resnet110 vgg8 --modules 1 2 4 8 16 --output runs/memory.json
+    python bench/memory.py --nets resnet110 --modules 1 2 4 8 16 --output runs/memory.json
     python bench/memory.py --nets resnet110 --rows bp bp,blocks greedy_exit --limit 1024
 
 A module is a run of equal numbers of blocks, each of which has its own loss under a local method. A
@@ -149,7 +149,7 @@ def main() -> int:
     parser = runner.flags(__doc__)
     parser.add_argument("--nets", nargs="+", choices=tuple(NETS), default=["resnet20"])
     parser.add_argument("--rows", nargs="+", default=list(ROWS), metavar="ROW")
-    parser.add_argument("--modules", nargs="+", type=runner.count, default=[1, 2, 4, 8, 16])
+    parser.add_argument("--modules", nargs="+", type=runner.count, default=[1, 2, 4, 8])
     parser.add_argument("--width", type=runner.at_least(0.01), default=1.0, help="of channels")
     parser.add_argument("--batch", type=runner.count, default=128)
     parser.add_argument("--projector", default="512-512-512", help="of deinforeg")
