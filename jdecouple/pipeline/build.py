@@ -173,7 +173,7 @@ def _block_output(index: int, block: nnx.Module, carry: Carry, dtype: Any) -> An
     try:
         return jax.eval_shape(
             lambda params, stats, read: unit.train(params, stats, read, jax.random.key(0))[0],
-            *abstract(unit.initial()),
+            *jax.eval_shape(unit.initial),
             read,
         )
     except (TypeError, ValueError) as error:
@@ -238,7 +238,7 @@ def unit_costs(units: Sequence[Unit], carries: Sequence[Carry], route: Route) ->
             return jax.grad(loss, argnums, has_aux=True)(params, carry["x"])
 
         program = unit.pass_on if unit.frozen else work
-        costs.append(flops(program, *abstract(unit.initial()), carry))
+        costs.append(flops(program, *jax.eval_shape(unit.initial), carry))
     return costs
 
 
@@ -259,7 +259,8 @@ def _check_update(optimizer: optax.GradientTransformation, units: Sequence[Unit]
     try:
         updates = jax.eval_shape(update, params)  # quick: there is next to nothing to trace
     except Exception:  # of any kind; it may be the lack of weights of other names
-        params = abstract(next(filter(None, (unit.initial()[0] for unit in units)), {}))
+        states = (jax.eval_shape(unit.initial) for unit in units)
+        params = next(filter(None, (params for params, _ in states)), {})
         try:
             updates = jax.eval_shape(update, params)
         except Exception as error:

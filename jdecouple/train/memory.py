@@ -15,6 +15,7 @@ from jdecouple.methods import Method
 from jdecouple.methods.routes import Carry, accumulating
 from jdecouple.models import Model
 from jdecouple.pipeline import build
+from jdecouple.pipeline.design import same_keys
 from jdecouple.train.config import ConfigError, chosen
 from jdecouple.train.options import options
 
@@ -83,7 +84,7 @@ def check_state(
     optimizer = accumulating(optimizer, max(config.accumulate, method.route.accumulate))
 
     def make() -> tuple[Any, Any]:
-        model = make_model(_keys(config.seed))
+        model = make_model(same_keys(config.seed))
         units = build.build_units(model, method, carry, None, config.seed, None).units
         pairs = [unit.initial() for unit in units]
         averages = [] if config.ema is None else pairs
@@ -116,18 +117,6 @@ def _layer_bytes(config: ConfigDict, dataset: Dataset) -> float:
     inputs = dataset.model_arguments()
     size = inputs.get("vocabulary_size", 1) * inputs.get("image_size", 1) ** 2
     return 4 * size * max(dataset.num_classes, _WIDEST * factor, *numbers) ** 2
-
-
-def _keys(seed: int) -> nnx.Rngs:
-    """A source that gives the same key again: counting while JAX traces takes quadratic time."""
-    rngs = nnx.Rngs(seed)
-    setattr(rngs, "default", _OneKey(seed, tag="default"))  # noqa: B010 - no attribute for types
-    return rngs
-
-
-class _OneKey(nnx.RngStream):
-    def __call__(self) -> jax.Array:
-        return self.key[...]
 
 
 def _bytes(tree: Any) -> int:
