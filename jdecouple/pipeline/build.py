@@ -198,7 +198,7 @@ def _param_dtype(block: nnx.Module) -> Any:
 
 
 def split_blocks(
-    model: Model,
+    model: Model | None,
     built: BuiltModel,
     route: Route,
     num_stages: int,
@@ -208,6 +208,7 @@ def split_blocks(
     num_blocks = len(built.units)
     check_num_stages(num_stages, num_blocks)
     if isinstance(boundaries, str):
+        assert model is not None  # which has them by name
         boundaries = model.boundaries(boundaries, num_stages)
     if boundaries is not None:
         return check_boundaries(boundaries, num_stages, num_blocks)

@@ -74,7 +74,7 @@ class Design:
 
 
 def make_design(
-    model: Model | Callable[[nnx.Rngs], Model],
+    model: Model | Callable[[nnx.Rngs], Model] | build.BuiltModel,
     method: Method,
     optimizer: optax.GradientTransformation | optax.MultiSteps,
     *,
@@ -100,7 +100,8 @@ def make_design(
     """The design of a training; its arguments are those of `jdecouple.Trainer`.
 
     Nothing is placed or compiled. `model` may be a function that makes it from a source of keys: it
-    is traced and not run, no array is made, and the variables of the units hold shapes. `mesh` may
+    is traced and not run, no array is made, and the variables of the units hold shapes. It may be
+    the `built` of another design for the same microbatches and boundaries by number. `mesh` may
     be of `jdecouple.pipeline.mesh.described` devices, which need not be there, and `example` of
     `jax.ShapeDtypeStruct`s. So any net may be designed anywhere:
 
@@ -142,9 +143,9 @@ def make_design(
     spec = BatchSpec(shapes, microbatches, stage_mesh.shape["data"])
     received = spec.split(shapes)[0]
     carry = build.model_input(received, transform)
-    model, built = _units(model, method, carry, num_classes, seed, dtype, frozen)
+    whole, built = _units(model, method, carry, num_classes, seed, dtype, frozen)
     check_labels(arrays["label"], built.num_classes)
-    starts = build.split_blocks(model, built, method.route, num_stages, boundaries)
+    starts = build.split_blocks(whole, built, method.route, num_stages, boundaries)
     common: dict[str, Any] = {"seed": seed, "num_microbatches": microbatches}
     common |= {"transform": transform, "accumulate": accumulate, "ema": ema}
     stages = build.build_stages(
@@ -156,8 +157,10 @@ def make_design(
     return Design(method, spec, built, starts, stages, engines)
 
 
-def _units(model: Any, *arguments: Any) -> tuple[Model, build.BuiltModel]:
+def _units(model: Any, *arguments: Any) -> tuple[Model | None, build.BuiltModel]:
     """The units of a model; abstract ones, without an array, of a function that makes it."""
+    if isinstance(model, build.BuiltModel):
+        return None, model
     if isinstance(model, Model):
         return model, build.build_units(model, *arguments)
     made: list[tuple[Model, build.BuiltModel]] = []
