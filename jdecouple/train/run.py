@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from jdecouple import data, methods
 from jdecouple.methods.objectives.maps import is_map
 from jdecouple.pipeline import Proposal, autoplace, make_mesh
 from jdecouple.pipeline.build import abstract, model_input
+from jdecouple.pipeline.design import Design
 from jdecouple.pipeline.diagnostics import SufficientDirection
 from jdecouple.train import memory, phases
 from jdecouple.train.errors import ConfigError, one_line
@@ -83,22 +84,23 @@ def build(config: ConfigDict | Mapping) -> Run:
             for (part, frozen), optimizer in zip(parts, optimizers, strict=True)
         ]
         probe = functools.partial(makers[-1], example=example)
-        placement = _placement(config, probe, len(model.blocks))
-        proposal = placement.pop("proposal", None)
-        placement |= {"schedule": config.schedule, "engine": config.engine}
+        placed = placement(config, probe, len(model.blocks))
+        proposal = placed.pop("proposal", None)
+        placed |= {"schedule": config.schedule, "engine": config.engine}
 
         def phase(number: int, placement: Mapping[str, Any]) -> Phase:
             make = functools.partial(makers[number], **placement)
             trainer = make(example=example)
             return Phase(starts[number], trainer, by_length(trainer, example, make))
 
-        last = phase(-1, placement)
+        last = phase(-1, placed)
         trainer = last.trainer
+        memory.check_stages(trainer)
         trainer.check_steps(config.chunk)
-        _check_pool(config, trainer)
-        _check_parts(config, trainer)
+        check_pool(config, trainer)
+        check_parts(config, trainer)
         diagnose = SufficientDirection(trainer) if config.sufficient_direction else None
-        placements = [phases.fewer(placement, trainer, len(p.blocks)) for p, _ in parts[:-1]]
+        placements = [phases.fewer(placed, trainer, len(p.blocks)) for p, _ in parts[:-1]]
         all_phases = (*map(phase, range(len(placements)), placements), last)
     if config.data.buckets:
         check_buckets(trainer)
@@ -117,7 +119,7 @@ def build(config: ConfigDict | Mapping) -> Run:
     )
 
 
-def _check_parts(config: ConfigDict, trainer: Trainer) -> None:
+def check_parts(config: ConfigDict, trainer: Trainer | Design) -> None:
     """Raises ConfigError for a part of the texts that no block reads."""
     read = {name for stage in trainer.stages for unit in stage.units for name in unit.inputs}
     parts = [f"x_{number}" for number in range(1, len(config.data.parts or ()))]
@@ -128,7 +130,7 @@ def _check_parts(config: ConfigDict, trainer: Trainer) -> None:
         )
 
 
-def _check_pool(config: ConfigDict, trainer: Trainer) -> None:
+def check_pool(config: ConfigDict, trainer: Trainer | Design) -> None:
     """Raises ConfigError for bins of heads that no feature map of the model has pixels for."""
     bins = config.method.get("head_pool")
     if not bins or bins == methods.arguments(config.method.name).get("head_pool"):
@@ -141,31 +143,38 @@ def _check_pool(config: ConfigDict, trainer: Trainer) -> None:
         )
 
 
-def _placement(
-    config: ConfigDict, make_trainer: Callable[..., Trainer], num_blocks: int
+def placement(
+    config: ConfigDict,
+    make_trainer: Callable[..., Any],
+    num_blocks: int,
+    devices: Sequence[Any] | None = None,
 ) -> dict[str, Any]:
-    """The Trainer's arguments on stages and devices: as given, or with the "proposal" of them."""
-    section, devices = config.mesh, len(jax.devices())
+    """The Trainer's arguments on stages and devices: as given, or with the "proposal" of them.
+
+    `make_trainer` makes a Trainer or the design of one; the devices are by default JAX's.
+    """
+    section, count = config.mesh, len(jax.devices() if devices is None else devices)
     boundaries = config.boundaries if config.split is None else config.split
     given = {"num_stages": config.num_stages, "boundaries": boundaries}
+    make = functools.partial(make_mesh, devices=devices)
     if section.replicas is not None:
-        return {**given, "mesh": make_mesh(replicas=section.replicas)}
+        return {**given, "mesh": make(replicas=section.replicas)}
     stages = config.num_stages if section.stages is None else section.stages
     if stages is None:
-        stages = max(1, min(num_blocks, devices // max(1, section.data)))
+        stages = max(1, min(num_blocks, count // max(1, section.data)))
     if not section.propose:
-        return {**given, "mesh": make_mesh(stages, section.data)}
-    probe = make_trainer(num_stages=1, mesh=make_mesh(1))
+        return {**given, "mesh": make(stages, section.data)}
+    probe = make_trainer(num_stages=1, mesh=make(1))
     schedule = probe.method.route.schedules[0] if config.schedule == "auto" else config.schedule
     proposal = autoplace(
         probe.block_costs(),
         stages,
-        devices,
+        count,
         schedule=schedule,
         microbatches=config.microbatches,
         batch_size=config.batch_size,
     )
-    mesh = make_mesh(replicas=proposal.replicas)
+    mesh = make(replicas=proposal.replicas)
     return {"boundaries": proposal.boundaries, "mesh": mesh, "proposal": proposal}
 
 
