@@ -132,7 +132,8 @@ def plan(
         times = clock.times()
         best = clock.best()
     return Plan(
-        **{key: config[key].name for key in ("model", "method", "data")},
+        **{key: config[key].name for key in ("model", "method")},
+        data=designer.data,
         dtype=config.dtype,
         batch_size=config.batch_size,
         microbatches=config.microbatches,

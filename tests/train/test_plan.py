@@ -315,6 +315,22 @@ def test_a_growing_model_is_planned_as_it_is_at_last():
     assert flops[2] == others[2]
 
 
+def test_data_that_are_not_here(tmp_path):
+    """Of a set of images TFDS tells the shapes without them; nothing is written or downloaded."""
+    values = {
+        "data__name": "cifar10",
+        "data__data_dir": str(tmp_path),
+        "data__synthetic_size": 4096,
+    }
+    found = planned(1, **values, data__channels=3, data__image_size=None)
+    assert found.data == "cifar10"
+    assert found.blocks[0]["parameters"] == (32 * 32 * 3 + 1) * 16
+    assert found.assumed[0].startswith("data set cifar10 is not prepared here: shapes are")
+    assert [*tmp_path.iterdir()] == []
+    with pytest.raises(ConfigError, match="data set 'cifar11' cannot be opened"):
+        planned(1, **{**values, "data__name": "cifar11"})
+
+
 def stand_in(name, tmp_path):
     """A preset on a tiny set of its kind."""
     config = presets.load(name)

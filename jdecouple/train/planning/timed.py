@@ -130,7 +130,7 @@ class Clock:
 
     def assumed(self) -> tuple[str, ...]:
         """What the times rest on, and bytes."""
-        devices, lines = self.designer.devices, []
+        devices, lines = self.designer.devices, [*self.designer.notes]
         if devices.bandwidth == math.inf and not devices.latency:
             lines.append("messages take no time: --link and --latency give them some")
         else:
