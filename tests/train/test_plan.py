@@ -99,6 +99,7 @@ def test_the_quickstart(command):
 
 def test_text_and_json_are_one(command):
     given = ["--config", runs.TINY, "--devices=1", "--flops=1GFLOPS", "--config.model.depth=1"]
+    given += ["--config.method.name=bp", "--config.method.projector=None"]
     texts = [command(*given, *more)[0] for more in ([], ["--format=json"])]
     assert texts[0] == tables.text_of(json.loads(texts[1])) + "\n"
 
@@ -301,6 +302,7 @@ class TestPlacements:
         found = planned(4, method="fdg", num_stages=2, mesh__replicas=(1, 1))
         assert len(found.best["boundaries"]) == 2
 
+    @pytest.mark.slow
     def test_a_proposal(self):
         found = planned(4, mesh__propose=True, mesh__stages=2)
         assert len(found.stages) == 2
