@@ -101,7 +101,7 @@ def plan(
     """Plans the run of a configuration; trains nothing and writes nothing.
 
     >>> from jdecouple.train import presets
-    >>> from jdecouple.train.plan import Devices, label
+    >>> from jdecouple.train.plan import Devices
     >>> gpus = Devices(3, memory=16e9, flops=8e12, bandwidth=12e9, latency=50e-6)
     >>> found = plan(presets.load("quickstart"), gpus)
     >>> len(found.stages), [time["schedule"] for time in found.times]
