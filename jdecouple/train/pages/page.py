@@ -1,0 +1,245 @@
+"""One self-contained HTML page from sections of tables, pictures, notes and the like.
+
+Every text is escaped here, so a name, a path or a value of a user's may hold anything. A page has
+no script and asks nothing of any other place, which its Content-Security-Policy holds it to.
+"""
+
+import base64
+import html
+import importlib.resources
+import re
+import unicodedata
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+_NUMBER = re.compile(r"[-+]?[\d.,]+(e[-+]?\d+)?( ?%)?|inf|nan")
+_DIGITS = 5  # of a float in a table
+# They turn the direction of what is written behind them.
+_TURNS = {*range(0x202A, 0x202F), *range(0x2066, 0x206A)}
+
+
+class Piece(Protocol):
+    """What a section holds."""
+
+    def html(self) -> str:
+        """The piece as markup, with every text escaped."""
+
+
+class Text(NamedTuple):
+    """A paragraph."""
+
+    text: str
+
+    def html(self) -> str:
+        """See `Piece`."""
+        return f"<p>{escaped(self.text)}</p>"
+
+
+class Note(NamedTuple):
+    """What a reader has to know of what is shown, or why something is not."""
+
+    text: str
+
+    def html(self) -> str:
+        """See `Piece`."""
+        return f'<p class="note" role="note">{escaped(self.text)}</p>'
+
+
+class Code(NamedTuple):
+    """Text to be copied, such as a command; `label` says what it is."""
+
+    label: str
+    text: str
+
+    def html(self) -> str:
+        """See `Piece`."""
+        label = escaped(self.label)
+        return f'<pre tabindex="0" aria-label="{label}"><code>{escaped(self.text)}</code></pre>'
+
+
+class Facts(NamedTuple):
+    """Names with what is known of each; a number is written as in a `Table`."""
+
+    rows: Sequence[tuple[str, Any]]
+
+    def html(self) -> str:
+        """See `Piece`."""
+        pairs = (
+            f"<div><dt>{escaped(k)}</dt><dd>{escaped(shown(v))}</dd></div>" for k, v in self.rows
+        )
+        return f"<dl>{''.join(pairs)}</dl>"
+
+
+class Table(NamedTuple):
+    """A table whose first column names its rows.
+
+    Attributes:
+        caption: what it holds, above it.
+        columns: their names.
+        rows: cells: texts, numbers, or None where a figure has no value.
+        shades: how dark each cell but the first of a row is, from 0 to 1; None for a plain table.
+    """
+
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    shades: Sequence[Sequence[float]] | None = None
+
+    def html(self) -> str:
+        """See `Piece`."""
+        head = "".join(f'<th scope="col">{escaped(name)}</th>' for name in self.columns)
+        shades = self.shades or [()] * len(self.rows)
+        body = "".join(_row(row, shade) for row, shade in zip(self.rows, shades, strict=True))
+        caption = escaped(self.caption)
+        kind = ' class="shaded"' if self.shades else ""
+        return _scrolled(
+            f"<table{kind}><caption>{caption}</caption><thead><tr>{head}</tr></thead>"
+            f"<tbody>{body}</tbody></table>",
+            caption,
+        )
+
+
+class Picture(NamedTuple):
+    """A PNG, of any size; `alt` says in words what it shows."""
+
+    png: bytes
+    alt: str
+    caption: str = ""
+
+    def html(self) -> str:
+        """See `Piece`."""
+        data, alt = base64.b64encode(self.png).decode(), escaped(self.alt)
+        image = f'<img src="data:image/png;base64,{data}" alt="{alt}">'
+        return f"<figure>{_scrolled(image, alt)}{_caption(self.caption)}</figure>"
+
+
+class Drawing(NamedTuple):
+    """An SVG element, as markup that is known to be sound, such as `charts` makes."""
+
+    svg: str
+    caption: str = ""
+
+    def html(self) -> str:
+        """See `Piece`."""
+        return f"<figure>{self.svg}{_caption(self.caption)}</figure>"
+
+
+class Grid(NamedTuple):
+    """Pieces side by side where there is room."""
+
+    pieces: Sequence[Piece]
+
+    def html(self) -> str:
+        """See `Piece`."""
+        return f'<div class="grid">{joined(self.pieces)}</div>'
+
+
+class Fold(NamedTuple):
+    """Pieces that a reader unfolds."""
+
+    summary: str
+    pieces: Sequence[Piece]
+
+    def html(self) -> str:
+        """See `Piece`."""
+        summary = f"<summary>{escaped(self.summary)}</summary>"
+        return f"<details>{summary}{joined(self.pieces)}</details>"
+
+
+class Section(NamedTuple):
+    """A part of the page with a heading, which the list of contents leads to."""
+
+    title: str
+    pieces: Sequence[Piece]
+
+
+def render(title: str, sections: Sequence[Section], lead: Sequence[Piece] = ()) -> str:
+    """The page as one text: its title, what leads, a list of contents, the sections.
+
+    >>> from jdecouple.train.pages import page
+    >>> table = page.Table("Accuracy", ["exit", "test"], [["<last>", 0.75]])
+    >>> text = page.render("A run", [page.Section("Exits", [table])])
+    >>> '<th scope="row">&lt;last&gt;</th><td class="number">0.75</td>' in text
+    True
+
+    Args:
+        title: also that of the browser's tab.
+        sections: those without pieces are left out.
+        lead: pieces between the title and the contents.
+    """
+    sections = [section for section in sections if section.pieces]
+    links = "".join(
+        f'<li><a href="#part-{i}">{escaped(section.title)}</a></li>'
+        for i, section in enumerate(sections, 1)
+    )
+    parts = "".join(
+        f'<section aria-labelledby="part-{i}"><h2 id="part-{i}">{escaped(section.title)}</h2>'
+        f"{joined(section.pieces)}</section>\n"
+        for i, section in enumerate(sections, 1)
+    )
+    style = (importlib.resources.files(__package__) / "page.css").read_text(encoding="utf-8")
+    name = escaped(title)
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        f"<title>{name}</title>\n<style>\n{style}</style></head>\n<body>"
+        f"<header><h1>{name}</h1>{joined(lead)}</header>\n"
+        f'<nav aria-label="Contents"><ul>{links}</ul></nav>\n<main>{parts}</main></body></html>\n'
+    )
+
+
+def joined(pieces: Sequence[Piece]) -> str:
+    """The markup of pieces, one after the other."""
+    return "".join(piece.html() for piece in pieces)
+
+
+def escaped(text: str) -> str:
+    r"""Text as markup that shows it, in an element or in an attribute's quotes.
+
+    What no browser would show, or would obey, is written as an escape.
+
+    >>> print(escaped("<b>\x00 & 'c'"))
+    &lt;b&gt;\x00 &amp; &#x27;c&#x27;
+    """
+    return html.escape("".join(c if _is_shown(c) else ascii(c)[1:-1] for c in text))
+
+
+def _is_shown(letter: str) -> bool:
+    obeyed = unicodedata.category(letter) in ("Cc", "Cs") or ord(letter) in _TURNS
+    return letter == "\n" or not obeyed
+
+
+def shown(value: Any) -> str:
+    """A value of a table as text.
+
+    >>> shown(12345), shown(0.1234567), shown(None), shown("a")
+    ('12,345', '0.12346', '', 'a')
+    """
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.{_DIGITS}g}"
+    return f"{value:,}" if type(value) is int else str(value)
+
+
+def _row(cells: Sequence[Any], shades: Sequence[float]) -> str:
+    name, *values = cells
+    found = [f'<th scope="row">{escaped(shown(name))}</th>']
+    for k, value in enumerate(values):
+        text = shown(value)
+        kind = ' class="number"' if value is None or _NUMBER.fullmatch(text) else ""
+        shade = f' style="--shade:{shades[k]:.3f}"' if shades else ""
+        found.append(f"<td{kind}{shade}>{escaped(text)}</td>")
+    return f"<tr>{''.join(found)}</tr>"
+
+
+def _caption(text: str) -> str:
+    return f"<figcaption>{escaped(text)}</figcaption>" if text else ""
+
+
+def _scrolled(markup: str, name: str) -> str:
+    """Markup that may be wider than the page, to be scrolled with the keyboard too."""
+    return f'<div class="wide" role="region" aria-label="{name}" tabindex="0">{markup}</div>'
