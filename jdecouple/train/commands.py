@@ -35,6 +35,7 @@ COMMANDS = {
     "calibrate": Command(
         "jdecouple.train.evaluation:calibrate", "Chooses by which rule inputs leave early."
     ),
+    "report": Command("jdecouple.train.pages.report:main", "Writes one HTML page about a run."),
     "export": Command(
         "jdecouple.inference.cli:export", "Writes a network into a folder that serves it."
     ),

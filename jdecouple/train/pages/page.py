@@ -26,6 +26,19 @@ class Piece(Protocol):
         """The piece as markup, with every text escaped."""
 
 
+class Headline(NamedTuple):
+    """A figure that a reader looks for first, and what it is."""
+
+    value: str
+    text: str
+
+    def html(self) -> str:
+        """See `Piece`."""
+        return (
+            f'<p class="headline"><strong>{escaped(self.value)}</strong> {escaped(self.text)}</p>'
+        )
+
+
 class Text(NamedTuple):
     """A paragraph."""
 
