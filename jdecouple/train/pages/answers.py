@@ -63,17 +63,18 @@ def sections(record: Record, asked: Asked) -> list[Section]:
                 costs = costs or curves
                 if answered is None:
                     answered, place = computed, Path(folder)
-        parts = [_answers(answered, place, asked.split) if answered else _missing("answers", why)]
-        if answered is None or len(answered["exits"]) > 1:
-            parts.append(_against(costs) if costs else _missing("costs", why))
+        pieces: list[Piece] = [Note(f"The answers are not known: {why}.")]
+        if answered is not None:
+            pieces = _answers(answered, place, asked.split)
+    against: list[Piece] = []
+    if costs is not None:
+        against = _against(costs)
+    elif answered is not None and len(answered["exits"]) > 1:
+        against = [Note(f"The costs are not known: {why}.")]
     return [
-        Section(f"Answers on the {asked.split} split", parts[0]),
-        *(Section("Accuracy against cost", part) for part in parts[1:]),
+        Section(f"Answers on the {asked.split} split", pieces),
+        Section("Accuracy against cost", against),
     ]
-
-
-def _missing(what: str, why: str) -> list[Piece]:
-    return [Note(f"The {what} are not known: {why}.")]
 
 
 def _step(record: Record, asked: str | int) -> int | None:

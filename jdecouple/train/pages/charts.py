@@ -9,7 +9,8 @@ import numpy as np
 from jdecouple.train.pages.page import escaped, shown
 
 _WIDTH, _HEIGHT = 400, 250  # of what is drawn; the page scales it
-_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 10, 8, 40  # margins
+_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 10, 2, 40  # around the axes
+_MARGIN = 6  # between the axes and the curves
 _LOG_SCALE_ABOVE = 100.0  # ratio of the largest to the smallest value
 _MOST_POINTS, _FEWEST = 8000, 80  # of a chart; of a curve of many
 _MOST_NAMED = 12  # curves that a legend names one by one
@@ -78,9 +79,9 @@ class Chart(NamedTuple):
         xs = np.concatenate([np.asarray(curve.xs, float) for curve in curves])
         ys = np.concatenate([np.asarray(curve.ys, float) for curve in curves])
         ys = ys[np.isfinite(ys)]
-        log = ys.min() > 0 and ys.max() > _LOG_SCALE_ABOVE * ys.min()
-        across = _Axis(xs.min(), xs.max(), _LEFT, _WIDTH - _RIGHT)
-        up = _Axis(ys.min(), ys.max(), _HEIGHT - _BOTTOM, _TOP, log)
+        log = not self.percent and ys.min() > 0 and ys.max() > _LOG_SCALE_ABOVE * ys.min()
+        across = _Axis(xs.min(), xs.max(), _LEFT + _MARGIN, _WIDTH - _RIGHT - _MARGIN)
+        up = _Axis(ys.min(), ys.max(), _HEIGHT - _BOTTOM - _MARGIN, _TOP + _MARGIN, log)
         rows = LogLocator(numticks=6) if log else MaxNLocator(5)
         for y in up.ticks(rows):
             at = up(y)

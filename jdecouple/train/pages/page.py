@@ -72,16 +72,23 @@ class Code(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """Names with what is known of each; a number is written as in a `Table`."""
+    """Names with what is known of each; a number is written as in a `Table`.
+
+    Attributes:
+        rows: the pairs.
+        sentences: whether they are long, to be read one below the other.
+    """
 
     rows: Sequence[tuple[str, Any]]
+    sentences: bool = False
 
     def html(self) -> str:
         """See `Piece`."""
         pairs = (
             f"<div><dt>{escaped(k)}</dt><dd>{escaped(shown(v))}</dd></div>" for k, v in self.rows
         )
-        return f"<dl>{''.join(pairs)}</dl>"
+        kind = ' class="terms"' if self.sentences else ""
+        return f"<dl{kind}>{''.join(pairs)}</dl>"
 
 
 class Table(NamedTuple):
@@ -101,9 +108,15 @@ class Table(NamedTuple):
 
     def html(self) -> str:
         """See `Piece`."""
-        head = "".join(f'<th scope="col">{escaped(name)}</th>' for name in self.columns)
+        numbers = [all(map(_is_number, column)) for column in zip(*self.rows, strict=True)]
+        numbers = [False, *numbers[1:]] if numbers else [False] * len(self.columns)
+        head = "".join(
+            f'<th scope="col"{_aligned(number)}>{escaped(name)}</th>'
+            for name, number in zip(self.columns, numbers, strict=True)
+        )
         shades = self.shades or [()] * len(self.rows)
-        body = "".join(_row(row, shade) for row, shade in zip(self.rows, shades, strict=True))
+        rows = zip(self.rows, shades, strict=True)
+        body = "".join(_row(row, shade, numbers) for row, shade in rows)
         caption = escaped(self.caption)
         kind = ' class="shaded"' if self.shades else ""
         return _scrolled(
@@ -238,14 +251,20 @@ def shown(value: Any) -> str:
     return f"{value:,}" if type(value) is int else str(value)
 
 
-def _row(cells: Sequence[Any], shades: Sequence[float]) -> str:
+def _is_number(value: Any) -> bool:
+    return value is None or bool(_NUMBER.fullmatch(shown(value)))
+
+
+def _aligned(number: bool) -> str:
+    return ' class="number"' if number else ""
+
+
+def _row(cells: Sequence[Any], shades: Sequence[float], numbers: Sequence[bool]) -> str:
     name, *values = cells
     found = [f'<th scope="row">{escaped(shown(name))}</th>']
     for k, value in enumerate(values):
-        text = shown(value)
-        kind = ' class="number"' if value is None or _NUMBER.fullmatch(text) else ""
         shade = f' style="--shade:{shades[k]:.3f}"' if shades else ""
-        found.append(f"<td{kind}{shade}>{escaped(text)}</td>")
+        found.append(f"<td{_aligned(numbers[k + 1])}{shade}>{escaped(shown(value))}</td>")
     return f"<tr>{''.join(found)}</tr>"
 
 

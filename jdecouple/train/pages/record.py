@@ -79,7 +79,8 @@ class Record:
     @property
     def finished(self) -> bool:
         """Whether nothing is left to train or to evaluate."""
-        last = max(self.steps, default=0)
+        tests = (line["step"] for line in self.lines if line["split"] == "test")
+        last = max(self.steps or tests, default=0)  # checkpoints may have been cleared away
         ended = last == self.total_steps or self.stopped_early is not None
         return ended and not self.extra.get("evaluate")
 
@@ -116,7 +117,7 @@ class Record:
         tested = {line["step"] for line in self.lines if line["split"] == "test"}
         # A run may be between its validation and its test.
         lines = [x for x in self.lines if x["split"] != "validation" or x["step"] in tested]
-        step = max(self.steps) if self.finished else None
+        step = max(self.steps, default=None) if self.finished else None
         return report.summary(lines, step, len(lines) + 1 if self.lost else 0)
 
 

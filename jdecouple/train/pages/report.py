@@ -5,14 +5,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import tqdm
-
 from jdecouple._errors import first_line
 from jdecouple._files import replace
 from jdecouple.inference import cli
 from jdecouple.train import evaluation
 from jdecouple.train import report as closing
 from jdecouple.train.pages import answers, curves, page, setup
+from jdecouple.train.pages.charts import Chart, Curve, categories
 from jdecouple.train.pages.page import Facts, Headline, Note, Piece, Section, Table, Text
 from jdecouple.train.pages.record import Record, read
 
@@ -28,12 +27,14 @@ SELECTIONS = {
         "The test split has not chosen it, so it is a result.",
     ),
     "best_test": (
-        "best exit at its best test step: not a result",
+        "best test (no result)",
         "The highest test accuracy of any exit at any step, which papers report. The test split "
         "itself has chosen it, so it promises more than new examples will show.",
     ),
 }
 """Names of what `report.summary` returns, and what each is."""
+_UNFINISHED = "The run has not finished: these accuracies are those so far, and no results yet."
+_MANY_EXITS = 4  # above which a chart shows what the table lists
 
 
 def main(argv: Sequence[str]) -> None:
@@ -91,18 +92,19 @@ def _results(record: Record) -> list[Piece]:
         why = first_line(error) if done else "the run has not been evaluated yet"
         pieces.append(Note(f"There is no test accuracy: {why}."))
     else:
+        chosen = {key: found[key] for key in SELECTIONS if key in found}
         rows = [
-            (name, line["step"], f"{closing_accuracy(key, line):.2%}", said)
-            for key, (name, said) in SELECTIONS.items()
-            if (line := found.get(key))
+            (SELECTIONS[key][0], line["step"], f"{accuracy_of(key, line):.2%}")
+            for key, line in chosen.items()
         ]
         result = found["test"]
-        until = "at the last step" if record.finished else "so far"
-        pieces.append(
-            Headline(f"{result['accuracy']:.2%}", f"test accuracy {until}, {result['step']:,}")
-        )
-        columns = ["chosen by", "step", "test accuracy", "what it is"]
-        pieces.append(Table("Test accuracy, chosen three ways", columns, rows))
+        until = "at the last step," if record.finished else "so far, at step"
+        pieces += [
+            Headline(f"{result['accuracy']:.2%}", f"test accuracy {until} {result['step']:,}"),
+            *([] if record.finished else [Note(_UNFINISHED)]),
+            Table("Test accuracy, chosen three ways", ["chosen by", "step", "accuracy"], rows),
+            Facts([SELECTIONS[key] for key in chosen], sentences=True),
+        ]
         if "best_test" not in found:
             pieces.append(
                 Note(f"metrics.jsonl has lost {record.lost} line(s): the best steps are not known.")
@@ -110,7 +112,7 @@ def _results(record: Record) -> list[Piece]:
     return [*pieces, Facts(_facts(record)), *_ending(record)]
 
 
-def closing_accuracy(key: str, line: Mapping[str, Any]) -> float:
+def accuracy_of(key: str, line: Mapping[str, Any]) -> float:
     """The accuracy that a selection of `report.summary` is about."""
     return max(closing.exits(line).values()) if key == "best_test" else line["accuracy"]
 
@@ -121,10 +123,7 @@ def _facts(record: Record) -> list[tuple[str, Any]]:
     facts = [
         ("Run", state),
         ("Step", f"{record.step:,}" + (f" of {total:,}" if total else "")),
-        (
-            "Time in training",
-            seconds and f"about {tqdm.tqdm.format_interval(seconds)} (h:m:s or m:s)",
-        ),
+        ("Time in training", seconds and f"about {_duration(seconds)}"),
         ("Parameters", record.content.get("parameters")),
         ("Device", record.content.get("device_kind")),
         ("Metrics written", _when(record.written)),
@@ -132,6 +131,13 @@ def _facts(record: Record) -> list[tuple[str, Any]]:
         ("This page written", _when(datetime.datetime.now(datetime.UTC))),
     ]
     return [fact for fact in facts if fact[1]]
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
 def _when(time: datetime.datetime | None) -> str | None:
@@ -168,7 +174,19 @@ def _exits(record: Record) -> Section:
         for name in names
     ]
     columns = ["exit", *(f"{name} (step {line['step']:,})" for _, name, line in chosen)]
-    return Section("Accuracy of each exit", [Table("Test accuracy", columns, rows)])
+    pieces: list[Piece] = [Table("Test accuracy", columns, rows)]
+    if len(names) > _MANY_EXITS:
+        pieces.insert(0, Chart("Test accuracy by depth", _by_depth(chosen), "exit", percent=True))
+    return Section("Accuracy of each exit", pieces)
+
+
+def _by_depth(chosen: Sequence[tuple[str, str, Mapping[str, Any]]]) -> list[Curve]:
+    found = []
+    for (_, name, line), colour in zip(chosen, categories(len(chosen)), strict=True):
+        exits = closing.exits(line)
+        numbers = [int(exit.removeprefix("exit_")) for exit in exits]
+        found.append(Curve(name, numbers, [*exits.values()], colour))
+    return found
 
 
 def _percent(value: float | None) -> str | None:

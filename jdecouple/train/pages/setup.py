@@ -22,11 +22,11 @@ _BATCHES = 4  # that are drawn
 
 def stages(record: Record) -> Section:
     """Which blocks each stage has, where it ran, and when it does what."""
-    rows = _stages(record)
     pieces: list[Piece] = []
-    if rows:
-        pieces.append(Table("Stages", ["stage", "blocks", "devices"], rows))
     try:
+        rows = _stages(record)
+        if rows:
+            pieces.append(Table("Stages", ["stage", "blocks", "devices"], rows))
         pieces += _timeline(record, len(rows))
     except Exception as error:  # as of a schedule that this program does not know
         pieces.append(Note(f"The timeline cannot be drawn: {first_line(error)}."))
@@ -40,7 +40,8 @@ def _stages(record: Record) -> list[tuple[str, str, str]]:
     ends = [*begins[1:], record.extra.get("num_blocks")]
     rows = []
     for stage, (begin, end) in enumerate(zip(begins, ends, strict=True)):
-        last = "the last" if end is None else end - 1
+        # A net that grows has not yet the blocks of all stages.
+        last = "the last" if end is None or end <= begin else end - 1
         blocks = f"{begin}" if last == begin else f"{begin} to {last}"
         # More stages than groups of devices go round.
         rows.append((str(stage), blocks, ", ".join(map(str, devices[stage % len(devices)]))))
@@ -56,7 +57,7 @@ def _timeline(record: Record, count: int) -> list[Piece]:
     if record.config is None or not count:
         return [Note("Neither a measured timeline nor what a schedule needs is there.")]
     if count == 1:
-        return [Text("All blocks are on one stage: nothing waits for anything.")]
+        return [Text("All blocks are on one stage: there is no pipeline to draw.")]
     config = record.config
     method = methods.get(config.method.name, **chosen(config, "method"))
     name = method.route.schedules[0] if config.schedule == "auto" else config.schedule
