@@ -3,7 +3,7 @@
 import json
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,16 +65,24 @@ def sections(record: Record, asked: Asked) -> list[Section]:
                     answered, place = computed, Path(folder)
         pieces: list[Piece] = [Note(f"The answers are not known: {why}.")]
         if answered is not None:
-            pieces = _answers(answered, place, asked.split)
+            pieces = _tried(_answers, answered, place, asked.split)
     against: list[Piece] = []
     if costs is not None:
-        against = _against(costs)
+        against = _tried(_against, costs)
     elif answered is not None and len(answered["exits"]) > 1:
         against = [Note(f"The costs are not known: {why}.")]
     return [
         Section(f"Answers on the {asked.split} split", pieces),
         Section("Accuracy against cost", against),
     ]
+
+
+def _tried(make: Callable[..., list[Piece]], *given: Any) -> list[Piece]:
+    """What is made of given content; a note where that is not what was written once."""
+    try:
+        return make(*given)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        return [Note(f"What was measured cannot be shown, as it is damaged: {first_line(error)}.")]
 
 
 def _step(record: Record, asked: str | int) -> int | None:
@@ -98,7 +106,8 @@ def _kept(path: Path, step: int | None) -> Mapping[str, Any] | None:
     """What `evaluate` wrote, if it is of this step."""
     content = _read(path)
     needed = {"exits", "classes", "worst", "confusion", "answers", "examples"}
-    return content if content.get("step") == step and needed <= content.keys() else None
+    whole = needed <= content.keys() and isinstance(content["exits"], list)
+    return content if whole and content.get("step") == step else None
 
 
 def _kept_costs(folder: Path, step: int | None) -> _Costs | None:
@@ -106,8 +115,7 @@ def _kept_costs(folder: Path, step: int | None) -> _Costs | None:
     content = _read(folder / "calibration.json")
     if _read(folder / "exits.json").get("step") != step or "curves" not in content:
         return None
-    exits = [row["exit"] for row in content["exits"]]
-    return _Costs(content["cost_name"], content["curves"], exits, content)
+    return _Costs(str(content.get("cost_name")), content["curves"], (), content)
 
 
 def _computed(

@@ -9,9 +9,12 @@ import numpy as np
 from jdecouple.train.pages.page import escaped, shown
 
 _WIDTH, _HEIGHT = 400, 250  # of what is drawn; the page scales it
-_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 10, 2, 40  # around the axes
+_RIGHT, _TOP, _BOTTOM = 10, 2, 40  # around the axes
+_LETTER, _GAP = 7, 6  # width of a letter, and between a number and its line
 _MARGIN = 6  # between the axes and the curves
 _LOG_SCALE_ABOVE = 100.0  # ratio of the largest to the smallest value
+_STEPS = [1, 2, 2.5, 5, 10]  # between ticks, times a power of ten
+_LARGEST = 1e100  # that is drawn
 _MOST_POINTS, _FEWEST = 8000, 80  # of a chart; of a curve of many
 _MOST_NAMED = 12  # curves that a legend names one by one
 _MARKERS_UP_TO = 20  # points of a curve
@@ -76,29 +79,27 @@ class Chart(NamedTuple):
     def _drawn(self, curves: Sequence[Curve]) -> Iterator[str]:
         from matplotlib.ticker import LogLocator, MaxNLocator
 
-        xs = np.concatenate([np.asarray(curve.xs, float) for curve in curves])
-        ys = np.concatenate([np.asarray(curve.ys, float) for curve in curves])
+        curves = [
+            curve._replace(ys=np.clip(curve.ys, -_LARGEST, _LARGEST).tolist()) for curve in curves
+        ]
+        xs, ys = (np.concatenate([curve[i] for curve in curves]) for i in (1, 2))
         ys = ys[np.isfinite(ys)]
-        log = not self.percent and ys.min() > 0 and ys.max() > _LOG_SCALE_ABOVE * ys.min()
-        across = _Axis(xs.min(), xs.max(), _LEFT + _MARGIN, _WIDTH - _RIGHT - _MARGIN)
+        wide = ys.max() > _LOG_SCALE_ABOVE * ys.min()
+        log = not self.percent and ys.min() > 1 / _LARGEST and wide
         up = _Axis(ys.min(), ys.max(), _HEIGHT - _BOTTOM - _MARGIN, _TOP + _MARGIN, log)
-        rows = LogLocator(numticks=6) if log else MaxNLocator(5)
-        for y in up.ticks(rows):
-            at = up(y)
-            text = f"{100 * y:.4g}%" if self.percent else f"{y:.6g}"
-            yield f'<path class="rule" d="M{_LEFT} {at:.1f}H{_WIDTH - _RIGHT}"/>'
-            yield f'<text x="{_LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{text}</text>'
-        for x in across.ticks(MaxNLocator(5, integer=across.high - across.low > 5)):
-            text = f"{x:,.0f}" if x == round(x) else f"{x:.6g}"
-            yield f'<path class="rule" d="M{across(x):.1f} {_TOP}V{_HEIGHT - _BOTTOM}"/>'
-            yield (
-                f'<text x="{across(x):.1f}" y="{_HEIGHT - _BOTTOM + 16}" text-anchor="middle">'
-                f"{text}</text>"
-            )
-        yield (
-            f'<text x="{(_LEFT + _WIDTH - _RIGHT) / 2}" y="{_HEIGHT - 6}" text-anchor="middle">'
-            f"{escaped(self.x_label)}</text>"
-        )
+        rows = up.ticks(LogLocator(numticks=6) if log else MaxNLocator(5, steps=_STEPS))
+        texts = [f"{100 * y:.4g}%" if self.percent else f"{y:.6g}" for y in rows]
+        left = _GAP + _LETTER * max(map(len, texts), default=0)
+        right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
+        across = _Axis(xs.min(), xs.max(), left + _MARGIN, right - _MARGIN)
+        for y, text in zip(rows, texts, strict=True):
+            yield f'<path class="rule" d="M{left:.1f} {up(y):.1f}H{right}"/>'
+            yield _text(left - _GAP, up(y) + 4, text, "end")
+        whole = across.high - across.low > 5
+        for x in across.ticks(MaxNLocator(5, steps=_STEPS, integer=whole)):
+            yield f'<path class="rule" d="M{across(x):.1f} {_TOP}V{bottom}"/>'
+            yield _text(across(x), bottom + 16, f"{x:,.0f}" if x == round(x) else f"{x:.6g}")
+        yield _text((left + right) / 2, _HEIGHT - 6, self.x_label)
         most = max(_FEWEST, _MOST_POINTS // len(curves))
         for curve in curves:
             yield self._line(curve, across, up, most)
@@ -144,6 +145,10 @@ class _Axis:
         values = locator.tick_values(self.low, self.high).tolist()  # type: ignore[attr-defined]
         slack = 1e-9 * (self.high - self.low)
         return [v for v in values if self.low - slack <= v <= self.high + slack]
+
+
+def _text(x: float, y: float, text: str, anchor: str = "middle") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escaped(text)}</text>'
 
 
 def depths(count: int) -> list[str]:

@@ -18,7 +18,7 @@ _TITLES = {
     "input_wait": "Share of the time that training waits for input",
 }
 _FRACTIONS = ("accuracy", "input_wait")
-_PART = re.compile(r"(block|exit)_(\d+)/(.+)")
+_PART = re.compile(r"(block|exit)_(\d{1,6})/(.+)")
 
 
 class _Metric(NamedTuple):

@@ -18,6 +18,7 @@ from jdecouple.train import report
 from jdecouple.train.early_stopping import EarlyStopping
 from jdecouple.train.errors import ConfigError
 from jdecouple.train.metrics import FILE_NAME, Line, read_metrics
+from jdecouple.train.rules import MOST
 
 CONFIG_NAME = "config.json"
 
@@ -159,7 +160,7 @@ def _content(folder: Path, notes: list[str]) -> Mapping[str, Any]:
 
 def _lines(folder: Path, notes: list[str]) -> list[Line]:
     try:
-        lines = read_metrics(folder)
+        lines = [line for line in read_metrics(folder) if 0 <= line["step"] <= MOST]
         written = (folder / FILE_NAME).read_bytes() if (folder / FILE_NAME).exists() else b""
     except OSError as error:
         notes.append(f"{FILE_NAME} cannot be read: {error.strerror}.")

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jdecouple._errors import first_line
+from jdecouple._errors import first_line, require_int
 from jdecouple._files import replace
 from jdecouple.inference import cli
 from jdecouple.train import evaluation
@@ -59,7 +59,12 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError(f"--output {given.output} is no page: a name that ends in .html is needed")
     if given.output and not given.output.parent.is_dir():
         raise FileNotFoundError(f"--output {given.output}: its folder does not exist")
+    if given.batch_size is not None:
+        require_int(1, batch_size=given.batch_size)
     record = read(given.workdir)
+    if given.step not in ("best", "last", *record.steps):
+        steps = ", ".join(map(str, record.steps)) or "no checkpoints"
+        raise ValueError(f"--step {given.step}: best and last are allowed, and {steps}")
     asked = answers.Asked(
         given.split, given.step, given.data_dir, given.batch_size, not given.noevaluate
     )
@@ -183,9 +188,9 @@ def _exits(record: Record) -> Section:
 def _by_depth(chosen: Sequence[tuple[str, str, Mapping[str, Any]]]) -> list[Curve]:
     found = []
     for (_, name, line), colour in zip(chosen, categories(len(chosen)), strict=True):
-        exits = closing.exits(line)
-        numbers = [int(exit.removeprefix("exit_")) for exit in exits]
-        found.append(Curve(name, numbers, [*exits.values()], colour))
+        known = ((exit[len("exit_") :], value) for exit, value in closing.exits(line).items())
+        points = sorted((int(number), value) for number, value in known if number.isdecimal())
+        found.append(Curve(name, [x for x, _ in points], [y for _, y in points], colour))
     return found
 
 

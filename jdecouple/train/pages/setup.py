@@ -120,7 +120,7 @@ def _command(record: Record) -> list[Piece]:
     said = "This command makes the run again, in another workdir."
     if record.content.get("history"):
         said += " It has the last values of all keys from its first step on."
-    if len(record.content.get("devices", ())) > 1 or record.config.mesh.stages is None:
+    if record.config.mesh.stages is None and record.config.mesh.replicas is None:
         said += " Stages spread over the devices that there are."
     return [Text(said), Code("The command", again.spelt(found))]
 
