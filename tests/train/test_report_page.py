@@ -3,6 +3,7 @@
 import html.parser
 import json
 import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -330,8 +331,6 @@ def test_the_command_makes_the_same_configuration(base, values):
 
 def shell_words(text):
     """What a shell makes of a command."""
-    import subprocess
-
     spelt = subprocess.run(
         ["sh", "-c", f'jdecouple() {{ printf "%s\\0" jdecouple "$@"; }}; {text}'],
         capture_output=True,
