@@ -18,6 +18,7 @@ from jdecouple.train import report
 from jdecouple.train.early_stopping import EarlyStopping
 from jdecouple.train.errors import ConfigError
 from jdecouple.train.metrics import FILE_NAME, Line, read_metrics
+from jdecouple.train.pages.times import Seconds
 from jdecouple.train.rules import MOST
 
 CONFIG_NAME = "config.json"
@@ -70,6 +71,12 @@ class Record:
         return total if type(total) is int else None
 
     @property
+    def batch_size(self) -> int:
+        """Examples of a step, which do not change in a run."""
+        size = self.content.get("config", {}).get("batch_size")
+        return size if type(size) is int else configuration.default().batch_size
+
+    @property
     def stopped_early(self) -> str | None:
         """Why early stopping has ended the run; None where it has not."""
         values = self.extra.get("early_stopping")
@@ -92,14 +99,9 @@ class Record:
 
     @property
     def seconds(self) -> float | None:
-        """About how long was trained, evaluations left out; None where lines do not say."""
-        size = self.config.batch_size if self.config is not None else None
-        done, total = 0, 0.0
-        for line in self.lines:
-            if line["split"] == "train" and size and line.get("examples_per_second"):
-                total += (line["step"] - done) * size / line["examples_per_second"]
-                done = line["step"]
-        return total or None
+        """About how long was trained, see `times.Seconds`; None where lines do not say."""
+        seconds = Seconds(self.lines, self.batch_size)(self.step)
+        return seconds if seconds > 0 else None
 
     @property
     def written(self) -> datetime.datetime | None:
