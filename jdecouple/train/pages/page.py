@@ -10,9 +10,12 @@ import importlib.resources
 import re
 import unicodedata
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+_MARK = '<meta name="generator" content="jdecouple">\n'
+_HEAD = 1000  # bytes of a page in which the mark is
 _NUMBER = re.compile(r"[-+]?[\d.,]+(e[-+]?\d+)?( ?%)?|inf|nan")
 _DIGITS = 5  # of a float in a table
 # They turn the direction of what is written behind them.
@@ -209,12 +212,30 @@ def render(title: str, sections: Sequence[Section], lead: Sequence[Piece] = ()) 
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'{_MARK}<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
         f"<title>{name}</title>\n<style>\n{style}</style></head>\n<body>"
         f"<header><h1>{name}</h1>{joined(lead)}</header>\n"
         f'<nav aria-label="Contents"><ul>{links}</ul></nav>\n<main>{parts}</main></body></html>\n'
     )
+
+
+def check_place(path: Path) -> None:
+    """Refuses a place for a page where another file is; a page of an earlier time may be.
+
+    Raises:
+        OSError, ValueError: in one line; also for a name that no browser would open.
+    """
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"--output {path} is no page: a name that ends in .html is needed")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"--output {path}: its folder does not exist")
+    if path.exists():
+        head = path.read_bytes()[:_HEAD] if path.is_file() else b""
+        if _MARK.encode() not in head:
+            raise FileExistsError(
+                f"'{path}' is there and no page of jdecouple's: give another --output"
+            )
 
 
 def joined(pieces: Sequence[Piece]) -> str:

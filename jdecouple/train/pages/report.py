@@ -55,20 +55,17 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--noevaluate", action="store_true", help="measure nothing")
     parser.add_argument("--output", type=Path, help=f"a file, by default WORKDIR/{FILE_NAME}")
     given = parser.parse_args(argv)
-    if given.output and given.output.suffix.lower() not in (".html", ".htm"):
-        raise ValueError(f"--output {given.output} is no page: a name that ends in .html is needed")
-    if given.output and not given.output.parent.is_dir():
-        raise FileNotFoundError(f"--output {given.output}: its folder does not exist")
     if given.batch_size is not None:
         require_int(1, batch_size=given.batch_size)
     record = read(given.workdir)
+    path = given.output or record.folder / FILE_NAME
+    page.check_place(path)
     if given.step not in ("best", "last", *record.steps):
         steps = ", ".join(map(str, record.steps)) or "no checkpoints"
         raise ValueError(f"--step {given.step}: best and last are allowed, and {steps}")
     asked = answers.Asked(
         given.split, given.step, given.data_dir, given.batch_size, not given.noevaluate
     )
-    path = given.output or record.folder / FILE_NAME
     text = render(record, asked)
     replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     print(path)
