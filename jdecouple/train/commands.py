@@ -39,6 +39,9 @@ COMMANDS = {
     "export": Command(
         "jdecouple.inference.cli:export", "Writes a network into a folder that serves it."
     ),
+    "compare": Command(
+        "jdecouple.train.pages.compare:main", "Compares runs on one page, and in two tables."
+    ),
     "find_lr": Command(
         "jdecouple.train.lr_finder:main", "Finds a learning rate for a configuration."
     ),

@@ -303,7 +303,7 @@ def test_a_long_curve_keeps_its_peaks():
     drawn = charts.Chart("Loss", [curve]).html()
     assert len(drawn) < 200_000
     assert drawn.count("M") > 2  # the gap
-    kept = charts._thinned(curve, 500)
+    kept = charts.thinned(curve, 500)
     assert max(y for _, y in kept if y == y) == 9.0
     assert [x for x, _ in kept] == sorted(x for x, _ in kept)
 

@@ -55,6 +55,7 @@ class Chart(NamedTuple):
         x_label: what the horizontal axis is.
         percent: whether values are fractions, to be shown in percent.
         points: whether every value is marked, and a line joins them only to guide the eye.
+        named: how many curves a legend names one by one; of more it names three.
     """
 
     title: str
@@ -62,13 +63,15 @@ class Chart(NamedTuple):
     x_label: str = "step"
     percent: bool = False
     points: bool = False
+    named: int = _MOST_NAMED
 
     def html(self) -> str:
         """See `page.Piece`."""
         curves = [curve for curve in self.curves if any(map(math.isfinite, curve.ys))]
         if not curves:
             return ""
-        legend = _legend(curves) if len(curves) > 1 or curves[0].label != self.title else ""
+        several = len(curves) > 1 or curves[0].label != self.title
+        legend = _legend(curves, self.named) if several else ""
         said = f"{self.title}, by {self.x_label}. {_in_words(curves, self.percent)}"
         return (
             f"<figure><figcaption>{escaped(self.title)}</figcaption>"
@@ -100,12 +103,12 @@ class Chart(NamedTuple):
             yield f'<path class="rule" d="M{across(x):.1f} {_TOP}V{bottom}"/>'
             yield _text(across(x), bottom + 16, f"{x:,.0f}" if x == round(x) else f"{x:.6g}")
         yield _text((left + right) / 2, _HEIGHT - 6, self.x_label)
-        most = max(_FEWEST, _MOST_POINTS // len(curves))
+        most = most_points(len(curves))
         for curve in curves:
             yield self._line(curve, across, up, most)
 
     def _line(self, curve: Curve, across: "_Axis", up: "_Axis", most: int) -> str:
-        points = [(across(x), up(y)) for x, y in _thinned(curve, most)]
+        points = [(across(x), up(y)) for x, y in thinned(curve, most)]
         parts, pen = [], "M"
         for x, y in points:
             parts.append("" if math.isnan(y) else f"{pen}{x:.1f} {y:.1f}")
@@ -164,7 +167,12 @@ def categories(count: int) -> list[str]:
     return [f"var(--colour-{i % _CATEGORIES})" for i in range(count)]
 
 
-def _thinned(curve: Curve, most: int) -> list[tuple[float, float]]:
+def most_points(curves: int) -> int:
+    """How many points each of so many curves may have in one chart."""
+    return max(_FEWEST, _MOST_POINTS // curves)
+
+
+def thinned(curve: Curve, most: int) -> list[tuple[float, float]]:
     """Points of a curve; of more than `most`, the lowest and the highest of each part."""
     points = [
         (x, y if math.isfinite(y) else math.nan) for x, y in zip(curve.xs, curve.ys, strict=True)
@@ -196,11 +204,9 @@ def _in_words(curves: Sequence[Curve], percent: bool) -> str:
     return "; ".join(map(said, curves))
 
 
-def _legend(curves: Sequence[Curve]) -> str:
+def _legend(curves: Sequence[Curve], most: int) -> str:
     """Names of the curves with their colours; of many, the first and the last."""
-    named = (
-        curves if len(curves) <= _MOST_NAMED else [curves[0], curves[len(curves) // 2], curves[-1]]
-    )
+    named = curves if len(curves) <= most else [curves[0], curves[len(curves) // 2], curves[-1]]
     items = "".join(
         f'<li><svg viewBox="0 0 24 8" aria-hidden="true" style="--hue:{curve.colour}">'
         f'<path class="curve" d="M0 4H24"'
