@@ -10,7 +10,7 @@ from jdecouple.train.pages.page import escaped, shown
 
 _WIDTH, _HEIGHT = 400, 250  # of what is drawn; the page scales it
 _RIGHT, _TOP, _BOTTOM = 10, 2, 40  # around the axes
-_LETTER, _GAP = 7, 6  # width of a letter, and between a number and its line
+_LETTER, _GAP = 7.5, 6  # width of a letter, and between a number and its line
 _MARGIN = 6  # between the axes and the curves
 _LOG_SCALE_ABOVE = 100.0  # ratio of the largest to the smallest value
 _STEPS = [1, 2, 2.5, 5, 10]  # between ticks, times a power of ten
@@ -92,7 +92,8 @@ class Chart(NamedTuple):
         up = _Axis(ys.min(), ys.max(), _HEIGHT - _BOTTOM - _MARGIN, _TOP + _MARGIN, log)
         rows = up.ticks(LogLocator(numticks=6) if log else MaxNLocator(5, steps=_STEPS))
         texts = [f"{100 * y:.4g}%" if self.percent else f"{y:.6g}" for y in rows]
-        left = _GAP + _LETTER * max(map(len, texts), default=0)
+        # A sign of percent is as wide as two digits.
+        left = _GAP + _LETTER * max((len(x) + x.count("%") for x in texts), default=0)
         right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
         across = _Axis(xs.min(), xs.max(), left + _MARGIN, right - _MARGIN)
         for y, text in zip(rows, texts, strict=True):

@@ -56,7 +56,9 @@ class Record:
 
     @property
     def title(self) -> str:
-        """Method, model and data set."""
+        """Method, model and data set; the workdir's name where they are not known."""
+        if not self.content:
+            return self.folder.resolve().name
         return f"{self.name('method')} on {self.name('model')} on {self.name('data')}"
 
     @property

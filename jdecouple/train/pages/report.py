@@ -12,29 +12,29 @@ from jdecouple.train import evaluation
 from jdecouple.train import report as closing
 from jdecouple.train.pages import answers, curves, page, setup
 from jdecouple.train.pages.charts import Chart, Curve, categories
-from jdecouple.train.pages.page import Facts, Headline, Note, Piece, Section, Table, Text
+from jdecouple.train.pages.page import Facts, Fold, Headline, Note, Piece, Section, Table, Text
 from jdecouple.train.pages.record import Record, read
 
 FILE_NAME = "report.html"
 SELECTIONS = {
     "test": (
         "last step",
-        "The network as training left it. No test result has chosen it, so it is a result.",
+        "The network as training left it: no test result has chosen it.",
     ),
     "test_at_best_validation": (
         "best validation",
         "The step with the highest accuracy on held-out validation examples, the first of equals. "
-        "The test split has not chosen it, so it is a result.",
+        "The test split has not chosen it.",
     ),
     "best_test": (
         "best test (no result)",
         "The highest test accuracy of any exit at any step, which papers report. The test split "
-        "itself has chosen it, so it promises more than new examples will show.",
+        "itself has chosen it: it promises more than new examples will show, and is no result.",
     ),
 }
 """Names of what `report.summary` returns, and what each is."""
 _UNFINISHED = "The run has not finished: these accuracies are those so far, and no results yet."
-_MANY_EXITS = 4  # above which a chart shows what the table lists
+_MANY_EXITS, _FOLDED_EXITS = 4, 16  # above which a chart shows what the table lists; it is folded
 
 
 def main(argv: Sequence[str]) -> None:
@@ -179,6 +179,8 @@ def _exits(record: Record) -> Section:
     pieces: list[Piece] = [Table("Test accuracy", columns, rows)]
     if len(names) > _MANY_EXITS:
         pieces.insert(0, Chart("Test accuracy by depth", _by_depth(chosen), "exit", percent=True))
+    if len(names) > _FOLDED_EXITS:
+        pieces[1:] = [Fold(f"All {len(names)} exits", pieces[1:])]
     return Section("Accuracy of each exit", pieces)
 
 
