@@ -69,12 +69,12 @@ FAST = [
     ("bp", {**APART, "microbatches": 4, "schedule": "1f1b"}),
     ("bp", SPMD),
     ("greedy_exit", FUSED),
-    ("greedy_exit", SPMD),
     ("greedy_exit", {**APART, "frozen": [0]}),
     ("fr", APART),
     ("fdg", FUSED),
 ]
 SLOW = [
+    ("greedy_exit", SPMD),
     ("bp", {**APART, "microbatches": 2, "schedule": "gpipe"}),
     ("bp", {"mesh": jd.make_mesh(2, 2), "microbatches": 2}),
     ("early_exit", FUSED),
@@ -107,14 +107,18 @@ def plain(x: Any, label: Any, *modules: nnx.Module) -> jax.Array:
 def norm_of(loss: Any, module: Any) -> float:
     """Norm of jax.grad of a loss of a module."""
     definition, params = nnx.split(module)
-    return float(optax.tree.norm(jax.grad(lambda p: loss(nnx.merge(definition, p)))(params)))
+    gradient = jax.jit(jax.grad(lambda p: loss(nnx.merge(definition, p))))
+    return float(optax.tree.norm(gradient(params)))
 
 
 @pytest.mark.parametrize("name", ["bp", "greedy_exit", "fr"])
 def test_norms_are_those_of_jax_grad(name):
     """Of backpropagation, of each block's own loss, and of a late error on current weights."""
     trainer = build(name, **APART)
-    state, (first,) = nets.trained(trainer, DATA, 1)
+    state, metrics = trainer.step(trainer.init(), DATA[0])
+    first = trainer.gather_metrics(metrics)
+    parts = [first["block_0/gradient_norm"], first["block_1/gradient_norm"]]
+    assert first["gradient_norm"] == pytest.approx(math.hypot(*parts), nan_ok=True)
     initial = trainer.init()
     (one, two, *readout), heads = trainer.modules(initial), trainer.heads(initial)
     x, label = DATA[0]["x"], DATA[0]["label"]
@@ -127,7 +131,7 @@ def test_norms_are_those_of_jax_grad(name):
         parts = nnx.List([one, heads[0].classifier])
         found["block_0"] = norm_of(lambda m: plain(x, label, *m), parts)
     else:  # the second step brings the first one's error down
-        error = jax.grad(lambda h: plain(h, label, *last))(middle)
+        error = jax.jit(jax.grad(lambda h: plain(h, label, *last)))(middle)
         now = trainer.modules(state)[0]
         found["block_0"] = norm_of(lambda m: (m(x) * error).sum(), now)
         first |= {
@@ -139,7 +143,7 @@ def test_norms_are_those_of_jax_grad(name):
         assert first[f"{block}/gradient_norm"] == pytest.approx(norm, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", nets.marked(("bp", "greedy_exit", "fdg"), ("greedy_exit", "fdg")))
+@pytest.mark.parametrize("name", nets.marked(("bp", "greedy_exit", "fdg"), ("greedy_exit",)))
 def test_they_change_no_weight_and_no_other_metric(name):
     runs = []
     for asked in (False, True):
@@ -180,37 +184,42 @@ def test_engines_tell_the_same_in_one_call_for_several_batches(name):
             assert here[metric] == pytest.approx(there[metric], rel=2e-6), metric
 
 
-def test_clipping_and_accumulation_come_later():
-    clipped, _ = moved(build("bp", **APART, clip_norm=1e-3), 1)
-    waiting, norms = moved(build("bp", **APART, accumulate=2), 1)
-    rows, expected = moved(build("bp", **APART), 1)
+def test_clipping_comes_later():
+    """The whole is what `clip_norm` tells, which is tested against optax."""
+    [row], [norms] = moved(build("bp", **APART, clip_norm=1e-3), 1)
+    parts = row["block_0/gradient_norm"], row["block_1/gradient_norm"]
+    assert math.hypot(*parts) == pytest.approx(row["gradient_norm"], rel=1e-6)
+    assert row["gradient_norm"] > 0.1
+    assert math.hypot(*norms.values()) == pytest.approx(1e-3)
+
+
+def test_accumulation_comes_later():
+    """Two steps of the same batch move the weights by its gradient, at the second."""
+    trainer = build("greedy_exit", **FUSED, accumulate=2)
+    rows, norms = moved(trainer, 2, DATA[:1])
     assert norms[0] == {"block_0": 0, "block_1": 0}
-    assert_told(rows, expected)
-    for name in rows[0]:
-        assert clipped[0][name] == pytest.approx(rows[0][name], rel=1e-6)
-        assert waiting[0][name] == pytest.approx(rows[0][name], rel=1e-6)
+    assert_told(rows[1:], norms[1:])
+    for name in (each for each in rows[0] if "gradient_norm" in each):
+        assert rows[0][name] == pytest.approx(rows[1][name])
 
 
 @pytest.mark.parametrize("name", nets.marked(("bp", "greedy_exit", "fdg"), ("bp",)))
 def test_scaled_losses_do_not_scale_them(name):
-    """In float16, whose gradients are off by a thousandth and may overflow."""
+    """In float16; a step that is left out for an overflow has no finite norm."""
     data = nets.batches()
     options = {"example": data[0], "model": nets.mlp(depth=2), **APART}
-    half, _ = moved(build(name, **options, dtype=jnp.float16), 12, data)
-    full, _ = moved(build(name, **options), 12, data)
-    sound = [i for i, row in enumerate(half) if all(math.isfinite(v) for v in row.values())]
-    assert sound
-    assert len(sound) < 12 or name != "bp"  # 2**24 is too much to begin with
-    for i in sound[:1]:
-        for metric in (each for each in half[i] if "gradient_norm" in each):
-            assert half[i][metric] == pytest.approx(full[i][metric], rel=0.1), metric
-
-
-def test_gathered_metrics_have_the_whole_norm():
-    trainer = build("greedy_exit", mesh=jd.make_mesh(2))
-    _, metrics = trainer.step(trainer.init(), DATA[0])
-    gathered = trainer.gather_metrics(metrics)
-    assert gathered["gradient_norm"] == pytest.approx(float(metrics["gradient_norm"]), rel=1e-6)
+    rows, norms = moved(build(name, **options, dtype=jnp.float16), 12, data)
+    made = {True: 0, False: 0}
+    for row, expected in zip(rows, norms, strict=True):
+        for block, norm in expected.items():
+            told = row[f"{block}/gradient_norm"]
+            made[norm > 0] += math.isfinite(told)
+            if norm > 0:
+                assert told == pytest.approx(norm, rel=1e-3)
+    assert made[True] >= 6
+    if name == "bp":  # its scale, 2**24, is too much to begin with, of the whole model
+        assert rows[0]["skipped"] == 1
+        assert not math.isfinite(rows[0]["gradient_norm"])
 
 
 def test_anything_but_a_truth_value_is_refused():
