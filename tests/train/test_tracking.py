@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -187,6 +188,18 @@ def test_of_several_processes_the_first_alone_writes(tmp_path):
     for step in range(1, 5):
         parts = (written[f"train/block_{i}/gradient_norm", step] for i in (0, 1))
         assert written["train/gradient_norm", step] == pytest.approx(math.hypot(*parts))
+
+
+def test_the_callback_of_the_documents(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = (runs.REPOSITORY / "docs" / "tracking.md").read_text()
+    [snippet] = re.findall(r"```python\n((?:(?!```).)*callbacks=.*?)```", page, re.S)
+    assert len([line for line in snippet.splitlines() if line]) <= 10
+    names: dict[str, Any] = {}
+    exec(compile(snippet, "snippet", "exec"), names)
+    tests = [line["accuracy"] for line in lines(tmp_path / "runs/told") if line["split"] == "test"]
+    assert names["best"]["test"] == max(tests)
+    assert f"test {max(tests):.1%}" in capsys.readouterr().out
 
 
 # --- What fails ------------------------------------------------------------------------------
