@@ -44,13 +44,18 @@ class Interval:
     def add(
         self, values: Mapping[str, Any], *, finite: bool = False, late: Collection[str] = ()
     ) -> None:
-        """Counts the scalars of one step; every step has the same names.
+        """Counts the scalars of one step; a mean is over the steps that have its name.
 
         With `finite` those alone that are finite, as of a step that has changed nothing. Those
         named in `late` are nan where they are not there yet.
         """
+        sums, before = self.means["sums"], self.means["count"]
+        lacks = dict.fromkeys(sums.keys() - values.keys(), 1)
+        lacks |= dict.fromkeys(values.keys() - sums.keys(), before)
+        for name, steps in lacks.items() if before else ():  # as a run that goes on has other ones
+            without = self.means.setdefault("without", {})
+            without[name] = without.get(name, 0) + steps
         self.means["count"] += 1
-        sums = self.means["sums"]
         for name, value in values.items():
             if (name in late and math.isnan(value)) or (finite and not math.isfinite(value)):
                 without = self.means.setdefault("without", {})

@@ -1,5 +1,7 @@
 """Metrics that cost nothing: what the schedule says, and what was in memory."""
 
+import json
+import math
 import re
 import types
 from pathlib import Path
@@ -15,6 +17,7 @@ from jdecouple.methods.routes import accumulating
 from jdecouple.train import config as configuration
 from jdecouple.train import gauges, phases, rates
 from jdecouple.train.loop import train_and_evaluate
+from jdecouple.train.metrics import Interval, clock
 
 
 def phase(start: int, blocks: int, schedule: Any) -> phases.Phase:
@@ -101,3 +104,18 @@ def test_a_run_that_grows_tells_the_rates_of_its_blocks(tmp_path, freeze):
         assert ("block_0/gradient_norm" in line) == (not after or not freeze)
         assert ("block_1/gradient_norm" in line) == after
         assert line["gradient_norm"] > 0
+
+
+def test_a_mean_is_over_the_steps_that_have_it():
+    """Within one line, a run may go on with norms, or without those that it had."""
+    interval = Interval(0, clock(0.0))
+    interval.add({"loss": 1.0, "a": 5.0})
+    again = Interval(1, clock(0.0), json.loads(json.dumps(interval.means)))
+    for norm in (math.nan, 2.0, 4.0):
+        again.add({"loss": 2.0, "b": norm}, late=["b"])
+    values = again.end(4, clock(0.0), 1)
+    assert (values["loss"], values["a"], values["b"]) == (7 / 4, 5.0, 3.0)
+    again.add({"b": math.nan}, late=["b"])
+    again.add({"b": math.inf}, late=["b"])
+    values = again.end(6, clock(0.0), 1)
+    assert values["b"] == math.inf

@@ -335,8 +335,8 @@ def test_a_missing_package_is_told_before_training(tmp_path, monkeypatch, capsys
     ("value", "words"),
     [
         ("tensorbord", ("'tensorbord'", "tensorboard, wandb", "did you mean 'tensorboard'")),
-        (("wandb", 3), ("('wandb', 3)", "names are needed")),
-        (7, ("7", "names are needed")),
+        (("wandb", 3), ("('wandb', 3)", "are needed")),
+        (7, ("7", "are needed")),
     ],
 )
 def test_names_that_do_not_exist_are_refused(value, words, tmp_path):

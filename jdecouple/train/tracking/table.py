@@ -6,7 +6,7 @@ from importlib import metadata
 from typing import Any, NamedTuple
 
 from jdecouple._errors import choices
-from jdecouple.train.errors import ConfigError
+from jdecouple.train.errors import ConfigError, shown
 from jdecouple.train.tracking.writer import Callback, Start
 
 Factory = Callable[[Start], Callback]
@@ -71,11 +71,13 @@ def chosen(value: Any) -> tuple[str, ...]:
     """
     given = value.split(",") if isinstance(value, str) else () if value is None else value
     if not isinstance(given, list | tuple) or not all(isinstance(name, str) for name in given):
-        raise ValueError(f"tracking is {value!r}: names are needed, such as 'tensorboard,wandb'")
+        raise ValueError(
+            f"tracking is {shown(value)}: names such as 'tensorboard,wandb' are needed"
+        )
     wanted = tuple(dict.fromkeys(name.strip() for name in given if name.strip()))
     for name in wanted:
         if name not in names():
-            raise ValueError(f"tracking is {value!r}: {choices(name, names())}")
+            raise ValueError(f"tracking is {shown(value)}: {choices(name, names())}")
     return wanted
 
 

@@ -41,13 +41,17 @@ class WeightsAndBiases:
             "project": user.project or "jdecouple",
             "name": user.run_name or start.workdir.resolve().name,
         }
-        self._run = wandb.init(
-            id=self._id,
-            resume="allow",
-            config=start.config.to_dict(),
-            settings=wandb.Settings(**{k: v for k, v in own.items() if k not in known}),
-            **given,
-        )
+        try:
+            self._run = wandb.init(
+                id=self._id,
+                resume="allow",
+                config=start.config.to_dict(),
+                settings=wandb.Settings(**{k: v for k, v in own.items() if k not in known}),
+                **given,
+            )
+        except BaseException:
+            self._end_process()
+            raise
         news = [line for line in start.written() if self._is_new(*line[:2])]
         self._keep()
         for line in news:
@@ -62,6 +66,9 @@ class WeightsAndBiases:
     def close(self) -> None:
         """Ends the run, and W&B's own process unless another run needs it."""
         self._run.finish()
+        self._end_process()
+
+    def _end_process(self) -> None:
         if self._wandb.setup().most_recent_active_run is not None:
             return
         try:
