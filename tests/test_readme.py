@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 METHODS = (ROOT / "docs" / "methods.md").read_text()
 DOCUMENTS = sorted(ROOT.glob("docs/*.md"))
-SLOW = ("inference.md",)  # whose snippets train a run and start a process
+SLOW = ("inference.md", "tracking.md")  # whose snippets train runs and start a process
 PAGES = [*sorted(ROOT.glob("*.md")), *DOCUMENTS, ROOT / "bench" / "RESULTS.md"]
 MOST_WORDS = 900
 
@@ -88,6 +88,7 @@ def test_the_objective_of_contributing_trains(library):
 def test_snippets_of_documents_run(page, monkeypatch, tmp_path):
     """Of those that are only a part, the imports."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
     for snippet in snippets(page):
         run(snippet)
     for snippet in snippets(page, "py"):
