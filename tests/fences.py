@@ -116,8 +116,9 @@ class Shell:
             if not self._deep or not any(name in " ".join(command) for name in _AT_HAND):
                 patch.setattr(loop, "train_and_evaluate", lambda config_, *_: _checked(config_))
                 patch.setattr(lr_finder, "find_lr", lambda config_, *_, **__: _checked(config_))
-            elif "quickstart" in " ".join(command) and command[1] != "find_lr":
-                command = [*command, "--config.epochs=1"]
+            elif command[1] != "find_lr":
+                words = " ".join(command)
+                command = [*command, *(flag for name, flag in _SMALLER.items() if name in words)]
             main(command)
 
     def _use(self, main: Any, command: list[str]) -> None:
@@ -141,6 +142,10 @@ class Shell:
         main(command)
 
 
+_SMALLER = {
+    "quickstart": "--config.epochs=1",
+    "digits,mlp,deinforeg": "--config.method.projector=32-32",
+}
 _AT_HAND = ("quickstart", "digits", "mine.py")
 
 
