@@ -17,7 +17,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*
 ELSEWHERE = ("README.md", "CONTRIBUTING.md")  # their Python, by tests/test_readme.py
 SLOW = (
     *("command-line.md", "data.md", "index.md", "inference.md"),
-    *("own-method.md", "own-model-and-data.md"),
+    *("own-method.md", "own-model-and-data.md", "tracking.md"),
 )
 """Pages whose Python trains for longer, starts a process or needs data."""
 DEEP = ("README.md", "growth.md", *SLOW)
@@ -53,6 +53,7 @@ def given(page: Path) -> dict:
 def test_snippets_run(page, deep, monkeypatch, tmp_path, request):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("WANDB_MODE", "offline")
     shell = Shell(monkeypatch, deep=deep)
     names = start = given(page)
     python = page.name not in ELSEWHERE and deep is (page.name in SLOW)

@@ -13,13 +13,13 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from jdecouple import data, methods, models, optim
+from jdecouple import data, methods, models
 from jdecouple.methods.objectives.maps import is_map
 from jdecouple.pipeline import Proposal, autoplace, make_mesh
 from jdecouple.pipeline.build import abstract, model_input
 from jdecouple.pipeline.diagnostics import SufficientDirection
 from jdecouple.train import config as configuration
-from jdecouple.train import memory, phases
+from jdecouple.train import memory, phases, rates
 from jdecouple.train.config import chosen
 from jdecouple.train.errors import ConfigError, one_line
 from jdecouple.train.hosts import MultiProcess
@@ -60,7 +60,7 @@ class Run:
         A state of that step is this trainer's, until blocks are added for the next.
         """
         begun = [phase for phase in self.phases if phase.start < step]
-        _, trainer, trainer_of = begun[-1] if begun else self.phases[0]
+        _, trainer, trainer_of, _ = begun[-1] if begun else self.phases[0]
         return dataclasses.replace(self, trainer=trainer, trainer_of=trainer_of)
 
 
@@ -86,10 +86,9 @@ def build(config: ConfigDict | Mapping) -> Run:
     starts = phases.starts(config, steps_per_epoch)
     _check_accumulate(config, [*starts, total_steps], accumulate)
     with one_line(config.optimizer, "config.optimizer"):
-        optimizers = [
-            _optimizer(config, steps, steps_per_epoch, accumulate)
-            for steps in phases.scheduled(config, starts, total_steps)
-        ]
+        lengths = phases.scheduled(config, starts, total_steps)
+        schedules = [rates.schedule(config, steps, steps_per_epoch) for steps in lengths]
+        optimizers = [rates.optimizer(config, each, accumulate) for each in schedules]
     with one_line(config.model, "config.model"):
         make_model = functools.partial(_model, config, dataset)
         carry = model_input(abstract(example), transform)
@@ -112,6 +111,7 @@ def build(config: ConfigDict | Mapping) -> Run:
             remat=config.remat,
             fuse=False if config.profile else None,  # a timeline shows stages
             max_in_flight=config.max_in_flight,
+            gradient_norms=config.gradient_norms,
         )
         makers = [
             functools.partial(make_trainer, part, optimizer=optimizer, frozen=frozen)
@@ -125,7 +125,8 @@ def build(config: ConfigDict | Mapping) -> Run:
         def phase(number: int, placement: Mapping[str, Any]) -> Phase:
             make = functools.partial(makers[number], **placement)
             trainer = make(example=example)
-            return Phase(starts[number], trainer, by_length(trainer, example, make))
+            rate = rates.by_batches(schedules[number], accumulate)
+            return Phase(starts[number], trainer, by_length(trainer, example, make), rate)
 
         last = phase(-1, placement)
         trainer = last.trainer
@@ -289,34 +290,6 @@ def method_arguments(config: ConfigDict, dataset: data.Dataset) -> dict[str, Any
     allowed = methods.arguments(config.method.name)
     known = {key: value for key, value in dataset.method_arguments().items() if key in allowed}
     return known | chosen(config, "method")
-
-
-def _optimizer(config: ConfigDict, total_steps: int, steps_per_epoch: int, accumulate: int) -> Any:
-    section = config.optimizer
-    epochs = {"warmup_epochs": (section.warmup_epochs,), "decay_epochs": section.decay_epochs}
-    for key, values in epochs.items():
-        if any(epoch * steps_per_epoch > MOST for epoch in values):
-            most = f"at most {MOST / steps_per_epoch:.0f} epochs are allowed"
-            raise ConfigError(f"config.optimizer.{key} is {section[key]}: {most}")
-    boundaries = [round(epoch * steps_per_epoch) for epoch in section.decay_epochs]
-    if boundaries and not boundaries[0]:
-        raise ConfigError(
-            f"config.optimizer.decay_epochs is {section.decay_epochs}: the first is before step 1"
-        )
-    arguments = {
-        "constant": (),
-        "cosine": (section.end_learning_rate, total_steps),
-        "step_decay": (boundaries, section.decay_factor),
-    }
-    make_schedule = optim.get_schedule(section.schedule)
-    schedule = make_schedule(section.learning_rate, *arguments[section.schedule])
-    if section.per_epoch:
-        schedule = optim.per_epoch(schedule, steps_per_epoch)
-    if section.warmup_epochs:
-        steps = max(1, round(section.warmup_epochs * steps_per_epoch))
-        schedule = optim.warmup(schedule, steps, section.warmup_start)
-    schedule = optim.every(schedule, accumulate)
-    return optim.get(section.name)(schedule, **chosen(config, "optimizer"))
 
 
 def check_buckets(trainer: Trainer) -> None:

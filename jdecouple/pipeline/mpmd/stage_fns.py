@@ -73,7 +73,7 @@ def stage_step(
             out.pop("residuals", None)
         else:
             updated, scaling = stage.step(state, gradients, squared_norm)
-            none = {name: 0 if name.endswith("skipped") else x for name, x in scaling.items()}
+            none = {name: x if name.endswith("loss_scale") else 0 for name, x in scaling.items()}
             scaling = _if_exists(step_id, state, scaling, none)
             state = out["state"] = _if_exists(step_id, state, updated, state)
             gradients = None
