@@ -20,7 +20,7 @@ SLOW = (
     *("own-method.md", "own-model-and-data.md", "tracking.md"),
 )
 """Pages whose Python trains for longer, starts a process or needs data."""
-DEEP = ("README.md", "growth.md", *SLOW)
+DEEP = ("README.md", "growth.md", "report.md", *SLOW)
 """Pages of which slow tests run all: their commands train."""
 NOT_RUN = {
     "command-line.md": ["two processes"],
