@@ -14,10 +14,12 @@ from jdecouple.methods.routes import loss_scale
 from jdecouple.methods.routes.unit import Carry, Unit
 from jdecouple.methods.routes.updates import begin_average, has_stepped, move_average
 
-# "params", "stats" and "opt", where weights are averaged "ema", and where losses are scaled
-# "loss_scale": each a tuple with one entry a unit.
 StageState = dict[str, Any]
+"""What a stage trains: "params", "stats" and "opt", where weights are averaged "ema", and where
+losses are scaled "loss_scale", each a tuple with one entry a unit.
+"""
 Metrics = dict[str, jax.Array]
+"""Scalars by name, such as "block_0/loss"; after T batches in one call arrays `[T]`."""
 Transform = Callable[[Carry, jax.Array, bool], Carry]
 
 NORM = "gradient_norm"
