@@ -51,8 +51,8 @@ API = {
         "jdecouple.train.hosts: ProcessSpec, join",
         "jdecouple.train.metrics: read_metrics",
         "jdecouple.train.tracking",
-        "jdecouple.train.pages.page",
-        "jdecouple.train.pages.charts",
+        "jdecouple.train.pages.page: render, Section, Text, Note, Code, Facts, Table",
+        "jdecouple.train.pages.charts: Chart, Curve, depths, categories",
     ),
 }
 """Pages of the API, and what each shows: modules or, behind a colon, some names of one."""

@@ -57,7 +57,7 @@ def run(snippet: str, names: dict[str, Any] | None = None) -> dict[str, Any]:
 
 
 def commands_of(text: str) -> Iterator[list[str]]:
-    """The simple commands of a script, in order, without what is behind `<`."""
+    """The simple commands of a script, in order; a redirection stays with its command."""
     for line in text.replace("\\\n", " ").splitlines():
         lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
         lexer.whitespace_split = True
@@ -123,7 +123,7 @@ class Shell:
             main(command)
 
     def _use(self, main: Any, command: list[str]) -> None:
-        if command[1] == "list":
+        if command[1] in ("list", "plan"):
             main(command)
             return
         given = io.StringIO()
