@@ -47,6 +47,18 @@ _PICTURES = (
   ]);
 }"""
 )
+# Texts of drawings that reach beyond them.
+_CUT = (
+    """() => {"""
+    + _VISIBLE
+    + """
+  return [...document.querySelectorAll("svg text")].filter(visible).filter((node) => {
+    const [inner, outer] = [node, node.ownerSVGElement].map((n) => n.getBoundingClientRect());
+    return inner.left < outer.left - 1 || inner.right > outer.right + 1
+      || inner.top < outer.top - 1 || inner.bottom > outer.bottom + 1;
+  }).map((node) => node.textContent);
+}"""
+)
 # Texts whose colour is too near to what is behind them.
 _FAINT = (
     """(least) => {"""
@@ -140,8 +152,8 @@ def find_faults(browser: Any, path: Path) -> list[str]:
     """What is wrong with a page, at both widths, in both colour schemes.
 
     A request that is not for the file itself; an error of a script, or on the console; a violation
-    of its policy; a picture that is not drawn, whatever is chosen and opened; a page wider than the
-    window; text that can hardly be read.
+    of its policy; a picture that is not drawn, whatever is chosen and opened, or whose text is cut
+    off; a page wider than the window; text that can hardly be read.
     """
     with opened(browser, path) as page:
         page.evaluate("document.querySelectorAll('details').forEach((each) => (each.open = true))")
@@ -157,6 +169,7 @@ def find_faults(browser: Any, path: Path) -> list[str]:
             over = page.evaluate("document.documentElement.scrollWidth") - width
             if over > 0:
                 page.faults.append(f"{over} pixels too wide, {where}")
+            page.faults += [f"cut off, {where}: {text}" for text in page.evaluate(_CUT)]
             faint = page.evaluate(_FAINT, CONTRAST)
             page.faults += [f"hard to read, {scheme}: {text}" for text in faint]
         page.faults += [f"policy: {each}" for each in page.evaluate("window.violations")]

@@ -18,6 +18,7 @@ FAULTS = """
 <img alt="broken" src="data:image/png;base64,AAAA" width="9" height="9">
 <svg aria-label="empty" width="9" height="9"></svg>
 <svg aria-label="flat" width="9" height="0"><path d="M0 0H9V9"/></svg>
+<svg aria-label="short" width="40" height="20"><text x="30" y="15">beyond</text></svg>
 <details><summary>more</summary><img alt="broken inside" src="data:,"></details>
 <p style="color: #777">faint</p>
 <div style="width: 1500px">wide</div>
@@ -75,6 +76,7 @@ def test_every_fault_is_found(browser, tmp_path):
         "a request: https://example.invalid/data",
         "a script fails: undefinedName is not defined",
         *(f"not drawn, {where}: {name}" for where in wheres for name in pictures),
+        *(f"cut off, {where}: beyond" for where in wheres),
     }
     rest = sorted({*found} - wanted)
     assert wanted <= {*found}, rest
