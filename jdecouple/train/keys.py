@@ -152,7 +152,8 @@ KEYS: tuple[Key, ...] = (
     Key(
         "tracking",
         object,
-        "What else the metrics are written to: tensorboard, wandb, or what was registered.",
+        "Names of what else gets the metrics, with commas or as a tuple: tensorboard, wandb, "
+        "or what was registered.",
     ),
     Key(
         "gradient_norms",
