@@ -14,16 +14,15 @@ from jdecouple.methods import Method
 from jdecouple.methods.routes import Metrics
 from jdecouple.methods.routes.stage import Transform
 from jdecouple.models import Model
-from jdecouple.pipeline import build
 from jdecouple.pipeline import state as states
-from jdecouple.pipeline.batch import BatchSpec, PlacedBatch, as_arrays, check_labels
+from jdecouple.pipeline.batch import PlacedBatch
+from jdecouple.pipeline.design import make_design
 from jdecouple.pipeline.diagnostics import measured_costs
 from jdecouple.pipeline.distributed import gather_metrics
 from jdecouple.pipeline.engine import make_engine
 from jdecouple.pipeline.evaluate import Evaluator
 from jdecouple.pipeline.intake import Intake
-from jdecouple.pipeline.mesh import StageMesh, as_stage_mesh, make_mesh
-from jdecouple.pipeline.partition import first_blocks
+from jdecouple.pipeline.mesh import StageMesh
 from jdecouple.pipeline.predict import Predictor
 from jdecouple.pipeline.state import State
 from jdecouple.schedules import Call, Costs
@@ -41,6 +40,7 @@ class Trainer:
         boundaries: index of the first block of every stage.
         stages: all stages, with their blocks and heads; `placements` are their devices.
         options: its arguments but for the model, with the shapes of the example.
+        design: what it is as shapes and tables alone, see `jdecouple.pipeline.design`.
         schedule: the actions of one batch; `calls` are its calls in the order of dispatch.
         latency: iterations by which metrics are late: those of step t are of batch t - latency.
         predictor: the evaluation forward of all stages.
@@ -134,34 +134,13 @@ class Trainer:
         """
         options = {key: value for key, value in locals().items() if key not in ("self", "model")}
         require_type(Model, model=model)
-        require_type(Method, method=method)
-        sizes = {"num_stages": num_stages, "num_classes": num_classes}
-        require_int(1, **{label: size for label, size in sizes.items() if size is not None})
-        if num_stages is None and not isinstance(boundaries, str | None):
-            num_stages = len(first_blocks(boundaries))
-        stage_mesh = as_stage_mesh(make_mesh(num_stages or 1) if mesh is None else mesh)
-        num_stages = num_stages or stage_mesh.shape["stage"]
-        arrays = as_arrays(example)
-        if num_classes is not None:
-            check_labels(arrays["label"], num_classes)
-        shapes = build.abstract(arrays)
-        self._spec = BatchSpec(shapes, microbatches, stage_mesh.shape["data"])
-        received = self._spec.split(shapes)[0]
-        carry = build.model_input(received, transform)
-        built = build.build_units(model, method, carry, num_classes, seed, dtype, frozen)
-        check_labels(arrays["label"], built.num_classes)
-        self._built, self.model, self.method, self.microbatches = built, model, method, microbatches
-        self.num_classes = built.num_classes
-        self.options = options | {"example": shapes, "num_classes": built.num_classes}
-        self.boundaries = build.split_blocks(model, built, method.route, num_stages, boundaries)
-        names = ("seed", "transform", "accumulate", "ema", "gradient_norms")
-        common: dict[str, Any] = {n: options[n] for n in names} | {"num_microbatches": microbatches}
-        self.stages = build.build_stages(
-            built, method, self.boundaries, received, optimizer, remat, clip_norm, **common
-        )
-        made = self._engine = make_engine(
-            engine, self.stages, stage_mesh, method, schedule, fuse, max_in_flight, built.carries
-        )
+        design = self.design = make_design(model, **options)
+        self.model, self.method, self.microbatches = model, method, microbatches
+        self.num_classes, self._spec = design.num_classes, design.spec
+        shapes = design.spec.example
+        self.options = options | {"example": shapes, "num_classes": design.num_classes}
+        self.boundaries, self.stages = design.boundaries, design.stages
+        made = self._engine = make_engine(design.engine, self.stages, method.route)
         self.engine, self.schedule, self.latency = made.name, made.schedule, made.schedule.latency
         self.placements, self.calls = made.placements, made.calls
         self.predictor = Predictor.of(self.stages, self._engine, shapes)
@@ -413,11 +392,11 @@ class Trainer:
 
     def block_costs(self) -> list[float]:
         """Floating-point operations of every block, forward and backward, on one microbatch."""
-        return build.unit_costs(self._built.units, self._built.carries, self.method.route)
+        return self.design.block_costs()
 
     def block_outputs(self) -> list[Any]:
         """Shapes of what every block gives for one microbatch."""
-        return list(self._built.outputs)
+        return self.design.block_outputs()
 
     def measure(
         self, state: State, batch: Batch | PlacedBatch

@@ -173,7 +173,7 @@ def _block_output(index: int, block: nnx.Module, carry: Carry, dtype: Any) -> An
     try:
         return jax.eval_shape(
             lambda params, stats, read: unit.train(params, stats, read, jax.random.key(0))[0],
-            *abstract(unit.initial()),
+            *jax.eval_shape(unit.initial),
             read,
         )
     except (TypeError, ValueError) as error:
@@ -198,7 +198,7 @@ def _param_dtype(block: nnx.Module) -> Any:
 
 
 def split_blocks(
-    model: Model,
+    model: Model | None,
     built: BuiltModel,
     route: Route,
     num_stages: int,
@@ -208,6 +208,7 @@ def split_blocks(
     num_blocks = len(built.units)
     check_num_stages(num_stages, num_blocks)
     if isinstance(boundaries, str):
+        assert model is not None  # which has them by name
         boundaries = model.boundaries(boundaries, num_stages)
     if boundaries is not None:
         return check_boundaries(boundaries, num_stages, num_blocks)
@@ -238,7 +239,7 @@ def unit_costs(units: Sequence[Unit], carries: Sequence[Carry], route: Route) ->
             return jax.grad(loss, argnums, has_aux=True)(params, carry["x"])
 
         program = unit.pass_on if unit.frozen else work
-        costs.append(flops(program, *abstract(unit.initial()), carry))
+        costs.append(flops(program, *jax.eval_shape(unit.initial), carry))
     return costs
 
 
@@ -259,7 +260,8 @@ def _check_update(optimizer: optax.GradientTransformation, units: Sequence[Unit]
     try:
         updates = jax.eval_shape(update, params)  # quick: there is next to nothing to trace
     except Exception:  # of any kind; it may be the lack of weights of other names
-        params = abstract(next(filter(None, (unit.initial()[0] for unit in units)), {}))
+        states = (jax.eval_shape(unit.initial) for unit in units)
+        params = next(filter(None, (params for params, _ in states)), {})
         try:
             updates = jax.eval_shape(update, params)
         except Exception as error:

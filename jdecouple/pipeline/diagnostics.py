@@ -48,9 +48,16 @@ def call_costs(timed_calls: Iterable[tuple[Call, float]], stages: Sequence[Stage
         seconds[call.stage, call.kinds].append(time)
     return Costs(
         calls={key: statistics.median(times) for key, times in seconds.items()},
-        message_bytes=[_num_bytes(stage.carry) for stage in stages[1:]],
-        error_bytes=[_num_bytes(stage.carry["x"]) for stage in stages[1:]],
+        **message_sizes(stages),
     )
+
+
+def message_sizes(stages: Sequence[Stage]) -> dict[str, Any]:
+    """The part of `Costs` that tells the bytes of a microbatch's carries and errors."""
+    return {
+        "message_bytes": [_num_bytes(stage.carry) for stage in stages[1:]],
+        "error_bytes": [_num_bytes(stage.carry["x"]) for stage in stages[1:]],
+    }
 
 
 def measured_memory(trainer: Any, state: State, batch: Any) -> tuple[State, dict[jax.Device, int]]:

@@ -1,20 +1,22 @@
 """The engine of a run: what its schedule is, where its stages lie, and what executes them."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 
 from jdecouple import schedules
 from jdecouple._errors import choices, require_int, require_one_of
 from jdecouple.methods import Method
-from jdecouple.methods.routes import Carry, Metrics, Stage
+from jdecouple.methods.routes import Carry, Metrics, Route, Stage
 from jdecouple.pipeline.batch import PlacedBatch
 from jdecouple.pipeline.mesh import StageDevices, StageMesh, assign_devices
 from jdecouple.pipeline.mpmd.engine import MpmdEngine
 from jdecouple.pipeline.mpmd.executor import Executor
+from jdecouple.pipeline.mpmd.stage_fns import calls_of
 from jdecouple.pipeline.spmd.engine import SpmdEngine
 from jdecouple.pipeline.spmd.fitting import fitting, schedule_of
+from jdecouple.pipeline.spmd.sharded_state import Layout
 from jdecouple.schedules import Call, Schedule
 
 ENGINES = ("mpmd", "spmd", "auto")
@@ -94,7 +96,29 @@ class Engine(Protocol):
         """Blocks until all that was dispatched has run."""
 
 
-def make_engine(
+class EngineDesign(NamedTuple):
+    """Which engine runs a training; nothing is placed yet.
+
+    Attributes:
+        name: "mpmd" or "spmd".
+        schedule: the actions of one batch.
+        calls: the calls of a batch in the order of dispatch.
+        device_groups: devices of each stage.
+        fuse: whether all stages are one call.
+        max_in_flight: batches, or lists of them, that may be dispatched and unfinished.
+        block_classes: of engine "spmd", the class of every block; else None.
+    """
+
+    name: str
+    schedule: Schedule
+    calls: tuple[Call, ...]
+    device_groups: tuple[tuple[Any, ...], ...]
+    fuse: bool
+    max_in_flight: int
+    block_classes: tuple[int, ...] | None
+
+
+def design_engine(
     name: str,
     stages: tuple[Stage, ...],
     mesh: StageMesh,
@@ -103,8 +127,8 @@ def make_engine(
     fuse: bool | None,
     max_in_flight: int | None,
     carries: Sequence[Carry],
-) -> Engine:
-    """Chooses and builds the engine; ValueError for an argument that does not fit.
+) -> EngineDesign:
+    """Chooses the engine; ValueError for an argument that does not fit.
 
     `name`, `schedule`, `fuse` and `max_in_flight` are the Trainer's arguments; `carries` are shapes
     of what every block receives.
@@ -118,20 +142,30 @@ def make_engine(
     require_int(1, max_in_flight=limit)
     if not isinstance(fuse, bool | None):
         raise ValueError(f"fuse is {fuse!r}: True, False or None is needed")
-    groups = mesh.device_groups
-    placements = tuple(map(StageDevices.on, assign_devices(groups, num_stages)))
-    layout = fitting(name, stages, placements, route, schedule=schedule, fuse=fuse, carries=carries)
-    if layout is not None:
+    groups = assign_devices(mesh.device_groups, num_stages)
+    classes = fitting(name, stages, groups, route, schedule=schedule, fuse=fuse, carries=carries)
+    if classes is not None:
         schedule = schedule_of(route)
     elif schedule == "auto":
         schedule = route.schedules[0]
     table = schedules.build(schedule, num_stages, stages[0].num_microbatches)
-    devices = assign_devices(groups, table.num_device_groups)
-    placements = tuple(StageDevices.on(devices[table.device_group(k)]) for k in range(num_stages))
-    together = all(placement.devices == placements[0].devices for placement in placements)
+    own = assign_devices(mesh.device_groups, table.num_device_groups)
+    groups = tuple(own[table.device_group(k)] for k in range(num_stages))
+    together = all(devices == groups[0] for devices in groups)
     if fuse and not together:
         raise ValueError("fuse=True needs all stages on the same devices")
-    if layout is not None:
-        return SpmdEngine(layout, route, table, together, limit)
+    if classes is not None:
+        calls = tuple(table.calls())
+        return EngineDesign("spmd", table, calls, groups, together, limit, classes)
+    calls = calls_of(table, stages[0].needs_norm)
     fuse = together if fuse is None else fuse
+    return EngineDesign("mpmd", table, calls, groups, fuse, limit, None)
+
+
+def make_engine(design: EngineDesign, stages: tuple[Stage, ...], route: Route) -> Engine:
+    """Builds the engine that a design has chosen, on devices that are there."""
+    _, table, _, groups, fuse, limit, classes = design
+    placements = tuple(map(StageDevices.on, groups))
+    if classes is not None:
+        return SpmdEngine(Layout(stages, placements, classes), route, table, fuse, limit)
     return MpmdEngine(Executor(stages, placements, route, table, fuse), limit)

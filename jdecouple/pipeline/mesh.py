@@ -29,7 +29,7 @@ class StageMesh:
         device_groups: devices of every stage, one a replica.
     """
 
-    device_groups: tuple[tuple[jax.Device, ...], ...]
+    device_groups: tuple[tuple[Any, ...], ...]
 
     @property
     def shape(self) -> dict[str, int]:
@@ -40,12 +40,32 @@ class StageMesh:
         }
 
 
+@dataclasses.dataclass(frozen=True)
+class DescribedDevice:
+    """A device that need not be there, to design a training for; `id` tells it from others."""
+
+    id: int
+
+    @property
+    def process_index(self) -> int:
+        """It counts as one of this process."""
+        return jax.process_index()
+
+    def __repr__(self) -> str:
+        return f"described device {self.id}"
+
+
+def described(count: int) -> tuple[DescribedDevice, ...]:
+    """So many devices for `make_mesh(..., devices=...)`, and that for `design.make_design`."""
+    return tuple(map(DescribedDevice, range(count)))
+
+
 def make_mesh(
     stages: int = 1,
     data: int = 1,
     *,
     replicas: Sequence[int] | None = None,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> StageMesh:
     """Lays devices out as `stages` groups of `data` replicas.
 
@@ -79,7 +99,7 @@ def make_mesh(
     return StageMesh(assign_devices(groups, stages))
 
 
-def _uneven(replicas: tuple[int, ...], available: Sequence[jax.Device]) -> StageMesh:
+def _uneven(replicas: tuple[int, ...], available: Sequence[Any]) -> StageMesh:
     integral = all(isinstance(n, Integral) and not isinstance(n, bool) for n in replicas)
     if not replicas or not integral or min(replicas) < 1:
         raise ValueError(

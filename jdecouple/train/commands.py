@@ -28,6 +28,9 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command("jdecouple.train.cli:command", "Trains a network.", compiles=False),
+    "plan": Command(
+        "jdecouple.train.plan:main", "Plans a run: bytes and time, before anything is trained."
+    ),
     "predict": Command("jdecouple.inference.cli:predict", "Classifies images or texts."),
     "evaluate": Command(
         "jdecouple.train.evaluation:evaluate", "Measures every exit on labelled examples."

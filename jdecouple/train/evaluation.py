@@ -18,7 +18,7 @@ from jdecouple.inference.rules import NAMES
 from jdecouple.inference.run import Run
 from jdecouple.train import config as configuration
 from jdecouple.train.errors import ConfigError, one_line
-from jdecouple.train.run import load_data
+from jdecouple.train.parts import load_data
 
 SPLITS = ("validation", "test", "train")
 _MOST_IMAGE_BYTES = 1 << 30  # that the worst are drawn from

@@ -1,6 +1,8 @@
 """Whether a run can fit into memory: what must lie there, counted before it is made."""
 
+import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,14 +17,17 @@ from jdecouple.methods import Method
 from jdecouple.methods.routes import Carry, accumulating
 from jdecouple.models import Model
 from jdecouple.pipeline import build
+from jdecouple.pipeline.design import same_keys
 from jdecouple.train.config import ConfigError, chosen
 from jdecouple.train.options import options
+from jdecouple.trainer import Trainer
 
 _DIGITS = 1797
 _SYNTHETIC_SIDE = 32
 _PIXEL_BYTES = _WORD_BYTES = 4  # of what the device reads
 _EXAMPLE_BYTES = 32  # of a label and its places in random orders
 _WIDEST = 2048  # layer of a built-in model whose option is a factor on its widths
+_MACHINE = "this machine"
 _SMALL = 1e-4  # share of the memory, for one layer, below which nothing is counted
 
 
@@ -83,7 +88,7 @@ def check_state(
     optimizer = accumulating(optimizer, max(config.accumulate, method.route.accumulate))
 
     def make() -> tuple[Any, Any]:
-        model = make_model(_keys(config.seed))
+        model = make_model(same_keys(config.seed))
         units = build.build_units(model, method, carry, None, config.seed, None).units
         pairs = [unit.initial() for unit in units]
         averages = [] if config.ema is None else pairs
@@ -105,6 +110,32 @@ def check_state(
     )
 
 
+def check_stages(trainer: Trainer) -> None:
+    """Raises ConfigError where the states of stages are more than their devices have.
+
+    Unlike `check_state` it knows which stages share a device, and what waits in queues between two
+    steps. What calls need while they run does not count: `jdecouple plan` estimates that.
+    """
+    have, where, count = _device_bytes()
+    held: Counter[jax.Device] = Counter()
+    queues = 0
+    states = trainer.abstract().stages
+    for stage, placement, state in zip(trainer.stages, trainer.placements, states, strict=True):
+        shardings = placement.state_shardings(state, stage.carry["label"].shape[0])
+        pairs = zip(*map(jax.tree.leaves, (state, shardings)), strict=True)
+        size = sum(math.prod(x.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, x in pairs)
+        held.update(dict.fromkeys(placement.devices, size))
+        queues += _bytes(state.get("queues", ()))
+    together = where == _MACHINE
+    need, have = (held.total(), have * count) if together else (max(held.values()), have)
+    if need > have:
+        what = "states of all stages" if together else "states of a device's stages"
+        raise ConfigError(
+            f"the {what} need {gigabytes(need)}, but {where} has {gigabytes(have)}; of all stages "
+            f"{gigabytes(queues)} are what waits in queues: `jdecouple plan` says what fits"
+        )
+
+
 def _layer_bytes(config: ConfigDict, dataset: Dataset) -> float:
     """Bytes of a dense layer of the largest sizes that are given, about."""
     given: dict[str, Any] = {}
@@ -118,18 +149,6 @@ def _layer_bytes(config: ConfigDict, dataset: Dataset) -> float:
     return 4 * size * max(dataset.num_classes, _WIDEST * factor, *numbers) ** 2
 
 
-def _keys(seed: int) -> nnx.Rngs:
-    """A source that gives the same key again: counting while JAX traces takes quadratic time."""
-    rngs = nnx.Rngs(seed)
-    setattr(rngs, "default", _OneKey(seed, tag="default"))  # noqa: B010 - no attribute for types
-    return rngs
-
-
-class _OneKey(nnx.RngStream):
-    def __call__(self) -> jax.Array:
-        return self.key[...]
-
-
 def _bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
@@ -138,5 +157,5 @@ def _device_bytes() -> tuple[int, str, int]:
     """Memory of a device, what to call it, and how many there are; on CPUs of a machine."""
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     if limit is None:
-        return machine_bytes(), "this machine", jax.process_count()
+        return machine_bytes(), _MACHINE, jax.process_count()
     return limit, "each device", len(jax.devices())

@@ -23,8 +23,9 @@ from jdecouple.train.early_stopping import EarlyStopping
 from jdecouple.train.initial import begin
 from jdecouple.train.metrics import MetricsWriter
 from jdecouple.train.options import options
+from jdecouple.train.parts import method_arguments
 from jdecouple.train.rules import DTYPES
-from jdecouple.train.run import Run, method_arguments
+from jdecouple.train.run import Run
 from jdecouple.trainer import State
 
 

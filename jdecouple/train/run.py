@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import inspect
-import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,19 +11,17 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from jdecouple import data, methods, models
+from jdecouple import data, methods
 from jdecouple.methods.objectives.maps import is_map
 from jdecouple.pipeline import Proposal, autoplace, make_mesh
 from jdecouple.pipeline.build import abstract, model_input
+from jdecouple.pipeline.design import Design
 from jdecouple.pipeline.diagnostics import SufficientDirection
-from jdecouple.train import config as configuration
 from jdecouple.train import memory, phases, rates
-from jdecouple.train.config import chosen
 from jdecouple.train.errors import ConfigError, one_line
 from jdecouple.train.hosts import MultiProcess
+from jdecouple.train.parts import prepare
 from jdecouple.train.phases import Phase, TrainerOf
-from jdecouple.train.profile import WARM_UP_STEPS
-from jdecouple.train.rules import DTYPES, MOST
 from jdecouple.trainer import Trainer
 
 
@@ -70,71 +66,42 @@ def build(config: ConfigDict | Mapping) -> Run:
     Raises:
         ConfigError: in one line, whatever is wrong with the values or the data.
     """
-    config = configuration.validate(config)
-    with one_line(config.data, "config.data"):
-        dataset = load_data(config)
-        transform = dataset.transform(config.data.augment, **_augmentation(config))
-    with one_line(config.method, "config.method"):
-        method = methods.get(config.method.name, **method_arguments(config, dataset))
+    prepared = prepare(config)
+    config, dataset, method = prepared.config, prepared.dataset, prepared.method
+    optimizers, starts = prepared.optimizers, prepared.starts
     with one_line(config):
-        steps_per_epoch = data.steps_per_epoch(dataset.train, config.batch_size)
         example = dataset.train.gather(np.arange(config.batch_size))
-    _check_validation(config, dataset)
-    total_steps = config.steps or config.epochs * steps_per_epoch
-    accumulate = max(config.accumulate, method.route.accumulate)  # not both, says the trainer
-    _check_length(config, total_steps)
-    starts = phases.starts(config, steps_per_epoch)
-    _check_accumulate(config, [*starts, total_steps], accumulate)
-    with one_line(config.optimizer, "config.optimizer"):
-        lengths = phases.scheduled(config, starts, total_steps)
-        schedules = [rates.schedule(config, steps, steps_per_epoch) for steps in lengths]
-        optimizers = [rates.optimizer(config, each, accumulate) for each in schedules]
     with one_line(config.model, "config.model"):
-        make_model = functools.partial(_model, config, dataset)
-        carry = model_input(abstract(example), transform)
-        memory.check_state(config, make_model, method, optimizers[-1], dataset, carry)
-        model = make_model(nnx.Rngs(config.seed))
+        carry = model_input(abstract(example), prepared.transform)
+        memory.check_state(config, prepared.make_model, method, optimizers[-1], dataset, carry)
+        model = prepared.make_model(nnx.Rngs(config.seed))
     with one_line(config.growth, "config.growth"):
         parts = phases.models(config, model, method, carry, dataset.num_classes)
     with one_line(config):
-        make_trainer = functools.partial(
-            Trainer,
-            method=method,
-            microbatches=config.microbatches,
-            num_classes=dataset.num_classes,
-            seed=config.seed,
-            transform=transform,
-            dtype=DTYPES[config.dtype],
-            clip_norm=config.clip_norm,
-            accumulate=config.accumulate,
-            ema=config.ema,
-            remat=config.remat,
-            fuse=False if config.profile else None,  # a timeline shows stages
-            max_in_flight=config.max_in_flight,
-            gradient_norms=config.gradient_norms,
-        )
+        make_trainer = functools.partial(Trainer, **prepared.trainer_arguments())
         makers = [
             functools.partial(make_trainer, part, optimizer=optimizer, frozen=frozen)
             for (part, frozen), optimizer in zip(parts, optimizers, strict=True)
         ]
         probe = functools.partial(makers[-1], example=example)
-        placement = _placement(config, probe, len(model.blocks))
-        proposal = placement.pop("proposal", None)
-        placement |= {"schedule": config.schedule, "engine": config.engine}
+        placed = placement(config, probe, len(model.blocks))
+        proposal = placed.pop("proposal", None)
+        placed |= {"schedule": config.schedule, "engine": config.engine}
 
         def phase(number: int, placement: Mapping[str, Any]) -> Phase:
             make = functools.partial(makers[number], **placement)
             trainer = make(example=example)
-            rate = rates.by_batches(schedules[number], accumulate)
+            rate = rates.by_batches(prepared.schedules[number], prepared.accumulate)
             return Phase(starts[number], trainer, by_length(trainer, example, make), rate)
 
-        last = phase(-1, placement)
+        last = phase(-1, placed)
         trainer = last.trainer
+        memory.check_stages(trainer)
         trainer.check_steps(config.chunk)
-        _check_pool(config, trainer)
-        _check_parts(config, trainer)
+        check_pool(config, trainer)
+        check_parts(config, trainer)
         diagnose = SufficientDirection(trainer) if config.sufficient_direction else None
-        placements = [phases.fewer(placement, trainer, len(p.blocks)) for p, _ in parts[:-1]]
+        placements = [phases.fewer(placed, trainer, len(p.blocks)) for p, _ in parts[:-1]]
         all_phases = (*map(phase, range(len(placements)), placements), last)
     if config.data.buckets:
         check_buckets(trainer)
@@ -144,8 +111,8 @@ def build(config: ConfigDict | Mapping) -> Run:
         config,
         dataset,
         trainer,
-        total_steps,
-        config.eval_every or steps_per_epoch,
+        prepared.total_steps,
+        config.eval_every or prepared.steps_per_epoch,
         diagnose,
         last.trainer_of,
         all_phases,
@@ -153,16 +120,7 @@ def build(config: ConfigDict | Mapping) -> Run:
     )
 
 
-def _check_validation(config: ConfigDict, dataset: data.Dataset) -> None:
-    """Raises ConfigError for early stopping without examples to judge it by."""
-    if config.early_stopping.patience is not None and not len(dataset.validation):
-        raise ConfigError(
-            f"config.early_stopping.patience is {config.early_stopping.patience}: data set "
-            f"{dataset.name!r} has no validation split to judge it by; set config.data.validation"
-        )
-
-
-def _check_parts(config: ConfigDict, trainer: Trainer) -> None:
+def check_parts(config: ConfigDict, trainer: Trainer | Design) -> None:
     """Raises ConfigError for a part of the texts that no block reads."""
     read = {name for stage in trainer.stages for unit in stage.units for name in unit.inputs}
     parts = [f"x_{number}" for number in range(1, len(config.data.parts or ()))]
@@ -173,34 +131,7 @@ def _check_parts(config: ConfigDict, trainer: Trainer) -> None:
         )
 
 
-def _check_length(config: ConfigDict, total_steps: int) -> None:
-    """Raises ConfigError for a run that is too long to count, or for what it is too short for."""
-    if total_steps > MOST:
-        raise ConfigError(
-            f"config.epochs is {config.epochs}: at most {MOST} steps are allowed, these are "
-            f"{total_steps}"
-        )
-    needed = WARM_UP_STEPS + (config.profile or 0)
-    if config.profile and needed > total_steps:
-        raise ConfigError(
-            f"config.profile is {config.profile}: it needs {needed} steps, as the first "
-            f"{WARM_UP_STEPS} are not traced, but the run has {total_steps}"
-        )
-
-
-def _check_accumulate(config: ConfigDict, ends: Sequence[int], accumulate: int) -> None:
-    """Raises ConfigError for more batches to an optimizer's step than are trained between ends."""
-    lengths = [later - now for now, later in itertools.pairwise(ends) if later > now]
-    if accumulate > (steps := min(lengths)):
-        key = "accumulate" if config.accumulate == accumulate else "method.accumulate"
-        part = "the run has" if len(lengths) == 1 else "growth leaves a net"
-        raise ConfigError(
-            f"config.{key} is {accumulate}: {part} {steps} step(s), so that its optimizer would "
-            "not step once"
-        )
-
-
-def _check_pool(config: ConfigDict, trainer: Trainer) -> None:
+def check_pool(config: ConfigDict, trainer: Trainer | Design) -> None:
     """Raises ConfigError for bins of heads that no feature map of the model has pixels for."""
     bins = config.method.get("head_pool")
     if not bins or bins == methods.arguments(config.method.name).get("head_pool"):
@@ -213,83 +144,39 @@ def _check_pool(config: ConfigDict, trainer: Trainer) -> None:
         )
 
 
-def _placement(
-    config: ConfigDict, make_trainer: Callable[..., Trainer], num_blocks: int
+def placement(
+    config: ConfigDict,
+    make_trainer: Callable[..., Any],
+    num_blocks: int,
+    devices: Sequence[Any] | None = None,
 ) -> dict[str, Any]:
-    """The Trainer's arguments on stages and devices: as given, or with the "proposal" of them."""
-    section, devices = config.mesh, len(jax.devices())
+    """The Trainer's arguments on stages and devices: as given, or with the "proposal" of them.
+
+    `make_trainer` makes a Trainer or the design of one; the devices are by default JAX's.
+    """
+    section, count = config.mesh, len(jax.devices() if devices is None else devices)
     boundaries = config.boundaries if config.split is None else config.split
     given = {"num_stages": config.num_stages, "boundaries": boundaries}
+    make = functools.partial(make_mesh, devices=devices)
     if section.replicas is not None:
-        return {**given, "mesh": make_mesh(replicas=section.replicas)}
+        return {**given, "mesh": make(replicas=section.replicas)}
     stages = config.num_stages if section.stages is None else section.stages
     if stages is None:
-        stages = max(1, min(num_blocks, devices // max(1, section.data)))
+        stages = max(1, min(num_blocks, count // max(1, section.data)))
     if not section.propose:
-        return {**given, "mesh": make_mesh(stages, section.data)}
-    probe = make_trainer(num_stages=1, mesh=make_mesh(1))
+        return {**given, "mesh": make(stages, section.data)}
+    probe = make_trainer(num_stages=1, mesh=make(1))
     schedule = probe.method.route.schedules[0] if config.schedule == "auto" else config.schedule
     proposal = autoplace(
         probe.block_costs(),
         stages,
-        devices,
+        count,
         schedule=schedule,
         microbatches=config.microbatches,
         batch_size=config.batch_size,
     )
-    mesh = make_mesh(replicas=proposal.replicas)
+    mesh = make(replicas=proposal.replicas)
     return {"boundaries": proposal.boundaries, "mesh": mesh, "proposal": proposal}
-
-
-def load_data(config: ConfigDict) -> data.Dataset:
-    """The data set of a complete configuration; ValueError or ConfigError where there is none."""
-    memory.check_data(config)
-    options = inspect.signature(data.load).parameters
-    section = {key: value for key, value in config.data.items() if key in options}
-    if config.data.buckets:
-        section["max_length"] = config.data.buckets[-1]
-    return data.load(**section, seed=config.seed)
-
-
-def _augmentation(config: ConfigDict) -> dict[str, Any]:
-    """The options of the augmentation that are set."""
-    defaults = data.augment.OPTIONS.items()
-    return {key: config.data[key] for key, value in defaults if config.data[key] != value}
-
-
-def _model(config: ConfigDict, dataset: data.Dataset, rngs: nnx.Rngs) -> models.Model:
-    name, inputs = config.model.name, dataset.model_arguments()
-    what = f"data set {dataset.name!r} holds {dataset.kind}"
-    if not _takes(name, inputs):
-        fitting = ", ".join(x for x in models.names() if _takes(x, inputs)) or "no model"
-        raise ConfigError(f"config.model.name is {name!r}: {what}, which {fitting} read")
-    model = models.get(name)(dataset.num_classes, **inputs, rngs=rngs, **chosen(config, "model"))
-    height, width = getattr(dataset, "image_shape", (0, 0))[:2]
-    if height != width and not any(
-        isinstance(layer, models.layers.GlobalAveragePool)
-        for module in (model.blocks[-1], model.classifier)
-        for _, layer in nnx.iter_graph(module)
-    ):
-        raise ConfigError(
-            f"config.model.name is {name!r}, which reads square images, but {what} of "
-            f"{height} x {width} pixels; set config.data.image_size or take a ResNet"
-        )
-    return model
-
-
-def _takes(model: str, inputs: Mapping[str, Any]) -> bool:
-    try:
-        inspect.signature(models.get(model)).bind_partial(**inputs)
-    except TypeError:
-        return False
-    return True
-
-
-def method_arguments(config: ConfigDict, dataset: data.Dataset) -> dict[str, Any]:
-    """What the configuration sets, and the images' statistics where the method asks for them."""
-    allowed = methods.arguments(config.method.name)
-    known = {key: value for key, value in dataset.method_arguments().items() if key in allowed}
-    return known | chosen(config, "method")
 
 
 def check_buckets(trainer: Trainer) -> None:

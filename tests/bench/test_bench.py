@@ -40,6 +40,22 @@ def cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip("| ").split(" | ")]
 
 
+@pytest.mark.slow
+@TWO_CORES
+def test_plan(tmp_path):
+    output = tmp_path / "plan.json"
+    given = ["--config=vision:synthetic,mlp,{method}", "--methods", "bp", "--batch=8"]
+    done = bench("plan.py", *given, "--steps=2", "--repeats=2", f"--output={output}")
+    assert done.returncode == 0, done.stderr
+    [row] = json.loads(output.read_text())["rows"]
+    assert (row["method"], row["schedule"], len(row["seconds"])) == ("bp", "1f1b", 2)
+    assert row["plan"] > 0
+    assert row["operations"] > 0
+    refused = bench("plan.py", *given, "--steps=2", "--repeats=1", "--least-accurate=1e-9")
+    assert refused.returncode == 1
+    assert "Traceback" not in refused.stderr
+
+
 # --- Commands that are told of -------------------------------------------------------------------
 
 

@@ -111,11 +111,24 @@ class Unit:
         return same and self.dtype == other.dtype and shapes == others
 
     def initial(self) -> tuple[Arrays, Arrays]:
-        """Initial parameters and statistics, as the modules carry them."""
+        """Initial parameters and statistics, as the modules carry them.
+
+        Those of an abstract unit are zeros, which are to be traced and not computed.
+        """
         return (
-            {name: variable.get_value() for name, variable in self.params.items()},
-            {name: variable.get_value() for name, variable in self.stats.items()},
+            {name: _value(variable) for name, variable in self.params.items()},
+            {name: _value(variable) for name, variable in self.stats.items()},
         )
+
+    def variables(self) -> tuple[dict[str, nnx.Variable], dict[str, nnx.Variable], list]:
+        """Parameters, statistics and keys, whose values `abstract` takes as shapes."""
+        return self.params, self.stats, list(self._keys.values())
+
+    def abstract(self, variables: tuple) -> "Unit":
+        """The unit with variables that hold shapes instead of arrays: `variables` of that kind."""
+        params, stats, keys = variables
+        paths = dict(zip(self._keys, keys, strict=True))
+        return dataclasses.replace(self, params=params, stats=stats, _keys=paths, _shared=None)
 
     def train(
         self, params: Arrays, stats: Arrays, carry: Carry, key: jax.Array
@@ -278,6 +291,13 @@ def _inlined(unit: Unit) -> Train:
         return features, output and output._replace(carry=dict(output.carry)), stats
 
     return jax.jit(train, inline=True)
+
+
+def _value(variable: nnx.Variable) -> Any:
+    value = variable.get_value()
+    if isinstance(value, jax.ShapeDtypeStruct):
+        return jnp.zeros(value.shape, value.dtype)
+    return value
 
 
 def _cast(tree: Any, dtype: Any) -> Any:

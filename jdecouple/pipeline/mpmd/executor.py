@@ -17,12 +17,12 @@ from jdecouple.methods.routes.stage import error_shapes
 from jdecouple.pipeline.memory import Meter
 from jdecouple.pipeline.mesh import StageDevices, jit, require_one_process
 from jdecouple.pipeline.mpmd.stage_fns import (
+    calls_of,
     compile_stage_fn,
     make_norm_fn,
     make_stage_fn,
     microbatches_of,
     pack_io,
-    steps_last,
 )
 from jdecouple.pipeline.state import Queues, put_queues, take_queues
 from jdecouple.pipeline.transfer import crosses, packed, transfer
@@ -182,9 +182,8 @@ class Executor:
 
     @cached_property
     def calls(self) -> tuple[Call, ...]:
-        """The schedule's calls; where steps need the norm of all stages, they wait for it."""
-        calls = tuple(self.schedule.calls())
-        return steps_last(calls) if self._needs_norm else calls
+        """The calls of one batch in the order of dispatch."""
+        return calls_of(self.schedule, self._needs_norm)
 
     @property
     def size(self) -> int:

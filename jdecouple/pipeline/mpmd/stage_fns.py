@@ -19,7 +19,7 @@ from jdecouple.methods.routes import (
 from jdecouple.methods.routes.stage import error_shapes
 from jdecouple.pipeline.mesh import StageDevices, jit
 from jdecouple.pipeline.transfer import pack, unpack
-from jdecouple.schedules import Call, Kind
+from jdecouple.schedules import Call, Kind, Schedule
 
 TRAINING = (Kind.FORWARD, Kind.BACKWARD, Kind.STEP)
 
@@ -134,7 +134,13 @@ def microbatches_of(kinds: tuple[Kind, ...], microbatches: tuple[int, ...]) -> t
     return at.get(Kind.FORWARD), at.get(Kind.BACKWARD)
 
 
-def steps_last(calls: tuple[Call, ...]) -> tuple[Call, ...]:
+def calls_of(schedule: Schedule, needs_norm: bool) -> tuple[Call, ...]:
+    """A schedule's calls; where steps need the norm of all stages, they wait for it."""
+    calls = tuple(schedule.calls())
+    return _steps_last(calls) if needs_norm else calls
+
+
+def _steps_last(calls: tuple[Call, ...]) -> tuple[Call, ...]:
     """Takes the steps out of the calls, and puts them behind all."""
     others, steps = [], []
     for stage, kinds, microbatches in calls:

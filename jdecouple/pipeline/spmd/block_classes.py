@@ -47,7 +47,7 @@ def block_classes(
 def _difference(unit: Unit, other: Unit, carry: Carry, expected: Carry) -> str | None:
     """In what a unit differs from another, in words; None if they are the same."""
     for kind, arrays, wanted in zip(
-        ("parameter", "statistic"), unit.initial(), other.initial(), strict=True
+        ("parameter", "statistic"), *map(_state, (unit, other)), strict=True
     ):
         if reason := _first_difference(kind, arrays, wanted):
             return reason
@@ -94,9 +94,12 @@ def _output(unit: Unit, carry: Carry) -> Any:
     return jax.eval_shape(lambda *arguments: unit.train(*arguments)[0], *_arguments(unit, carry))
 
 
+def _state(unit: Unit) -> Any:
+    return jax.eval_shape(unit.initial)
+
+
 def _arguments(unit: Unit, carry: Carry) -> tuple:
-    shapes = jax.eval_shape(unit.initial)
-    return (*shapes, carry, jax.eval_shape(lambda: jax.random.key(0)))
+    return (*_state(unit), carry, jax.eval_shape(lambda: jax.random.key(0)))
 
 
 def _program(unit: Unit, carry: Carry) -> str:

@@ -1,11 +1,12 @@
 """Which trainings the SPMD engine can run."""
 
 from collections.abc import Sequence
+from typing import Any
+
+import jax
 
 from jdecouple.methods.routes import Carry, Local, Route, Stage, Synchronous
-from jdecouple.pipeline.mesh import StageDevices
 from jdecouple.pipeline.spmd.block_classes import block_classes
-from jdecouple.pipeline.spmd.sharded_state import Layout
 
 
 def schedule_of(route: Route) -> str:
@@ -16,28 +17,27 @@ def schedule_of(route: Route) -> str:
 def fitting(
     engine: str,
     stages: tuple[Stage, ...],
-    placements: tuple[StageDevices, ...],
+    device_groups: Sequence[tuple[Any, ...]],
     route: Route,
     *,
     schedule: str,
     fuse: bool | None,
     carries: Sequence[Carry],
-) -> Layout | None:
-    """The layout of a training that the engine can run, and is to run; else None.
+) -> tuple[int, ...] | None:
+    """The class of every block in a training that the engine can run, and is to run; else None.
 
-    `engine`, `schedule` and `fuse` are the Trainer's arguments; `carries` are shapes of what every
-    block receives. A ValueError says why "spmd" does not fit.
+    `engine`, `schedule` and `fuse` are the Trainer's arguments; `device_groups` are the devices of
+    every stage, `carries` shapes of what every block receives. A ValueError says why "spmd" does
+    not fit.
     """
-    if engine == "mpmd" or (
-        engine == "auto" and len({placement.devices for placement in placements}) == 1
-    ):
+    if engine == "mpmd" or (engine == "auto" and len(set(device_groups)) == 1):
         return None
-    reason = _misfit(stages, placements, route, schedule, fuse)
+    reason = _misfit(stages, device_groups, route, schedule, fuse)
     if not reason:
         units = [unit for stage in stages for unit in stage.units]
         classes, difference = block_classes(units, carries)
         if not difference:
-            return Layout(stages, placements, classes)
+            return classes
         reason = f"needs equal blocks between the first and the last: {difference}"
     if engine == "spmd":
         raise ValueError(f"engine 'spmd' {reason}")
@@ -46,7 +46,7 @@ def fitting(
 
 def _misfit(
     stages: tuple[Stage, ...],
-    placements: tuple[StageDevices, ...],
+    device_groups: Sequence[tuple[Any, ...]],
     route: Route,
     schedule: str,
     fuse: bool | None,
@@ -63,13 +63,14 @@ def _misfit(
     remat = [stage.remat for stage in stages]
     if not route.local and len(set(remat)) > 1:
         return f"keeps the same of all stages of {schedule_of(route)}: given remat {remat}"
-    if not all(placement.fully_addressable for placement in placements):
+    here = jax.process_index()
+    if any(device.process_index != here for group in device_groups for device in group):
         return "needs all devices in one process"
-    groups = list(dict.fromkeys(placement.devices for placement in placements))
+    groups = list(dict.fromkeys(device_groups))
     sizes = [len(group) for group in groups]
     if len(set(sizes)) > 1:
         return f"needs equally many replicas of every stage: given {', '.join(map(str, sizes))}"
-    order = [groups.index(placement.devices) for placement in placements]
+    order = [groups.index(group) for group in device_groups]
     devices = {device for group in groups for device in group}
     if len(devices) < sum(sizes) or order != sorted(order):
         return "needs a row of devices for every stage, or for consecutive stages"
