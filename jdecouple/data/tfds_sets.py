@@ -59,6 +59,26 @@ def prepared(
     return builder
 
 
+def unprepared_images(
+    name: str, data_dir: str | os.PathLike[str] | None
+) -> tuple[tuple[int | None, ...], int] | None:
+    """Image shape and number of classes of a set of images that TFDS knows and has not prepared.
+
+    TFDS tells them without the images; None of any other set.
+    """
+    folder = None if data_dir is None else Path(data_dir).expanduser()
+    try:
+        with _quiet():
+            builder = _builder(name, folder, ())
+    except ValueError:
+        return None
+    images, labels = (keys(builder, kind) for kind in ("Image", "ClassLabel"))
+    if _is_readable(builder) or not images or not labels:
+        return None
+    known = builder.info.features
+    return tuple(known[images[0]].shape), known[labels[0]].num_classes
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps TFDS from warning of a set that is not there, which is an error of its own."""

@@ -101,7 +101,7 @@ def plan(
     """Plans the run of a configuration; trains nothing and writes nothing.
 
     >>> from jdecouple.train import presets
-    >>> from jdecouple.train.planning.devices import Devices, label
+    >>> from jdecouple.train.plan import Devices, label
     >>> gpus = Devices(3, memory=16e9, flops=8e12, bandwidth=12e9, latency=50e-6)
     >>> found = plan(presets.load("quickstart"), gpus)
     >>> len(found.stages), [time["schedule"] for time in found.times]
@@ -132,7 +132,8 @@ def plan(
         times = clock.times()
         best = clock.best()
     return Plan(
-        **{key: config[key].name for key in ("model", "method", "data")},
+        **{key: config[key].name for key in ("model", "method")},
+        data=designer.data,
         dtype=config.dtype,
         batch_size=config.batch_size,
         microbatches=config.microbatches,

@@ -109,9 +109,10 @@ def test_what_does_not_fit_into_memory(little_memory, given, said):
 
 
 def test_weights_spread_over_devices(monkeypatch):
-    """The first weights lie on one of them."""
+    """The first weights lie on one of them, and so does all that is of one block."""
     wide = nested("model.hidden", 300, TINY)  # 0.43 MB, and Adam's moments
-    for size, count, refused in ((500_000, 3, False), (500_000, 2, True), (300_000, 9, True)):
+    cases = (1_200_000, 3, False), (600_000, 2, True), (300_000, 9, True), (1_000_000, 3, True)
+    for size, count, refused in cases:
         monkeypatch.setattr(
             memory, "_device_bytes", lambda size=size, count=count: (size, "each device", count)
         )

@@ -99,6 +99,7 @@ def test_the_quickstart(command):
 
 def test_text_and_json_are_one(command):
     given = ["--config", runs.TINY, "--devices=1", "--flops=1GFLOPS", "--config.model.depth=1"]
+    given += ["--config.method.name=bp", "--config.method.projector=None"]
     texts = [command(*given, *more)[0] for more in ([], ["--format=json"])]
     assert texts[0] == tables.text_of(json.loads(texts[1])) + "\n"
 
@@ -301,6 +302,7 @@ class TestPlacements:
         found = planned(4, method="fdg", num_stages=2, mesh__replicas=(1, 1))
         assert len(found.best["boundaries"]) == 2
 
+    @pytest.mark.slow
     def test_a_proposal(self):
         found = planned(4, mesh__propose=True, mesh__stages=2)
         assert len(found.stages) == 2
@@ -313,6 +315,22 @@ def test_a_growing_model_is_planned_as_it_is_at_last():
     flops, others = ([row["flops"] for row in each.blocks] for each in (found, whole))
     assert flops[1] < 0.5 * others[1]  # frozen: a forward alone
     assert flops[2] == others[2]
+
+
+def test_data_that_are_not_here(tmp_path):
+    """Of a set of images TFDS tells the shapes without them; nothing is written or downloaded."""
+    values = {
+        "data__name": "cifar10",
+        "data__data_dir": str(tmp_path),
+        "data__synthetic_size": 4096,
+    }
+    found = planned(1, **values, data__channels=3, data__image_size=None)
+    assert found.data == "cifar10"
+    assert found.blocks[0]["parameters"] == (32 * 32 * 3 + 1) * 16
+    assert found.assumed[0].startswith("data set cifar10 is not prepared here: shapes are")
+    assert [*tmp_path.iterdir()] == []
+    with pytest.raises(ConfigError, match="data set 'cifar11' cannot be opened"):
+        planned(1, **{**values, "data__name": "cifar11"})
 
 
 def stand_in(name, tmp_path):

@@ -1,6 +1,7 @@
 """Designs of a configuration's training: as it is given, and with other stages and batches."""
 
 import collections
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -11,6 +12,8 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
+from jdecouple import data
+from jdecouple.data import tfds_sets
 from jdecouple.models import Model
 from jdecouple.pipeline.build import abstract, model_input
 from jdecouple.pipeline.design import Design, make_design
@@ -24,6 +27,7 @@ from jdecouple.train.planning.devices import Devices
 from jdecouple.train.planning.times import Work, work_of
 from jdecouple.train.run import placement
 
+_BATCHES = 100  # of random images, of which there is a pool
 _MOST_LAYERS = 3  # kinds of them, in the name of a block
 _CONTAINERS = nnx.Sequential | nnx.List | nnx.Dict
 
@@ -36,12 +40,16 @@ class Designer:
         parts: what the configuration asks for.
         devices: where it is to run.
         row: shapes and dtypes of an example, by name.
+        data: name of the data set.
+        notes: what is taken to be so, in words.
         names: what every block is made of, once a model has been made.
     """
 
     parts: Parts
     devices: Devices
     row: Mapping[str, jax.ShapeDtypeStruct]
+    data: str
+    notes: tuple[str, ...] = ()
     names: list[str] = dataclasses.field(default_factory=list)
 
     @classmethod
@@ -51,11 +59,16 @@ class Designer:
         config.data.download = False
         if config.data.buckets:  # texts of one length, the longest
             config.data.max_length, config.data.buckets = config.data.buckets[-1], None
+        name: str = config.data.name
+        notes: tuple[str, ...] = ()
+        if random := _stand_in(config):
+            config = random
+            notes = (f"data set {name} is not prepared here: shapes are those that TFDS tells",)
         parts = prepare(config)
         with one_line(config):
             example = parts.dataset.train.gather(np.arange(1))
         row = {key: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for key, x in example.items()}
-        return cls(parts, devices, abstract(row))
+        return cls(parts, devices, abstract(row), name, notes)
 
     @property
     def config(self) -> ConfigDict:
@@ -135,6 +148,25 @@ class Designer:
         """The blocks that the last phase of growth leaves as they are."""
         counts = self.config.growth.blocks
         return range(counts[-2]) if counts and len(counts) > 1 and self.config.growth.freeze else ()
+
+
+def _stand_in(config: ConfigDict) -> ConfigDict | None:
+    """The configuration on random images, in place of those of a TFDS set that is not prepared."""
+    section = config.data
+    if section.name in data.names() or ":" in section.name:
+        return None
+    found = tfds_sets.unprepared_images(section.name, section.data_dir)
+    if found is None:
+        return None
+    (height, width, channels), classes = found
+    side = section.image_size or (height if height == width else None)
+    if side is None or channels not in (1, 3):
+        return None
+    random = copy.deepcopy(config)
+    random.data.name, random.data.data_dir = "synthetic", None
+    random.data.image_size, random.data.channels, random.data.num_classes = side, channels, classes
+    random.data.synthetic_size = _BATCHES * config.batch_size
+    return random
 
 
 def _layers(block: nnx.Module) -> str:

@@ -130,7 +130,7 @@ class Clock:
 
     def assumed(self) -> tuple[str, ...]:
         """What the times rest on, and bytes."""
-        devices, lines = self.designer.devices, []
+        devices, lines = self.designer.devices, [*self.designer.notes]
         if devices.bandwidth == math.inf and not devices.latency:
             lines.append("messages take no time: --link and --latency give them some")
         else:
@@ -138,7 +138,9 @@ class Clock:
             lines.append(f"messages: {speed}{show(devices.latency, 's')} each, on a free link")
         if not self.costs.calls:
             lines.append("calls: no time for the optimizer, for memory traffic and for dispatch")
-        elif len(self.design.device_groups) > 1:
+        elif self.design.engine.fuse and len(self.design.stages) > 1:
+            lines.append("calls were measured apart, though all stages are one")
+        elif len(self.design.stages) > 1:
             lines.append("calls take as long on every device as on the one that was measured")
         if any(len(group) > 1 for group in self.design.device_groups):
             lines.append("replicas share the work of a stage evenly")
