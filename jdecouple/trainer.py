@@ -87,6 +87,7 @@ class Trainer:
         max_in_flight: int | None = None,
         engine: str = "mpmd",
         frozen: Sequence[int] = (),
+        gradient_norms: bool = False,
     ):
         """Places the stages and prepares their functions; compiles at the first step.
 
@@ -125,6 +126,7 @@ class Trainer:
                 equal blocks between the first and the last, and a local method or `gpipe`; "auto"
                 takes "spmd" where it fits and there are devices for two stages.
             frozen: indices of blocks that are not trained (local methods).
+            gradient_norms: whether metrics tell the norms of gradients, which costs a reduction.
 
         Raises:
             TypeError: an argument of a wrong type.
@@ -147,10 +149,7 @@ class Trainer:
         self._states = states.OwnStates(self.stages, self._engine, method.route)
 
     def init(self) -> State:
-        """Initial state: the weights of the model's blocks and of the heads, step 0.
-
-        The queues of a delayed method are there from the start, full of zeros that nothing uses.
-        """
+        """Initial state: step 0, weights of the model's blocks and of the heads, empty queues."""
         return self._states.load(
             0, lambda k: self.stages[k].initial() | states.zeros(self._states.queues(k))
         )
@@ -282,8 +281,10 @@ class Trainer:
 
         Returns:
             The new state, and metrics as futures: "loss" (sum over the blocks), "accuracy"
-            (of the last exit) and per block "block_{i}/loss", its terms and
-            "block_{i}/accuracy". Under several processes they cover the process's stages.
+            (of the last exit) and per block "block_{i}/loss", its terms and "block_{i}/accuracy".
+            With `gradient_norms` also "gradient_norm" and "block_{i}/gradient_norm", of one batch's
+            gradient, unscaled, neither clipped nor accumulated; nan until a late error has come.
+            Under several processes they cover the process's stages.
 
         Raises:
             TypeError, ValueError: what `put` refuses; a state that training has used up, or that

@@ -68,6 +68,14 @@ def tfds_dir() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def browser():
+    """A headless Chromium; tests that need it are skipped without one, see `browser`."""
+    from browser import started
+
+    yield from started()
+
+
 @pytest.fixture(autouse=True)
 def _registries_as_they_were(monkeypatch):
     """What a test registers, its end forgets."""

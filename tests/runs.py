@@ -284,7 +284,7 @@ def lines(workdir: Path) -> list[dict[str, Any]]:
 
 
 def without_timing(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    timing = ("examples_per_second", "input_wait")
+    timing = ("examples_per_second", "input_wait", "process_memory_peak")
     return [{k: v for k, v in line.items() if k not in timing} for line in lines]
 
 

@@ -3,13 +3,16 @@
 import subprocess
 import sys
 
+import pytest
 import runs
+from test_architecture import FILES, imports_of
 
 LATER = {
     *("PIL", "dm_pix", "grain", "matplotlib", "ml_collections", "orbax", "pandas"),
-    *("pyarrow", "safetensors", "sklearn", "tensorflow", "tensorflow_datasets", "tensorstore"),
-    *("tokenizers", "torch", "tqdm"),
+    *("pyarrow", "safetensors", "sklearn", "tensorboardX", "tensorflow", "tensorflow_datasets"),
+    *("tensorstore", "tokenizers", "torch", "tqdm", "wandb"),
 }
+TRACKERS = {"tensorboardX": "tensorboard.py", "wandb": "weights_and_biases.py"}
 
 
 def test_a_fresh_interpreter_imports_little():
@@ -29,3 +32,12 @@ def test_a_fresh_interpreter_imports_little():
     packages = {name.partition(".")[0] for name in modules}
     assert packages & LATER == set()
     assert not [name for name in modules if name.startswith("jdecouple.train.")]
+
+
+@pytest.mark.parametrize(("package", "file"), TRACKERS.items())
+def test_a_tracker_is_imported_where_it_is_asked_for(package, file):
+    """By its name in a table: no module of the package imports its own."""
+    found = [edge for path in FILES for edge in imports_of(path)]
+    own = f"jdecouple.train.tracking.{file.removesuffix('.py')}"
+    assert {edge.source for edge in found if edge.target.split(".")[0] == package} == {own}
+    assert not [str(edge) for edge in found if edge.target == own]

@@ -1,11 +1,11 @@
 """The README and the documents keep their word."""
 
-import ast
 import re
 import tomllib
 from pathlib import Path
 
 import pytest
+from fences import fences, run
 
 import jdecouple as jd
 
@@ -14,9 +14,7 @@ pytestmark = pytest.mark.usefixtures("optimized")
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 METHODS = (ROOT / "docs" / "methods.md").read_text()
-DOCUMENTS = sorted(ROOT.glob("docs/*.md"))
-SLOW = ("inference.md",)  # whose snippets train a run and start a process
-PAGES = [*sorted(ROOT.glob("*.md")), *DOCUMENTS, ROOT / "bench" / "RESULTS.md"]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), ROOT / "bench" / "RESULTS.md"]
 MOST_WORDS = 900
 
 LISTED = re.findall(r"^\| `(\w+)` \| .* \| (.*) \|$", README.split("## Your own")[0], re.M)
@@ -25,15 +23,8 @@ LATE = re.findall(r"^\| `(\w+)` \| [^|]* \| `(.*)` \| `(.*)` \| [^|]* \|$", METH
 """Name and staleness, of weights and of error, of every method in the table of staleness."""
 
 
-def snippets(page: Path, fence: str = "python") -> list[str]:
-    """The Python of a page; ```py begins what is only a part."""
-    return re.findall(rf"```{fence}\n(.*?)```", page.read_text(), re.S)
-
-
-def run(snippet: str, names: dict | None = None) -> dict:
-    names = {"__name__": __name__} if names is None else names  # dataclasses look for their module
-    exec(compile(snippet, "snippet", "exec"), names)
-    return names
+def snippets(page: Path) -> list[str]:
+    return [fence.text for fence in fences(page) if fence.language == "python"]
 
 
 def test_it_is_short():
@@ -75,25 +66,6 @@ def test_the_objective_of_contributing_trains(library):
     assert isinstance(objective, jd.objectives.Objective)
     method = jd.methods.Method("squared_error", objective, jd.routes.Local())
     assert accuracy(library, method) > 0.7
-
-
-@pytest.mark.parametrize(
-    "page",
-    [
-        pytest.param(page, marks=[pytest.mark.slow] * (page.name in SLOW), id=page.name)
-        for page in DOCUMENTS
-        if "```py" in page.read_text()
-    ],
-)
-def test_snippets_of_documents_run(page, monkeypatch, tmp_path):
-    """Of those that are only a part, the imports."""
-    monkeypatch.chdir(tmp_path)
-    for snippet in snippets(page):
-        run(snippet)
-    for snippet in snippets(page, "py"):
-        tree = ast.parse(snippet)
-        tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
-        run(ast.unparse(tree))
 
 
 # A method may have a row in the code before it has one here, but not the other way round.

@@ -33,21 +33,16 @@ _BATCH_SIZE = "inputs that are computed together; by default as in training's ev
 Row = tuple[str, Any]  # what an input is called, and what `encode` takes
 
 
-class Parser(argparse.ArgumentParser):
+class Arguments(argparse.ArgumentParser):
     """Arguments of a command; ValueError of one line for what they are not."""
 
-    def __init__(self, command: str, documentation: str | None, batch_size: str = _BATCH_SIZE):
+    def __init__(self, command: str, documentation: str | None):
         super().__init__(
             prog=f"jdecouple {command}",
             description=inspect.cleandoc(documentation or "").partition("\n\nRaises:")[0],
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        self.add_argument("workdir", metavar="WORKDIR", help="what was trained")
-        self.add_argument(
-            "--step", type=step, default="best", help="best (by validation), last or a number"
-        )
-        self.add_argument("--batch_size", type=int, help=batch_size)
 
     def error(self, message: str) -> NoReturn:
         """Refuses the arguments."""
@@ -55,6 +50,18 @@ class Parser(argparse.ArgumentParser):
         _, is_unknown, flag = message.partition("unrecognized arguments: ")
         hint = did_you_mean(flag.split("=")[0], re.findall(r"--\w+", usage)) if is_unknown else ""
         raise ValueError(f"{message}; {usage}{hint}")
+
+
+class Parser(Arguments):
+    """Arguments of a command on one workdir."""
+
+    def __init__(self, command: str, documentation: str | None, batch_size: str = _BATCH_SIZE):
+        super().__init__(command, documentation)
+        self.add_argument("workdir", metavar="WORKDIR", help="what was trained")
+        self.add_argument(
+            "--step", type=step, default="best", help="best (by validation), last or a number"
+        )
+        self.add_argument("--batch_size", type=int, help=batch_size)
 
 
 def predict(argv: Sequence[str]) -> None:

@@ -25,6 +25,7 @@ def write_evaluation(
     rule: Rule | None = None,
     images: Any = None,
     worst: int = 24,
+    about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Writes what the exits answer to labelled examples.
 
@@ -44,11 +45,12 @@ def write_evaluation(
         rule: It chooses the exit of each example instead, and what logits are divided by.
         images: `[n, height, width]` or `[n, height, width, 1, 3 or 4]`, of 0 to 255 if uint8.
         worst: Number of examples with the highest losses.
+        about: What tells later which network answered, such as its step: for JSON.
 
     Returns:
-        What JSON can hold: "examples", "answers" (of which exit or rule), "accuracy" and "loss" of
-        these, "exits", "classes" and "worst" as rows, "confusion" as rows of counts, and with a
-        rule "shares", the fraction of the examples that leaves at each exit.
+        What JSON can hold: what `about` holds, "examples", "answers" (of which exit or rule),
+        "accuracy" and "loss" of these, "exits", "classes" and "worst" as rows, "confusion" as rows
+        of counts, and with a rule "shares", the fraction of the examples that leaves at each exit.
 
     Raises:
         TypeError: Logits are no numbers, labels no integers, or the rule is none.
@@ -80,6 +82,7 @@ def write_evaluation(
     matrix = tables.confusion(answers.argmax(axis=-1), labels, len(names))
     (answered,) = tables.of_exits(answers[None], labels, numbers[-1:])
     content: dict[str, Any] = {
+        **(about or {}),
         "examples": len(labels),
         "answers": title,
         "accuracy": answered["accuracy"],

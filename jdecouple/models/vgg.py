@@ -108,8 +108,8 @@ def vgg8(
     (4, (5, 16, 16, 16))
 
     Args:
-        layout: "deinforeg" ([128, 128, 128, 256, M] [256, 512, M] [512, 512, M] [512, M]) or "scpl"
-            ([128, 256, M] [256, 512, M] [512, M] [512, M]).
+        layout: "deinforeg", which is `128,128,128,256,M|256,512,M|512,512,M|512,M` as `vgg` writes
+            it, or "scpl", which is `128,256,M|256,512,M|512,M|512,M`.
         classifier: "linear", "deinforeg" or "scpl", see `vgg`.
         width: Factor on all channel counts and on the classifier's hidden layer; each is rounded
             and at least 1.

@@ -9,7 +9,9 @@ import optax
 from jdecouple._errors import require_int, require_number
 
 Schedule: TypeAlias = Callable[[Any], Any]
+"""A function from the number of steps taken to a learning rate."""
 LearningRate: TypeAlias = float | Schedule
+"""What an optimiser takes as its learning rate."""
 
 
 def constant(value: float) -> Schedule:

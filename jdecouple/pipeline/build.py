@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jdecouple._errors import first_line, require_int, require_number, require_type
+from jdecouple._errors import first_line, require_bool, require_int, require_number, require_type
 from jdecouple.methods import Method
 from jdecouple.methods.objectives import BlockInfo
 from jdecouple.methods.routes import (
@@ -332,13 +332,14 @@ def build_stages(
     """Cuts the units into stages.
 
     `received` are shapes of a microbatch before the transform; `remat` is of all stages or of
-    each; `common` are `seed`, `num_microbatches` and `transform`.
+    each; `common` are `seed`, `num_microbatches`, `transform` and `gradient_norms`.
 
     Raises:
         TypeError: an optimizer that is none.
         ValueError: an optimizer that needs more than gradients, `remat` of another number of
             stages, a norm that the method cannot bound, or values out of range.
     """
+    require_bool(gradient_norms=common["gradient_norms"])
     if isinstance(optimizer, optax.MultiSteps):
         optimizer = optimizer.gradient_transformation()
     require_type(optax.GradientTransformation, optimizer=optimizer)

@@ -96,6 +96,7 @@ def make_design(
     max_in_flight: int | None = None,
     engine: str = "mpmd",
     frozen: Sequence[int] = (),
+    gradient_norms: bool = False,
 ) -> Design:
     """The design of a training; its arguments are those of `jdecouple.Trainer`.
 
@@ -148,6 +149,7 @@ def make_design(
     starts = build.split_blocks(whole, built, method.route, num_stages, boundaries)
     common: dict[str, Any] = {"seed": seed, "num_microbatches": microbatches}
     common |= {"transform": transform, "accumulate": accumulate, "ema": ema}
+    common["gradient_norms"] = gradient_norms
     stages = build.build_stages(
         built, method, starts, received, optimizer, remat, clip_norm, **common
     )

@@ -10,6 +10,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jdecouple.methods.routes import with_whole_norm
+
 _COMPILE_SECONDS = 3600
 
 
@@ -106,7 +108,8 @@ def gather_metrics(metrics: Mapping[str, Any], names: Sequence[str]) -> dict[str
     blocks = gather(values, [name for name in names if name.startswith("block_")])
     losses = [value for name, value in blocks.items() if name.endswith("/loss")]
     exits = [value for name, value in blocks.items() if name.endswith("/accuracy")]
-    return {"loss": sum(losses), **({"accuracy": exits[-1]} if exits else {}), **blocks}
+    known = {"loss": sum(losses), **({"accuracy": exits[-1]} if exits else {}), **blocks}
+    return with_whole_norm(known)
 
 
 def gather(values: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:

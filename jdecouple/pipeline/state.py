@@ -311,7 +311,7 @@ def metric_names(stage: Stage, route: Route) -> list[str]:
     if stage.scaling not in (None, "model"):
         owners = [f"block_{unit.index}/" for unit in stage.units if not unit.frozen]
         names += [owner + name for owner in owners for name in ("loss_scale", "skipped")]
-    return names
+    return names + stage.norm_names
 
 
 def queue_shapes(schedule: Schedule, route: Route, stages: tuple[Stage, ...], index: int) -> Any:

@@ -110,10 +110,10 @@ class Schedule:
         """Iterations between a batch's entry and its end at the last stage."""
         return self.delay(self.num_stages - 1)
 
-    def delay(self, stage: int) -> int:
-        """Iterations between a batch's entry and its forward at a stage."""
-        forward = stage, Kind.FORWARD
-        return -min(a.microbatch for a in self.actions if a[:2] == forward and a.microbatch <= 0)
+    def delay(self, stage: int, kind: Kind = Kind.FORWARD) -> int:
+        """Iterations between a batch's entry and its forward, or backward, at a stage."""
+        action = stage, kind
+        return -min(a.microbatch for a in self.actions if a[:2] == action and a.microbatch <= 0)
 
     @property
     def depth(self) -> int:

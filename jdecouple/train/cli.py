@@ -20,6 +20,7 @@ from jdecouple.train.errors import ConfigError, one_line, shown
 from jdecouple.train.keys import KEYS
 from jdecouple.train.options import OWNERS
 from jdecouple.train.overrides import NAMES, override, typed
+from jdecouple.train.tracking import TrackingError
 
 _HOSTS = """Several processes (docs/multi-host.md); SLURM and Open MPI need no flags:
   --coordinator HOST:PORT   where process 0 waits for the others
@@ -28,7 +29,10 @@ _HOSTS = """Several processes (docs/multi-host.md); SLURM and Open MPI need no f
   --transport_address HOST  where the others reach this one; by default as process 0 sees it
 On machines without one home, all need the same secret in JDECOUPLE_TOKEN."""
 _HELP = "--help KEY tells of a key alone, `jdecouple list keys` in a line of each."
-EXPECTED = (ConfigError, CheckpointError, loop.NonFiniteError, OSError, KeyboardInterrupt)
+EXPECTED = (
+    *(ConfigError, CheckpointError, loop.NonFiniteError, TrackingError, OSError),
+    KeyboardInterrupt,
+)
 # What ends a run although its input is good.
 _OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EMFILE, errno.ENFILE}
 

@@ -38,8 +38,12 @@ COMMANDS = {
     "calibrate": Command(
         "jdecouple.train.evaluation:calibrate", "Chooses by which rule inputs leave early."
     ),
+    "report": Command("jdecouple.train.pages.report:main", "Writes one HTML page about a run."),
     "export": Command(
         "jdecouple.inference.cli:export", "Writes a network into a folder that serves it."
+    ),
+    "compare": Command(
+        "jdecouple.train.pages.compare:main", "Compares runs on one page, and in two tables."
     ),
     "find_lr": Command(
         "jdecouple.train.lr_finder:main", "Finds a learning rate for a configuration."

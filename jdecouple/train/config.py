@@ -115,6 +115,7 @@ _LATER = ("crop_mode", "cutout", "clean")
 _FREE = (
     *("log_every", "checkpoint", "profile", "sufficient_direction", "max_in_flight", "remat"),
     *("mesh", "num_stages", "boundaries", "split", "schedule", "engine", "chunk"),
+    *("tracking", "gradient_norms"),
 )
 
 

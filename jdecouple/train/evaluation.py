@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
@@ -21,7 +20,7 @@ from jdecouple.train import config as configuration
 from jdecouple.train.errors import ConfigError, one_line
 from jdecouple.train.parts import load_data
 
-_SPLITS = ("validation", "test", "train")
+SPLITS = ("validation", "test", "train")
 _MOST_IMAGE_BYTES = 1 << 30  # that the worst are drawn from
 _MEASURED_BATCHES = 8
 
@@ -40,7 +39,7 @@ def evaluate(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--output", type=Path, help="a folder, by default WORKDIR/evaluation_SPLIT")
     given = parser.parse_args(argv)
-    run, split = _loaded(given)
+    run, split = loaded(given.workdir, given.step, given.split, given.data_dir)
     logits, labels = run.logits(split, given.batch_size)
     folder = given.output or run.workdir / f"evaluation_{split.name}"
     calibrated = given.exit == "calibrated"
@@ -52,7 +51,8 @@ def evaluate(argv: Sequence[str]) -> None:
         exits=run.exits,
         exit=None if calibrated else given.exit,
         rule=cli.calibrated(run) if calibrated else None,
-        images=_images(run, split),
+        images=images_of(run, split),
+        about={"step": run.step, "split": split.name},
     )
     print(f"{split.name} accuracy at step {run.step}, {content['examples']} examples")
     for row in content["exits"]:
@@ -84,7 +84,7 @@ def calibrate(argv: Sequence[str]) -> None:
     given = parser.parse_args(argv)
     if given.accuracy_loss is not None:
         require_number(accuracy_loss=given.accuracy_loss)
-    run, split = _loaded(given)
+    run, split = loaded(given.workdir, given.step, given.split, given.data_dir)
     require_exits(run.predictor)
     logits, labels = run.logits(split, given.batch_size)
     unit, costs = ("time", _seconds(run, split)) if given.time else ("operations", run.costs)
@@ -121,18 +121,24 @@ def calibrate(argv: Sequence[str]) -> None:
 
 def _parser(name: str, command: Callable[..., None], split: str) -> cli.Parser:
     parser = cli.Parser(name, command.__doc__)
-    parser.add_argument("--split", choices=_SPLITS, default=split, help=f"by default {split}")
+    parser.add_argument("--split", choices=SPLITS, default=split, help=f"by default {split}")
     parser.add_argument("--data_dir", help="folder that now holds the data, if not that of before")
     return parser
 
 
-def _loaded(given: argparse.Namespace) -> tuple[Run, Split]:
-    """The network and the examples that a command is about."""
-    run = load(given.workdir, given.step)
-    split = getattr(dataset_of(run, given.data_dir), given.split)
-    if not len(split):
-        raise ConfigError(f"the {given.split} split is empty: choose another with --split")
-    return run, split
+def loaded(
+    workdir: str | Path, step: str | int, split: str, data_dir: str | None
+) -> tuple[Run, Split]:
+    """The network of a checkpoint, as of `load`, and the examples of a split of its data set.
+
+    Raises:
+        ValueError, OSError: either cannot be loaded, or the split is empty.
+    """
+    run = load(workdir, step)
+    examples = getattr(dataset_of(run, data_dir), split)
+    if not len(examples):
+        raise ConfigError(f"the {split} split is empty: choose another with --split")
+    return run, examples
 
 
 def dataset_of(run: Run, data_dir: str | None = None) -> Dataset:
@@ -176,7 +182,7 @@ def _seconds(run: Run, split: Split) -> np.ndarray:
     return run.seconds(run.inputs.whole(split.gather(np.arange(count))))
 
 
-def _images(run: Run, split: Split) -> np.ndarray | None:
+def images_of(run: Run, split: Split) -> np.ndarray | None:
     """The images of a split, to draw some of; None of texts, or of too many."""
     shape, dtype = run.inputs.example
     size = len(split) * int(np.prod(shape)) * np.dtype(dtype).itemsize

@@ -149,6 +149,17 @@ KEYS: tuple[Key, ...] = (
     Key("checkpoint.every", int, "Steps between checkpoints; None: as eval_every."),
     Key("checkpoint.keep", 3, "How many of the last checkpoints stay, beside the best."),
     Key("log_every", 50, "Steps between lines of the log."),
+    Key(
+        "tracking",
+        object,
+        "Names of what else gets the metrics, with commas or as a tuple: tensorboard, wandb, "
+        "or what was registered.",
+    ),
+    Key(
+        "gradient_norms",
+        False,
+        "Whether the norms of the gradients are among the metrics, which costs some time.",
+    ),
     Key("profile", int, "Steps to trace, after the first 10, and to draw; no stages are fused."),
     Key(
         "sufficient_direction",

@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,17 +17,21 @@ from jdecouple import data, growth
 from jdecouple._errors import OneLine
 from jdecouple._files import local_folder
 from jdecouple.checkpoint import Checkpointer
+from jdecouple.methods.routes.stage import NORM
 from jdecouple.pipeline.batch import PlacedBatch
 from jdecouple.train import config as configuration
-from jdecouple.train import devices, hosts, notebook, report
+from jdecouple.train import devices, gauges, hosts, notebook, report
 from jdecouple.train.divergence import Range, fault, left_out
 from jdecouple.train.errors import one_line
 from jdecouple.train.interrupt import Interrupt
 from jdecouple.train.lock import only_run
-from jdecouple.train.metrics import Interval, MetricsWriter, Progress, clock, read_metrics
+from jdecouple.train.metrics import Interval, Progress, clock, read_metrics
 from jdecouple.train.profile import Profile
-from jdecouple.train.resume import describe, open_metrics, origin, record, restore, stopping
+from jdecouple.train.resume import describe, origin, record, restore, stopping
 from jdecouple.train.run import Run, build, check_alike
+from jdecouple.train.tracking import Callback
+from jdecouple.train.tracking.table import check_installed
+from jdecouple.train.tracking.writers import Writers, open_writers
 from jdecouple.trainer import State, Trainer
 
 
@@ -40,6 +44,7 @@ def train_and_evaluate(
     config: ConfigDict | Mapping,
     workdir: str | os.PathLike[str],
     processes: hosts.MultiProcess | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> dict[str, Any]:
     """Trains as a configuration says; continues what the workdir already holds.
 
@@ -51,6 +56,8 @@ def train_and_evaluate(
             with `config.profile` `profile/` and `timeline.png`; made if missing. Of several
             processes the first alone reads and writes it.
         processes: what `jdecouple.train.hosts.join` returned, where there are several.
+        callbacks: functions of a step, a split and values, or writers (`jdecouple.train.tracking`):
+            the first process calls each with what every line of `metrics.jsonl` holds.
 
     Returns:
         "step"; "finished" (False after a signal such as Ctrl-C, which saves and returns); "reason"
@@ -65,6 +72,7 @@ def train_and_evaluate(
         NonFiniteError: the training diverged; the last good checkpoint is kept.
         CheckpointError: a checkpoint could not be written.
         OSError: the metrics could not be written, as on a full disk.
+        TrackingError: a callback, or a writer of the user's own, has raised an exception.
         StoppedError: in a notebook, after the stop button, so that cells behind do not run.
     """
     with one_line():
@@ -72,6 +80,7 @@ def train_and_evaluate(
     config = configuration.validate(config)
     processes = processes or hosts.SingleProcess()
     if processes.first:
+        check_installed(config.tracking)
         devices.introduce(config)
     run = build(config)
     if processes.first:
@@ -91,7 +100,8 @@ def train_and_evaluate(
             state, start = restore(run, checkpoints, processes)
             if processes.first:
                 record(folder, run, state.step, start)
-                writer = stack.enter_context(open_metrics(folder, run, state.step, start))
+                given = (folder, run, state.step, start, callbacks)
+                writer = stack.enter_context(open_writers(*given))
         profile = Profile(run.trainer, folder, run.config.profile, state.step, title)
         loop = Loop(run, checkpoints, writer, interrupt, profile, processes)
         state = loop.train(state, start)
@@ -123,7 +133,7 @@ class Loop:
 
     run: Run
     checkpoints: Checkpointer | None  # the first process's alone, as is the writer
-    writer: MetricsWriter | None
+    writer: Writers | None
     interrupt: Interrupt
     profile: Profile
     processes: hosts.MultiProcess
@@ -274,7 +284,8 @@ class Loop:
             return
         if (reason := fault(row)) is not None:
             raise NonFiniteError(f"{reason} at step {step}; {self._last_good()}")
-        self._interval.add(row, finite=bool(left_out(row)))
+        norms = [name for name in row if name.endswith(NORM)]
+        self._interval.add(row, finite=bool(left_out(row)), late=norms)
         if np.isfinite(row["loss"]):
             self._warn(self._range.add(step, float(row["loss"])))
 
@@ -284,6 +295,8 @@ class Loop:
         values = self._interval.end(step, now, size)
         diagnosed = jax.device_get(self.run.diagnose(state) if self.run.diagnose else {})
         values |= {name: float(value) for name, value in diagnosed.items() if np.isfinite(value)}
+        freeze = self.run.config.growth.freeze
+        values |= gauges.learning_rates(self.run.phases, step, freeze=freeze) | gauges.memory()
         self._write(step, "train", values)
         shown: dict[str, Any] = {"epoch": f"{step * size / len(self.run.dataset.train):.2f}"}
         shown |= {name: values[name] for name in ("loss", "accuracy") if name in values}

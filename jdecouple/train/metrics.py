@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +41,23 @@ class Interval:
         self._step, self._began = step, began
         self.means = means or {"count": 0, "sums": {}}
 
-    def add(self, values: Mapping[str, Any], *, finite: bool = False) -> None:
-        """Counts the scalars of one step; every step has the same names.
+    def add(
+        self, values: Mapping[str, Any], *, finite: bool = False, late: Collection[str] = ()
+    ) -> None:
+        """Counts the scalars of one step; a mean is over the steps that have its name.
 
-        With `finite` those alone that are finite, as of a step that has changed nothing.
+        With `finite` those alone that are finite, as of a step that has changed nothing. Those
+        named in `late` are nan where they are not there yet.
         """
+        sums, before = self.means["sums"], self.means["count"]
+        lacks = dict.fromkeys(sums.keys() - values.keys(), 1)
+        lacks |= dict.fromkeys(values.keys() - sums.keys(), before)
+        for name, steps in lacks.items() if before else ():  # as a run that goes on has other ones
+            without = self.means.setdefault("without", {})
+            without[name] = without.get(name, 0) + steps
         self.means["count"] += 1
-        sums = self.means["sums"]
         for name, value in values.items():
-            if finite and not math.isfinite(value):
+            if (name in late and math.isnan(value)) or (finite and not math.isfinite(value)):
                 without = self.means.setdefault("without", {})
                 without[name] = without.get(name, 0) + 1
                 value = 0.0

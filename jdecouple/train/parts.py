@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from jdecouple import data, methods, models, optim
 from jdecouple.methods.routes.stage import Transform
 from jdecouple.train import config as configuration
-from jdecouple.train import memory, phases
+from jdecouple.train import memory, phases, rates
 from jdecouple.train.config import chosen
 from jdecouple.train.errors import ConfigError, one_line
 from jdecouple.train.profile import WARM_UP_STEPS
@@ -28,8 +28,12 @@ class Parts:
     dataset: data.Dataset
     transform: Transform | None
     method: methods.Method
+    schedules: Sequence[optim.Schedule]
+    """The learning rate of every phase."""
     optimizers: Sequence[Any]
     """That of every phase."""
+    accumulate: int
+    """Batches to an optimiser's step."""
     make_model: Callable[[nnx.Rngs], models.Model]
     starts: tuple[int, ...]
     steps_per_epoch: int
@@ -51,6 +55,7 @@ class Parts:
             "remat": config.remat,
             "fuse": False if config.profile else None,  # a timeline shows stages
             "max_in_flight": config.max_in_flight,
+            "gradient_norms": config.gradient_norms,
         }
 
 
@@ -75,17 +80,18 @@ def prepare(config: ConfigDict | Mapping) -> Parts:
     starts = phases.starts(config, steps_per_epoch)
     _check_accumulate(config, [*starts, total_steps], accumulate)
     with one_line(config.optimizer, "config.optimizer"):
-        optimizers = [
-            _optimizer(config, steps, steps_per_epoch, accumulate)
-            for steps in phases.scheduled(config, starts, total_steps)
-        ]
+        lengths = phases.scheduled(config, starts, total_steps)
+        schedules = [rates.schedule(config, steps, steps_per_epoch) for steps in lengths]
+        optimizers = [rates.optimizer(config, each, accumulate) for each in schedules]
     make_model = functools.partial(_model, config, dataset)
     return Parts(
         config,
         dataset,
         transform,
         method,
+        schedules,
         optimizers,
+        accumulate,
         make_model,
         starts,
         steps_per_epoch,
@@ -178,31 +184,3 @@ def method_arguments(config: ConfigDict, dataset: data.Dataset) -> dict[str, Any
     allowed = methods.arguments(config.method.name)
     known = {key: value for key, value in dataset.method_arguments().items() if key in allowed}
     return known | chosen(config, "method")
-
-
-def _optimizer(config: ConfigDict, total_steps: int, steps_per_epoch: int, accumulate: int) -> Any:
-    section = config.optimizer
-    epochs = {"warmup_epochs": (section.warmup_epochs,), "decay_epochs": section.decay_epochs}
-    for key, values in epochs.items():
-        if any(epoch * steps_per_epoch > MOST for epoch in values):
-            most = f"at most {MOST / steps_per_epoch:.0f} epochs are allowed"
-            raise ConfigError(f"config.optimizer.{key} is {section[key]}: {most}")
-    boundaries = [round(epoch * steps_per_epoch) for epoch in section.decay_epochs]
-    if boundaries and not boundaries[0]:
-        raise ConfigError(
-            f"config.optimizer.decay_epochs is {section.decay_epochs}: the first is before step 1"
-        )
-    arguments = {
-        "constant": (),
-        "cosine": (section.end_learning_rate, total_steps),
-        "step_decay": (boundaries, section.decay_factor),
-    }
-    make_schedule = optim.get_schedule(section.schedule)
-    schedule = make_schedule(section.learning_rate, *arguments[section.schedule])
-    if section.per_epoch:
-        schedule = optim.per_epoch(schedule, steps_per_epoch)
-    if section.warmup_epochs:
-        steps = max(1, round(section.warmup_epochs * steps_per_epoch))
-        schedule = optim.warmup(schedule, steps, section.warmup_start)
-    schedule = optim.every(schedule, accumulate)
-    return optim.get(section.name)(schedule, **chosen(config, "optimizer"))

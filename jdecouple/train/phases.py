@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from jdecouple import growth
 from jdecouple.methods import Method
 from jdecouple.models import Model
+from jdecouple.optim import Schedule
 from jdecouple.train.config import ConfigError
 from jdecouple.train.rules import MOST
 from jdecouple.trainer import Trainer
@@ -23,11 +24,13 @@ class Phase(NamedTuple):
         start: steps that are trained before it.
         trainer: trains its blocks.
         trainer_of: the trainer of a batch, see `jdecouple.train.run.Run`.
+        learning_rate: by the number of batches that a block was trained on before.
     """
 
     start: int
     trainer: Trainer
     trainer_of: TrainerOf
+    learning_rate: Schedule
 
 
 def starts(config: ConfigDict, steps_per_epoch: int) -> tuple[int, ...]:

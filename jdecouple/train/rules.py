@@ -8,6 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from jdecouple.train.tracking.table import chosen
+
 DTYPES = {"float32": None, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 MOST = 2**31 - 1  # of whole numbers, but for the seed
 _MOST_PARTS = 4096  # blocks and stages, of which lists are made
@@ -86,6 +88,10 @@ def clashes(config: ConfigDict, defaults: ConfigDict) -> Iterator[str]:
 
     A key counts as set where its value is not that of `defaults`.
     """
+    try:
+        chosen(config.tracking)
+    except ValueError as error:
+        yield str(error)
     yield from _rates(config.optimizer, defaults.optimizer)
     mesh, profile = config.mesh, config.profile
     buckets, length = config.data.buckets, config.data.max_length

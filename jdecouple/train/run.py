@@ -17,7 +17,7 @@ from jdecouple.pipeline import Proposal, autoplace, make_mesh
 from jdecouple.pipeline.build import abstract, model_input
 from jdecouple.pipeline.design import Design
 from jdecouple.pipeline.diagnostics import SufficientDirection
-from jdecouple.train import memory, phases
+from jdecouple.train import memory, phases, rates
 from jdecouple.train.errors import ConfigError, one_line
 from jdecouple.train.hosts import MultiProcess
 from jdecouple.train.parts import prepare
@@ -56,7 +56,7 @@ class Run:
         A state of that step is this trainer's, until blocks are added for the next.
         """
         begun = [phase for phase in self.phases if phase.start < step]
-        _, trainer, trainer_of = begun[-1] if begun else self.phases[0]
+        _, trainer, trainer_of, _ = begun[-1] if begun else self.phases[0]
         return dataclasses.replace(self, trainer=trainer, trainer_of=trainer_of)
 
 
@@ -91,7 +91,8 @@ def build(config: ConfigDict | Mapping) -> Run:
         def phase(number: int, placement: Mapping[str, Any]) -> Phase:
             make = functools.partial(makers[number], **placement)
             trainer = make(example=example)
-            return Phase(starts[number], trainer, by_length(trainer, example, make))
+            rate = rates.by_batches(prepared.schedules[number], prepared.accumulate)
+            return Phase(starts[number], trainer, by_length(trainer, example, make), rate)
 
         last = phase(-1, placed)
         trainer = last.trainer

@@ -48,6 +48,7 @@ class TestWhatARunLeaves:
         assert [line["step"] for line in train] == list(range(1, 28))
         blocks = {f"block_{i}/{term}" for i in (0, 1) for term in TERMS}
         own = {"step", "split", "loss", "accuracy", "examples_per_second", "input_wait"}
+        own |= {"learning_rate", "process_memory_peak"}
         assert set(train[0]) == own | blocks
         exits = {f"exit_{i}/{each}" for i in (0, 1) for each in ("loss", "accuracy")}
         for part in (validation, test):

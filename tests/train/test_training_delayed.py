@@ -31,7 +31,8 @@ def of_train(folder):
 
 
 class TestADelayedRun:
-    EMPTY = ({"step", "split", "examples_per_second", "input_wait"},) * 2
+    GAUGES = ("examples_per_second", "input_wait", "learning_rate", "process_memory_peak")
+    EMPTY = ({"step", "split", *GAUGES},) * 2
 
     def test_metrics_begin_with_the_first_batch_that_reaches_the_end(self, delayed_run):
         train = of_train(delayed_run[0])

@@ -6,7 +6,14 @@ from jdecouple.methods.routes.local import Local
 from jdecouple.methods.routes.ordering import after
 from jdecouple.methods.routes.remat import REMATS, repeated
 from jdecouple.methods.routes.route import Route, Staleness
-from jdecouple.methods.routes.stage import Accumulated, Metrics, Stage, StageState, add
+from jdecouple.methods.routes.stage import (
+    Accumulated,
+    Metrics,
+    Stage,
+    StageState,
+    add,
+    with_whole_norm,
+)
 from jdecouple.methods.routes.synchronous import Synchronous
 from jdecouple.methods.routes.unit import Carry, Unit
 from jdecouple.methods.routes.updates import accumulating, averaged
@@ -30,4 +37,5 @@ __all__ = [
     "averaged",
     "loss_scale",
     "repeated",
+    "with_whole_norm",
 ]

@@ -14,11 +14,15 @@ from jdecouple.methods.routes import loss_scale
 from jdecouple.methods.routes.unit import Carry, Unit
 from jdecouple.methods.routes.updates import begin_average, has_stepped, move_average
 
-# "params", "stats" and "opt", where weights are averaged "ema", and where losses are scaled
-# "loss_scale": each a tuple with one entry a unit.
 StageState = dict[str, Any]
+"""What a stage trains: "params", "stats" and "opt", where weights are averaged "ema", and where
+losses are scaled "loss_scale", each a tuple with one entry a unit.
+"""
 Metrics = dict[str, jax.Array]
+"""Scalars by name, such as "block_0/loss"; after T batches in one call arrays `[T]`."""
 Transform = Callable[[Carry, jax.Array, bool], Carry]
+
+NORM = "gradient_norm"
 
 
 class Accumulated(NamedTuple):
@@ -46,6 +50,7 @@ class Stage:
         carry: shapes of the carry that the stage receives, one microbatch.
         scaling: whose overflow leaves a step out and halves the scale of the loss, a "block"'s, the
             "stage"'s or that of the whole "model"; None where no loss is scaled.
+        gradient_norms: whether metrics tell the norm of every unit's gradient.
     """
 
     index: int
@@ -60,6 +65,7 @@ class Stage:
     remat: str
     carry: Carry
     scaling: str | None = None
+    gradient_norms: bool = False
 
     @property
     def is_last(self) -> bool:
@@ -133,18 +139,32 @@ class Stage:
         leaves = [jnp.sum(jnp.square(leaf.astype(dtype))) for leaf in jax.tree.leaves(gradients)]
         return sum(leaves, jnp.zeros((), dtype)) / self.num_microbatches**2
 
+    @property
+    def norm_names(self) -> list[str]:
+        """Names of the metrics that `norms` gives."""
+        trained = [unit.index for unit in self.units if not unit.frozen]
+        return [f"block_{index}/{NORM}" for index in trained] if self.gradient_norms else []
+
+    def norms(self, gradients: Any) -> Metrics:
+        """Norm of every trained unit's mean of the microbatches' gradients, {} if not asked for."""
+        pairs = zip(self.units, gradients, strict=True)
+        trained = [own for unit, own in pairs if not unit.frozen and self.gradient_norms]
+        norms = [jnp.sqrt(self.squared_norm(own)).astype(jnp.float32) for own in trained]
+        return dict(zip(self.norm_names, norms, strict=True))
+
     def step(
         self, state: StageState, gradients: Any, squared_norm: jax.Array | None = None
     ) -> tuple[StageState, Metrics]:
         """`update`, left out for units whose scaled loss has overflowed; their scale moves.
 
-        Where losses are scaled, metrics tell the scale of the gradients, and 1 if the step is left
-        out, else 0.
+        Metrics tell norms, if asked for; where losses are scaled, the scale of the gradients, and 1
+        if the step is left out, else 0.
         """
         clipped = None if self.clip_norm is None else squared_norm
         new = self.update(state, gradients, clipped)
+        metrics = self.norms(gradients)
         if self.scaling is None:
-            return new, {}
+            return new, metrics
         if self.scaling == "model":
             assert squared_norm is not None
             finite = [jnp.isfinite(squared_norm)] * len(self.units)
@@ -156,7 +176,6 @@ class Stage:
             if new[part] is not state[part]:
                 units = zip(finite, new[part], state[part], strict=True)
                 new[part] = tuple(loss_scale.select(*each) for each in units)
-        metrics: Metrics = {}
         moved = []
         for unit, scale, good in zip(self.units, state["loss_scale"], finite, strict=True):
             moved.append(loss_scale.adjusted(scale, good) if scale else scale)
@@ -276,3 +295,15 @@ def totals(carry: Carry, metrics: Metrics) -> tuple[Metrics, Carry]:
     if losses or "loss" in carry:
         carry = {**carry, "loss": loss}
     return {**metrics, "loss": loss, **({"accuracy": exits[-1]} if exits else {})}, carry
+
+
+def with_whole_norm(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Metrics, or arrays of them, with the norm of the whole gradient where they have the blocks'.
+
+    Norms that are there stay as they are.
+
+    >>> with_whole_norm({"block_0/gradient_norm": 3.0, "block_1/gradient_norm": 4.0})[NORM]
+    5.0
+    """
+    squares = [value * value for name, value in metrics.items() if name.endswith(f"/{NORM}")]
+    return {NORM: sum(squares[1:], squares[0]) ** 0.5, **metrics} if squares else metrics

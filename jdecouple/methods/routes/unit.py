@@ -14,6 +14,7 @@ from jdecouple.models.cuts import read_entries
 
 Arrays = dict[str, jax.Array]
 Carry = dict[str, Any]
+"""What a stage hands on: "x", "label" and what heads add, of arrays with the batch axis first."""
 Train = Callable[..., tuple[Any, HeadOutput | None, Arrays]]
 
 _RESERVED = ("x", "label", "loss", "weight")

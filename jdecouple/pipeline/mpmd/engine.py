@@ -9,14 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jdecouple.methods.routes import Carry, Metrics, StageState
+from jdecouple.methods.routes import Carry, Metrics, StageState, with_whole_norm
+from jdecouple.methods.routes.stage import NORM
 from jdecouple.pipeline.batch import PlacedBatch
 from jdecouple.pipeline.mesh import jit
 from jdecouple.pipeline.mpmd.executor import Executor
 from jdecouple.pipeline.mpmd.multi_step import MultiStep
 from jdecouple.pipeline.state import or_nan, place_states
 from jdecouple.pipeline.transfer import crosses, transfer
-from jdecouple.schedules import Call
+from jdecouple.schedules import Call, Kind
 
 States = Sequence[StageState | None]
 
@@ -36,6 +37,9 @@ class MpmdEngine:
         self._executor = executor
         self._several = MultiStep(executor)
         self._stacked = jit(_stacked, self.placements[0])
+        self._with_whole = jit(with_whole_norm, self.placements[0])
+        one_process = all(placement.fully_addressable for placement in self.placements)
+        self._has_norms = executor.stages[0].gradient_norms and one_process
         self._in_flight: collections.deque[list[jax.Array]] = collections.deque()
 
     def load(self, states: Iterable[StageState | None]) -> States:
@@ -73,11 +77,13 @@ class MpmdEngine:
         for k, metrics in enumerate(stage_metrics):
             if metrics:
                 metrics = self._stacked(metrics) if batch.count == 1 else metrics
-                exists = step - self.schedule.delay(k) + np.arange(count) >= since
-                if not exists.all():
-                    metrics = or_nan(exists[0] if batch.count is None else exists, metrics)
-                merged |= metrics
-        return states, merged
+                norms = {n: metrics.pop(n) for n in self._executor.stages[k].norm_names}
+                for kind, values in ((Kind.FORWARD, metrics), (Kind.BACKWARD, norms)):
+                    exists = step - self.schedule.delay(k, kind) + np.arange(count) >= since
+                    if values and not exists.all():
+                        values = or_nan(exists[0] if batch.count is None else exists, values)
+                    merged |= values
+        return states, self._whole(merged) if self._has_norms else merged
 
     def measure(
         self, states: States, batch: PlacedBatch, step: int
@@ -95,6 +101,13 @@ class MpmdEngine:
         """Blocks until all that was dispatched has run."""
         jax.block_until_ready((states, list(self._in_flight)))
         self._in_flight.clear()
+
+    def _whole(self, metrics: Metrics) -> Metrics:
+        """Metrics with the norm of the whole gradient, which the stages know their parts of."""
+        norms = {n: value for n, value in metrics.items() if n.endswith(NORM)}
+        with jax.debug_nans(False):  # of a part that does not exist, it is nan
+            moved = jax.device_put(norms, self.placements[0].replicated)
+            return {**self._with_whole(moved), **metrics}
 
     def _credits(self, stage_metrics: Sequence[Metrics | None], count: int) -> list[jax.Array]:
         """Losses that the processes above return once they have trained on a batch.

@@ -73,7 +73,7 @@ def stage_step(
             out.pop("residuals", None)
         else:
             updated, scaling = stage.step(state, gradients, squared_norm)
-            none = {name: 0 if name.endswith("skipped") else x for name, x in scaling.items()}
+            none = {name: x if name.endswith("loss_scale") else 0 for name, x in scaling.items()}
             scaling = _if_exists(step_id, state, scaling, none)
             state = out["state"] = _if_exists(step_id, state, updated, state)
             gradients = None
@@ -224,7 +224,11 @@ def compile_stage_fn(
         return out
 
     constrained.__name__ = function.__name__
-    donated: tuple[int, ...] = (0,) if Kind.STEP in kinds else (1,)
-    if Kind.STEP in kinds and kinds[-1] is Kind.FORWARD:
-        donated = (0, 2)  # the new residuals take the place of the old
-    return jit(constrained, placement, donate_argnums=donated)
+    return jit(constrained, placement, donate_argnums=donated_by(kinds))
+
+
+def donated_by(kinds: tuple[Kind, ...]) -> tuple[int, ...]:
+    """Which arguments a call replaces: the state, what is accumulated, or residuals."""
+    if Kind.STEP not in kinds:
+        return (1,)
+    return (0, 2) if kinds[-1] is Kind.FORWARD else (0,)  # new residuals take the place of old

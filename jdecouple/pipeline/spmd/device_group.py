@@ -44,6 +44,7 @@ class DeviceGroup:
         route: how error reaches the blocks.
         is_first: whether batches enter here.
         is_last: whether nothing goes on from here, whatever the shape of its features.
+        names: of its metrics, in order.
     """
 
     stages: tuple[Stage, ...]
@@ -51,6 +52,7 @@ class DeviceGroup:
     route: Route
     is_first: bool
     is_last: bool
+    names: tuple[str, ...]
 
     def shifted(self, shift: Any) -> "DeviceGroup":
         """The same for a device group whose blocks lie `shift` blocks further up."""
@@ -166,8 +168,17 @@ class DeviceGroup:
 
     def squared_norm(self, gradients: Slots) -> jax.Array:
         """Squared norm of the mean gradient of the group's stages."""
-        norms = [
-            stage.squared_norm(tuple(gradients[slot] for slot in slots))
-            for stage, slots in zip(self.stages, self.param_slots, strict=True)
-        ]
+        norms = [stage.squared_norm(own) for stage, own in self._own(gradients)]
         return sum(norms[1:], norms[0])
+
+    def norms(self, gradients: Slots) -> Metrics:
+        """Norms of the blocks' gradients, if they are asked for."""
+        found: Metrics = {}
+        for stage, own in self._own(gradients):
+            found |= stage.norms(own)
+        return found
+
+    def _own(self, gradients: Slots) -> list[tuple[Stage, tuple]]:
+        """Every stage with the gradients of its units."""
+        pairs = zip(self.stages, self.param_slots, strict=True)
+        return [(stage, tuple(gradients[slot] for slot in slots)) for stage, slots in pairs]

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jdecouple.methods.routes import Carry, Metrics, Route, loss_scale, repeated
+from jdecouple.methods.routes import Carry, Metrics, Route, loss_scale, repeated, with_whole_norm
 from jdecouple.pipeline.mesh import jit
 from jdecouple.pipeline.spmd.device_group import DeviceGroup, Slots
 from jdecouple.pipeline.spmd.sharded_state import Arrays, Layout
@@ -81,10 +81,11 @@ class Program:
 
         def metrics(table: jax.Array, single: bool) -> Metrics:
             table = table.reshape(self._groups, -1, self._width)
-            return {
+            found = {
                 name: table[group, 0, column] if single else table[group, :, column]
                 for name, (group, column) in self._columns.items()
             }
+            return with_whole_norm(found)
 
         return jit(metrics, self._layout.placements[0], static_argnums=1)
 
@@ -104,7 +105,7 @@ class Program:
                 if pattern.is_first:
                     received = jax.tree.map(lambda leaf: leaf[number], batches)
                 arrays, carry, metrics = pattern.train(arrays, received, step + number)
-                return arrays, nothing if pattern.is_last else carry, self._line(metrics)
+                return arrays, nothing if pattern.is_last else carry, self._line(pattern, metrics)
 
             return call
 
@@ -135,6 +136,9 @@ class Program:
         steps, own = self._choose(group, lambda pattern: pattern.step)
         norms, _ = self._choose(group, lambda pattern: pattern.squared_norm)
         factors, _ = self._choose(group, lambda pattern: pattern.loss_factor)
+        lines, _ = self._choose(
+            group, lambda pattern: lambda grads: self._line(pattern, pattern.norms(grads))
+        )
 
         def train(arrays: Arrays, numbered: tuple) -> tuple:
             number, carries = numbered
@@ -145,6 +149,8 @@ class Program:
             )
             gradients = self._constrain(loss_scale.unscaled(gradients, factor))
             line = line / parts
+            if self._stage.gradient_norms:
+                line = line + jax.lax.switch(own, lines, gradients)
             squared = None
             if self._stage.needs_norm:
                 squared = jax.lax.psum(jax.lax.switch(own, norms, gradients), "stage")
@@ -187,7 +193,8 @@ class Program:
                 stats, carry, loss, metrics = pattern.forward(
                     params, stats, received, jnp.stack([number, part])
                 )
-                return stats, nothing if pattern.is_last else carry, loss, self._line(metrics)
+                line = self._line(pattern, metrics)
+                return stats, nothing if pattern.is_last else carry, loss, line
 
             return call
 
@@ -255,9 +262,9 @@ class Program:
 
     # --- Metrics ----------------------------------------------------------------------------------
 
-    def _line(self, metrics: Metrics) -> jax.Array:
-        """Metrics of a device group as a line of the table."""
-        values = [metrics[name] for name in sorted(metrics)]
+    def _line(self, pattern: DeviceGroup, metrics: Metrics) -> jax.Array:
+        """Metrics of a device group as a line of the table; 0 for those that are not there."""
+        values = [metrics.get(name, jnp.float32(0)) for name in pattern.names]
         # A padding, as `.at[].set` crashes the compiler of jaxlib 0.11 inside `shard_map`.
         return jnp.pad(jnp.stack(values), (0, self._width - len(values)))
 
@@ -266,7 +273,7 @@ class Program:
         """Device group and column of every metric; sums over blocks are those of the last group."""
         columns = {}
         for group, (pattern, shift) in enumerate(zip(self._pattern_of, self._shifts, strict=True)):
-            for column, name in enumerate(self._names[pattern]):
+            for column, name in enumerate(self._patterns[pattern].names):
                 block, slash, term = name.partition("/")
                 if slash:
                     block = f"block_{int(block.removeprefix('block_')) + shift}"
@@ -274,14 +281,6 @@ class Program:
             for number, name in enumerate(reversed(self._shared), 1):
                 columns[name] = group, self._width - number
         return columns
-
-    @cached_property
-    def _names(self) -> list[list[str]]:
-        """Names of the metrics of every pattern."""
-        return [
-            sorted({name for stage in pattern.stages for name in metric_names(stage, self._route)})
-            for pattern in self._patterns
-        ]
 
     @cached_property
     def _shared(self) -> tuple[str, ...]:
@@ -294,7 +293,7 @@ class Program:
 
     @property
     def _width(self) -> int:
-        return max(map(len, self._names)) + len(self._shared)
+        return max(len(pattern.names) for pattern in self._patterns) + len(self._shared)
 
     # --- Which device groups are alike ------------------------------------------------------------
 
@@ -315,8 +314,10 @@ class Program:
             if key not in known:
                 known[key] = len(self._patterns), start
                 slots = tuple(layout.owner[k][1] for k in members)
+                ends = group == 0, group == last
+                names = {name for stage in stages for name in metric_names(stage, self._route)}
                 self._patterns.append(
-                    DeviceGroup(stages, slots, self._route, group == 0, group == last)
+                    DeviceGroup(stages, slots, self._route, *ends, tuple(sorted(names)))
                 )
             pattern, first = known[key]
             self._pattern_of.append(pattern)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jdecouple.methods.routes import with_whole_norm
 from jdecouple.train.hosts.group import MultiProcess
 from jdecouple.train.hosts.link import Message
 
@@ -34,7 +35,7 @@ def _merged(parts: Sequence[dict[str, float]]) -> dict[str, Any]:
     row["loss"] = sum((np.float32(v) for _, kind, v in blocks if kind == "loss"), np.float32(0))
     if exits := [value for _, kind, value in blocks if kind == "accuracy"]:
         row["accuracy"] = exits[-1]
-    return row
+    return with_whole_norm(row)
 
 
 def gather(processes: MultiProcess, arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -1,0 +1,1 @@
+"""Pages about runs: one HTML file each, which asks nothing of any other place."""
