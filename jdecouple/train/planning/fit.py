@@ -8,7 +8,7 @@ import jax
 
 from jdecouple.pipeline.design import Design
 from jdecouple.pipeline.mesh import described, make_mesh
-from jdecouple.pipeline.plan.planning import planned_bytes
+from jdecouple.pipeline.plan.device_bytes import planned_bytes
 from jdecouple.train.errors import ConfigError
 from jdecouple.train.planning.designs import Designer
 from jdecouple.train.planning.devices import Devices, label
