@@ -53,7 +53,7 @@ class Plan:
         schedule: name of the schedule.
         grid: the schedule, a line for each stage.
         memory: bytes of every device by kind.
-        memory_limit: how many there are, in words.
+        memory_limit: how many there are, and whether they are enough, in words.
         times: of every schedule that fits the method, the run's own first, "seconds" of a batch and
             the "bubble", the share of the devices' time in which they wait, and the "groups" of
             devices that work.
@@ -145,7 +145,7 @@ def plan(
         schedule=design.schedule.name,
         grid=tuple(str(design.schedule).splitlines()),
         memory=held,
-        memory_limit=fit.limit(devices),
+        memory_limit=fit.limit(devices, design, held),
         times=tuple(time._asdict() for time in times),
         speed=clock.speed,
         best=best,

@@ -1,7 +1,7 @@
 """Whether a design fits into the memory of its devices, and what would."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -24,51 +24,66 @@ def held(design: Design) -> tuple[dict[str, Any], ...]:
         {
             "device": ", ".join(map(label, found.devices)),
             "stages": list(found.stages),
-            **{kind: getattr(found, kind) for kind in (*_KINDS, "total", "ahead")},
+            **{kind: getattr(found, kind) for kind in (*_KINDS, "total", "uncertainty", "ahead")},
         }
         for found in planned_bytes(design, jax.default_backend())
     )
 
 
-def limit(devices: Devices) -> str:
-    """The memory that there is, in words."""
+def limit(devices: Devices, design: Design, rows: Sequence[dict[str, Any]]) -> str:
+    """The memory that there is, and whether it is enough, in words."""
     if devices.memory == math.inf:
         return "memory of the devices: not given"
     whose = "of this machine, for all devices" if devices.shared else "of each device"
     said = f", {devices.note}" if devices.note and not devices.at_hand else ""
-    return f"memory {whose}: {show(devices.memory, 'B')}{said}"
+    surely = fits(devices, design, rows, ("total", "uncertainty", "ahead"))
+    enough = "it is enough" if surely else "it may not be enough"
+    return f"memory {whose}: {show(devices.memory, 'B')}{said}: {enough}"
 
 
 def check(designer: Designer, design: Design, rows: Sequence[dict[str, Any]]) -> None:
-    """Raises ConfigError where a device needs more than it has, and says what would fit."""
+    """Raises ConfigError where a device needs more than it has, and says what would fit.
+
+    What it needs is the lower end of the estimate, so that no run is refused that may fit.
+    """
     devices = designer.devices
-    if fits(devices, design, rows):
+    if fits(devices, design, [{"least": _least_bytes(row)} for row in rows], ("least",)):
         return
-    worst = max(rows, key=lambda row: row["total"])
+    worst = max(rows, key=_least_bytes)
     parts = ", ".join(f"{kind} {show(worst[kind], 'B')}" for kind in _KINDS if worst[kind])
     stages = ", ".join(map(str, worst["stages"]))
     each = "each of " if "," in worst["device"] else ""
-    who, need = f"{each}{worst['device']} (stage {stages})", worst["total"]
+    who, need = f"{each}{worst['device']} (stage {stages})", _least_bytes(worst)
     if devices.shared:
-        who, need = "this machine, with all stages,", _sum(design, rows)
+        who, need = "this machine, with all stages,", _sum(design, map(_least_bytes, rows))
         parts = f"at most, for stage {stages}: {parts}"
     raise ConfigError(
-        f"{who} needs {show(need, 'B')} ({parts}), but it has {show(devices.memory, 'B')}; "
-        f"{_remedy(designer, design)}"
+        f"{who} needs at least {show(need, 'B')} ({parts}), but it has "
+        f"{show(devices.memory, 'B')}; {_remedy(designer, design)}"
     )
 
 
-def fits(devices: Devices, design: Design, rows: Sequence[dict[str, Any]] | None = None) -> bool:
-    """Whether the devices have what a design needs."""
+def fits(
+    devices: Devices,
+    design: Design,
+    rows: Sequence[dict[str, Any]] | None = None,
+    kinds: Sequence[str] = ("total",),
+) -> bool:
+    """Whether the devices have what a design needs, as the sum of some kinds."""
     rows = held(design) if rows is None else rows
-    if devices.shared:
-        return _sum(design, rows) <= devices.memory
-    return all(row["total"] <= devices.memory for row in rows)
+    sizes = [sum(row[kind] for kind in kinds) for row in rows]
+    needed = _sum(design, sizes) if devices.shared else max(sizes)
+    return needed <= devices.memory
 
 
-def _sum(design: Design, rows: Sequence[dict[str, Any]]) -> int:
+def _least_bytes(row: dict[str, Any]) -> int:
+    return row["total"] - row["uncertainty"]
+
+
+def _sum(design: Design, sizes: Iterable[int]) -> int:
+    """Bytes of all devices, from those of a device of every group."""
     groups = dict.fromkeys(design.device_groups)
-    return sum(row["total"] * len(own) for row, own in zip(rows, groups, strict=True))
+    return sum(size * len(own) for size, own in zip(sizes, groups, strict=True))
 
 
 def _remedy(designer: Designer, design: Design) -> str:
