@@ -70,6 +70,7 @@ def planned_bytes(design: Design, platform: str = "cpu") -> tuple[DeviceBytes, .
         platform: "cpu", "gpu" or "tpu", by which some layers compute in another way. The estimate
             follows XLA's compiler for CPUs; for others nothing has been measured.
 
+    >>> import jax
     >>> import jdecouple as jd
     >>> from jdecouple.pipeline.design import make_design
     >>> from jdecouple.pipeline.mesh import described
