@@ -104,6 +104,8 @@ def test_state_is_exact_and_queues_are_what_the_schedule_says():
     late, last = planned("fdg")
     assert late.queues > 2 * 32 * 24 * 4
     assert last.queues >= 32 * 24 * 4
+    accumulated, _ = planned("adl")  # whose optimiser branches
+    assert accumulated.optimizer > late.optimizer
 
 
 def test_replicas_share_activations_and_not_weights():
@@ -114,8 +116,8 @@ def test_replicas_share_activations_and_not_weights():
 
 def test_what_fits():
     plan = planned("bp")
-    most = max(each.total + each.uncertainty + each.ahead for each in plan)
-    least = max(each.total - each.uncertainty for each in plan)
+    most = max(each.most + each.ahead for each in plan)
+    least = max(each.least for each in plan)
     assert [fit(plan, size) for size in (most, most - 1, least, least - 1)] == [
         "yes",
         "perhaps",

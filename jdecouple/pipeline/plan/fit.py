@@ -41,7 +41,7 @@ def fit(planned: Iterable[DeviceBytes], memory: int) -> str:
         "no": one does not even at the lower end of the estimate, so that the run is refused.
     """
     planned = list(planned)
-    if any(each.total - each.uncertainty > memory for each in planned):
+    if any(each.least > memory for each in planned):
         return "no"
-    most = max(each.total + each.uncertainty + each.ahead for each in planned)
+    most = max(each.most + each.ahead for each in planned)
     return "yes" if most <= memory else "perhaps"

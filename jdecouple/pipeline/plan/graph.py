@@ -163,7 +163,9 @@ class _Builder:
                 branch[equation.outvars[0]] = self._branch(equation.params["platforms"])
                 values[equation.outvars[0]] = None
                 continue
-            chosen = branch.get(equation.invars[0]) if equation.primitive.name == "cond" else None
+            first = next(iter(equation.invars), None)
+            is_cond = equation.primitive.name == "cond" and not isinstance(first, Literal)
+            chosen = branch.get(first) if is_cond else None
             found = self._equation(equation, read, chosen)
             values |= zip(equation.outvars, found, strict=True)
         return [None if isinstance(v, Literal) else values[v] for v in jaxpr.outvars]
