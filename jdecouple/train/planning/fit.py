@@ -24,7 +24,7 @@ def held(design: Design) -> tuple[dict[str, Any], ...]:
         {
             "device": ", ".join(map(label, found.devices)),
             "stages": list(found.stages),
-            **{kind: getattr(found, kind) for kind in (*_KINDS, "total", "uncertainty", "ahead")},
+            **{kind: getattr(found, kind) for kind in (*_KINDS, "total", "least", "most", "ahead")},
         }
         for found in planned_bytes(design, jax.default_backend())
     )
@@ -36,7 +36,7 @@ def limit(devices: Devices, design: Design, rows: Sequence[dict[str, Any]]) -> s
         return "memory of the devices: not given"
     whose = "of this machine, for all devices" if devices.shared else "of each device"
     said = f", {devices.note}" if devices.note and not devices.at_hand else ""
-    surely = fits(devices, design, rows, ("total", "uncertainty", "ahead"))
+    surely = fits(devices, design, rows, ("most", "ahead"))
     enough = "it is enough" if surely else "it may not be enough"
     return f"memory {whose}: {show(devices.memory, 'B')}{said}: {enough}"
 
@@ -47,15 +47,15 @@ def check(designer: Designer, design: Design, rows: Sequence[dict[str, Any]]) ->
     What it needs is the lower end of the estimate, so that no run is refused that may fit.
     """
     devices = designer.devices
-    if fits(devices, design, [{"least": _least_bytes(row)} for row in rows], ("least",)):
+    if fits(devices, design, rows, ("least",)):
         return
-    worst = max(rows, key=_least_bytes)
+    worst = max(rows, key=lambda row: row["least"])
     parts = ", ".join(f"{kind} {show(worst[kind], 'B')}" for kind in _KINDS if worst[kind])
     stages = ", ".join(map(str, worst["stages"]))
     each = "each of " if "," in worst["device"] else ""
-    who, need = f"{each}{worst['device']} (stage {stages})", _least_bytes(worst)
+    who, need = f"{each}{worst['device']} (stage {stages})", worst["least"]
     if devices.shared:
-        who, need = "this machine, with all stages,", _sum(design, map(_least_bytes, rows))
+        who, need = "this machine, with all stages,", _sum(design, [row["least"] for row in rows])
         parts = f"at most, for stage {stages}: {parts}"
     raise ConfigError(
         f"{who} needs at least {show(need, 'B')} ({parts}), but it has "
@@ -74,10 +74,6 @@ def fits(
     sizes = [sum(row[kind] for kind in kinds) for row in rows]
     needed = _sum(design, sizes) if devices.shared else max(sizes)
     return needed <= devices.memory
-
-
-def _least_bytes(row: dict[str, Any]) -> int:
-    return row["total"] - row["uncertainty"]
 
 
 def _sum(design: Design, sizes: Iterable[int]) -> int:
