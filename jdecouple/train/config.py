@@ -226,7 +226,10 @@ def _unknown_key(section: Any, path: str, key: str) -> NoReturn:
     owner = path.removeprefix("config.")
     if owner in OWNERS:
         known = options(owner, section.name)
-        allowed = f"{', '.join(known) or 'no options'}{did_you_mean(key, known)}"
+        shared = [name for name in default()[owner] if name not in {"name", *known}]
+        beside = f", beside {', '.join(shared)}" if shared else ""
+        hint = did_you_mean(key, [*known, *shared])
+        allowed = f"{', '.join(known) or 'no options'}{beside}{hint}"
         raise ConfigError(
             f"{path}.{key} is set, but {owner} {section.name!r} takes only: {allowed}"
         )

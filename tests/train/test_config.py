@@ -157,6 +157,11 @@ def test_an_older_file_holds_the_options_of_all():
         ({"model": {"name": 3}}, "config.model.name is 3: allowed are lstm, mlp"),
         ({"model": {"bogus": 3}}, "config.model.bogus is set, but model 'vgg8' takes only: layout"),
         ({"optimizer": {"nesterov": True}}, "optimizer 'adam' takes only: b1, b2, eps, weight_dec"),
+        (
+            {"optimizer": {"lr": 0.1}},
+            "weight_decay, beside decay_epochs, decay_factor, end_learning_rate, learning_rate, ",
+        ),
+        ({"optimizer": {"learning_rat": 0.1}}, "; did you mean 'learning_rate'?"),
         ({"dtype": "float64"}, "config.dtype is 'float64': allowed are float32, bfloat16, float16"),
         ({"data": {"label_noise": float("nan")}}, "label_noise is nan: a finite number of at lea"),
         ({"log_every": 0}, "config.log_every is 0: a whole number from 1 to 2147483647 is needed"),
