@@ -186,7 +186,8 @@ def _not_prepared(name: str, builder: Any, folder: Path | None) -> str:
     )
     needs = " ".join(_PREPARE_NEEDS)
     return (
-        f"data set {name!r} is not prepared as array_record at '{builder.data_path}'; TFDS "
+        f"data set {name!r} is not prepared as array_record at '{builder.data_path}' "
+        "(data.data_dir names another folder, data.download=True prepares it); TFDS "
         f'prepares it only with TensorFlow: pip install {needs} && python -c "{command}"'
     )
 

@@ -410,6 +410,7 @@ def test_data_set_not_prepared(refused, workdir, tmp_path):
     values = {"data__name": "fashion_mnist", "data__data_dir": tmp_path}
     message = refused(*arguments(workdir, **values))
     assert "data set 'fashion_mnist' is not prepared" in message
+    assert "(data.data_dir names another folder, data.download=True prepares it)" in message
     assert "pip install" in message
 
 
