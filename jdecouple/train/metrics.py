@@ -168,7 +168,8 @@ class Progress:
 
     In a notebook it is a bar, too, below the cell.
 
-    Throughput and time left count from the first `update`, so that compilation is left out.
+    Throughput and time left count from the first `update`, so that compilation, of which the bar
+    tells until then, is left out.
     Nothing is printed unless `enabled`, as on the first process; it begins at step `initial`.
     """
 
@@ -188,6 +189,7 @@ class Progress:
                 dynamic_ncols=True,
                 bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}",
             )
+            self._bar.set_postfix_str("compiling")  # which takes longer than many steps
 
     def update(self, step: int, values: Mapping[str, Any]) -> None:
         """Shows that `step` steps are done, and `values` in their order.

@@ -148,7 +148,9 @@ def test_bar_on_a_terminal(clock, monkeypatch, capsys):
     terminal = Terminal()
     monkeypatch.setattr("sys.stderr", terminal)
     run_progress(clock)
-    last = re.split(r"[\r\n]", terminal.getvalue().rstrip())[-1]
+    _, *shown, last = re.split(r"[\r\n]", terminal.getvalue().rstrip())
+    assert [line.endswith("10/100, compiling") for line in shown].count(True) == 1
+    assert "compiling" not in last
     assert last.startswith(" 40%|")
     assert last.endswith("40/100, 64 examples/s, 00:30 left, epoch 2, loss 0.25, accuracy 0.5")
     assert capsys.readouterr().out == "evaluated\n"
