@@ -29,6 +29,8 @@ def announce(run: Run) -> None:
     kinds = collections.Counter(device.device_kind for device in used)
     listed = ", ".join(f"{count} x {kind}" for kind, count in sorted(kinds.items()))
     print(f"stages {len(trainer.stages)} | devices {listed}", flush=True)
+    if padding := _needless_padding(run):
+        print(padding, flush=True)
     if run.proposal is not None:
         print(f"proposal: {run.proposal}")
     if run.grows:
@@ -55,6 +57,21 @@ def nvidia_devices(root: Path = Path("/")) -> list[str]:
     """What the driver of NVIDIA shows of each GPU of this machine."""
     found = [*root.glob("dev/nvidia[0-9]*"), *root.glob("proc/driver/nvidia/gpus/*")]
     return sorted(map(str, found))
+
+
+def _needless_padding(run: Run) -> str:
+    """What there is to say where nobody chose to what length texts are padded, and it is far."""
+    lengths = getattr(run.dataset.train.source, "lengths", None)
+    given = run.config.data
+    if lengths is None or given.max_length or given.buckets or given.parts:
+        return ""
+    longest, padded = int(lengths.max()), run.dataset.max_length
+    if 2 * longest > padded:
+        return ""
+    return (
+        f"texts are padded to {padded} words, the longest has {longest}: "
+        f"config.data.max_length={longest} is faster"
+    )
 
 
 def cuda_plugins() -> dict[str, str]:

@@ -4,6 +4,7 @@ import types
 
 import pytest
 import runs
+import text_sets
 
 from jdecouple.train import devices, loop
 from jdecouple.train.run import build
@@ -46,6 +47,17 @@ def test_a_proposal_follows_it(capsys):
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("stages 2 | ")
     assert second.startswith("proposal: ")
+
+
+def test_texts_that_are_padded_too_far(tmp_path, capsys):
+    name = text_sets.csv_set(tmp_path, longest=5)
+    devices.announce(build(text_sets.tiny(name, data__buckets=None)))
+    _, line = capsys.readouterr().out.splitlines()
+    said = "texts are padded to 256 words, the longest has 5: config.data.max_length=5 is faster"
+    assert line == said
+    devices.announce(build(text_sets.tiny(name, data__buckets=None, data__max_length=200)))
+    devices.announce(build(text_sets.tiny(name)))
+    assert "padded" not in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("nobody_asked")
