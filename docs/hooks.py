@@ -58,29 +58,6 @@ API = {
 """Pages of the API, and what each shows: modules or, behind a colon, some names of one."""
 
 
-AWAITED = ("first-hour.md", "plan.md")
-"""Pages that are being written: they may be missing."""
-
-
-def on_config(config: Any) -> Any:
-    """Leaves out what has its place in `nav` and is not there yet."""
-    missing = [page for page in AWAITED if not (ROOT / "docs" / page).exists()]
-    config.nav = _without(missing, config.nav)
-    return config
-
-
-def _without(pages: Sequence[str], nav: Any) -> Any:
-    if isinstance(nav, list):
-        return [_without(pages, entry) for entry in nav if not _is_one(entry, pages)]
-    if isinstance(nav, dict):
-        return {title: _without(pages, entry) for title, entry in nav.items()}
-    return nav
-
-
-def _is_one(entry: Any, pages: Sequence[str]) -> bool:
-    return isinstance(entry, dict) and any(page in pages for page in entry.values())
-
-
 def on_files(files: Any, config: Any) -> Any:
     """Adds the pages that do not lie in docs/."""
     for source, page in SHOWN.items():
