@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("optimized")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
 ELSEWHERE = ("README.md", "CONTRIBUTING.md")  # their Python, by tests/test_readme.py
 SLOW = (
-    *("command-line.md", "data.md", "index.md", "inference.md"),
+    *("command-line.md", "data.md", "first-hour.md", "index.md", "inference.md"),
     *("own-method.md", "own-model-and-data.md", "tracking.md"),
 )
 """Pages whose Python trains for longer, starts a process or needs data."""
@@ -24,6 +24,7 @@ DEEP = ("README.md", "growth.md", "report.md", *SLOW)
 """Pages of which slow tests run all: their commands train."""
 NOT_RUN = {
     "command-line.md": ["two processes"],
+    "first-hour.md": ["another repository", "stopped by hand", "two servers"],
     "multi-host.md": ["two machines", "SLURM", "two processes", "two machines"],
 }
 """What is executed by no test, in the order of the pages."""
