@@ -68,7 +68,12 @@ def load(
         network = description.build()
         values = [_values(unit, restored.arrays) for unit in network.built.units]
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{where} cannot be loaded: {first_line(error)}") from error
+        reason = first_line(error)
+        if reason.startswith(("unknown method", "unknown model")):
+            reason += (
+                "; one of your own is known to a program that registers it and then calls jd.load"
+            )
+        raise ValueError(f"{where} cannot be loaded: {reason}") from error
     groups = as_stage_mesh(make_mesh() if mesh is None else mesh).device_groups
     boundaries = _boundaries(network, description, len(groups))
     return Run(
