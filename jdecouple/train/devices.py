@@ -11,6 +11,7 @@ import jax
 from ml_collections import ConfigDict
 
 from jdecouple._errors import first_line
+from jdecouple.data import TextDataset
 from jdecouple.train.run import Run
 
 _PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin")
@@ -61,11 +62,12 @@ def nvidia_devices(root: Path = Path("/")) -> list[str]:
 
 def _needless_padding(run: Run) -> str:
     """What there is to say where nobody chose to what length texts are padded, and it is far."""
-    lengths = getattr(run.dataset.train.source, "lengths", None)
-    given = run.config.data
-    if lengths is None or given.max_length or given.buckets or given.parts:
+    given, dataset = run.config.data, run.dataset
+    lengths = getattr(dataset.train.source, "lengths", None)  # a set of one's own may have none
+    chosen = given.max_length or given.buckets or given.parts
+    if chosen or lengths is None or not isinstance(dataset, TextDataset):
         return ""
-    longest, padded = int(lengths.max()), run.dataset.max_length
+    longest, padded = int(lengths.max()), dataset.max_length
     if 2 * longest > padded:
         return ""
     return (
