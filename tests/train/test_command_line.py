@@ -407,8 +407,7 @@ def test_empty_data_dir(refused, workdir, tmp_path):
 
 
 def test_data_set_not_prepared(refused, workdir, tmp_path):
-    values = {"data__name": "fashion_mnist", "data__data_dir": tmp_path}
-    message = refused(*arguments(workdir, **values))
+    message = refused(*arguments(workdir, data__name="fashion_mnist", data__data_dir=tmp_path))
     assert "data set 'fashion_mnist' is not prepared" in message
     assert "(data.data_dir names another folder, data.download=True prepares it)" in message
     assert "pip install" in message
