@@ -14,7 +14,7 @@ from flax import nnx
 import jdecouple as jd
 from jdecouple import models
 from jdecouple.pipeline.build import build_units
-from jdecouple.train.memory import _keys
+from jdecouple.pipeline.design import same_keys
 
 SLOW = pytest.mark.slow
 
@@ -25,7 +25,7 @@ def units(name, **arguments):
     splits = {}
 
     def build(x):
-        model = models.get(name)(10, **arguments, rngs=_keys(0))
+        model = models.get(name)(10, **arguments, rngs=same_keys(0))
         splits.update(model.splits)
         found = []
         for block in model.blocks:

@@ -10,7 +10,7 @@ from flax import nnx
 
 import jdecouple as jd
 from jdecouple.pipeline import build
-from jdecouple.train.memory import _keys  # one key for all layers, quick to trace
+from jdecouple.pipeline.design import same_keys  # one key for all layers, quick to trace
 
 
 def slow(*row):
@@ -18,7 +18,7 @@ def slow(*row):
 
 
 def built(name, arguments):
-    return jd.models.get(name)(**{"num_classes": 10, **arguments}, rngs=_keys(0))
+    return jd.models.get(name)(**{"num_classes": 10, **arguments}, rngs=same_keys(0))
 
 
 def size(tree):

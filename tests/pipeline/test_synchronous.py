@@ -14,7 +14,7 @@ from flax import nnx
 
 import jdecouple as jd
 from jdecouple.methods.routes import Synchronous
-from jdecouple.pipeline.mpmd.stage_fns import steps_last
+from jdecouple.pipeline.mpmd.stage_fns import calls_of
 from jdecouple.schedules import Kind
 
 pytestmark = pytest.mark.usefixtures("module_x64")
@@ -314,6 +314,6 @@ def test_measuring_needs_calls():
 
 def test_steps_that_wait_for_a_norm_come_last():
     schedule = jd.schedules.build("1f1b", 2, 2)
-    calls = steps_last(tuple(schedule.calls()))
+    calls = calls_of(schedule, needs_norm=True)
     assert [call.kinds for call in calls[-2:]] == [(Kind.STEP,)] * 2
     assert all(Kind.STEP not in call.kinds for call in calls[:-2])
