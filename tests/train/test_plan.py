@@ -136,6 +136,7 @@ class TestRefused:
             error,
         )
 
+    @pytest.mark.slow
     def test_what_would_fit_fits(self):
         devices = Devices(2, memory=needed() - 1, flops=1e9)
         values = {"mesh__stages": 2, "model__hidden": 64, "batch_size": 64}
@@ -158,6 +159,7 @@ class TestRefused:
         with pytest.raises(ConfigError, match="neither more stages nor"):
             planned(devices=Devices(2, memory=1e2, flops=1e9), mesh__stages=2)
 
+    @pytest.mark.slow
     def test_devices_that_share_a_machine(self):
         """Together they need more than it has, though none of them does alone."""
         values = {"mesh__stages": 2, "model__hidden": 64, "batch_size": 64}
