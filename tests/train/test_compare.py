@@ -397,3 +397,11 @@ def test_no_seconds_are_told_of_a_batch_size_that_is_damaged(tmp_path, size):
 
 def test_no_seconds_are_told_of_a_speed_that_is_next_to_nothing(tmp_path):
     assert written(tmp_path, [train(10, examples_per_second=1e-308)]).seconds is None
+
+
+def test_no_figure_is_made_of_a_line_that_no_run_writes(tmp_path):
+    odd = [train(20, examples_per_second=-3.0), measured(20, "test", 5.0)]
+    run = written(tmp_path, [*DONE, *odd])
+    assert "1 damaged or half-written line(s)" in run.notes[0]
+    assert final(run).test == 0.625
+    assert final(run).examples_per_second == 400.0

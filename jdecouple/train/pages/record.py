@@ -188,7 +188,7 @@ def _is_sound(name: str, content: Mapping[str, Any]) -> bool:
 
 def _lines(folder: Path, notes: list[str]) -> list[Line]:
     try:
-        lines = [line for line in read_metrics(folder) if 0 <= line["step"] <= MOST]
+        lines = [line for line in read_metrics(folder) if _is_possible(line)]
         written = (folder / FILE_NAME).read_bytes() if (folder / FILE_NAME).exists() else b""
     except OSError as error:
         notes.append(f"{FILE_NAME} cannot be read: {error.strerror}.")
@@ -196,6 +196,12 @@ def _lines(folder: Path, notes: list[str]) -> list[Line]:
     if left_out := sum(1 for raw in written.splitlines() if raw.strip()) - len(lines):
         notes.append(f"{left_out} damaged or half-written line(s) of {FILE_NAME} are left out.")
     return lines
+
+
+def _is_possible(line: Line) -> bool:
+    """Whether a run can have written a line: its step is one, and accuracies are fractions."""
+    found = (x for name, x in line.items() if name.rpartition("/")[2] == "accuracy")
+    return 0 <= line["step"] <= MOST and all(x is None or 0 <= x <= 1 for x in found)
 
 
 def _checkpoints(
