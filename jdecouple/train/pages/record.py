@@ -199,9 +199,10 @@ def _lines(folder: Path, notes: list[str]) -> list[Line]:
 
 
 def _is_possible(line: Line) -> bool:
-    """Whether a run can have written a line: its step is one, and accuracies are fractions."""
-    found = (x for name, x in line.items() if name.rpartition("/")[2] == "accuracy")
-    return 0 <= line["step"] <= MOST and all(x is None or 0 <= x <= 1 for x in found)
+    """Whether a run can have written a line: its step is one, and results are fractions."""
+    results = [line.get("accuracy"), *report.exits(line).values()]
+    fractions = line["split"] == "train" or all(x is None or 0 <= x <= 1 for x in results)
+    return fractions and 0 <= line["step"] <= MOST
 
 
 def _checkpoints(
