@@ -360,3 +360,48 @@ def test_a_record_needs_a_configuration(tmp_path):
         writer.write(*train(10))
     with pytest.raises(ConfigError, match=r"cannot be compared: config.json cannot be read"):
         compare.main([str(tmp_path), str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("history", 5),
+        ("history", [1]),
+        ("history", [{"step": None, "key": "seed", "old": 0, "new": 1}]),
+        ("history", [{"step": 3, "key": ["seed"], "old": 0, "new": 1}]),
+        ("parameters", "many"),
+        ("total_steps", 10**20),
+        ("versions", ["1.0"]),
+    ],
+)
+def test_what_is_damaged_beside_the_configuration_is_left_out(tmp_path, capsys, name, value):
+    runs = [written(tmp_path / each, DONE).folder for each in "ab"]
+    path = runs[1] / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    page = tmp_path / "page.html"
+    compare.main([*map(str, runs), "--output", str(page)])
+    assert f"b: What config.json says of {name} is damaged and left out." in page.read_text()
+
+
+@pytest.mark.parametrize("size", ["8", -8, 10**20, None])
+def test_no_seconds_are_told_of_a_batch_size_that_is_damaged(tmp_path, size):
+    folder = written(tmp_path, DONE).folder
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    content["config"]["batch_size"] = size
+    path.write_text(json.dumps(content))
+    run = read(folder)
+    assert run.seconds is None
+    assert np.isnan(run.batch_size)
+
+
+def test_no_seconds_are_told_of_a_speed_that_is_next_to_nothing(tmp_path):
+    assert written(tmp_path, [train(10, examples_per_second=1e-308)]).seconds is None
+
+
+def test_no_figure_is_made_of_a_line_that_no_run_writes(tmp_path):
+    odd = [train(20, examples_per_second=-3.0), measured(20, "test", 5.0)]
+    run = written(tmp_path, [*DONE, *odd])
+    assert "1 damaged or half-written line(s)" in run.notes[0]
+    assert final(run).test == 0.625
+    assert final(run).examples_per_second == 400.0

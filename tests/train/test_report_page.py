@@ -158,6 +158,23 @@ def test_what_was_measured_before_is_taken(workdir, monkeypatch):
     assert found.notes == ["The answers are not known: --noevaluate has left it out."]
 
 
+def test_answers_of_another_network_at_the_same_step_are_not_shown(workdir):
+    step = read(workdir).best_step
+    logits, labels = np.zeros((2, 50, 10), np.float32), np.zeros(50, int)  # all of them right
+    about = {"step": step, "split": "test"}
+    reports.write_evaluation(workdir / "evaluation_test", logits, labels, about=about)
+    (workdir / "exits.json").write_text(json.dumps({"step": step}))
+    (workdir / "calibration_test").mkdir()
+    curves = {"exits": [[0.5, 1.0], [1.0, 1.0]]}
+    rows = [{"exit": i, "accuracy": 1.0} for i in range(2)]
+    content = json.dumps({"curves": curves, "cost_name": "x", "exits": rows})
+    (workdir / "calibration_test" / "calibration.json").write_text(content)
+    found = rendered(workdir)
+    assert found.notes == ["The answers are not known: --noevaluate has left it out."]
+    assert "Every exit on the test split" not in found.tables
+    assert not any(alt.startswith("Accuracy, by mean cost") for alt in found.images)
+
+
 def test_data_that_are_gone_cost_no_page(workdir):
     content = json.loads((workdir / "config.json").read_text())
     content["config"]["data"]["name"] = "folder:/nowhere/pets"
@@ -177,7 +194,10 @@ def test_data_that_are_gone_cost_no_page(workdir):
         (lambda w: w.joinpath("config.json").write_text("{"), "config.json cannot be read"),
         (lambda w: w.joinpath("config.json").write_bytes(b"\xff"), "config.json cannot be read"),
         (lambda w: w.joinpath("config.json").unlink(), "config.json cannot be read"),
-        (lambda w: edited(w, boundaries=[0, "a"], devices=7), "timeline"),
+        (lambda w: edited(w, boundaries=[0, "a"]), "timeline"),
+        (lambda w: edited(w, boundaries={}, devices=7), "boundaries, devices is damaged"),
+        (lambda w: edited(w, parameters="9", device_kind=[]), "device_kind, parameters is damaged"),
+        (lambda w: edited(w, total_steps=10**400, versions=[1]), "total_steps, versions is damage"),
         (lambda w: edited(w, config={"model": {"name": "mine"}}), "model.name is 'mine'"),
         (lambda w: edited(w, config={"model": 3, "data": HOSTILE}), "shown as it was written"),
         (lambda w: (w / "checkpoints_refused").mkdir(), "no longer sound"),
@@ -247,6 +267,7 @@ def test_what_users_name_is_text(workdir):
     content["device_kind"], content["devices"] = HOSTILE, [[HOSTILE]]
     content["history"] = [{"step": 3, "key": HOSTILE, "old": HOSTILE, "new": [1]}]
     edited(workdir, **content)
+    (workdir / "metrics.jsonl").unlink()  # else other answers than these are expected
     logits = np.random.default_rng(0).normal(size=(2, 9, 3)).astype(np.float32)
     names = [HOSTILE, "\x1b[31m \u202eb", "\ud800"]
     reports.write_evaluation(
@@ -267,6 +288,7 @@ def test_what_users_name_is_text(workdir):
 
 
 def test_a_hundred_classes(workdir):
+    (workdir / "metrics.jsonl").unlink()
     generator = np.random.default_rng(0)
     logits = generator.normal(size=(2, 400, 100)).astype(np.float32)
     labels = generator.integers(0, 100, 400)

@@ -12,12 +12,14 @@ import numpy as np
 from jdecouple._errors import first_line
 from jdecouple.inference import calibration, reports
 from jdecouple.train import evaluation
+from jdecouple.train import report as closing
 from jdecouple.train.pages.charts import Chart, Curve, categories
 from jdecouple.train.pages.page import Fold, Note, Picture, Piece, Section, Table, Text
 from jdecouple.train.pages.record import Record
 
 _CLASSES_IN_TABLE = 15  # of a confusion matrix; of more it is a picture
 _CONFUSED = 20  # pairs of classes that are listed beside a picture
+_ALIKE = 0.005  # accuracies by batches of other sizes, or on another device
 _CURVES = {"exits": "each exit alone", "ensemble": "mean of the logits so far"}
 _SHARES = "operations, as a share of those of all blocks"
 
@@ -50,7 +52,11 @@ def sections(record: Record, asked: Asked) -> list[Section]:
     step = _step(record, asked.step)
     place = record.folder / f"evaluation_{asked.split}"
     answered = _kept(place / "evaluation.json", step)
+    if answered and not _agrees(answered, record, asked.split, step):
+        answered = None
     costs = _kept_costs(record.folder / f"calibration_{asked.split}", step)
+    if costs and not _agrees(costs.chosen or {}, record, asked.split, step):
+        costs = None
     why = "--noevaluate has left it out"
     with tempfile.TemporaryDirectory() as folder:
         complete = answered and (costs or len(answered["exits"]) == 1)
@@ -116,6 +122,19 @@ def _kept_costs(folder: Path, step: int | None) -> _Costs | None:
     if _read(folder / "exits.json").get("step") != step or "curves" not in content:
         return None
     return _Costs(str(content.get("cost_name")), content["curves"], (), content)
+
+
+def _agrees(content: Mapping[str, Any], record: Record, split: str, step: int | None) -> bool:
+    """Whether the accuracies of exits are about those that training measured, where it did.
+
+    Those of a network that was at this step before, or of other data, are not.
+    """
+    lines = [line for line in record.lines if (line["step"], line["split"]) == (step, split)]
+    told = {name: x for line in lines for name, x in closing.exits(line).items()}
+    rows = exits if isinstance(exits := content.get("exits"), list) else []
+    known = ((row, told.get(f"exit_{row.get('exit')}")) for row in rows if isinstance(row, dict))
+    pairs = [(row.get("accuracy"), accuracy) for row, accuracy in known if accuracy is not None]
+    return all(isinstance(x, float) and abs(x - accuracy) <= _ALIKE for x, accuracy in pairs)
 
 
 def _computed(

@@ -55,8 +55,6 @@ def values(run: Record) -> dict[str, Value]:
     given["steps"] = given.get("steps") or run.total_steps  # where epochs set it
     changes: dict[str, list[tuple[int, Any]]] = {}
     for change in run.content.get("history") or ():
-        if not {"step", "key", "old", "new"} <= {*change}:
-            continue
         changes.setdefault(change["key"], []).append((change["step"], _plain(change["old"])))
     found = {}
     for key in {**defaults, **given}:

@@ -75,7 +75,7 @@ def final(run: Record) -> Final:
     chosen = found.get("test_at_best_validation", {})
     exits = report.exits(found["best_test"]).values() if "best_test" in found else ()
     train = (line for line in run.lines if line["split"] == "train")
-    speeds = [speed for line in train if (speed := line.get("examples_per_second"))]
+    speeds = [speed for line in train if (speed := line.get("examples_per_second") or 0) > 0]
     return Final(
         standing=text,
         test=found.get("test", {}).get("accuracy"),

@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,16 @@ from jdecouple.train.pages.times import Seconds
 from jdecouple.train.rules import MOST
 
 CONFIG_NAME = "config.json"
+_KINDS: dict[str, Any] = {
+    "total_steps": int,
+    "parameters": int,
+    "boundaries": list,
+    "devices": list,
+    "history": list,
+    "device_kind": str,
+    "versions": dict,
+}
+"""Of what type is what `config.json` holds beside the configuration."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +41,7 @@ class Record:
 
     Attributes:
         folder: the workdir.
-        content: that of `config.json`; {} where it cannot be read.
+        content: that of `config.json`, without what is damaged; {} where it cannot be read.
         config: the complete configuration; None where this program does not know one like it.
         lines: those of `metrics.jsonl`.
         extra: what the last sound checkpoint says beside its arrays; {} without one.
@@ -69,14 +80,14 @@ class Record:
     @property
     def total_steps(self) -> int | None:
         """Length of the run; None where `config.json` does not say."""
-        total = self.content.get("total_steps")
-        return total if type(total) is int else None
+        return self.content.get("total_steps")
 
     @property
-    def batch_size(self) -> int:
-        """Examples of a step, which do not change in a run."""
-        size = self.content.get("config", {}).get("batch_size")
-        return size if type(size) is int else configuration.default().batch_size
+    def batch_size(self) -> float:
+        """Examples of a step, which do not change in a run; NaN where they are damaged."""
+        default = configuration.default().batch_size
+        size = self.content.get("config", {}).get("batch_size", default)
+        return size if type(size) is int and 0 < size <= MOST else math.nan
 
     @property
     def stopped_early(self) -> str | None:
@@ -103,7 +114,7 @@ class Record:
     def seconds(self) -> float | None:
         """About how long was trained, see `times.Seconds`; None where lines do not say."""
         seconds = Seconds(self.lines, self.batch_size)(self.step)
-        return seconds if seconds > 0 else None
+        return seconds if 0 < seconds < math.inf else None
 
     @property
     def written(self) -> datetime.datetime | None:
@@ -154,7 +165,11 @@ def _content(folder: Path, notes: list[str]) -> Mapping[str, Any]:
     try:
         content = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
         if isinstance(content, dict) and isinstance(content.get("config"), dict):
-            return content
+            damaged = [name for name in _KINDS.keys() & content if not _is_sound(name, content)]
+            if damaged:
+                listed = ", ".join(sorted(damaged))
+                notes.append(f"What {CONFIG_NAME} says of {listed} is damaged and left out.")
+            return {name: value for name, value in content.items() if name not in damaged}
         reason = "it holds no configuration"
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
@@ -162,9 +177,18 @@ def _content(folder: Path, notes: list[str]) -> Mapping[str, Any]:
     return {}
 
 
+def _is_sound(name: str, content: Mapping[str, Any]) -> bool:
+    if type(value := content[name]) is not _KINDS[name]:
+        return False
+    if name == "history":
+        known = all(isinstance(x, dict) and {"step", "key", "old", "new"} <= {*x} for x in value)
+        return known and all(type(x["step"]) is int and type(x["key"]) is str for x in value)
+    return not isinstance(value, int) or 0 < value < 2**63
+
+
 def _lines(folder: Path, notes: list[str]) -> list[Line]:
     try:
-        lines = [line for line in read_metrics(folder) if 0 <= line["step"] <= MOST]
+        lines = [line for line in read_metrics(folder) if _is_possible(line)]
         written = (folder / FILE_NAME).read_bytes() if (folder / FILE_NAME).exists() else b""
     except OSError as error:
         notes.append(f"{FILE_NAME} cannot be read: {error.strerror}.")
@@ -172,6 +196,13 @@ def _lines(folder: Path, notes: list[str]) -> list[Line]:
     if left_out := sum(1 for raw in written.splitlines() if raw.strip()) - len(lines):
         notes.append(f"{left_out} damaged or half-written line(s) of {FILE_NAME} are left out.")
     return lines
+
+
+def _is_possible(line: Line) -> bool:
+    """Whether a run can have written a line: its step is one, and results are fractions."""
+    results = [line.get("accuracy"), *report.exits(line).values()]
+    fractions = line["split"] == "train" or all(x is None or 0 <= x <= 1 for x in results)
+    return fractions and 0 <= line["step"] <= MOST
 
 
 def _checkpoints(

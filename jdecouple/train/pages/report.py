@@ -198,7 +198,6 @@ def _percent(value: float | None) -> str | None:
 
 
 def _versions(record: Record) -> Section:
-    versions = record.content.get("versions")
-    if not isinstance(versions, dict):
-        return Section("Versions", [])
-    return Section("Versions", [Facts([(name, str(value)) for name, value in versions.items()])])
+    versions = record.content.get("versions", {})
+    rows = [(name, str(value)) for name, value in versions.items()]
+    return Section("Versions", [Facts(rows)] if rows else [])

@@ -35,7 +35,7 @@ def stages(record: Record) -> Section:
 
 def _stages(record: Record) -> list[tuple[str, str, str]]:
     begins, devices = record.content.get("boundaries"), record.content.get("devices")
-    if not (isinstance(begins, list) and isinstance(devices, list) and begins):
+    if not begins or not devices:
         return []
     ends = [*begins[1:], record.extra.get("num_blocks")]
     rows = []
@@ -102,11 +102,10 @@ def settings(record: Record) -> Section:
 
 
 def _history(changes: Any) -> list[Piece]:
-    if not isinstance(changes, list) or not changes:
+    if not changes:
         return [Text("No key has changed since the run began.")]
     names = ("step", "key", "old", "new")
-    known = [change for change in changes if isinstance(change, dict)]
-    rows = [[_said(change.get(name)) for name in names] for change in known]
+    rows = [[_said(change[name]) for name in names] for change in changes]
     return [Table("Keys that changed on the way: each from its step on", names, rows)]
 
 

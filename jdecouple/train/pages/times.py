@@ -27,7 +27,7 @@ class Seconds:
         batch_size: examples of a step.
     """
 
-    def __init__(self, lines: Sequence[Line], batch_size: int):
+    def __init__(self, lines: Sequence[Line], batch_size: float):
         self._steps, self._seconds, self._of_step = [0], [0.0], math.nan
         for line in lines:
             step, speed = line["step"], line.get("examples_per_second")
