@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -43,17 +44,8 @@ def evaluate(argv: Sequence[str]) -> None:
     logits, labels = run.logits(split, given.batch_size)
     folder = given.output or run.workdir / f"evaluation_{split.name}"
     calibrated = given.exit == "calibrated"
-    content = reports.write_evaluation(
-        folder,
-        logits,
-        labels,
-        class_names=run.class_names,
-        exits=run.exits,
-        exit=None if calibrated else given.exit,
-        rule=cli.calibrated(run) if calibrated else None,
-        images=images_of(run, split),
-        about={"step": run.step, "split": split.name},
-    )
+    answers = {"rule": cli.calibrated(run)} if calibrated else {"exit": given.exit}
+    content = written(folder, run, split, logits, labels, **answers)
     print(f"{split.name} accuracy at step {run.step}, {content['examples']} examples")
     for row in content["exits"]:
         print(f"  exit {row['exit']}: {row['accuracy']:.2%}")
@@ -126,6 +118,22 @@ def _parser(name: str, command: Callable[..., None], split: str) -> cli.Parser:
     return parser
 
 
+def written(
+    folder: Path, run: Run, split: Split, logits: np.ndarray, labels: np.ndarray, **answers: Any
+) -> dict[str, Any]:
+    """What `reports.write_evaluation` writes of a network's logits on a split, and returns."""
+    return reports.write_evaluation(
+        folder,
+        logits,
+        labels,
+        class_names=run.class_names,
+        exits=run.exits,
+        images=_images_of(run, split),
+        about={"step": run.step, "split": split.name},
+        **answers,
+    )
+
+
 def loaded(
     workdir: str | Path, step: str | int, split: str, data_dir: str | None
 ) -> tuple[Run, Split]:
@@ -182,7 +190,7 @@ def _seconds(run: Run, split: Split) -> np.ndarray:
     return run.seconds(run.inputs.whole(split.gather(np.arange(count))))
 
 
-def images_of(run: Run, split: Split) -> np.ndarray | None:
+def _images_of(run: Run, split: Split) -> np.ndarray | None:
     """The images of a split, to draw some of; None of texts, or of too many."""
     shape, dtype = run.inputs.example
     size = len(split) * int(np.prod(shape)) * np.dtype(dtype).itemsize

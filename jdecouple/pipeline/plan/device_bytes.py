@@ -68,11 +68,6 @@ class DeviceBytes:
         """
         return self.total + self.working
 
-    @property
-    def uncertainty(self) -> int:
-        """Bytes by which `total` may be wrong either way, the larger of both."""
-        return max(self.total - self.least, self.most - self.total)
-
 
 def planned_bytes(design: Design, platform: str = "cpu") -> tuple[DeviceBytes, ...]:
     """Bytes of the devices of every group, in the order of the stages.

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jdecouple._errors import first_line
-from jdecouple.inference import calibration, reports
+from jdecouple.inference import calibration
 from jdecouple.train import evaluation
 from jdecouple.train import report as closing
 from jdecouple.train.pages.charts import Chart, Curve, categories
@@ -144,15 +144,7 @@ def _computed(
     run, split = evaluation.loaded(record.folder, asked.step, asked.split, asked.data_dir)
     print(f"measuring step {run.step} on the {asked.split} split", file=sys.stderr)
     logits, labels = run.logits(split, asked.batch_size)
-    content = reports.write_evaluation(
-        folder,
-        logits,
-        labels,
-        class_names=run.class_names,
-        exits=run.exits,
-        images=evaluation.images_of(run, split),
-        about={"step": run.step, "split": asked.split},
-    )
+    content = evaluation.written(folder, run, split, logits, labels)
     if len(run.exits) == 1:
         return content, None
     curves = calibration.curves(logits, labels, run.costs / run.costs[-1])
