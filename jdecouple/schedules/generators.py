@@ -243,4 +243,6 @@ def build(
         raise ValueError(f"num_stages is {num_stages}: a multiple of chunks={chunks} is needed")
     counts = num_stages, num_microbatches
     table = tuple(actions(*counts, chunks) if takes_chunks else actions(*counts))
-    return Schedule(name, *counts, table, is_local, is_delayed, chunks).validate()
+    size = num_stages // chunks
+    placement = tuple(stage % size for stage in range(num_stages))  # round, so neighbours differ
+    return Schedule(name, *counts, table, is_local, is_delayed, placement).validate()

@@ -69,7 +69,7 @@ class Schedule:
         actions: every action in the order in which the host dispatches them.
         local: whether no errors go from stage to stage (local objectives).
         delayed: whether what an action needs may come from an earlier iteration.
-        chunks: stages that share a device group.
+        placement: number of each stage's device group, from 0; by default one each.
     """
 
     name: str
@@ -78,16 +78,16 @@ class Schedule:
     actions: tuple[Action, ...]
     local: bool = False
     delayed: bool = False
-    chunks: int = 1
+    placement: tuple[int, ...] = ()
 
     @property
     def num_device_groups(self) -> int:
         """Device groups that the stages live on; K unless several share one."""
-        return self.num_stages // self.chunks
+        return max(self.placement, default=self.num_stages - 1) + 1
 
     def device_group(self, stage: int) -> int:
-        """Device group on which a stage lives: they go round, so that neighbours differ."""
-        return stage % self.num_device_groups
+        """Device group on which a stage lives."""
+        return self.placement[stage] if self.placement else stage
 
     def calls(self) -> Iterator[Call]:
         """Yields the actions with neighbours of one stage joined.
@@ -140,12 +140,13 @@ class Schedule:
 
         Raises:
             ValueError: naming the first action that is out of range, done twice, without its
-                inputs or too early, or missing; or the chunks do not divide the stages.
+                inputs or too early, or missing; or the placement does not fit the stages.
         """
-        if self.chunks < 1 or self.num_stages % self.chunks:
+        groups = self.placement or range(self.num_stages)
+        if len(groups) != self.num_stages or {*groups} != {*range(self.num_device_groups)}:
             raise ValueError(
-                f"schedule {self.name}: {self.num_stages} stages cannot be dealt out in "
-                f"{self.chunks} chunks a device"
+                f"schedule {self.name}: placement is {self.placement}: a device group for each of "
+                f"{self.num_stages} stages is needed, counted from 0 without a gap"
             )
         done: set[tuple] = set()
         for action in self.actions:

@@ -240,7 +240,7 @@ def test_interleaved_row_holds_what_it_warms_up_with(num_rows, chunks, microbatc
 
 def test_rows_and_chunks():
     schedule = build("interleaved_1f1b", 6, 3)
-    assert (schedule.chunks, schedule.num_device_groups) == (2, 3)
+    assert (schedule.placement, schedule.num_device_groups) == ((0, 1, 2, 0, 1, 2), 3)
     assert [schedule.device_group(stage) for stage in range(6)] == [0, 1, 2, 0, 1, 2]
     assert build("interleaved_1f1b", 6, 3, chunks=3).num_device_groups == 2
     assert [build("interleaved_1f1b", k).num_device_groups for k in (1, 2, 3, 4, 5)] == [

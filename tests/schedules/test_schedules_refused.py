@@ -112,13 +112,15 @@ def test_every_way_to_break_a_schedule_is_refused(name):
             assert message == f"{action} comes before {actions[early]}"
 
 
-def test_chunks_that_do_not_divide_the_stages_are_refused():
-    for chunks, stages in ((2, 3), (0, 4), (4, 2)):
-        schedule = dataclasses.replace(build("1f1b", stages, 2), chunks=chunks)
-        with pytest.raises(ValueError) as error:
-            schedule.validate()
-        wanted = f"schedule 1f1b: {stages} stages cannot be dealt out in {chunks} chunks a device"
-        assert str(error.value) == wanted
+@pytest.mark.parametrize("placement", [(0, 1), (0, 1, 1, 0), (0, 2, 0), (1, 2, 1), (-1, 0, 1)])
+def test_placement_that_does_not_fit_is_refused(placement):
+    schedule = dataclasses.replace(build("1f1b", 3, 2), placement=placement)
+    with pytest.raises(ValueError) as error:
+        schedule.validate()
+    assert str(error.value) == (
+        f"schedule 1f1b: placement is {placement}: a device group for each of 3 stages is needed, "
+        "counted from 0 without a gap"
+    )
 
 
 def test_work_after_the_step_is_refused():

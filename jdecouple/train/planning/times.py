@@ -94,22 +94,6 @@ class Timing(NamedTuple):
     groups: int
 
 
-@dataclasses.dataclass(frozen=True)
-class _Placed(Schedule):
-    """A schedule whose stages live on other device groups than one each."""
-
-    groups: tuple[int, ...] = ()
-
-    @property
-    def num_device_groups(self) -> int:
-        """See `Schedule`."""
-        return max(self.groups) + 1
-
-    def device_group(self, stage: int) -> int:
-        """See `Schedule`."""
-        return self.groups[stage]
-
-
 def placed(table: Schedule, mesh: StageMesh) -> Schedule:
     """The schedule with its stages on the devices of a mesh, where some must share them."""
     own = assign_devices(mesh.device_groups, table.num_device_groups)
@@ -117,8 +101,7 @@ def placed(table: Schedule, mesh: StageMesh) -> Schedule:
     numbers = {devices: number for number, devices in enumerate(dict.fromkeys(own))}
     if len(numbers) == table.num_device_groups:
         return table
-    fields = {field.name: getattr(table, field.name) for field in dataclasses.fields(table)}
-    return _Placed(**fields, groups=tuple(numbers[devices] for devices in groups))
+    return dataclasses.replace(table, placement=tuple(numbers[devices] for devices in groups))
 
 
 def tables(design: Design, mesh: StageMesh) -> dict[str, Schedule]:
