@@ -89,7 +89,7 @@ class Row:
         """Speed over one device, of a segment of equal stages in which nothing else takes time."""
         if self.groups == 1:
             return float(self.data)
-        costs = Costs(forward=1.0, backward=2.0)
+        costs = Costs(forward=1.0, backward=1.0, weight=1.0)
         alone = batches * self.stages * self.microbatches * (1.0 + 2.0)
         return self.data * alone / simulate(self.plan, costs, batches=batches).makespan
 

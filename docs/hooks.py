@@ -129,7 +129,7 @@ def _relinked(markdown: str, source: str, page: str) -> str:
 
 _TIME, _ROW, _LEFT = 21, 24, 58  # pixels of a unit of time, of a line, of its name
 _UNITS = 42  # of time that a picture shows
-_COSTS = schedules.Costs(forward=1.0, backward=2.0)
+_COSTS = schedules.Costs(forward=1.0, backward=1.0, weight=1.0)
 
 
 def _drawn(fence: str) -> str:
@@ -150,7 +150,7 @@ def _picture(schedule: schedules.Schedule) -> str:
         for stage in range(schedule.num_stages)
     ]
     for span in spans:
-        boxes += _boxes(span, schedule.num_microbatches)
+        boxes += _boxes(span, schedule)
     label = html.escape(f"{schedule.name}: what {schedule.num_stages} stages do at which time")
     return (
         f'<div class="grid-picture"><svg viewBox="0 0 {width} {height}" role="img" '
@@ -158,11 +158,11 @@ def _picture(schedule: schedules.Schedule) -> str:
     )
 
 
-def _boxes(span: schedules.Span, num_microbatches: int) -> Iterator[str]:
+def _boxes(span: schedules.Span, schedule: schedules.Schedule) -> Iterator[str]:
     start = span.start
     for kind, microbatch in zip(span.kinds, span.microbatches, strict=True):
-        length = {"F": 1, "B": 2, "S": 0}[kind.value]
-        number = span.batch * num_microbatches + microbatch
+        length = {"F": 1, "B": 1 if schedule.splits else 2, "W": 1, "S": 0}[kind.value]
+        number = span.batch * schedule.num_microbatches + microbatch
         if length and number >= 0 and start + length <= _UNITS:
             x, y, width = _LEFT + _TIME * start, _ROW * span.stage + 2, _TIME * length
             yield (

@@ -6,8 +6,13 @@ from typing import Any
 from jdecouple.schedules.schedule import Kind
 from jdecouple.schedules.simulation import Span
 
-# Three of Okabe and Ito's colours, which the colour-blind tell apart.
-_COLOURS = {Kind.FORWARD: "#56B4E9", Kind.BACKWARD: "#E69F00", Kind.STEP: "#009E73"}
+# Four of Okabe and Ito's colours, which the colour-blind tell apart.
+_COLOURS = {
+    Kind.FORWARD: "#56B4E9",
+    Kind.BACKWARD: "#E69F00",
+    Kind.WEIGHT: "#CC79A7",
+    Kind.STEP: "#009E73",
+}
 _WIDTH, _LINE_HEIGHT, _DPI = 12.0, 0.55, 120  # inches, inches, dots per inch
 _FONT = 8.0  # points
 _DIGIT = 0.65 * _FONT  # points across

@@ -3,14 +3,20 @@
 import dataclasses
 import enum
 from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from typing import NamedTuple
 
 
 class Kind(enum.Enum):
-    """What a stage does in one action."""
+    """What a stage does in one action.
+
+    In a schedule that splits its backwards BACKWARD is the gradient of the stage's input alone, and
+    WEIGHT that of its weights.
+    """
 
     FORWARD = "F"
     BACKWARD = "B"
+    WEIGHT = "W"
     STEP = "S"
 
 
@@ -19,7 +25,7 @@ class Action(NamedTuple):
 
     Attributes:
         stage: index of the stage that acts, 0 to K-1.
-        kind: forward, backward or optimiser step.
+        kind: forward, backward, weight gradient or optimiser step.
         microbatch: index of the microbatch, 0 to M-1; a step carries the last, M-1, whichever
             backward is before it. In a delayed schedule -n is the batch that entered n iterations
             ago.
@@ -89,11 +95,16 @@ class Schedule:
         """Device group on which a stage lives."""
         return self.placement[stage] if self.placement else stage
 
+    @cached_property
+    def splits(self) -> bool:
+        """Whether a backward is two actions: the input gradient, and the weight gradient."""
+        return any(action.kind is Kind.WEIGHT for action in self.actions)
+
     def calls(self) -> Iterator[Call]:
         """Yields the actions with neighbours of one stage joined.
 
-        Joined are those on one microbatch, a step with the backward before it, and what a step of
-        their stage precedes.
+        Joined are those on one microbatch, a step with what is before it, and what a step of their
+        stage precedes. A backward that sends an error is not joined with the weight gradient.
         """
         for actions in split(self.actions, joins):
             kinds = tuple(action.kind for action in actions)
@@ -167,6 +178,8 @@ class Schedule:
             for microbatch in range(self.num_microbatches):
                 yield Action(stage, Kind.FORWARD, microbatch)
                 yield Action(stage, Kind.BACKWARD, microbatch)
+                if self.splits:
+                    yield Action(stage, Kind.WEIGHT, microbatch)
             yield self._last_step(stage)
 
     def _problem(self, action: Action, done: set[tuple]) -> str | None:
@@ -180,17 +193,25 @@ class Schedule:
         if self._slot(action) in done:
             return "stands twice"
         for needed in self.inputs(action):
-            if needed not in done and not self._earlier(needed):
+            if needed not in done and not self._waits(action, needed):
                 return f"comes before {needed}"
         if not self.delayed and kind is not Kind.STEP and self._last_step(stage) in done:
             return f"comes after {self._last_step(stage)}"
         return None
 
-    def _earlier(self, needed: Action) -> bool:
-        """Whether an earlier iteration of a delayed schedule has done what is needed."""
-        return self.delayed and any(
-            action[:2] == needed[:2] and action.microbatch > needed.microbatch
-            for action in self.actions
+    def _waits(self, taker: Action, needed: Action) -> bool:
+        """Whether an earlier iteration of a delayed schedule has done what is needed.
+
+        Gradients do not wait from one iteration to the next.
+        """
+        takes_gradients = taker.kind in (Kind.WEIGHT, Kind.STEP)
+        return (
+            self.delayed
+            and not takes_gradients
+            and any(
+                action[:2] == needed[:2] and action.microbatch > needed.microbatch
+                for action in self.actions
+            )
         )
 
     def _last_step(self, stage: int) -> Action:
@@ -205,9 +226,12 @@ class Schedule:
             yield Action(stage, Kind.FORWARD, microbatch)
             if not self.local and stage < self.num_stages - 1:
                 yield Action(stage + 1, Kind.BACKWARD, microbatch)
+        elif kind is Kind.WEIGHT:
+            yield Action(stage, Kind.BACKWARD, microbatch)
         elif kind is Kind.STEP:
+            last = Kind.WEIGHT if self.splits else Kind.BACKWARD
             for of in [microbatch] if self.delayed else range(self.num_microbatches):
-                yield Action(stage, Kind.BACKWARD, of)
+                yield Action(stage, last, of)
 
     def __str__(self) -> str:
         """The grid: a line a stage, a column a tick; a device group acts once in a tick."""
@@ -229,10 +253,15 @@ class Schedule:
 
 
 def joins(before: Action, action: Action) -> bool:
-    """Whether an action belongs to the call of the action before it."""
-    return before.stage == action.stage and (
-        before.microbatch == action.microbatch or Kind.STEP in (before.kind, action.kind)
-    )
+    """Whether an action belongs to the call of the action before it.
+
+    An error leaves at the end of a call: the weight gradient does not hold it up.
+    """
+    if before.stage != action.stage:
+        return False
+    if (before.kind, action.kind) == (Kind.BACKWARD, Kind.WEIGHT) and before.stage > 0:
+        return False
+    return before.microbatch == action.microbatch or Kind.STEP in (before.kind, action.kind)
 
 
 def split(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import operator
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
@@ -22,7 +23,7 @@ class Costs:
 
     Attributes:
         forward: seconds of one microbatch, for each of the K stages; not needed beside all `calls`.
-        backward: as forward.
+        backward: as forward. Beside `weight` it is the input gradient alone.
         step: seconds of one optimiser step, for each stage.
         message_bytes: of one microbatch's carry, for each of the K-1 boundaries.
         error_bytes: of one microbatch's errors, for each boundary.
@@ -32,6 +33,8 @@ class Costs:
         hosts: the process that drives each stage; by default one drives all.
         calls: seconds of whole calls by (stage, kinds), such as `Trainer.measured_costs` gives.
             What joins several actions in one call is faster than the actions one by one.
+        weight: seconds of the weight gradient, as forward. A schedule that splits its backwards
+            needs it; in any other a backward takes backward + weight.
 
     Raises:
         ValueError: a number that is negative or not finite (the bandwidth may be infinite), or a
@@ -48,11 +51,13 @@ class Costs:
     dispatch: float = 0.0
     hosts: Sequence[int] | None = None
     calls: Mapping[tuple[int, Kinds], float] = dataclasses.field(default_factory=dict)
+    weight: PerStage | None = None
 
     def __post_init__(self) -> None:
-        for name in ("forward", "backward", "step", "message_bytes", "error_bytes"):
+        optional = ("forward", "backward", "weight") if self.calls else ("weight",)
+        for name in ("forward", "backward", "weight", "step", "message_bytes", "error_bytes"):
             values = getattr(self, name)
-            if values is None and self.calls and name in ("forward", "backward"):
+            if values is None and name in optional:
                 continue
             for value in values if isinstance(values, Iterable) else [values]:
                 require_number(**{name: value})
@@ -98,7 +103,8 @@ class Simulation:
     Attributes:
         makespan: seconds from the first dispatch to the end of the last call.
         busy: share of the makespan in which each device group ran a call.
-        peak_live: microbatches of each stage that are forwarded with the backward to come, at most.
+        peak_live: microbatches of each stage that are forwarded with the backward to come, at most;
+            in a schedule that splits its backwards with the weight gradient to come.
         bytes_moved: bytes of all batches that went from one device group to another.
         spans: every call, in order of dispatch.
     """
@@ -198,7 +204,7 @@ def simulate(
     )
 
 
-_DIRECTION = {Kind.FORWARD: 1, Kind.BACKWARD: -1, Kind.STEP: 0}
+_DIRECTION = {Kind.FORWARD: 1, Kind.BACKWARD: -1, Kind.WEIGHT: 0, Kind.STEP: 0}
 
 
 class _Links:
@@ -233,6 +239,9 @@ def _seconds(schedule: Schedule, costs: Costs) -> dict[tuple[int, Kinds], float]
         name = kind.name.lower()
         values = getattr(costs, name)
         times[kind] = None if values is None else _per_stage(name, values, schedule.num_stages)
+    backward, weight = times[Kind.BACKWARD], times[Kind.WEIGHT]
+    if backward and weight and not schedule.splits:
+        times[Kind.BACKWARD] = tuple(map(operator.add, backward, weight))
     seconds = {}
     for stage, kinds, _ in schedule.calls():
         parts = [time[stage] for kind in kinds if (time := times[kind])]
@@ -241,9 +250,9 @@ def _seconds(schedule: Schedule, costs: Costs) -> dict[tuple[int, Kinds], float]
         elif len(parts) == len(kinds):
             seconds[stage, kinds] = sum(parts)
         else:
+            sums = "forward, backward and weight" if schedule.splits else "forward and backward"
             raise ValueError(
-                f"calls has no time for {_label(stage, kinds)}: that or forward and backward are "
-                "needed"
+                f"calls has no time for {_label(stage, kinds)}: that or {sums} are needed"
             )
     return seconds
 
@@ -251,8 +260,9 @@ def _seconds(schedule: Schedule, costs: Costs) -> dict[tuple[int, Kinds], float]
 def _peak_live(schedule: Schedule) -> tuple[int, ...]:
     live = [len(schedule.in_flight(stage).residuals) for stage in range(schedule.num_stages)]
     peak = list(live)
+    end = Kind.WEIGHT if schedule.splits else Kind.BACKWARD
     for stage, kind, _ in schedule.actions:
-        live[stage] += _DIRECTION[kind]  # a forward begins what its backward ends
+        live[stage] += (kind is Kind.FORWARD) - (kind is end)
         peak[stage] = max(peak[stage], live[stage])
     return tuple(peak)
 

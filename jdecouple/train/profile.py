@@ -18,7 +18,7 @@ from jdecouple.schedules import Kind, Span, draw
 from jdecouple.trainer import State, Trainer
 
 WARM_UP_STEPS = 10
-_NAME = re.compile(r"jit_stage(\d+)_([FBS]+)(?:\(.*\))?")
+_NAME = re.compile(r"jit_stage(\d+)_([FBWS]+)(?:\(.*\))?")
 _MODULES = "XLA Modules"  # the line of a GPU's trace that has an event a call
 
 Key = tuple[int, tuple[Kind, ...]]

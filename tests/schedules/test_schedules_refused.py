@@ -123,6 +123,50 @@ def test_placement_that_does_not_fit_is_refused(placement):
     )
 
 
+# K = 2, M = 1 with split backwards. W1 and W0 are the weight gradients of stages 1 and 0.
+W1, W0 = Action(1, Kind.WEIGHT, 0), Action(0, Kind.WEIGHT, 0)
+SPLIT = (F0, F1, B1, W1, S1, B0, W0, S0)
+
+
+def test_weight_gradients_stand_once_between_backward_and_step():
+    schedule = sequential(*SPLIT).validate()
+    assert schedule.splits
+    assert not sequential(*GOOD).splits
+    # The error of stage 1 leaves before its weight gradient; stage 0 sends none.
+    assert [(call.stage, call.kinds) for call in schedule.calls()] == [
+        (0, (F,)),
+        (1, (F, B)),
+        (1, (Kind.WEIGHT, S)),
+        (0, (B, Kind.WEIGHT, S)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("actions", "message"),
+    [
+        ((F0, F1, B1, S1, B0, W0, S0), "S0 of stage 1 comes before W0 of stage 1"),
+        ((F0, F1, W1, B1, S1, B0, W0, S0), "W0 of stage 1 comes before B0 of stage 1"),
+        ((F0, F1, B1, W1, W1, S1, B0, W0, S0), "W0 of stage 1 stands twice"),
+        ((F0, F1, B1, S1, W1, B0, W0, S0), "S0 of stage 1 comes before W0 of stage 1"),
+        ((F0, F1, B1, W1, S1, B0), "W0 of stage 0 is missing"),
+    ],
+)
+def test_weight_gradient_out_of_place_is_refused(actions, message):
+    with pytest.raises(ValueError) as error:
+        sequential(*actions).validate()
+    assert str(error.value) == f"schedule mine: {message}"
+
+
+def test_gradients_do_not_wait_from_one_iteration_to_the_next():
+    good = late((0, B, -2), (0, Kind.WEIGHT, -2), (0, S, -2), (0, F, 0), *LAST[:2])
+    last = ((1, Kind.WEIGHT, -1), (1, S, -1))
+    dataclasses.replace(good, actions=(*good.actions, *(Action(*each) for each in last))).validate()
+    with pytest.raises(ValueError, match="W-2 of stage 0 comes before B-2 of stage 0"):
+        late((0, Kind.WEIGHT, -2), (0, B, -2), (0, S, -2), (0, F, 0), *LAST[:2], *last).validate()
+    with pytest.raises(ValueError, match="S-2 of stage 0 comes before W-2 of stage 0"):
+        late((0, B, -2), (0, S, -2), (0, F, 0), *LAST[:2], *last).validate()
+
+
 def test_work_after_the_step_is_refused():
     """A microbatch that comes after the step would read weights of the next batch."""
     actions = (Action(0, F, 0), Action(0, B, 0), Action(0, F, 1), Action(0, B, 1), Action(0, S, 1))

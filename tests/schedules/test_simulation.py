@@ -237,6 +237,43 @@ def test_call_without_a_time_is_refused():
         simulate(build("local", 2), costs)
 
 
+# --- Split backwards ----------------------------------------------------------------------------
+
+W = Kind.WEIGHT
+ORDER = ((0, F), (1, F), (1, B), (1, W), (1, S), (0, B), (0, W), (0, S))
+SPLIT = Schedule("mine", 2, 1, tuple(Action(*each, 0) for each in ORDER))
+
+
+def test_weight_gradient_takes_its_own_time():
+    """The error leaves before it; a schedule that does not split takes both in one."""
+    costs = Costs([1, 2], [3, 4], [0.5, 0.25], weight=[10, 20], latency=1)
+    simulated = simulate(SPLIT, costs)
+    assert simulated.spans == (
+        Span(0, 0, (F,), (0,), 0, 0, 1),
+        Span(1, 1, (F, B), (0, 0), 0, 2, 8),
+        Span(1, 1, (W, S), (0, 0), 0, 8, 28.25),
+        Span(0, 0, (B, W, S), (0, 0, 0), 0, 9, 22.5),
+    )
+    whole = simulate(build("sequential", 2, 1), costs)
+    assert [span.end for span in whole.spans] == [1, 28.25, 42.75]
+    assert whole == simulate(
+        build("sequential", 2, 1), Costs([1, 2], [13, 24], costs.step, latency=1)
+    )
+
+
+def test_weight_gradient_without_a_time_is_refused():
+    with pytest.raises(ValueError, match=r"stage 1: WS: that or forward, backward and weight are"):
+        simulate(SPLIT, Costs(1, 2))
+    calls = {(1, (W, S)): 1.0, (0, (B, W, S)): 2.0}
+    assert simulate(SPLIT, Costs(1, 2, calls=calls)).makespan == 1 + 3 + 2
+
+
+def test_what_is_forwarded_lives_until_its_weight_gradient():
+    actions = [(F, 0), (B, 0), (F, 1), (B, 1), (W, 0), (W, 1), (S, 1)]
+    schedule = Schedule("mine", 1, 2, tuple(Action(0, *each) for each in actions))
+    assert simulate(schedule, Costs(1, 1, weight=1)).peak_live == (2,)
+
+
 # --- Activations ---------------------------------------------------------------------------------
 
 
@@ -360,6 +397,7 @@ def test_nothing_costs_nothing():
         ({"forward": [1.0, math.nan]}, "forward is nan"),
         ({"backward": math.inf}, "backward is inf"),
         ({"backward": None}, "backward is None"),
+        ({"weight": [1, -1]}, "weight is -1"),
         ({"step": [0, "fast"]}, "step is 'fast'"),
         ({"message_bytes": -5}, "message_bytes is -5"),
         ({"error_bytes": [math.inf]}, "error_bytes is inf"),
@@ -389,6 +427,7 @@ def test_costs_refuse_what_no_cost_can_be(given, words):
     [
         ({"forward": [1, 2]}, "forward has 2 values: one number or 3 values"),
         ({"backward": [1]}, "backward has 1 values: one number or 3 values"),
+        ({"weight": [1]}, "weight has 1 values: one number or 3 values"),
         ({"step": [1] * 4}, "step has 4 values: one number or 3 values"),
         ({"message_bytes": [1] * 3}, "message_bytes has 3 values: one number or 2 values"),
         ({"error_bytes": []}, "error_bytes has 0 values: one number or 2 values"),

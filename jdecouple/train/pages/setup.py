@@ -16,7 +16,7 @@ from jdecouple.train.pages import again
 from jdecouple.train.pages.page import Code, Fold, Note, Picture, Piece, Section, Table, Text
 from jdecouple.train.pages.record import Record
 
-_FORWARD, _BACKWARD, _STEP = 1e-3, 2e-3, 0.25e-3  # seconds that a drawn schedule assumes
+_COSTS = schedules.Costs(1e-3, 1e-3, 0.25e-3, weight=1e-3)  # seconds that a drawn one assumes
 _BATCHES = 4  # that are drawn
 
 
@@ -62,8 +62,7 @@ def _timeline(record: Record, count: int) -> list[Piece]:
     method = methods.get(config.method.name, **chosen(config, "method"))
     name = method.route.schedules[0] if config.schedule == "auto" else config.schedule
     schedule = schedules.build(name, count, config.microbatches)
-    costs = schedules.Costs(_FORWARD, _BACKWARD, _STEP)
-    played = schedules.simulate(schedule, costs, batches=_BATCHES)
+    played = schedules.simulate(schedule, _COSTS, batches=_BATCHES)
     buffer = io.BytesIO()
     schedules.draw(played.spans, title=f"schedule {name}, simulated").savefig(buffer, format="png")
     caption = (

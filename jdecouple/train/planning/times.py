@@ -62,20 +62,23 @@ def estimated(
     Replicas share a stage's work evenly; their gradients are summed over the
     same links, for every microbatch.
     """
-    forward, backward = [], []
+    forward, backward, weight = [], [], []
     replays = getattr(design.method.route, "replay", False)
     for stage, devices in zip(design.stages, design.device_groups, strict=True):
         own = [works[unit.index] for unit in stage.units]
         count = len(devices)
-        first, second = (sum(getattr(work, name) for work in own) for name in Work._fields)
+        first, both = (sum(getattr(work, name) for work in own) for name in Work._fields)
+        second = third = both / 2  # of a layer's two gradients each is a product of its size
         if stage.remat in _REPEATED or (replays and not stage.is_last):
             second += first
         params = jax.tree.leaves(jax.eval_shape(stage.initial)["params"])
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in params)
         forward.append(first / count / rate)
-        backward.append(second / count / rate + 2 * (count - 1) / count * size / bandwidth)
+        backward.append(second / count / rate)
+        weight.append(third / count / rate + 2 * (count - 1) / count * size / bandwidth)
     links: dict[str, Any] = {"bandwidth": bandwidth, "latency": latency}
-    return Costs(forward, backward, **message_sizes(design.stages), **links)
+    sizes = message_sizes(design.stages)
+    return Costs(forward, backward, weight=weight, **sizes, **links)
 
 
 class Timing(NamedTuple):
