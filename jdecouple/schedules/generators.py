@@ -1,12 +1,13 @@
 """Generators of schedules: each is a short loop with its grid drawn above it."""
 
 import itertools
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from jdecouple._errors import choices, require_int
-from jdecouple.schedules.schedule import Action, Kind, Schedule, joins, split
+from jdecouple.schedules.schedule import Action, Kind, Schedule
+from jdecouple.schedules.wavefront import wavefront
+from jdecouple.schedules.zero_bubble import dualpipe_v, v_placement, zb_h1, zbv
 
 _F, _B, _S = Kind.FORWARD, Kind.BACKWARD, Kind.STEP
 
@@ -59,7 +60,7 @@ def gpipe(num_stages: int, num_microbatches: int) -> Iterator[Action]:
     """
     parts = range(num_microbatches)
     orders = [_actions([k], _F, parts) + _actions([k], _B, parts[::-1]) for k in range(num_stages)]
-    return _wavefront(orders, num_stages, num_microbatches)
+    return wavefront(orders, range(num_stages), num_microbatches)
 
 
 def one_forward_one_backward(num_stages: int, num_microbatches: int) -> Iterator[Action]:
@@ -76,7 +77,7 @@ def one_forward_one_backward(num_stages: int, num_microbatches: int) -> Iterator
         _in_turns(_actions([k], _F, parts), _actions([k], _B, parts), warm_up=num_stages - 1 - k)
         for k in range(num_stages)
     ]
-    return _wavefront(orders, num_stages, num_microbatches)
+    return wavefront(orders, range(num_stages), num_microbatches)
 
 
 def interleaved(num_stages: int, num_microbatches: int, chunks: int) -> Iterator[Action]:
@@ -104,7 +105,12 @@ def interleaved(num_stages: int, num_microbatches: int, chunks: int) -> Iterator
         backwards = [action for parts in turns for action in _actions(stages[::-1], _B, parts)]
         warm_up = 2 * (size - 1 - device_group) + (chunks - 1) * len(turns[-1])
         orders.append(_in_turns(forwards, backwards, warm_up))
-    return _wavefront(orders, num_stages, num_microbatches)
+    return wavefront(orders, _round(num_stages, chunks), num_microbatches)
+
+
+def _round(num_stages: int, chunks: int) -> tuple[int, ...]:
+    """Device groups of stages that go round, so that neighbours differ."""
+    return tuple(stage % (num_stages // chunks) for stage in range(num_stages))
 
 
 def _actions(stages: Iterable[int], kind: Kind, microbatches: Sequence[int]) -> list[Action]:
@@ -116,34 +122,6 @@ def _in_turns(forwards: list[Action], backwards: list[Action], warm_up: int) -> 
     turns = max(0, len(forwards) - warm_up)
     pairs = zip(forwards[warm_up:], backwards[:turns], strict=True)
     return [*forwards[:warm_up], *itertools.chain(*pairs), *backwards[turns:]]
-
-
-def _wavefront(
-    orders: Sequence[list[Action]], num_stages: int, num_microbatches: int
-) -> Iterator[Action]:
-    """Merges what each device group does, and the steps that end it, into the order of dispatch.
-
-    Every action takes one tick, and a call is dispatched in the tick in which it begins, the first
-    device group first. What sends nothing joins what follows; the rest sends as soon as it ends.
-    """
-    silent = (num_stages - 1, _F), (0, _B)
-    inputs = Schedule("", num_stages, num_microbatches, ()).inputs
-    queues = []
-    for device_group, order in enumerate(orders):
-        stages = range(device_group, num_stages, len(orders))
-        actions = order + _actions(stages, _S, [num_microbatches - 1])
-        queues.append(deque(split(actions, lambda a, b: a[:2] in silent and joins(a, b))))
-    done: dict[Action, int] = {}
-    free = [0] * len(orders)
-    for tick in range(sum(map(len, orders)) + num_stages):
-        for device_group, calls in enumerate(queues):
-            if not calls or free[device_group] > tick:
-                continue
-            if all(done.get(action, tick) < tick for action in inputs(calls[0][0])):
-                call = calls.popleft()
-                done |= {action: tick + late for late, action in enumerate(call)}
-                free[device_group] = tick + len(call)
-                yield from call
 
 
 def delayed(num_stages: int, num_microbatches: int) -> Iterator[Action]:
@@ -183,11 +161,45 @@ def delayed_locked(num_stages: int, num_microbatches: int) -> Iterator[Action]:
         yield Action(stage, _S, stage - last)
 
 
+def delayed_split(num_stages: int, num_microbatches: int) -> Iterator[Action]:
+    """As delayed, but an error leaves before the weight gradient.
+
+    Where a message takes L seconds, an iteration takes max(f + b + w, f + b + w / 2 + L) instead of
+    f + b + w + L. K = 3::
+
+        stage 0 | B-4 W-4 S-4 F0
+        stage 1 | B-3 W-3 S-3 F-1
+        stage 2 | F-2 B-2 W-2 S-2
+    """
+    return _with_weights(delayed(num_stages, num_microbatches))
+
+
+def delayed_locked_split(num_stages: int, num_microbatches: int) -> Iterator[Action]:
+    """As delayed_locked, but an error leaves before the weight gradient.
+
+    K iterations take K (f + b) + w + 2 (K - 1) L, where that is more than the stages' work, instead
+    of K w more. K = 3::
+
+        stage 0 | F0  B-2 W-2 S-2 .   .
+        stage 1 | .   F0  B-1 W-1 S-1 .
+        stage 2 | .   .   F0  B0  W0  S0
+    """
+    return _with_weights(delayed_locked(num_stages, num_microbatches))
+
+
+def _with_weights(actions: Iterable[Action]) -> Iterator[Action]:
+    for action in actions:
+        yield action
+        if action.kind is _B:
+            yield action._replace(kind=Kind.WEIGHT)
+
+
 class _Generator(NamedTuple):
     actions: Callable[..., Iterator[Action]]
     local: bool = False
     delayed: bool = False
     takes_chunks: bool = False
+    v_shaped: bool = False
 
 
 _GENERATORS = {
@@ -196,14 +208,20 @@ _GENERATORS = {
     "gpipe": _Generator(gpipe),
     "1f1b": _Generator(one_forward_one_backward),
     "interleaved_1f1b": _Generator(interleaved, takes_chunks=True),
+    "zb_h1": _Generator(zb_h1),
+    "zbv": _Generator(zbv, v_shaped=True),
+    "dualpipe_v": _Generator(dualpipe_v, v_shaped=True),
     "delayed": _Generator(delayed, delayed=True),
     "delayed_locked": _Generator(delayed_locked, delayed=True),
+    "delayed_split": _Generator(delayed_split, delayed=True),
+    "delayed_locked_split": _Generator(delayed_locked_split, delayed=True),
 }
 
 
-def names() -> tuple[str, ...]:
-    """Names that `build` takes."""
-    return tuple(_GENERATORS)
+def names(num_stages: int | None = None) -> tuple[str, ...]:
+    """Names that `build` takes, for so many stages where they are given."""
+    odd = num_stages is not None and num_stages > 1 and num_stages % 2 == 1
+    return tuple(name for name, row in _GENERATORS.items() if not (odd and row.v_shaped))
 
 
 def build(
@@ -220,7 +238,7 @@ def build(
         num_stages: K, at least 1, over all devices.
         num_microbatches: M, at least 1.
         chunks: V, stages that share a device in interleaved_1f1b: 2 by default where K is even and
-            above 2. All other schedules take 1.
+            above 2. zbv and dualpipe_v have 2, all other schedules 1.
 
     Raises:
         ValueError: unknown name, a count below 1, microbatches in a delayed schedule, or chunks
@@ -228,21 +246,24 @@ def build(
     """
     if name not in _GENERATORS:
         raise ValueError(f"unknown schedule {name!r}: {choices(name, _GENERATORS)}")
-    actions, is_local, is_delayed, takes_chunks = _GENERATORS[name]
+    row = _GENERATORS[name]
+    require_int(1, num_stages=num_stages, num_microbatches=num_microbatches)
+    own = 2 if row.v_shaped and num_stages > 1 else 1
     if chunks is None:
-        chunks = 2 if takes_chunks and num_stages > 2 and num_stages % 2 == 0 else 1
-    require_int(1, num_stages=num_stages, num_microbatches=num_microbatches, chunks=chunks)
-    if is_delayed and num_microbatches > 1:
+        chunks = 2 if row.takes_chunks and num_stages > 2 and num_stages % 2 == 0 else own
+    require_int(1, chunks=chunks)
+    if row.delayed and num_microbatches > 1:
         raise ValueError(
             f"num_microbatches is {num_microbatches}: schedule {name} takes 1, because consecutive "
             "batches already fill its stages"
         )
-    if chunks > 1 and not takes_chunks:
-        raise ValueError(f"chunks is {chunks}: schedule {name} takes 1, a stage a device")
+    if chunks != own and not row.takes_chunks:
+        raise ValueError(f"chunks is {chunks}: schedule {name} takes {own}, the stages of a device")
     if num_stages % chunks:
-        raise ValueError(f"num_stages is {num_stages}: a multiple of chunks={chunks} is needed")
+        needed = f"schedule {name} takes an even number" if row.v_shaped else ""
+        needed = needed or f"a multiple of chunks={chunks} is needed"
+        raise ValueError(f"num_stages is {num_stages}: {needed}")
     counts = num_stages, num_microbatches
-    table = tuple(actions(*counts, chunks) if takes_chunks else actions(*counts))
-    size = num_stages // chunks
-    placement = tuple(stage % size for stage in range(num_stages))  # round, so neighbours differ
-    return Schedule(name, *counts, table, is_local, is_delayed, placement).validate()
+    table = tuple(row.actions(*counts, chunks) if row.takes_chunks else row.actions(*counts))
+    placement = v_placement(num_stages) if row.v_shaped else _round(num_stages, chunks)
+    return Schedule(name, *counts, table, row.local, row.delayed, placement).validate()

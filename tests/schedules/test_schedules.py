@@ -12,10 +12,11 @@ import pytest
 import jdecouple as jd
 from jdecouple.schedules import Action, Call, Kind, Schedule, build, generators
 
-DELAYED = ("delayed", "delayed_locked")
-PIPELINES = ("gpipe", "1f1b", "interleaved_1f1b")
+DELAYED = ("delayed", "delayed_locked", "delayed_split", "delayed_locked_split")
+ZERO_BUBBLE = ("zb_h1", "zbv", "dualpipe_v")
+PIPELINES = ("gpipe", "1f1b", "interleaved_1f1b", *ZERO_BUBBLE)
 FUNCTIONS = {"1f1b": "one_forward_one_backward", "interleaved_1f1b": "interleaved"}
-F, B, S = Kind.FORWARD, Kind.BACKWARD, Kind.STEP
+F, B, W, S = Kind.FORWARD, Kind.BACKWARD, Kind.WEIGHT, Kind.STEP
 
 GRIDS = {
     ("local", 1, 1): "stage 0 | F0 B0 S0",
@@ -117,16 +118,20 @@ def test_drawing_of_the_documentation_is_the_schedule(name):
 
 
 @pytest.mark.parametrize("name", [name for name in jd.schedules.names() if name not in DELAYED])
-@pytest.mark.parametrize("stages", [1, 2, 3, 4, 5, 8])
 @pytest.mark.parametrize("microbatches", [1, 2, 4, 7])
-def test_every_action_stands_once(name, stages, microbatches):
-    schedule = build(name, stages, microbatches)
-    assert schedule.validate() is schedule
-    pairs = list(itertools.product(range(stages), range(microbatches)))
-    wanted = {Action(stage, kind, part) for stage, part in pairs for kind in (F, B)}
-    wanted |= {Action(stage, S, microbatches - 1) for stage in range(stages)}
-    assert len(schedule.actions) == len(wanted)
-    assert set(schedule.actions) == wanted
+def test_every_action_stands_once(name, microbatches):
+    kinds = (F, B, W) if name in ZERO_BUBBLE else (F, B)
+    for stages in (1, 2, 3, 4, 5, 8):
+        if name not in jd.schedules.names(stages):
+            continue
+        schedule = build(name, stages, microbatches)
+        assert schedule.validate() is schedule
+        assert schedule.splits == (W in kinds)
+        pairs = list(itertools.product(range(stages), range(microbatches)))
+        wanted = {Action(stage, kind, part) for stage, part in pairs for kind in kinds}
+        wanted |= {Action(stage, S, microbatches - 1) for stage in range(stages)}
+        assert len(schedule.actions) == len(wanted)
+        assert set(schedule.actions) == wanted
 
 
 def test_local_calls_train_a_microbatch_in_one_call():
@@ -151,7 +156,9 @@ def test_sequential_calls_join_the_turn_at_the_last_stage():
 
 def test_one_stage_is_one_call():
     for name in jd.schedules.names():
-        assert list(build(name, 1, 1).calls()) == [Call(0, (F, B, S), (0, 0, 0))]
+        schedule = build(name, 1, 1)
+        kinds = (F, B, W, S) if schedule.splits else (F, B, S)
+        assert list(schedule.calls()) == [Call(0, kinds, (0,) * len(kinds))]
 
 
 def test_names():
@@ -250,7 +257,7 @@ def test_rows_and_chunks():
         2,
         5,
     ]
-    for name in set(jd.schedules.names()) - {"interleaved_1f1b"}:
+    for name in set(jd.schedules.names()) - {"interleaved_1f1b", "zbv", "dualpipe_v"}:
         assert build(name, 4).num_device_groups == 4
         assert [build(name, 4, chunks=1).device_group(stage) for stage in range(4)] == [0, 1, 2, 3]
 
@@ -269,7 +276,8 @@ def test_every_stage_acts_once_of_each_kind(name, stages):
     schedule = build(name, stages)
     assert schedule.validate() is schedule
     found = sorted((action.stage, action.kind.value) for action in schedule.actions)
-    assert found == sorted(itertools.product(range(stages), "FBS"))
+    kinds = "FBWS" if "split" in name else "FBS"
+    assert found == sorted(itertools.product(range(stages), kinds))
 
 
 def test_delayed_stage_is_one_call():
@@ -323,8 +331,13 @@ def test_what_waits_between_iterations(name, stages):
         ("gpipe", 0, 0),
         ("1f1b", 0, 0),
         ("interleaved_1f1b", 0, 0),
+        ("zb_h1", 0, 0),
+        ("zbv", 0, 0),
+        ("dualpipe_v", 0, 0),
         ("delayed", 3, 6),
+        ("delayed_split", 3, 6),
         ("delayed_locked", 0, 3),
+        ("delayed_locked_split", 0, 3),
     ],
 )
 def test_latency_and_depth(name, latency, depth):

@@ -7,8 +7,8 @@ import pytest
 import jdecouple as jd
 from jdecouple.schedules import Action, Kind, Schedule, build
 
-DELAYED = ("delayed", "delayed_locked")
-F, B, S = Kind.FORWARD, Kind.BACKWARD, Kind.STEP
+DELAYED = ("delayed", "delayed_locked", "delayed_split", "delayed_locked_split")
+F, B, W, S = Kind.FORWARD, Kind.BACKWARD, Kind.WEIGHT, Kind.STEP
 
 
 def sequential(*actions: Action, local: bool = False, microbatches: int = 1) -> Schedule:
@@ -124,7 +124,7 @@ def test_placement_that_does_not_fit_is_refused(placement):
 
 
 # K = 2, M = 1 with split backwards. W1 and W0 are the weight gradients of stages 1 and 0.
-W1, W0 = Action(1, Kind.WEIGHT, 0), Action(0, Kind.WEIGHT, 0)
+W1, W0 = Action(1, W, 0), Action(0, W, 0)
 SPLIT = (F0, F1, B1, W1, S1, B0, W0, S0)
 
 
@@ -136,8 +136,8 @@ def test_weight_gradients_stand_once_between_backward_and_step():
     assert [(call.stage, call.kinds) for call in schedule.calls()] == [
         (0, (F,)),
         (1, (F, B)),
-        (1, (Kind.WEIGHT, S)),
-        (0, (B, Kind.WEIGHT, S)),
+        (1, (W, S)),
+        (0, (B, W, S)),
     ]
 
 
@@ -158,11 +158,11 @@ def test_weight_gradient_out_of_place_is_refused(actions, message):
 
 
 def test_gradients_do_not_wait_from_one_iteration_to_the_next():
-    good = late((0, B, -2), (0, Kind.WEIGHT, -2), (0, S, -2), (0, F, 0), *LAST[:2])
-    last = ((1, Kind.WEIGHT, -1), (1, S, -1))
+    good = late((0, B, -2), (0, W, -2), (0, S, -2), (0, F, 0), *LAST[:2])
+    last = ((1, W, -1), (1, S, -1))
     dataclasses.replace(good, actions=(*good.actions, *(Action(*each) for each in last))).validate()
     with pytest.raises(ValueError, match="W-2 of stage 0 comes before B-2 of stage 0"):
-        late((0, Kind.WEIGHT, -2), (0, B, -2), (0, S, -2), (0, F, 0), *LAST[:2], *last).validate()
+        late((0, W, -2), (0, B, -2), (0, S, -2), (0, F, 0), *LAST[:2], *last).validate()
     with pytest.raises(ValueError, match="S-2 of stage 0 comes before W-2 of stage 0"):
         late((0, B, -2), (0, S, -2), (0, F, 0), *LAST[:2], *last).validate()
 
@@ -198,6 +198,8 @@ def test_local_stages_wait_for_no_error():
         (("local", -2, 1), ("num_stages is -2", "at least 1")),
         (("sequential", 2, 0), ("num_microbatches is 0", "at least 1")),
         (("delayed", 2, 4), ("num_microbatches is 4", "delayed takes 1")),
+        (("zbv", 5, 4), ("num_stages is 5", "zbv takes an even number")),
+        (("dualpipe_v", 3, 1), ("num_stages is 3", "dualpipe_v takes an even number")),
     ],
 )
 def test_build_refuses(arguments, words):
@@ -217,6 +219,9 @@ def test_build_refuses(arguments, words):
         ("interleaved_1f1b", 4, -2, ("chunks is -2", "at least 1")),
         ("1f1b", 4, 2, ("chunks is 2", "schedule 1f1b takes 1")),
         ("local", 4, 4, ("chunks is 4", "schedule local takes 1")),
+        ("zb_h1", 4, 2, ("chunks is 2", "schedule zb_h1 takes 1")),
+        ("zbv", 4, 4, ("chunks is 4", "schedule zbv takes 2")),
+        ("zbv", 4, 1, ("chunks is 1", "schedule zbv takes 2")),
     ],
 )
 def test_build_refuses_chunks(name, stages, chunks, words):

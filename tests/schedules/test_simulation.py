@@ -12,8 +12,8 @@ import pytest
 import jdecouple as jd
 from jdecouple.schedules import Action, Costs, Kind, Schedule, Simulation, Span, build, simulate
 
-DELAYED = ("delayed", "delayed_locked")
-F, B, S = Kind.FORWARD, Kind.BACKWARD, Kind.STEP
+DELAYED = ("delayed", "delayed_locked", "delayed_split", "delayed_locked_split")
+F, B, W, S = Kind.FORWARD, Kind.BACKWARD, Kind.WEIGHT, Kind.STEP
 close = pytest.approx
 
 SIZES = list(itertools.product([1, 2, 4], [1, 3, 8]))
@@ -75,7 +75,7 @@ def test_unequal_stages_by_hand():
 
 # --- Many batches --------------------------------------------------------------------------------
 
-UNEQUAL = Costs([1.0, 2.0, 1.5], [2.0, 3.0, 1.0], [0.5, 0.25, 2.0])
+UNEQUAL = Costs([1.0, 2.0, 1.5], [1.5, 1.0, 0.25], [0.5, 0.25, 2.0], weight=[0.5, 2.0, 0.75])
 SUMS = [3.5, 5.25, 4.5]
 
 
@@ -142,7 +142,7 @@ def test_pace_is_the_slope_of_the_second_half():
 
 def pace(name: str, stages: int, microbatches: int, **costs: object) -> float:
     schedule = build(name, stages, microbatches)
-    return simulate(schedule, Costs(1.0, 2.0, **costs), batches=40).seconds_per_batch
+    return simulate(schedule, Costs(1.0, 1.0, weight=1.0, **costs), batches=41).seconds_per_batch
 
 
 def test_latency_costs_a_flush_a_round_trip_and_a_local_pipeline_nothing():
@@ -175,9 +175,12 @@ def test_ways_of_a_link_do_not_disturb_one_another():
 @pytest.mark.parametrize("name", [name for name in jd.schedules.names() if name not in DELAYED])
 def test_bytes_of_every_boundary_between_rows(name):
     schedule = build(name, 4, 3)
-    costs = Costs(1, 1, message_bytes=[1, 10, 100], error_bytes=[1000, 10**4, 10**5])
-    errors = 0 if name == "local" else 111000
-    assert simulate(schedule, costs, batches=2).bytes_moved == 2 * 3 * (111 + errors)
+    middle = schedule.device_group(1) != schedule.device_group(2)
+    costs = Costs(1, 1, weight=1, message_bytes=[1, 10, 100], error_bytes=[1000, 10**4, 10**5])
+    wanted = [1, 10 * middle, 100]
+    if name != "local":
+        wanted += [1000, 10**4 * middle, 10**5]
+    assert simulate(schedule, costs, batches=2).bytes_moved == 2 * 3 * sum(wanted)
 
 
 def test_nothing_crosses_within_a_row():
@@ -220,14 +223,18 @@ def test_time_of_a_call_wins_over_the_sum_of_its_actions():
 
 @pytest.mark.parametrize("name", jd.schedules.names())
 def test_times_of_all_calls_are_enough(name):
-    schedule = build(name, 3, 1 if name in DELAYED else 4)
-    sums = {F: UNEQUAL.forward, B: UNEQUAL.backward, S: UNEQUAL.step}
+    stages = 3 if name in jd.schedules.names(3) else 2
+    schedule = build(name, stages, 1 if name in DELAYED else 4)
+    sums = {F: [1, 2, 3], B: [2, 3, 4], W: [4, 3, 2], S: [0.5, 0.25, 2]}
+    costs = Costs(*(sums[kind][:stages] for kind in (F, B, S)), weight=sums[W][:stages])
+    if not schedule.splits:
+        sums[B] = [6, 6, 6]
     calls = {
         (stage, kinds): sum(sums[kind][stage] for kind in kinds)
         for stage, kinds, _ in schedule.calls()
     }
     link = {"message_bytes": 1.0, "error_bytes": 2.0, "bandwidth": 4.0}
-    wanted = simulate(schedule, dataclasses.replace(UNEQUAL, **link), batches=3)
+    wanted = simulate(schedule, dataclasses.replace(costs, **link), batches=3)
     assert simulate(schedule, Costs(calls=calls, **link), batches=3) == wanted
 
 
@@ -235,43 +242,6 @@ def test_call_without_a_time_is_refused():
     costs = Costs(calls={(0, (F, B, S)): 1.0})
     with pytest.raises(ValueError, match="calls has no time for stage 1: FBS"):
         simulate(build("local", 2), costs)
-
-
-# --- Split backwards ----------------------------------------------------------------------------
-
-W = Kind.WEIGHT
-ORDER = ((0, F), (1, F), (1, B), (1, W), (1, S), (0, B), (0, W), (0, S))
-SPLIT = Schedule("mine", 2, 1, tuple(Action(*each, 0) for each in ORDER))
-
-
-def test_weight_gradient_takes_its_own_time():
-    """The error leaves before it; a schedule that does not split takes both in one."""
-    costs = Costs([1, 2], [3, 4], [0.5, 0.25], weight=[10, 20], latency=1)
-    simulated = simulate(SPLIT, costs)
-    assert simulated.spans == (
-        Span(0, 0, (F,), (0,), 0, 0, 1),
-        Span(1, 1, (F, B), (0, 0), 0, 2, 8),
-        Span(1, 1, (W, S), (0, 0), 0, 8, 28.25),
-        Span(0, 0, (B, W, S), (0, 0, 0), 0, 9, 22.5),
-    )
-    whole = simulate(build("sequential", 2, 1), costs)
-    assert [span.end for span in whole.spans] == [1, 28.25, 42.75]
-    assert whole == simulate(
-        build("sequential", 2, 1), Costs([1, 2], [13, 24], costs.step, latency=1)
-    )
-
-
-def test_weight_gradient_without_a_time_is_refused():
-    with pytest.raises(ValueError, match=r"stage 1: WS: that or forward, backward and weight are"):
-        simulate(SPLIT, Costs(1, 2))
-    calls = {(1, (W, S)): 1.0, (0, (B, W, S)): 2.0}
-    assert simulate(SPLIT, Costs(1, 2, calls=calls)).makespan == 1 + 3 + 2
-
-
-def test_what_is_forwarded_lives_until_its_weight_gradient():
-    actions = [(F, 0), (B, 0), (F, 1), (B, 1), (W, 0), (W, 1), (S, 1)]
-    schedule = Schedule("mine", 1, 2, tuple(Action(0, *each) for each in actions))
-    assert simulate(schedule, Costs(1, 1, weight=1)).peak_live == (2,)
 
 
 # --- Activations ---------------------------------------------------------------------------------
@@ -330,8 +300,13 @@ def arrivals(schedule: Schedule, costs: Costs, spans: tuple[Span, ...]) -> list[
 def test_calls_start_when_they_can_and_no_sooner(name, seed):
     draw = random.Random(f"{name}{seed}")
     stages, microbatches = draw.randint(1, 6), 1 if name in DELAYED else draw.randint(1, 7)
+    stages += name not in jd.schedules.names(stages)
+    parts = {kind: [draw.uniform(0, 3) for _ in range(stages)] for kind in Kind}
     costs = Costs(
-        *([draw.uniform(0, 3) for _ in range(stages)] for _ in "FBS"),
+        parts[F],
+        parts[B],
+        parts[S],
+        weight=parts[W],
         message_bytes=draw.uniform(0, 2),
         error_bytes=draw.uniform(0, 2),
         bandwidth=draw.choice([4.0, math.inf]),
@@ -343,7 +318,8 @@ def test_calls_start_when_they_can_and_no_sooner(name, seed):
     calls = [(call.stage, call.kinds, call.microbatches) for call in schedule.calls()]
     assert [(s.stage, s.kinds, s.microbatches) for s in spans] == 5 * calls
     free = [0.0] * schedule.num_device_groups
-    times = dict(zip((F, B, S), (costs.forward, costs.backward, costs.step), strict=True))
+    both = [sum(each) for each in zip(parts[B], parts[W], strict=True)]
+    times = parts if schedule.splits else {**parts, B: both}
     for span, ready in zip(spans, arrivals(schedule, costs, spans), strict=True):
         soonest = max([free[span.device_group], *ready])
         if math.isinf(costs.bandwidth):
@@ -355,14 +331,16 @@ def test_calls_start_when_they_can_and_no_sooner(name, seed):
     assert all(0 <= share <= 1 for share in simulated.idle)
     work = [0.0] * schedule.num_device_groups
     for stage in range(stages):
-        one = costs.forward[stage] + costs.backward[stage]
+        one = parts[F][stage] + both[stage]
         work[schedule.device_group(stage)] += 5 * (microbatches * one + costs.step[stage])
     assert simulated.busy == close([each / simulated.makespan for each in work])
     assert max(work) <= simulated.makespan + 1e-9
     if name not in ("local", *DELAYED):  # a microbatch goes up and down, five times in turn
-        crossings = (stages - 1) * (schedule.num_device_groups > 1)
+        groups = [schedule.device_group(stage) for stage in range(stages)]
+        crossings = sum(below != above for below, above in itertools.pairwise(groups))
         sizes = costs.message_bytes + costs.error_bytes
-        path = sum(costs.forward) + sum(costs.backward) + costs.step[0]
+        path = sum(parts[F]) + sum(parts[B]) + parts[S][0]
+        path += parts[W][0] if schedule.splits else sum(parts[W])
         path += crossings * (2 * costs.latency + sizes / costs.bandwidth)
         assert simulated.makespan >= 5 * path - 1e-9
 

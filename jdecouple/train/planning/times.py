@@ -111,7 +111,8 @@ def tables(design: Design, mesh: StageMesh) -> dict[str, Schedule]:
     """The schedules of the method for the design's stages and microbatches, its own first."""
     stages, parts = len(design.stages), design.stages[0].num_microbatches
     names = dict.fromkeys((design.schedule.name, *design.method.route.schedules))
-    return {name: placed(schedules.build(name, stages, parts), mesh) for name in names}
+    fitting = [name for name in names if name in schedules.names(stages)]
+    return {name: placed(schedules.build(name, stages, parts), mesh) for name in fitting}
 
 
 def timing(table: Schedule, costs: Costs, max_in_flight: int) -> Timing:
