@@ -89,6 +89,9 @@ def test_bubbles_as_published(stages, extra):
     }
     wanted = {"1f1b": 3 * (stages - 1), "zb_h1": stages - 1, "zbv": 0, "dualpipe_v": size - 1}
     assert found == close({name: wanted[name] for name in found}, abs=1e-9)
+    if "zbv" in found:  # of one batch alone
+        alone = simulate(build("zbv", stages, microbatches), costs).makespan
+        assert alone == close(2 * microbatches * 3 + size - 1)
 
 
 @pytest.mark.parametrize("times", [(1, 1.25, 0.75), (2, 1, 0.5), (1, 2, 1)])
