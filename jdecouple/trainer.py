@@ -88,6 +88,7 @@ class Trainer:
         engine: str = "mpmd",
         frozen: Sequence[int] = (),
         gradient_norms: bool = False,
+        wire: str | None = None,
     ):
         """Places the stages and prepares their functions; compiles at the first step.
 
@@ -127,6 +128,9 @@ class Trainer:
                 takes "spmd" where it fits and there are devices for two stages.
             frozen: indices of blocks that are not trained (local methods).
             gradient_norms: whether metrics tell the norms of gradients, which costs a reduction.
+            wire: the form in which floating-point arrays go from stage to stage in training, on any
+                devices: "float32", "bfloat16", or "int8" with a scale an example. What rounding
+                takes from an error is added to the next. None rounds nothing.
 
         Raises:
             TypeError: an argument of a wrong type.
