@@ -168,8 +168,9 @@ class Trainer:
 
         Returns:
             "block_{i}/params/...", "block_{i}/stats/...", "block_{i}/opt/...", with `ema` also
-            "block_{i}/ema/...", in float16 "block_{i}/loss_scale/...", of delayed methods
-            "stage_{k}/...", to array, for the stages of this process; what a checkpoint holds.
+            "block_{i}/ema/...", in float16 "block_{i}/loss_scale/...", of delayed methods and where
+            `wire` rounds errors "stage_{k}/...", to array, for the stages of this process; what a
+            checkpoint holds.
         """
         self._states.check(state, abstract=True)
         return states.to_arrays(self.stages, state)
