@@ -21,11 +21,13 @@ from jdecouple.pipeline.mpmd.stage_fns import (
     compile_stage_fn,
     make_norm_fn,
     make_stage_fn,
+    message_shape,
     microbatches_of,
-    pack_io,
+    unpack_codes,
+    with_messages,
 )
 from jdecouple.pipeline.state import Queues, put_queues, take_queues
-from jdecouple.pipeline.transfer import crosses, packed, transfer
+from jdecouple.pipeline.transfer import crosses, transfer
 from jdecouple.schedules import Call, Kind, Schedule
 
 Calls = dict[tuple[int, tuple[Kind, ...]], Callable]
@@ -192,7 +194,24 @@ class Executor:
 
     @cached_property
     def functions(self) -> Calls:
-        """Pure functions of the calls."""
+        """Pure functions of the calls, which take and give carries and errors as they are."""
+        return {key: self._with_messages(key, x) for key, x in self._stage_functions.items()}
+
+    @cached_property
+    def message_functions(self) -> Calls:
+        """Pure functions of the calls, to and from which messages cross processes."""
+        return {
+            key: self._with_messages(
+                key,
+                function,
+                *self._packed[key[0] : key[0] + 2],
+                unpacks=not self.schedule.overlapping,
+            )
+            for key, function in self._stage_functions.items()
+        }
+
+    @cached_property
+    def _stage_functions(self) -> Calls:
         functions: Calls = {
             (call.stage, call.kinds): make_stage_fn(self.stages[call.stage], self.route, call.kinds)
             for call in self.calls
@@ -201,17 +220,20 @@ class Executor:
             functions |= {(stage.index, ()): make_norm_fn(stage) for stage in self.stages}
         return functions
 
+    def _with_messages(self, key: tuple, function: Callable, *packed: Any, **options: Any) -> Any:
+        stage, kinds = key
+        if not kinds:  # a norm
+            return function
+        return with_messages(function, self.stages[stage], kinds, *packed, **options)
+
     @cached_property
     def _compiled(self) -> Calls:
         """The functions of this process's stages, jitted."""
         queued = self.size if self.schedule.overlapping else None
         compiled = {}
-        for (stage, kinds), function in self.functions.items():
+        for (stage, kinds), function in self.message_functions.items():
             placement = self.placements[stage]
             if placement.addressable:
-                if kinds:
-                    below, above = self._packed[stage : stage + 2]
-                    function = pack_io(function, below, above, self.stages[stage].scaling)
                 compiled[stage, kinds] = compile_stage_fn(function, placement, kinds, queued)
         return compiled
 
@@ -226,7 +248,7 @@ class Executor:
             placement = self.placements[0]
             constrain = jax.lax.with_sharding_constraint
             return (
-                constrain(states, placement.replicated),
+                constrain(states, tuple(placement.state_shardings(x, 1) for x in states)),
                 placement.constrain_queue(left, self.size),
                 constrain(metrics, placement.replicated),
             )
@@ -269,14 +291,19 @@ class Executor:
         """Sends a carry (or, downwards, an error) to a neighbouring stage."""
         if self.fuse or not crosses(self.placements[source], self.placements[target]):
             return self._transfer(carry, None, source, target)
-        above = max(source, target)
-        is_packed = self._packed[above] is not None
-        shapes: Any = self._packed[above] or self.stages[above].carry
+        above = self.stages[max(source, target)]
+        is_packed = self._packed[above.index] is not None
+        shapes: Any = self._packed[above.index] or above.carry
         if target < source:
-            shapes = error_shapes(shapes, self.stages[above].scaling)
+            shapes = error_shapes(shapes, above.scaling)
         elif not is_packed:
             carry, shapes = without_loss(carry, shapes)
-        return self._transfer(carry, packed(shapes) if is_packed else shapes, source, target)
+        if not is_packed:
+            return self._transfer(carry, shapes, source, target)
+        arrived = self._transfer(carry, message_shape(shapes, above.wire), source, target)
+        if arrived is None or not self.schedule.overlapping:
+            return arrived
+        return self._unpacked[above.index, target < source](arrived)
 
     def _transfer(self, tree: Any, shapes: Any, source: int, target: int) -> Any:
         if self.fuse:
@@ -287,17 +314,38 @@ class Executor:
     def _packed(self) -> list[Carry | None]:
         """For every stage, and for the end, shapes of its carry where that comes as one array.
 
-        It does from another process, unless carries may be queued in the state of the stage: what a
-        checkpoint holds does not depend on the placement.
+        It does from another process, unless carries may be queued in the state of the stage and are
+        not rounded: what a checkpoint holds does not depend on the placement.
         """
         pairs = zip(itertools.pairwise(self.placements), self.stages[1:], strict=True)
         shapes = [
             without_loss(None, stage.carry)[1]
-            if crosses(below, above) and not self.schedule.overlapping
+            if crosses(below, above) and not (self.schedule.overlapping and stage.wire is None)
             else None
             for (below, above), stage in pairs
         ]
         return [None, *shapes, None]
+
+    @cached_property
+    def _unpacked(self) -> dict[tuple[int, bool], Callable]:
+        """By the stage above, and whether it is an error: what unpacks a message for a queue."""
+        calls = {}
+        for stage, carry in zip(self.stages, self._packed[:-1], strict=True):
+            if carry is None:
+                continue
+            for down in (False, True):
+                placement = self.placements[stage.index - down]
+                shapes = error_shapes(carry, stage.scaling) if down else carry
+                if placement.addressable:
+                    calls[stage.index, down] = self._compile_unpack(placement, shapes, stage.wire)
+        return calls
+
+    @staticmethod
+    def _compile_unpack(placement: StageDevices, shapes: Any, wire: str | None) -> Callable:
+        def unpack(array: jax.Array) -> Any:
+            return placement.constrain(unpack_codes(array, shapes, wire))
+
+        return jit(unpack, placement)
 
 
 def without_loss(carry: Carry | None, shapes: Carry) -> tuple[Carry | None, Carry]:

@@ -18,7 +18,8 @@ from jdecouple.methods.routes import (
 )
 from jdecouple.methods.routes.stage import error_shapes
 from jdecouple.pipeline.mesh import StageDevices, jit
-from jdecouple.pipeline.transfer import pack, unpack
+from jdecouple.pipeline.transfer import pack, packed, unpack
+from jdecouple.pipeline.wire import coded, decode, encode, encode_error
 from jdecouple.schedules import Call, Kind, Schedule
 
 TRAINING = (Kind.FORWARD, Kind.BACKWARD, Kind.STEP)
@@ -174,29 +175,57 @@ def make_stage_fn(stage: Stage, route: Route, kinds: tuple[Kind, ...]) -> Any:
     return function
 
 
-def pack_io(function: Any, below: Carry | None, above: Carry | None, scaling: str | None) -> Any:
-    """The call of a stage that takes and gives as one array what crosses processes.
+def with_messages(
+    function: Any,
+    stage: Stage,
+    kinds: tuple[Kind, ...],
+    below: Carry | None = None,
+    above: Carry | None = None,
+    *,
+    unpacks: bool = True,
+) -> Any:
+    """The call of a stage that rounds what it sends, and sends as one array what crosses processes.
 
-    `below` and `above` are shapes of the carries from and to stages that are elsewhere; `scaling`
-    is the stages'.
+    `below` and `above` are shapes of the carries from and to stages that are elsewhere; what comes
+    from there is one array, if it `unpacks`.
     """
-    if below is None and above is None:
+    if below is None and above is None and stage.wire is None:
         return function
 
-    def call(state, accumulated, residuals, carry, cotangent, *others):
-        if below and carry is not None:
-            carry = unpack(carry, below)
-        if above and cotangent is not None:
-            cotangent = unpack(cotangent, error_shapes(above, scaling))
-        out = function(state, accumulated, residuals, carry, cotangent, *others)
-        if above and "carry" in out:
-            out["carry"] = pack({name: out["carry"][name] for name in above})
-        if below and out.get("cotangent") is not None:
-            out["cotangent"] = pack(out["cotangent"])
+    def sent(codes: Any, like: Any, crosses: bool) -> Any:
+        return pack(codes) if crosses else decode(codes, like)
+
+    def call(state, accumulated, residuals, carry, cotangent, step_ids, *others):
+        if below and unpacks and carry is not None:
+            carry = unpack_codes(carry, below, stage.wire)
+        if above and unpacks and cotangent is not None:
+            cotangent = unpack_codes(cotangent, error_shapes(above, stage.scaling), stage.wire)
+        out = function(state, accumulated, residuals, carry, cotangent, step_ids, *others)
+        if "carry" in out:
+            whole = {name: out["carry"][name] for name in above or out["carry"]}
+            out["carry"] = sent(encode(whole, stage.wire), whole, above is not None)
+        if (error := out.get("cotangent")) is not None:
+            feedback = state.get("feedback", ())
+            step_id = step_ids[kinds.index(Kind.BACKWARD)]
+            codes, taken = encode_error(error, feedback, step_id[1], stage.wire)
+            out["cotangent"] = sent(codes, error, below is not None)
+            if feedback:
+                taken = _if_exists(step_id, state, taken, feedback)
+                out["state"] = {**out.get("state", {}), "feedback": taken}
         return out
 
     call.__name__ = function.__name__
     return call
+
+
+def message_shape(shapes: Any, wire: str | None) -> jax.ShapeDtypeStruct:
+    """Shape of the one array that carries a tree of these shapes to another process."""
+    return packed(coded(shapes, wire))
+
+
+def unpack_codes(array: jax.Array, shapes: Any, wire: str | None) -> Any:
+    """The tree of these shapes that another process has rounded and packed."""
+    return decode(unpack(array, coded(shapes, wire)), shapes)
 
 
 def compile_stage_fn(
@@ -213,7 +242,9 @@ def compile_stage_fn(
     def constrained(*arguments: Any) -> dict[str, Any]:
         out = function(*arguments)
         for name in out:
-            if name == "carry":
+            if name == "state":
+                out[name] = constrain(out[name], placement.state_shardings(out[name], 1))
+            elif name == "carry":
                 out[name] = placement.constrain(out[name])
             elif name == "cotangent":
                 out[name] = constrain(out[name], placement.batched)
