@@ -25,6 +25,7 @@ from jdecouple.pipeline.mpmd.stage_fns import (
     microbatches_of,
     unpack_codes,
     with_messages,
+    with_taken,
 )
 from jdecouple.pipeline.state import Queues, put_queues, take_queues
 from jdecouple.pipeline.transfer import crosses, transfer
@@ -144,15 +145,16 @@ class Executor:
         norms: list[Any] | None = None
         first = 0
         for stage, kinds, microbatches in calls:
-            forward, backward = microbatches_of(kinds, microbatches)
+            forward, backward, takes, leaves = microbatches_of(kinds, microbatches)
             out: dict[str, Any] = {}
             if self._needs_norm and Kind.STEP in kinds and norms is None:
                 norms = self._norms(functions, accumulated)
             if self.placements[stage].addressable:
+                held = residuals.get((stage, takes)) if self.schedule.splits else None
                 out = functions[stage, kinds](
                     new_states[stage],
                     accumulated[stage],
-                    residuals.pop((stage, backward), None),
+                    residuals.pop((stage, takes), None),
                     carries.pop((stage, forward), None),
                     errors.pop((stage, backward), None),
                     step_ids[first : first + len(kinds)],
@@ -162,7 +164,8 @@ class Executor:
                 accumulated[stage] = out.get("accumulated")
                 metrics[stage] = out.get("metrics", metrics[stage])
                 if "residuals" in out:
-                    residuals[stage, forward] = out["residuals"]
+                    residuals[stage, leaves] = with_taken(out["residuals"], held)
+                del held
             first += len(kinds)
             if forward is not None and stage + 1 < len(self.stages):
                 carries[stage + 1, forward] = self._send(stage, stage + 1, out.get("carry"))
@@ -213,8 +216,10 @@ class Executor:
     @cached_property
     def _stage_functions(self) -> Calls:
         functions: Calls = {
-            (call.stage, call.kinds): make_stage_fn(self.stages[call.stage], self.route, call.kinds)
-            for call in self.calls
+            (stage, kinds): make_stage_fn(
+                self.stages[stage], self.route, kinds, self.schedule.splits
+            )
+            for stage, kinds, _ in self.calls
         }
         if self._needs_norm:
             functions |= {(stage.index, ()): make_norm_fn(stage) for stage in self.stages}

@@ -1,7 +1,8 @@
 """The compiled calls of a stage: what it does in consecutive actions, as pure functions."""
 
+import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jdecouple.methods.routes import (
     add,
     after,
 )
+from jdecouple.methods.routes.splitting import defer
 from jdecouple.methods.routes.stage import error_shapes
 from jdecouple.pipeline.mesh import StageDevices, jit
 from jdecouple.pipeline.transfer import pack, packed, unpack
@@ -36,6 +38,8 @@ def stage_step(
     cotangent: Any,
     step_ids: jax.Array,
     squared_norm: jax.Array | None = None,
+    *,
+    splits: bool = False,
 ) -> dict[str, Any]:
     """What one stage does in consecutive actions, as a pure function.
 
@@ -46,15 +50,20 @@ def stage_step(
         state: of the stage. What exists begins with batch "since", where it holds that: what an
             action on an earlier batch would change stays as it is.
         accumulated: sums over the microbatches so far; None before the first.
-        residuals: what the forward left, where that was an earlier call.
+        residuals: what the forward left, where that was an earlier call; of a weight gradient what
+            the backward left.
         carry: from the stage below; None without a forward.
         cotangent: from the stage above; None without a backward, and on the last stage.
         step_ids: [batch, microbatch] of every action; batch -1 does not exist.
         squared_norm: of the gradient of all stages, where a step needs it.
+        splits: whether a weight gradient of the same or a later call follows a backward.
 
     Returns:
-        What changed: "state", "accumulated", "residuals", "carry", "cotangent", "metrics".
+        What changed: "state", "accumulated", "residuals", "carry", "cotangent", "metrics". What a
+        backward leaves has `Taken` in the place of residuals that it was given.
     """
+    taken = residuals
+    at_once = not splits or Kind.WEIGHT in kinds
     out: dict[str, Any] = {}
     scaling: Metrics = {}
     gradients: Any
@@ -68,10 +77,17 @@ def stage_step(
             state = {**state, "stats": _if_exists(step_id, state, stats, state["stats"])}
             out["state"] = {**out.get("state", {}), "stats": state["stats"]}
             out["residuals"] = residuals
-        elif kind is Kind.BACKWARD:
+        elif kind is Kind.BACKWARD and at_once:
             gradient, out["cotangent"] = route.backward(stage, state, residuals, cotangent, step_id)
             gradients = add(gradients, gradient)
             out.pop("residuals", None)
+        elif kind is Kind.BACKWARD:
+            backward = functools.partial(route.backward, stage)
+            out["cotangent"], later = defer(backward, state, residuals, cotangent, step_id)
+            out["residuals"] = without_taken(later, taken)
+        elif kind is Kind.WEIGHT:
+            if Kind.BACKWARD not in kinds:
+                gradients = add(gradients, residuals())
         else:
             updated, scaling = stage.step(state, gradients, squared_norm)
             none = {name: x if name.endswith("loss_scale") else 0 for name, x in scaling.items()}
@@ -87,6 +103,39 @@ def stage_step(
     if stage.is_last:
         out.pop("carry", None)
     return out
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Taken:
+    """Stands for an array that a call would only give back: a leaf, by number, of what it took.
+
+    The call would copy it.
+    """
+
+    leaf: int
+
+
+def without_taken(tree: Any, taken: Any) -> Any:
+    """`tree`, with a `Taken` for every array of the tree `taken`."""
+    numbers = {id(leaf): number for number, leaf in enumerate(jax.tree.leaves(taken))}
+
+    def replaced(leaf: Any) -> Any:
+        return Taken(numbers[id(leaf)]) if id(leaf) in numbers else leaf
+
+    return jax.tree.map(replaced, tree)
+
+
+def with_taken(tree: Any, taken: Any) -> Any:
+    """What `without_taken` was given; without anything taken, `tree` itself."""
+    if taken is None:
+        return tree
+    leaves = jax.tree.leaves(taken)
+
+    def replaced(leaf: Any) -> Any:
+        return leaves[leaf.leaf] if isinstance(leaf, Taken) else leaf
+
+    return jax.tree.map(replaced, tree, is_leaf=lambda leaf: isinstance(leaf, Taken))
 
 
 def _in_turn(
@@ -129,10 +178,28 @@ def _if_exists(step_id: jax.Array, state: StageState, new: Any, old: Any) -> Any
     return jax.tree.map(lambda new, old: jnp.where(exists, new, old), new, old)
 
 
-def microbatches_of(kinds: tuple[Kind, ...], microbatches: tuple[int, ...]) -> tuple[Any, Any]:
-    """Microbatches that a call takes forward and backward; None where it does not."""
+class Microbatches(NamedTuple):
+    """Those that a call works on; None for what it does not do.
+
+    Attributes:
+        forward: the one that it takes forward.
+        backward: the one that it takes backward.
+        takes: the one whose residuals it takes, if they are from an earlier call.
+        leaves: the one whose residuals it leaves, if it leaves any.
+    """
+
+    forward: Any
+    backward: Any
+    takes: Any
+    leaves: Any
+
+
+def microbatches_of(kinds: tuple[Kind, ...], microbatches: tuple[int, ...]) -> Microbatches:
+    """Microbatches of a call's actions."""
     at = dict(zip(kinds, microbatches, strict=True))
-    return at.get(Kind.FORWARD), at.get(Kind.BACKWARD)
+    forward, backward = at.get(Kind.FORWARD), at.get(Kind.BACKWARD)
+    leaves = backward if forward is None else forward
+    return Microbatches(forward, backward, at.get(Kind.WEIGHT, backward), leaves)
 
 
 def calls_of(schedule: Schedule, needs_norm: bool) -> tuple[Call, ...]:
@@ -166,9 +233,9 @@ def make_norm_fn(stage: Stage) -> Any:
     return call
 
 
-def make_stage_fn(stage: Stage, route: Route, kinds: tuple[Kind, ...]) -> Any:
+def make_stage_fn(stage: Stage, route: Route, kinds: tuple[Kind, ...], splits: bool = False) -> Any:
     """`stage_step` of one stage and these actions; its name tells both in a profile."""
-    function: Any = functools.partial(stage_step, stage, route, kinds)
+    function: Any = functools.partial(stage_step, stage, route, kinds, splits=splits)
     if route.local and kinds == TRAINING and stage.num_microbatches == 1:
         function = functools.partial(_in_turn, stage, route)
     function.__name__ = f"stage{stage.index}_" + "".join(kind.value for kind in kinds)
@@ -262,4 +329,6 @@ def donated_by(kinds: tuple[Kind, ...]) -> tuple[int, ...]:
     """Which arguments a call replaces: the state, what is accumulated, or residuals."""
     if Kind.STEP not in kinds:
         return (1,)
-    return (0, 2) if kinds[-1] is Kind.FORWARD else (0,)  # new residuals take the place of old
+    if kinds[-1] is not Kind.FORWARD or (Kind.WEIGHT in kinds and Kind.BACKWARD not in kinds):
+        return (0,)
+    return (0, 2)  # new residuals take the place of old
