@@ -5,7 +5,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from jdecouple import methods, schedules
 from jdecouple.schedules import Costs, Kind, Schedule, simulate
@@ -13,14 +13,32 @@ from jdecouple.schedules import Costs, Kind, Schedule, simulate
 COUNTS = {"K": "stages", "D": "data", "M": "microbatches", "T": "chunk"}
 TOGETHER, APART, SPMD = "together", "apart", "spmd"
 TORCH = "torch"  # method and engine of the rows of PyTorch
-# What they run: settings that are taken, and the class in `torch.distributed.pipelining`, if any.
-TORCH_SCHEDULES: dict[str, tuple[tuple[str, ...], str]] = {
-    "eager": ((), ""),
-    "compiled": ((), ""),
-    "ddp": (("data",), ""),
-    "gpipe": (("stages", "microbatches"), "ScheduleGPipe"),
-    "1f1b": (("stages", "microbatches"), "Schedule1F1B"),
-    "zero_bubble": (("stages", "microbatches"), "ScheduleInterleavedZeroBubble"),
+
+
+class TorchSchedule(NamedTuple):
+    """What a row of PyTorch runs.
+
+    Attributes:
+        takes: settings.
+        name: the class in `torch.distributed.pipelining`, if it is one.
+        chunks: stages of a process. Two lie as a V, so that the first process has the last stage.
+    """
+
+    takes: tuple[str, ...] = ()
+    name: str = ""
+    chunks: int = 1
+
+
+_PIPELINE = ("stages", "microbatches")
+TORCH_SCHEDULES = {
+    "eager": TorchSchedule(),
+    "compiled": TorchSchedule(),
+    "ddp": TorchSchedule(("data",)),
+    "gpipe": TorchSchedule(_PIPELINE, "ScheduleGPipe"),
+    "1f1b": TorchSchedule(_PIPELINE, "Schedule1F1B"),
+    "zero_bubble": TorchSchedule(_PIPELINE, "ScheduleInterleavedZeroBubble"),
+    "zbv": TorchSchedule(_PIPELINE, "ScheduleZBVZeroBubble", 2),
+    "dualpipe_v": TorchSchedule(_PIPELINE, "ScheduleDualPipeV", 2),
 }
 
 
@@ -142,10 +160,16 @@ class TorchRow(Row):
 
     usual = "eager"
 
+    @cached_property
+    def plan(self) -> Schedule:
+        """Ours that is like it."""
+        name = "zb_h1" if self.schedule == "zero_bubble" else self.schedule
+        return schedules.build(name, self.stages, self.microbatches)
+
     @property
     def groups(self) -> int:
-        """Every stage has a device."""
-        return self.stages
+        """A stage has a device, or two share one."""
+        return self.stages // TORCH_SCHEDULES[self.schedule].chunks
 
     @property
     def reference(self) -> Row:
@@ -159,19 +183,17 @@ class TorchRow(Row):
     def check(self, depth: int, batch: int) -> None:
         """Raises ValueError if the net or the batch does not fit, or the schedule takes less."""
         super().check(depth, batch)
-        takes, in_pipelining = TORCH_SCHEDULES[self.schedule]
+        takes, in_pipelining, chunks = TORCH_SCHEDULES[self.schedule]
         if other := [key for key, x in COUNTS.items() if getattr(self, x) > 1 and x not in takes]:
             raise ValueError(f"row '{self}': {self.schedule} takes no {other[0]}")
         if self.place:
             raise ValueError(f"row '{self}': PyTorch's rows take no {self.place}")
-        if in_pipelining and (self.stages < 2 or self.microbatches % self.stages):
-            raise ValueError(f"row '{self}': K of at least 2 and a multiple of it as M are needed")
-
-    def ideal(self, batches: int) -> float:
-        """Speed over one device of equal stages; zero bubble fills all but a third of a bubble."""
-        bubble = (self.stages - 1) * (1.0 if self.schedule == "zero_bubble" else 3.0)
-        work = 3.0 * self.microbatches
-        return self.devices * work / (work + bubble)
+        if in_pipelining and (
+            self.groups < 2 or self.stages % chunks or self.microbatches % self.stages
+        ):
+            raise ValueError(
+                f"row '{self}': K of at least {2 * chunks} and a multiple of it as M are needed"
+            )
 
 
 BP = Row("bp", "sequential")

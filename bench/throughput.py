@@ -12,8 +12,9 @@ devices beforehand. BP on one device and every row's method on one device are ad
 
 Rows of PyTorch train the same net by BP from the same weights, a process a device, under Gloo or,
 on GPUs, NCCL: `torch`, `torch:compiled`, `torch:ddp,D=2` and, by `torch.distributed.pipelining`,
-`torch:gpipe,K=2,M=4`, `torch:1f1b,K=2,M=4` and `torch:zero_bubble,K=2,M=4`. They are left out, with
-a line that says so, where they cannot run: pip install 'jdecouple[bench]' brings PyTorch.
+`torch:gpipe,K=2,M=4`, `torch:1f1b,K=2,M=4`, `torch:zero_bubble,K=2,M=4` (ZB1P) and, two stages a
+process in a V, `torch:zbv,K=4,M=4` and `torch:dualpipe_v,K=4,M=4`. They are left out, with a line
+that says so, where they cannot run: pip install 'jdecouple[bench]' brings PyTorch.
 
 Every row has processes of its own, which live from beginning to end. The rows take turns: each
 trains a segment of N batches while the others idle. A segment lasts from the first dispatch until
@@ -221,7 +222,7 @@ def obstacle(row: Row, options: Namespace, kinds: Sequence[str]) -> str:
         from torch.distributed import pipelining
     except ImportError:
         return "PyTorch is not installed: pip install 'jdecouple[bench]'"
-    name = row_specs.TORCH_SCHEDULES[row.schedule][1]
+    name = row_specs.TORCH_SCHEDULES[row.schedule].name
     return (
         "" if hasattr(pipelining, name or "Schedule1F1B") else f"torch {torch.__version__} lacks it"
     )

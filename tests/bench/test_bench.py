@@ -143,8 +143,9 @@ def test_throughput_of_pytorch(tmp_path):
     pytest.importorskip("torch")
     output = tmp_path / "torch.json"
     pipelines = [f"torch:{name},K=2,M=2" for name in ("gpipe", "1f1b", "zero_bubble")]
+    pipelines += [f"torch:{name},K=4,M=4" for name in ("zbv", "dualpipe_v")]
     rows = ["--place=processes", "--rows", "torch:ddp,D=2", *pipelines]
-    done = bench("throughput.py", *TINY, *rows, f"--output={output}")
+    done = bench("throughput.py", *TINY, "--depth=4", *rows, f"--output={output}")
     assert done.returncode == 0, done.stderr
     measured = json.loads(output.read_text())
     assert "torch" in measured["setup"]["versions"]
@@ -230,6 +231,8 @@ def test_engines():
         ("torch:ddp,D=2", 2, 2, "torch"),
         ("torch:1f1b,K=2,M=4", 2, 1.6, "torch"),
         ("torch:zero_bubble,K=2,M=4", 2, 2 * 12 / 13, "torch"),
+        ("torch:zbv,K=4,M=4", 2, 2 * 240 / 241, "torch"),
+        ("torch:dualpipe_v,K=4,M=8", 2, 2 * 48 / 49, "torch"),
     ],
 )
 def test_rows(benchmark, text, devices, ideal, reference):
@@ -297,6 +300,7 @@ def test_simulation_of_a_row_takes_medians(benchmark):
         (["--place=processes", "--rows", "bp,D=256"], "the rows need 256 cores"),
         (["--rows", "torch:ddp,K=2"], "row 'torch:ddp,K=2': ddp takes no K"),
         (["--rows", "torch:1f1b,K=2,M=1"], "K of at least 2 and a multiple of it as M are needed"),
+        (["--rows", "torch:zbv,K=2,M=4"], "K of at least 4 and a multiple of it as M are needed"),
         (["--rows", "torch:compiled,together"], "PyTorch's rows take no together"),
         (["--repeats=0"], "--repeats: 0 is no number of at least 1"),
     ],
