@@ -262,14 +262,14 @@ class Trainer:
     def check_steps(self, count: int) -> None:
         """Raises ValueError unless `steps` can take so many batches.
 
-        More than one need a local method or fused stages: others need one another in every batch.
+        More than one need schedule "local" or fused stages: others need one another in every batch.
         """
         require_int(1, chunk=count)
         if count > 1 and not self._engine.multi_step:
             raise ValueError(
-                f"a chunk of {count} batches needs a local method, or all stages fused on the same "
-                f"devices: {self.method.name} has {len(self.stages)} stages apart, which need "
-                "one another in every batch"
+                f"a chunk of {count} batches needs a local method by schedule local, or all stages "
+                f"fused on the same devices: {self.method.name} has {len(self.stages)} stages "
+                "apart, which need one another in every batch"
             )
 
     def step(self, state: State, batch: Batch | PlacedBatch) -> tuple[State, Metrics]:

@@ -33,7 +33,8 @@ class MpmdEngine:
         self.calls = executor.calls
         self.fuse = executor.fuse
         self.max_in_flight = max_in_flight
-        self.multi_step = executor.fuse or executor.route.local or len(executor.stages) == 1
+        waits = executor.schedule.overlapping or not executor.route.local
+        self.multi_step = executor.fuse or not waits or len(executor.stages) == 1
         self._executor = executor
         self._several = MultiStep(executor)
         self._stacked = jit(_stacked, self.placements[0])

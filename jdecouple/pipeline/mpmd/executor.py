@@ -274,8 +274,6 @@ class Executor:
         shapes: Any = self._packed[above] or self.stages[above].carry
         if target < source:
             shapes = error_shapes(shapes, self.stages[above].scaling)
-        elif not is_packed:
-            carry, shapes = without_loss(carry, shapes)
         return self._transfer(carry, packed(shapes) if is_packed else shapes, source, target)
 
     def _transfer(self, tree: Any, shapes: Any, source: int, target: int) -> Any:
