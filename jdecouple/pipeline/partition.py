@@ -74,7 +74,6 @@ def check_boundaries(
     return starts
 
 
-_BACKWARD = 2.0  # cost of a backward, in forwards
 _BATCHES = 8  # enough for a steady state
 _MOST_DEVICES = 16  # beyond which there are too many ways to share them out
 
@@ -153,10 +152,8 @@ def autoplace(
             )
         ]
         table = schedules.build(schedule, len(replicas), microbatches)
-        call_costs = Costs(
-            forward=[cost / (1 + _BACKWARD) for cost in work],
-            backward=[cost * _BACKWARD / (1 + _BACKWARD) for cost in work],
-        )
+        third = [cost / 3 for cost in work]  # a forward, and each of a backward's two gradients
+        call_costs = Costs(forward=third, backward=third, weight=third)
         time = schedules.simulate(table, call_costs, batches=_BATCHES).seconds_per_batch
         idle = tuple(max(0.0, 1 - microbatches * cost / time) for cost in work)
         proposals.append(Proposal(starts, replicas, time / sum(costs), idle))

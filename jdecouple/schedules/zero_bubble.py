@@ -18,26 +18,22 @@ def zb_h1(num_stages: int, num_microbatches: int) -> Iterator[Action]:
     """1f1b with every weight gradient as late as its memory allows (ZB-H1, arXiv 2401.10241).
 
     Stage k waits k microbatches with its weight gradients, so that errors come down sooner and
-    none waits at the end. The bubble is (K - 1) (f + b - w), a third of that of 1f1b where all are
-    equal; every stage holds at most K microbatches. K = 3, M = 4::
+    none waits at the end. The bubble is (K - 1) (f + b - w) where M is at least K, a third of that
+    of 1f1b where all are equal; a stage holds at most K microbatches. K = 3, M = 4::
 
         stage 0 | F0 F1 F2 .  .  B0 W0 F3 B1 W1 B2 W2 B3 W3 S3
         stage 1 | .  F0 F1 .  B0 F2 B1 W0 F3 B2 W1 B3 W2 W3 S3
         stage 2 | .  .  F0 B0 F1 B1 F2 B2 W0 F3 B3 W1 W2 W3 S3
     """
-    order = [
-        _order(
-            [k],
-            num_microbatches,
-            [(num_stages - k, "F0"), (k, "B0 F0"), (num_microbatches, "B0 W F0")],
-        )
-        for k in range(num_stages)
-    ]
-    return wavefront(order, range(num_stages), num_microbatches)
+    orders = []
+    for k in range(num_stages):
+        phases = [(num_stages - k, "F0"), (k, "B0 F0"), (num_microbatches, "B0 W F0")]
+        orders.append(_order([k], num_microbatches, phases))
+    return wavefront(orders, range(num_stages), num_microbatches)
 
 
 def zbv(num_stages: int, num_microbatches: int) -> Iterator[Action]:
-    """No bubble where f = b = w: a V of two stages a device (ZB-V, arXiv 2401.10241, section 6).
+    """No bubble where f = b = w: a V of two stages a device (ZB-V, arXiv 2401.10241).
 
     Device d of P = K / 2 has stages d and K - 1 - d, so that a microbatch turns on the last device
     and ends on the first, and holds at most K of both. Consecutive batches of M of at least K

@@ -45,6 +45,11 @@ def test_the_bubble_counts():
     assert found.replicas == (3, 1)
     assert found.time == pytest.approx((5 / 3 + 1) / 6)
     assert autoplace([5, 1], 2, 4, schedule="gpipe", microbatches=8).time < found.time
+    times = [
+        autoplace([1, 1], 2, 2, schedule=name, microbatches=4).time for name in ("1f1b", "zb_h1")
+    ]
+    # Of the 8 that one device does: 4 microbatches, and a bubble of one or of its third.
+    assert times == pytest.approx([(4 + 1) / 8, (4 + 1 / 3) / 8])
 
 
 def test_a_microbatch_divides_among_the_replicas():

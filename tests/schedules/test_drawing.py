@@ -95,6 +95,17 @@ def test_stages_of_a_row_share_a_line_and_differ_in_shade(tmp_path):
     assert {BLUE, ORANGE, GREEN} < {colour for *_, colour in boxes(figure)}
 
 
+def test_weight_gradients_have_a_colour(tmp_path):
+    spans = simulate(build("zbv", 4, 2), Costs(0.001, 0.001, 0.0005, weight=0.001)).spans
+    figure = drawn(spans, tmp_path / "a.png")
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert labels == ["stages 0, 3", "stages 1, 2"]
+    words = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert words == ["forward", "backward", "weight", "step"]
+    assert "#cc79a7" in {colour for *_, colour in boxes(figure)}
+    assert sorted(texts(figure)) == sorted(4 * 3 * ["0", "1"])
+
+
 def test_rows_of_one_process_alone(tmp_path):
     """A process measures its own stages."""
     spans = [span for span in simulate(build("gpipe", 4, 2), COSTS).spans if span.device_group >= 2]
