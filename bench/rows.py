@@ -11,6 +11,7 @@ from jdecouple import methods, schedules
 from jdecouple.schedules import Costs, Kind, Schedule, simulate
 
 COUNTS = {"K": "stages", "D": "data", "M": "microbatches", "T": "chunk"}
+BLOCKS = "blocks"
 TOGETHER, APART, SPMD = "together", "apart", "spmd"
 TORCH = "torch"  # method and engine of the rows of PyTorch
 
@@ -54,6 +55,7 @@ class Row:
     chunk: int = 1  # T, batches of a call
     place: str = ""  # TOGETHER: all stages on one device, in one call; APART: a call each
     engine: str = "mpmd"
+    blocks: tuple[int, ...] = ()  # of every stage, where they are not equally many
 
     @cached_property
     def plan(self) -> Schedule:
@@ -74,9 +76,9 @@ class Row:
     def reference(self) -> "Row":
         """The same method on one device, at its best: a stage and a microbatch.
 
-        A delayed method keeps its stages, because what it computes depends on them.
+        A delayed method keeps the number of its stages, because what it computes depends on it.
         """
-        if self.plan.delayed and self.stages > 1:
+        if self.plan.delayed and not self.plan.local and self.stages > 1:
             return Row(self.method, self.schedule, self.stages, place=TOGETHER)
         return Row(self.method, methods.get(self.method).route.schedules[0])
 
@@ -98,17 +100,20 @@ class Row:
 
     def check(self, depth: int, batch: int) -> None:
         """Raises ValueError if the net or the batch does not fit."""
-        if depth % self.stages:
+        if depth % self.stages and not self.blocks:
             raise ValueError(f"row '{self}': --depth {depth} is no multiple of K")
+        if self.blocks and sum(self.blocks) != depth:
+            raise ValueError(f"row '{self}': --depth {depth} is not the sum of the blocks")
         if batch % (self.microbatches * self.data):
             raise ValueError(f"row '{self}': --batch {batch} is no multiple of M x D")
 
     def ideal(self, batches: int) -> float:
-        """Speed over one device, of a segment of equal stages in which nothing else takes time."""
+        """Speed over one device, of a segment of equal blocks in which nothing else takes time."""
         if self.groups == 1:
             return float(self.data)
-        costs = Costs(forward=1.0, backward=1.0, weight=1.0)
-        alone = batches * self.stages * self.microbatches * (1.0 + 2.0)
+        own = self.blocks or (1,) * self.stages
+        costs = Costs(forward=own, backward=own, weight=own)
+        alone = batches * sum(own) * self.microbatches * 3
         return self.data * alone / simulate(self.plan, costs, batches=batches).makespan
 
     def simulated(
@@ -131,7 +136,16 @@ class Row:
 
     def options(self) -> dict[str, Any]:
         """The row's part of the options of `worker.Run`."""
-        names = ("method", "schedule", "stages", "microbatches", "chunk", "data", "engine")
+        names = (
+            "method",
+            "schedule",
+            "stages",
+            "microbatches",
+            "chunk",
+            "data",
+            "engine",
+            "blocks",
+        )
         fuse = False if self.place == APART else None
         return {name: getattr(self, name) for name in names} | {"groups": self.groups, "fuse": fuse}
 
@@ -143,7 +157,8 @@ class Row:
     def __str__(self) -> str:
         usual = self.schedule == self.usual
         counts = [f"{key}={getattr(self, name)}" for key, name in COUNTS.items()]
-        words = [word for word in (self.place, SPMD * (self.engine == SPMD)) if word]
+        blocks = self.blocks and f"{BLOCKS}={'+'.join(map(str, self.blocks))}"
+        words = [word for word in (blocks, self.place, SPMD * (self.engine == SPMD)) if word]
         head = self.method if usual else f"{self.method}:{self.schedule}"
         return ",".join([head, *(text for text in counts if not text.endswith("=1")), *words])
 
@@ -215,14 +230,19 @@ def parse(text: str) -> Row:
                 values["place"] = setting
             elif setting == SPMD and ours:
                 values["engine"] = SPMD
+            elif key == BLOCKS and all(x.isdigit() and int(x) for x in value.split("+")):
+                values["blocks"] = tuple(map(int, value.split("+")))
             elif key in COUNTS and value.isdigit() and int(value) >= 1:
                 values[COUNTS[key]] = int(value)
             else:
                 counts = "K=, D=, M=, T= with a count of at least 1"
-                raise ValueError(f"{setting!r} is none of {counts}, {TOGETHER}, {APART}, {SPMD}")
+                words = f"{BLOCKS}=7+13, {TOGETHER}, {APART}, {SPMD}"
+                raise ValueError(f"{setting!r} is none of {counts}, {words}")
         row = (Row if ours else TorchRow)(method, schedule or allowed[0], **values)
         if row.place and row.data > 1:
             raise ValueError(f"{row.place} means one device, D is {row.data}")
+        if row.blocks and (len(row.blocks) != row.stages or not ours):
+            raise ValueError(f"{BLOCKS} of {len(row.blocks)} stages of ours, K is {row.stages}")
         _ = ours and row.plan
     except ValueError as error:
         raise ValueError(f"row {text!r}: {error}") from None

@@ -4,11 +4,12 @@
     python bench/throughput.py --rows bp:1f1b,K=2,M=4 deinforeg,K=2 fdg,K=2 bp,D=2
     python bench/throughput.py --rows deinforeg,K=2 deinforeg,K=2,together deinforeg,K=2,apart
 
-A row is `method[:schedule][,K=2][,D=1][,M=4][,T=1][,together|apart][,spmd]`: K stages, D replicas
-of each, M microbatches, T batches a call; `together` has all stages on one device in one call,
-`apart` on one device in the calls that several devices would have; `spmd` is the engine of one
-program. All rows train the same net of equal blocks on the same global batches, which are on the
-devices beforehand. BP on one device and every row's method on one device are added as references.
+A row is `method[:schedule][,K=2][,D=1][,M=4][,T=1][,blocks=7+13][,together|apart][,spmd]`: K
+stages, D replicas of each, M microbatches, T batches a call; `blocks` of every stage, by default
+equally many; `together` has all stages on one device in one call, `apart` on one device in the
+calls that several devices would have; `spmd` is the engine of one program. All rows train the same
+net of equal blocks on the same global batches, which are on the devices beforehand. BP on one
+device and every row's method on one device are added as references.
 
 Rows of PyTorch train the same net by BP from the same weights, a process a device, under Gloo or,
 on GPUs, NCCL: `torch`, `torch:compiled`, `torch:ddp,D=2` and, by `torch.distributed.pipelining`,
@@ -29,7 +30,7 @@ Columns, as medians (lowest to highest) over the segments:
 
     x bp, x same method   time of BP, and of the same method, on one device over the row's, turn by
                 turn; the same method has one stage and one microbatch, a delayed one its K stages
-    ideal       the schedule's ratio to the same method with equal stages and nothing else
+    ideal       the schedule's ratio to the same method with equal blocks and nothing else
     simulated   ms of a batch in the simulated segment, from the median time of every call on one
                 device alone and from the link, and its error; not for replicas
     peak        the most bytes ever in use on a device, where JAX knows, as on GPUs
