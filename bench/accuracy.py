@@ -35,12 +35,13 @@ COLUMNS = {
     "test_by_exit": "exit by validation",
     "test_by_step": "step by validation",
     "papers": "best test epoch (papers)",
+    "loss": "loss",
 }
 LEGEND = """Test accuracy in %, mean ± sample standard deviation over the seeds. *Last step*: final
-exit after the last step. *Exit by validation*: after the last step, the exit that is best on the
-validation split. *Step by validation*: final exit at the evaluation that is best on the validation
-split. *Best test epoch (papers)*: best exit at its best evaluation, both chosen by the test
-accuracy itself, as the papers report it; not a result.
+exit after the last step, and *loss* its mean cross-entropy. *Exit by validation*: after the last
+step, the exit that is best on the validation split. *Step by validation*: final exit at the
+evaluation that is best on the validation split. *Best test epoch (papers)*: best exit at its best
+evaluation, both chosen by the test accuracy itself, as the papers report it; not a result.
 """
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C564B")
 LOOKS = (("test", "last step", "o", "", "-"), ("test_by_exit", "exit by validation", "D", "w", ":"))
@@ -106,8 +107,9 @@ def grouped(rows: Sequence[dict[str, Any]]) -> dict[tuple, list[dict]]:
 
 
 def mean_and_deviation(rows: Sequence[dict[str, Any]], key: str) -> tuple[float, float] | None:
-    """Mean and sample standard deviation (0 of one) in %; None without any value."""
-    values = [100 * row[key] for row in rows if row.get(key) is not None]
+    """Mean and sample standard deviation (0 of one), of accuracies in %; None without any value."""
+    factor = 1 if key == "loss" else 100
+    values = [factor * row[key] for row in rows if row.get(key) is not None]
     if not values:
         return None
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
@@ -131,7 +133,8 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     def shown(group: Sequence[dict[str, Any]], key: str) -> str:
         numbers = mean_and_deviation(group, key) or ()
         several = sum(row.get(key) is not None for row in group) > 1
-        return " ± ".join(f"{number:.2f}" for number in numbers[: 1 + several])
+        digits = 4 if key == "loss" else 2
+        return " ± ".join(f"{number:.{digits}f}" for number in numbers[: 1 + several])
 
     lines, notes = [], []
     for axes, group in grouped(rows).items():

@@ -149,10 +149,11 @@ def result(cell: Cell) -> dict[str, Any]:
     """The results of a finished cell; accuracies are fractions, None without a validation split.
 
     Returns:
-        "test" (final exit, last step), "test_by_exit" (last step, the exit that is best on the
-        validation split) and that "exit", "test_by_step" (final exit, the step that is best on the
-        validation split), "papers" (best test accuracy of any exit and step), "validation" (final
-        exit, last step), "steps", "parameters", "examples_per_second" (median) and "device".
+        "test" (final exit, last step) and "loss" (its mean cross-entropy), "test_by_exit" (last
+        step, the exit that is best on the validation split) and that "exit", "test_by_step" (final
+        exit, the step that is best on the validation split), "papers" (best test accuracy of any
+        exit and step), "validation" (final exit, last step), "steps", "parameters",
+        "examples_per_second" (median) and "device".
     """
     written = json.loads((cell.folder / "config.json").read_text())
     lines = read_metrics(cell.folder)
@@ -164,6 +165,7 @@ def result(cell: Cell) -> dict[str, Any]:
     speeds = [line["examples_per_second"] for line in lines if line["split"] == "train"]
     return {
         "test": last["accuracy"],
+        "loss": last.get("loss"),
         "test_by_exit": chosen and report.exits(last)[chosen],
         "exit": chosen,
         "test_by_step": summary.get("test_at_best_validation", {}).get("accuracy"),

@@ -125,7 +125,8 @@ class Run:
     """A trainer with its state, and batches that are on the devices already.
 
     The options are those of `rows.Row.options`, and the net's "model", "hidden", "depth" and
-    "head", "batch" (global), and perhaps "dtype" and "in_flight", the Trainer's `max_in_flight`.
+    "head", "batch" (global), and perhaps "dtype", "wire" and "in_flight", the Trainer's
+    `max_in_flight`.
     """
 
     def __init__(self, options: dict[str, Any]):
@@ -145,6 +146,7 @@ class Run:
             example=self._batches[0],
             dtype=DTYPES[options.get("dtype", "float32")],
             max_in_flight=options.get("in_flight"),
+            wire=options.get("wire"),
             **{name: options[name] for name in ("microbatches", "schedule", "fuse", "engine")},
         )
         self._state = trainer.init()

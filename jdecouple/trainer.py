@@ -88,6 +88,7 @@ class Trainer:
         engine: str = "mpmd",
         frozen: Sequence[int] = (),
         gradient_norms: bool = False,
+        wire: str | None = None,
     ):
         """Places the stages and prepares their functions; compiles at the first step.
 
@@ -127,6 +128,9 @@ class Trainer:
                 takes "spmd" where it fits and there are devices for two stages.
             frozen: indices of blocks that are not trained (local methods).
             gradient_norms: whether metrics tell the norms of gradients, which costs a reduction.
+            wire: the form in which floating-point arrays go from stage to stage in training, on any
+                devices: "float32", "bfloat16", or "int8" with a scale an example. What rounding
+                takes from an error is added to the next. None rounds nothing.
 
         Raises:
             TypeError: an argument of a wrong type.
@@ -164,8 +168,9 @@ class Trainer:
 
         Returns:
             "block_{i}/params/...", "block_{i}/stats/...", "block_{i}/opt/...", with `ema` also
-            "block_{i}/ema/...", in float16 "block_{i}/loss_scale/...", of delayed methods
-            "stage_{k}/...", to array, for the stages of this process; what a checkpoint holds.
+            "block_{i}/ema/...", in float16 "block_{i}/loss_scale/...", of delayed methods and where
+            `wire` rounds errors "stage_{k}/...", to array, for the stages of this process; what a
+            checkpoint holds.
         """
         self._states.check(state, abstract=True)
         return states.to_arrays(self.stages, state)

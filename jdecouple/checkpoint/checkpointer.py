@@ -34,6 +34,7 @@ from jdecouple.checkpoint.document import (
     told,
 )
 from jdecouple.checkpoint.orbax_setup import UNFINISHED, plain, process_alone, quiet
+from jdecouple.pipeline.wire import is_feedback
 
 _DELETED = ".deleted"
 _STATE_FILES = ("manifest.ocdbt", "_METADATA")  # without which nobody can read it
@@ -361,9 +362,11 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
         expected = {name: spec(array) for name, array in template.items()}
         for name in sorted(saved.keys() | expected.keys()):
             was, wanted = saved.get(name, "absent"), expected.get(name, "none")
-            if was != wanted:
+            if was != wanted and is_feedback(name):
+                expected.pop(name, None)  # it begins anew
+            elif was != wanted:
                 raise RefusedError(f"leaf {name} is {was}, expected {wanted}")
-        arrays = {name: np.empty(array.shape, array.dtype) for name, array in template.items()}
+        arrays = {name: np.empty(template[name].shape, template[name].dtype) for name in expected}
         return Restored(step, self._arrays(step, document, arrays), document["extra"])
 
     def _document(self, step: int) -> dict[str, Any]:

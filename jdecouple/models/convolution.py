@@ -43,21 +43,22 @@ def _convolve_bwd(stride, padding, residuals, cotangent):
     x, kernel = residuals
     plain = functools.partial(convolve.fun, stride=stride, padding=padding)
     (grad_x,) = jax.linear_transpose(lambda x: plain(x, kernel), x)(cotangent)
+    like = jax.ShapeDtypeStruct(kernel.shape, kernel.dtype)
 
-    def grad_kernel(x, kernel, cotangent):
-        return jax.linear_transpose(lambda kernel: plain(x, kernel), kernel)(cotangent)[0]
+    def grad_kernel(x, _either, cotangent):
+        return jax.linear_transpose(lambda kernel: plain(x, kernel), like)(cotangent)[0]
 
-    cpu = functools.partial(_grad_kernel, stride, padding)
-    return grad_x, jax.lax.platform_dependent(x, kernel, cotangent, cpu=cpu, default=grad_kernel)
+    either = kernel[0, 0, 0, 0] > 0  # whichever it is: XLA does not know, and fuses nothing
+    cpu = functools.partial(_grad_kernel, stride, padding, kernel.shape[0])
+    return grad_x, jax.lax.platform_dependent(x, either, cotangent, cpu=cpu, default=grad_kernel)
 
 
-def _grad_kernel(stride, padding, x, kernel, cotangent):
+def _grad_kernel(stride, padding, size, x, either, cotangent):
     def channels_first(x):
         return x.transpose(3, 1, 2, 0)
 
-    either = kernel[0, 0, 0, 0] > 0  # whichever it is: XLA does not know, and fuses nothing
     turned = jax.lax.cond(either, channels_first, channels_first, x)
-    size, pairs = kernel.shape[0], zip(x.shape[1:3], cotangent.shape[1:3], strict=True)
+    pairs = zip(x.shape[1:3], cotangent.shape[1:3], strict=True)
     ends = [size + stride * (after - 1) - before - padding for before, after in pairs]
     gradient = jax.lax.conv_general_dilated(
         turned,

@@ -11,7 +11,14 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jdecouple._errors import first_line, require_bool, require_int, require_number, require_type
+from jdecouple._errors import (
+    first_line,
+    require_bool,
+    require_int,
+    require_number,
+    require_one_of,
+    require_type,
+)
 from jdecouple.methods import Method
 from jdecouple.methods.objectives import BlockInfo
 from jdecouple.methods.routes import (
@@ -28,6 +35,7 @@ from jdecouple.methods.routes.stage import Transform
 from jdecouple.methods.routes.unit import share_traces
 from jdecouple.models import Model
 from jdecouple.pipeline.partition import balance, check_boundaries, check_num_stages
+from jdecouple.pipeline.wire import WIRES
 
 
 class BuiltModel(NamedTuple):
@@ -327,6 +335,7 @@ def build_stages(
     clip_norm: float | None,
     accumulate: int,
     ema: float | None,
+    wire: str | None,
     **common: Any,
 ) -> tuple[Stage, ...]:
     """Cuts the units into stages.
@@ -337,7 +346,8 @@ def build_stages(
     Raises:
         TypeError: an optimizer that is none.
         ValueError: an optimizer that needs more than gradients, `remat` of another number of
-            stages, a norm that the method cannot bound, or values out of range.
+            stages, a norm that the method cannot bound, a wire that the dtype cannot have, or
+            values out of range.
     """
     require_bool(gradient_norms=common["gradient_norms"])
     if isinstance(optimizer, optax.MultiSteps):
@@ -357,6 +367,12 @@ def build_stages(
                 "wait for one another"
             )
     scaled = loss_scale.is_for(built.units[0].dtype)
+    if wire is not None:
+        require_one_of(WIRES, wire=wire)
+    if scaled and wire in WIRES[1:] and not method.route.local:
+        raise ValueError(
+            f"wire is {wire!r}: dtype float16 sends errors that may overflow, which are not rounded"
+        )
     stages = []
     for k, (start, end) in enumerate(itertools.pairwise((*boundaries, len(built.units)))):
         carry = dict(built.carries[start]) if k else received
@@ -373,6 +389,7 @@ def build_stages(
                 ema=ema,
                 carry=carry,
                 scaling=method.route.scaling if scaled else None,
+                wire=wire,
                 **common,
             )
         )

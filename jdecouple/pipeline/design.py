@@ -97,6 +97,7 @@ def make_design(
     engine: str = "mpmd",
     frozen: Sequence[int] = (),
     gradient_norms: bool = False,
+    wire: str | None = None,
 ) -> Design:
     """The design of a training; its arguments are those of `jdecouple.Trainer`.
 
@@ -149,6 +150,7 @@ def make_design(
     starts = build.split_blocks(whole, built, method.route, num_stages, boundaries)
     common: dict[str, Any] = {"seed": seed, "num_microbatches": microbatches}
     common |= {"transform": transform, "accumulate": accumulate, "ema": ema}
+    common["wire"] = wire
     common["gradient_norms"] = gradient_norms
     stages = build.build_stages(
         built, method, starts, received, optimizer, remat, clip_norm, **common

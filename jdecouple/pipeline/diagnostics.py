@@ -15,6 +15,7 @@ from jdecouple.methods.routes import Carry, Delayed, Stage, loss_scale
 from jdecouple.methods.routes.synchronous import linearize, pull_back
 from jdecouple.pipeline.mesh import StageDevices, jit
 from jdecouple.pipeline.state import State, or_nan
+from jdecouple.pipeline.wire import coded
 from jdecouple.schedules import Call, Costs, Kind
 
 
@@ -54,9 +55,10 @@ def call_costs(timed_calls: Iterable[tuple[Call, float]], stages: Sequence[Stage
 
 def message_sizes(stages: Sequence[Stage]) -> dict[str, Any]:
     """The part of `Costs` that tells the bytes of a microbatch's carries and errors."""
+    carries = [coded(stage.carry, stage.wire) for stage in stages[1:]]
     return {
-        "message_bytes": [_num_bytes(stage.carry) for stage in stages[1:]],
-        "error_bytes": [_num_bytes(stage.carry["x"]) for stage in stages[1:]],
+        "message_bytes": [_num_bytes(carry) for carry in carries],
+        "error_bytes": [_num_bytes(carry["x"]) for carry in carries],
     }
 
 

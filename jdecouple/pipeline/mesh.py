@@ -193,10 +193,11 @@ class StageDevices:
         return self.batched if batched else self.replicated
 
     def state_shardings(self, state: dict[str, Any], size: int) -> dict[str, Any]:
-        """Shardings of (parts of) the state of a stage: only what is queued is over `data`."""
+        """Shardings of (parts of) the state of a stage: only what is of examples is over `data`."""
 
         def sharding(path: tuple, leaf: Any) -> NamedSharding:
-            return self.queue_sharding(leaf, size) if path[0].key == "queues" else self.replicated
+            of_examples = path[0].key in ("queues", "feedback")
+            return self.queue_sharding(leaf, size) if of_examples else self.replicated
 
         return jax.tree_util.tree_map_with_path(sharding, state)
 

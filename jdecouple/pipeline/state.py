@@ -15,6 +15,7 @@ from flax import nnx
 from jdecouple.methods.routes import Route, Stage, averaged, loss_scale
 from jdecouple.methods.routes.stage import error_shapes
 from jdecouple.pipeline.mesh import StageDevices
+from jdecouple.pipeline.wire import feedback_shapes, is_feedback
 from jdecouple.schedules import Schedule
 
 _SAVED_AS = {"queues": "waiting", "carries": "messages"}  # names in checkpoints never change
@@ -30,8 +31,9 @@ class State:
     Attributes:
         step: batches dispatched so far.
         stages: state of every stage ("params", "stats", "opt", with averages "ema", in float16
-            "loss_scale", and with a delayed method "queues"); None for the stages of other
-            processes. With engine "spmd" the arrays are stacked, and cut when a stage is asked for.
+            "loss_scale", with a delayed method "queues", with a `wire` "feedback"); None for the
+            stages of other processes. With engine "spmd" the arrays are stacked, and cut when a
+            stage is asked for.
         since: number of the first batch after the stages were last empty, as their states hold it.
     """
 
@@ -84,7 +86,7 @@ class OwnStates:
         return [name for stage in self.stages for name in metric_names(stage, self.route)]
 
     def queues(self, index: int) -> Any:
-        """Shapes of what one stage adds to its state, {} where nothing overlaps."""
+        """Shapes of what one stage adds to its state, see `queue_shapes`."""
         return queue_shapes(self.schedule, self.route, self.stages, index)
 
     def make(self, step: int, stages: Sequence[Any], since: int = 0) -> State:
@@ -230,12 +232,16 @@ def to_arrays(stages: Sequence[Stage], state: State) -> dict[str, Any]:
 def from_arrays(stage: Stage, shapes: Any, arrays: Mapping[str, Any]) -> Any:
     """A stage's state of these shapes from arrays by name; ValueError for one that does not fit.
 
-    Scales of losses that the arrays do not hold, as those of another dtype, begin fresh.
+    Scales of losses that the arrays do not hold, as those of another dtype, begin fresh; and so
+    does the feedback of errors, which depends on stages, microbatches and `wire`.
     """
     leaves = []
     arrays = {**loss_scale.fresh(unit.index for unit in stage.units), **arrays}
     for name, shape in zip(leaf_names(stage, shapes), jax.tree.leaves(shapes), strict=True):
         found = spec(arrays[name]) if name in arrays else "nothing"
+        if found != spec(shape) and is_feedback(name):
+            leaves.append(np.zeros(shape.shape, shape.dtype))
+            continue
         if found != spec(shape):
             raise ValueError(f"arrays hold {found} as {name!r}: {spec(shape)} is needed")
         leaves.append(arrays[name])
@@ -315,19 +321,26 @@ def metric_names(stage: Stage, route: Route) -> list[str]:
 
 
 def queue_shapes(schedule: Schedule, route: Route, stages: tuple[Stage, ...], index: int) -> Any:
-    """Shapes of what one stage adds to its state, {} where nothing overlaps.
+    """Shapes of what one stage adds to its state, {} where nothing overlaps or is rounded.
 
     "since" is the number of the first batch after the stages were last empty; "queues" are tuples,
-    oldest first, of "carries", "residuals" and "errors".
+    oldest first, of "carries", "residuals" and "errors"; "feedback" is what rounding took from
+    errors that were sent.
     """
+    stage = stages[index]
+    added: dict[str, Any] = {}
+    if index and not route.local:
+        error = error_shapes(stage.carry, stage.scaling)
+        added = {"feedback": feedback_shapes(error, stage.num_microbatches, stage.wire)}
+    added = {name: shapes for name, shapes in added.items() if shapes}
     if not schedule.overlapping:
-        return {}
-    stage, queued = stages[index], schedule.in_flight(index)
+        return added
+    queued = schedule.in_flight(index)
     shapes: dict[str, Any] = {"carries": stage.carry, "residuals": None, "errors": None}
     if queued.residuals:
         shapes["residuals"] = forward_shapes(stage, route)[2]
         shapes["errors"] = error_shapes(stages[index + 1].carry, stage.scaling)
-    return {
+    return added | {
         "since": jax.ShapeDtypeStruct((), jnp.int32),
         "queues": {
             kind: (shapes[kind],) * len(batches) for kind, batches in queued._asdict().items()

@@ -173,6 +173,11 @@ KEYS: tuple[Key, ...] = (
         "What is computed in: float32, bfloat16 or float16 (with scaled losses); weights, "
         "statistics and losses are float32.",
     ),
+    Key(
+        "wire",
+        str,
+        "What goes from stage to stage in training: float32, bfloat16, int8; None: no rounding.",
+    ),
     Key("clip_norm", float, "Bound on the norm of the gradient.", "synchronous methods"),
     Key("accumulate", 1, "Batches to an optimizer step, which takes the mean of their gradients."),
     Key("ema", float, "Decay of averages of the weights, which are evaluated; None: no averages."),

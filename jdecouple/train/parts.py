@@ -56,6 +56,7 @@ class Parts:
             "fuse": False if config.profile else None,  # a timeline shows stages
             "max_in_flight": config.max_in_flight,
             "gradient_norms": config.gradient_norms,
+            "wire": config.wire,
         }
 
 

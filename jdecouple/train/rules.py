@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from jdecouple.pipeline.wire import WIRES
 from jdecouple.train.tracking.table import chosen
 
 DTYPES = {"float32": None, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -32,6 +33,7 @@ def _rises(values: tuple, kind: Any, least: int) -> bool:
 # Keys whose values nothing else refuses, a test, and what is allowed. None passes.
 RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("dtype", lambda value: value in DTYPES, f"allowed are {', '.join(DTYPES)}"),
+    ("wire", lambda value: value in WIRES, f"allowed are {', '.join(WIRES)}"),
     ("seed", lambda n: 0 <= n < 2**32, f"a whole number from 0 to {2**32 - 1} is needed"),
     (
         "epochs steps eval_every log_every profile checkpoint.every checkpoint.keep "

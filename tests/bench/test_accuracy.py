@@ -247,6 +247,7 @@ def test_a_training_that_still_runs_is_waited_for(bench, tmp_path, monkeypatch):
 def line(step, split, accuracy, *exits):
     exit_values = {f"exit_{number}/accuracy": value for number, value in enumerate(exits)}
     base = {"step": step, "split": split, "accuracy": accuracy, "examples_per_second": 5.0 * step}
+    base["loss"] = 1 - accuracy
     return base | exit_values
 
 
@@ -267,6 +268,7 @@ def test_what_is_chosen_by_what(bench, tmp_path):
     results = finished(bench, tmp_path / "cell", [*TRAIN, *validation, *TESTS])
     assert results == {
         "test": 0.5,
+        "loss": 0.5,
         "test_by_exit": 0.7,
         "exit": "exit_0",
         "test_by_step": 0.6,
@@ -289,14 +291,15 @@ def test_without_validation(bench, tmp_path):
 def made_up(method, seed, test, **more):
     axes = {"data": "digits", "model": "mlp", "method": method, "seed": seed}
     state = {"state": "failed", "error": "error: x"} if test is None else {"state": "finished"}
-    return {**axes, "error": "", **state, **({} if test is None else {"test": test}), **more}
+    result = {} if test is None else {"test": test, "loss": 2 * test}
+    return {**axes, "error": "", **state, **result, **more}
 
 
 def test_means_leave_out_what_failed(bench):
     results = [made_up("bp", "0", 0.5), made_up("bp", "1", 0.7), made_up("bp", "2", None)]
     text = bench("accuracy").markdown([*results, made_up("scpl", "0", 0.25, test_by_exit=0.5)])
-    assert "| digits | mlp | bp | 2 of 3 | 60.00 ± 14.14 |  |  |  |" in text
-    assert "| digits | mlp | scpl | 1 | 25.00 | 50.00 |  |  |" in text
+    assert "| digits | mlp | bp | 2 of 3 | 60.00 ± 14.14 |  |  |  | 1.2000 ± 0.2828 |" in text
+    assert "| digits | mlp | scpl | 1 | 25.00 | 50.00 |  |  | 0.5000 |" in text
     assert "- data=digits model=mlp method=bp seed=2: failed: `error: x`" in text
 
 

@@ -84,6 +84,44 @@ RUNS: dict[str, dict[str, Any]] = {
         "steps": 8,
         "trainer": {"dtype": "float16"},
     },
+    # What is rounded travels as codes; in queues it is as it arrives.
+    "scpl_int8": {
+        "method": "scpl",
+        "model": "four_blocks",
+        "stages": 4,
+        "steps": 8,
+        "trainer": {"wire": "int8"},
+    },
+    "al_int8_chunk": {
+        "method": "al",
+        "model": "two_blocks",
+        "stages": 2,
+        "steps": 8,
+        "chunk": 4,
+        "trainer": {"wire": "int8"},
+    },
+    "bp_int8": {
+        "method": "bp",
+        "model": "two_blocks",
+        "stages": 2,
+        "steps": 8,
+        "trainer": {"wire": "int8", "microbatches": 2},
+    },
+    "fdg_int8": {
+        "method": "fdg",
+        "model": "four_blocks",
+        "stages": 4,
+        "steps": 15,
+        "finish": 9,
+        "trainer": {"wire": "int8"},
+    },
+    "fr_bfloat16": {
+        "method": "fr",
+        "model": "two_blocks",
+        "stages": 2,
+        "steps": 8,
+        "trainer": {"wire": "bfloat16"},
+    },
     "replicas": {"method": "bp", "model": "two_blocks", "data": 2, "steps": 8},
 }
 FAST = ("deinforeg", "bp", "fdg")

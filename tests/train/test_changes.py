@@ -48,7 +48,7 @@ class TestSettings:
         optimizer |= {"momentum", "nesterov", "weight_decay"}
         assert counted.keys() == {f"optimizer.{key}" for key in optimizer} | {
             *("steps", "eval_every", "microbatches", "dtype", "clip_norm", "accumulate", "ema"),
-            *("early_stopping.patience", "early_stopping.min_delta"),
+            *("wire", "early_stopping.patience", "early_stopping.min_delta"),
         }
         assert counted["steps"] == 7
 

@@ -163,6 +163,7 @@ def test_an_older_file_holds_the_options_of_all():
         ),
         ({"optimizer": {"learning_rat": 0.1}}, "; did you mean 'learning_rate'?"),
         ({"dtype": "float64"}, "config.dtype is 'float64': allowed are float32, bfloat16, float16"),
+        ({"wire": "int4"}, "config.wire is 'int4': allowed are float32, bfloat16, int8"),
         ({"data": {"label_noise": float("nan")}}, "label_noise is nan: a finite number of at lea"),
         ({"log_every": 0}, "config.log_every is 0: a whole number from 1 to 2147483647 is needed"),
         ({"seed": -1}, "config.seed is -1: a whole number from 0 to 4294967295 is needed"),

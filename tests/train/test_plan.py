@@ -218,9 +218,9 @@ class TestTimes:
     @pytest.mark.parametrize(
         ("values", "names"),
         [
-            ({"microbatches": 4}, ["sequential", "gpipe", "1f1b", "interleaved_1f1b"]),
+            ({"microbatches": 4}, ["sequential", "gpipe", "1f1b", "interleaved_1f1b", "zb_h1"]),
             ({"method": "greedy_exit"}, ["local", "interleaved"]),
-            ({"method": "fdg"}, ["delayed"]),
+            ({"method": "fdg"}, ["delayed", "delayed_split"]),
         ],
     )
     def test_of_every_schedule_of_the_method(self, values, names):
@@ -251,7 +251,17 @@ class TestTimes:
 
     def test_from_measured_calls(self, monkeypatch):
         """What is not among the calls of one schedule is measured with another."""
-        seconds = {"F": 1.0, "FB": 2.0, "FBS": 3.0, "B": 4.0, "BS": 5.0, "S": 6.0}
+        whole = {"F": 1.0, "FB": 2.0, "FBS": 3.0, "B": 4.0, "BS": 5.0, "S": 6.0}
+        split = {
+            "F": 1.0,
+            "FB": 1.5,
+            "B": 2.0,
+            "BW": 4.0,
+            "BWS": 5.0,
+            "W": 1.0,
+            "WS": 2.0,
+            "S": 1.0,
+        }
         made = []
 
         def measured_costs(trainer, state, batches, repeats):
@@ -259,6 +269,7 @@ class TestTimes:
             assert len({placement.devices for placement in trainer.placements}) == 1
             assert next(iter(batches)).parts[0]["x"].shape == (4, 8, 8, 1)
             kinds = {call[:2]: "".join(kind.value for kind in call.kinds) for call in trainer.calls}
+            seconds = split if trainer.schedule.splits else whole
             return state, Costs(calls={key: seconds[text] for key, text in kinds.items()})
 
         monkeypatch.setattr(Trainer, "measured_costs", measured_costs)
@@ -266,6 +277,13 @@ class TestTimes:
         sequential = {"schedule": "sequential", "groups": 2}
         # Two microbatches one after the other: F, FB, B and F, FBS, BS.
         assert found.times[0] == {**sequential, "seconds": 16.0, "bubble": 0.5}
+        # A backward that is split is another call.
+        (zb_h1,) = [time for time in found.times if time["schedule"] == "zb_h1"]
+        table = schedules.build("zb_h1", 2, 2)
+        kinds = {call[:2]: "".join(kind.value for kind in call.kinds) for call in table.calls()}
+        costs = Costs(calls={key: split[text] for key, text in kinds.items()})
+        played = schedules.simulate(table, costs, batches=8, max_in_flight=4)
+        assert zb_h1["seconds"] == played.seconds_per_batch
         assert made[0] == "sequential"
         assert len(made) < len(found.times)
         assert "medians of 5" in found.speed

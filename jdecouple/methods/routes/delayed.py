@@ -23,11 +23,11 @@ from jdecouple.methods.routes.synchronous import linearize, pull_back
 from jdecouple.methods.routes.unit import Carry
 from jdecouple.methods.routes.updates import accumulating
 
-# (forward, backward): schedule
+# (forward, backward): schedules, the second with early errors
 _SCHEDULES = {
-    ("locked", "locked"): "sequential",
-    ("locked", "pipelined"): "delayed_locked",
-    ("pipelined", "pipelined"): "delayed",
+    ("locked", "locked"): ("sequential",),
+    ("locked", "pipelined"): ("delayed_locked", "delayed_locked_split"),
+    ("pipelined", "pipelined"): ("delayed", "delayed_split"),
 }
 
 
@@ -82,8 +82,8 @@ class Delayed(Route):
 
     @property
     def schedules(self) -> tuple[str, ...]:
-        """The one schedule that has these delays."""
-        return (_SCHEDULES[self.forward_pass, self.backward_pass],)
+        """The schedules that have these delays."""
+        return _SCHEDULES[self.forward_pass, self.backward_pass]
 
     def forward(self, stage: Stage, state: StageState, carry: Carry, step_id: jax.Array) -> Forward:
         """Forward of the stage; the residuals may leave the compiled call for a queue."""

@@ -51,6 +51,8 @@ class Stage:
         scaling: whose overflow leaves a step out and halves the scale of the loss, a "block"'s, the
             "stage"'s or that of the whole "model"; None where no loss is scaled.
         gradient_norms: whether metrics tell the norm of every unit's gradient.
+        wire: the form in which arrays go to and from the other stages, see
+            `jdecouple.pipeline.wire`; None rounds nothing.
     """
 
     index: int
@@ -66,6 +68,7 @@ class Stage:
     carry: Carry
     scaling: str | None = None
     gradient_norms: bool = False
+    wire: str | None = None
 
     @property
     def is_last(self) -> bool:

@@ -30,7 +30,10 @@ class Synchronous(Route):
     """
 
     scaling: ClassVar[str] = "model"
-    schedules: ClassVar[tuple[str, ...]] = ("sequential", "gpipe", "1f1b", "interleaved_1f1b")
+    schedules: ClassVar[tuple[str, ...]] = (
+        *("sequential", "gpipe", "1f1b", "interleaved_1f1b"),
+        *("zb_h1", "zbv", "dualpipe_v"),
+    )
 
     def forward(self, stage: Stage, state: StageState, carry: Carry, step_id: jax.Array) -> Forward:
         """Forward of the whole stage; the residuals hold its vector-Jacobian product."""

@@ -21,11 +21,14 @@ from jdecouple.pipeline.mpmd.stage_fns import (
     compile_stage_fn,
     make_norm_fn,
     make_stage_fn,
+    message_shape,
     microbatches_of,
-    pack_io,
+    unpack_codes,
+    with_messages,
+    with_taken,
 )
 from jdecouple.pipeline.state import Queues, put_queues, take_queues
-from jdecouple.pipeline.transfer import crosses, packed, transfer
+from jdecouple.pipeline.transfer import crosses, transfer
 from jdecouple.schedules import Call, Kind, Schedule
 
 Calls = dict[tuple[int, tuple[Kind, ...]], Callable]
@@ -142,15 +145,16 @@ class Executor:
         norms: list[Any] | None = None
         first = 0
         for stage, kinds, microbatches in calls:
-            forward, backward = microbatches_of(kinds, microbatches)
+            forward, backward, takes, leaves = microbatches_of(kinds, microbatches)
             out: dict[str, Any] = {}
             if self._needs_norm and Kind.STEP in kinds and norms is None:
                 norms = self._norms(functions, accumulated)
             if self.placements[stage].addressable:
+                held = residuals.get((stage, takes)) if self.schedule.splits else None
                 out = functions[stage, kinds](
                     new_states[stage],
                     accumulated[stage],
-                    residuals.pop((stage, backward), None),
+                    residuals.pop((stage, takes), None),
                     carries.pop((stage, forward), None),
                     errors.pop((stage, backward), None),
                     step_ids[first : first + len(kinds)],
@@ -160,7 +164,8 @@ class Executor:
                 accumulated[stage] = out.get("accumulated")
                 metrics[stage] = out.get("metrics", metrics[stage])
                 if "residuals" in out:
-                    residuals[stage, forward] = out["residuals"]
+                    residuals[stage, leaves] = with_taken(out["residuals"], held)
+                del held
             first += len(kinds)
             if forward is not None and stage + 1 < len(self.stages):
                 carries[stage + 1, forward] = self._send(stage, stage + 1, out.get("carry"))
@@ -192,26 +197,48 @@ class Executor:
 
     @cached_property
     def functions(self) -> Calls:
-        """Pure functions of the calls."""
+        """Pure functions of the calls, which take and give carries and errors as they are."""
+        return {key: self._with_messages(key, x) for key, x in self._stage_functions.items()}
+
+    @cached_property
+    def message_functions(self) -> Calls:
+        """Pure functions of the calls, to and from which messages cross processes."""
+        return {
+            key: self._with_messages(
+                key,
+                function,
+                *self._packed[key[0] : key[0] + 2],
+                unpacks=not self.schedule.overlapping,
+            )
+            for key, function in self._stage_functions.items()
+        }
+
+    @cached_property
+    def _stage_functions(self) -> Calls:
         functions: Calls = {
-            (call.stage, call.kinds): make_stage_fn(self.stages[call.stage], self.route, call.kinds)
-            for call in self.calls
+            (stage, kinds): make_stage_fn(
+                self.stages[stage], self.route, kinds, self.schedule.splits
+            )
+            for stage, kinds, _ in self.calls
         }
         if self._needs_norm:
             functions |= {(stage.index, ()): make_norm_fn(stage) for stage in self.stages}
         return functions
+
+    def _with_messages(self, key: tuple, function: Callable, *packed: Any, **options: Any) -> Any:
+        stage, kinds = key
+        if not kinds:  # a norm
+            return function
+        return with_messages(function, self.stages[stage], kinds, *packed, **options)
 
     @cached_property
     def _compiled(self) -> Calls:
         """The functions of this process's stages, jitted."""
         queued = self.size if self.schedule.overlapping else None
         compiled = {}
-        for (stage, kinds), function in self.functions.items():
+        for (stage, kinds), function in self.message_functions.items():
             placement = self.placements[stage]
             if placement.addressable:
-                if kinds:
-                    below, above = self._packed[stage : stage + 2]
-                    function = pack_io(function, below, above, self.stages[stage].scaling)
                 compiled[stage, kinds] = compile_stage_fn(function, placement, kinds, queued)
         return compiled
 
@@ -226,7 +253,7 @@ class Executor:
             placement = self.placements[0]
             constrain = jax.lax.with_sharding_constraint
             return (
-                constrain(states, placement.replicated),
+                constrain(states, tuple(placement.state_shardings(x, 1) for x in states)),
                 placement.constrain_queue(left, self.size),
                 constrain(metrics, placement.replicated),
             )
@@ -269,12 +296,17 @@ class Executor:
         """Sends a carry (or, downwards, an error) to a neighbouring stage."""
         if self.fuse or not crosses(self.placements[source], self.placements[target]):
             return self._transfer(carry, None, source, target)
-        above = max(source, target)
-        is_packed = self._packed[above] is not None
-        shapes: Any = self._packed[above] or self.stages[above].carry
+        above = self.stages[max(source, target)]
+        is_packed = self._packed[above.index] is not None
+        shapes: Any = self._packed[above.index] or above.carry
         if target < source:
-            shapes = error_shapes(shapes, self.stages[above].scaling)
-        return self._transfer(carry, packed(shapes) if is_packed else shapes, source, target)
+            shapes = error_shapes(shapes, above.scaling)
+        if not is_packed:
+            return self._transfer(carry, shapes, source, target)
+        arrived = self._transfer(carry, message_shape(shapes, above.wire), source, target)
+        if arrived is None or not self.schedule.overlapping:
+            return arrived
+        return self._unpacked[above.index, target < source](arrived)
 
     def _transfer(self, tree: Any, shapes: Any, source: int, target: int) -> Any:
         if self.fuse:
@@ -285,17 +317,48 @@ class Executor:
     def _packed(self) -> list[Carry | None]:
         """For every stage, and for the end, shapes of its carry where that comes as one array.
 
-        It does from another process, unless carries may be queued in the state of the stage: what a
-        checkpoint holds does not depend on the placement.
+        It does from another process, unless carries may be queued in the state of the stage and are
+        not rounded: what a checkpoint holds does not depend on the placement.
         """
         pairs = zip(itertools.pairwise(self.placements), self.stages[1:], strict=True)
         shapes = [
-            without_loss(None, stage.carry)[1]
-            if crosses(below, above) and not self.schedule.overlapping
+            self._message(stage.carry)
+            if crosses(below, above) and not (self.schedule.overlapping and stage.wire is None)
             else None
             for (below, above), stage in pairs
         ]
         return [None, *shapes, None]
+
+    def _message(self, carry: Carry) -> Carry:
+        """What of a carry goes to another process as one array."""
+        _, shapes = without_loss(None, carry)
+        if self.schedule.overlapping and "loss" in carry:  # the sum waits with the carry
+            shapes["loss"] = jax.ShapeDtypeStruct((self.size,), carry["loss"].dtype)
+        return shapes
+
+    @cached_property
+    def _unpacked(self) -> dict[tuple[int, bool], Callable]:
+        """By the stage above, and whether it is an error: what unpacks a message for a queue."""
+        calls = {}
+        for stage, carry in zip(self.stages, self._packed[:-1], strict=True):
+            if carry is None:
+                continue
+            for down in (False, True):
+                placement = self.placements[stage.index - down]
+                shapes = error_shapes(carry, stage.scaling) if down else carry
+                if placement.addressable:
+                    calls[stage.index, down] = self._compile_unpack(placement, shapes, stage.wire)
+        return calls
+
+    @staticmethod
+    def _compile_unpack(placement: StageDevices, shapes: Any, wire: str | None) -> Callable:
+        def unpack(array: jax.Array) -> Any:
+            tree = unpack_codes(array, shapes, wire)
+            if isinstance(tree, dict) and "loss" in tree:
+                tree["loss"] = tree["loss"][0]
+            return placement.constrain(tree)
+
+        return jit(unpack, placement)
 
 
 def without_loss(carry: Carry | None, shapes: Carry) -> tuple[Carry | None, Carry]:

@@ -13,6 +13,7 @@ import numpy as np
 from jdecouple.methods.routes import Carry, Metrics, StageState
 from jdecouple.pipeline.mesh import StageDevices, jit
 from jdecouple.pipeline.mpmd.executor import Executor, without_loss
+from jdecouple.pipeline.mpmd.stage_fns import message_shape
 from jdecouple.pipeline.transfer import crosses, transfer
 
 
@@ -58,7 +59,11 @@ class MultiStep:
         below, above = self._placements[target - 1], self._placements[target]
         shapes: Any = None
         if crosses(below, above):
-            carry, shapes = without_loss(carry, self.executor.stages[target].carry)
+            stage = self.executor.stages[target]
+            if stage.wire is None:
+                carry, shapes = without_loss(carry, stage.carry)
+            else:
+                shapes = message_shape(without_loss(None, stage.carry)[1], stage.wire)
             shapes = jax.tree.map(
                 lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype), shapes
             )
@@ -116,13 +121,15 @@ class MultiStep:
     def _one_stage(self, k: int, state: StageState, parts: Sequence[Carry], step: Any) -> tuple:
         """One batch through one stage: its microbatches in turn."""
         engine = self._traced
+        rounded = engine.stages[k].wire is not None
+        functions = self.executor.message_functions if rounded else engine.functions
         calls = [call for call in engine.calls if call.stage == k]
         states: list[Any] = [None] * len(self._placements)
         states[k] = state
         carries = {(k, microbatch): part for microbatch, part in enumerate(parts)}
         new_states, left, metrics = engine.dispatch(
             calls,
-            engine.functions,
+            functions,
             tuple(states),
             {"carries": carries, "residuals": {}, "errors": {}},
             (),

@@ -1,7 +1,8 @@
 """The compiled calls of a stage: what it does in consecutive actions, as pure functions."""
 
+import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +17,11 @@ from jdecouple.methods.routes import (
     add,
     after,
 )
+from jdecouple.methods.routes.splitting import defer
 from jdecouple.methods.routes.stage import error_shapes
 from jdecouple.pipeline.mesh import StageDevices, jit
-from jdecouple.pipeline.transfer import pack, unpack
+from jdecouple.pipeline.transfer import pack, packed, unpack
+from jdecouple.pipeline.wire import coded, decode, encode, encode_error
 from jdecouple.schedules import Call, Kind, Schedule
 
 TRAINING = (Kind.FORWARD, Kind.BACKWARD, Kind.STEP)
@@ -35,6 +38,8 @@ def stage_step(
     cotangent: Any,
     step_ids: jax.Array,
     squared_norm: jax.Array | None = None,
+    *,
+    splits: bool = False,
 ) -> dict[str, Any]:
     """What one stage does in consecutive actions, as a pure function.
 
@@ -45,15 +50,20 @@ def stage_step(
         state: of the stage. What exists begins with batch "since", where it holds that: what an
             action on an earlier batch would change stays as it is.
         accumulated: sums over the microbatches so far; None before the first.
-        residuals: what the forward left, where that was an earlier call.
+        residuals: what the forward left, where that was an earlier call; of a weight gradient what
+            the backward left.
         carry: from the stage below; None without a forward.
         cotangent: from the stage above; None without a backward, and on the last stage.
         step_ids: [batch, microbatch] of every action; batch -1 does not exist.
         squared_norm: of the gradient of all stages, where a step needs it.
+        splits: whether a weight gradient of the same or a later call follows a backward.
 
     Returns:
-        What changed: "state", "accumulated", "residuals", "carry", "cotangent", "metrics".
+        What changed: "state", "accumulated", "residuals", "carry", "cotangent", "metrics". What a
+        backward leaves has `Taken` in the place of residuals that it was given.
     """
+    taken = residuals
+    at_once = not splits or Kind.WEIGHT in kinds
     out: dict[str, Any] = {}
     scaling: Metrics = {}
     gradients: Any
@@ -67,10 +77,17 @@ def stage_step(
             state = {**state, "stats": _if_exists(step_id, state, stats, state["stats"])}
             out["state"] = {**out.get("state", {}), "stats": state["stats"]}
             out["residuals"] = residuals
-        elif kind is Kind.BACKWARD:
+        elif kind is Kind.BACKWARD and at_once:
             gradient, out["cotangent"] = route.backward(stage, state, residuals, cotangent, step_id)
             gradients = add(gradients, gradient)
             out.pop("residuals", None)
+        elif kind is Kind.BACKWARD:
+            backward = functools.partial(route.backward, stage)
+            out["cotangent"], later = defer(backward, state, residuals, cotangent, step_id)
+            out["residuals"] = without_taken(later, taken)
+        elif kind is Kind.WEIGHT:
+            if Kind.BACKWARD not in kinds:
+                gradients = add(gradients, residuals())
         else:
             updated, scaling = stage.step(state, gradients, squared_norm)
             none = {name: x if name.endswith("loss_scale") else 0 for name, x in scaling.items()}
@@ -86,6 +103,39 @@ def stage_step(
     if stage.is_last:
         out.pop("carry", None)
     return out
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Taken:
+    """Stands for an array that a call would only give back: a leaf, by number, of what it took.
+
+    The call would copy it.
+    """
+
+    leaf: int
+
+
+def without_taken(tree: Any, taken: Any) -> Any:
+    """`tree`, with a `Taken` for every array of the tree `taken`."""
+    numbers = {id(leaf): number for number, leaf in enumerate(jax.tree.leaves(taken))}
+
+    def replaced(leaf: Any) -> Any:
+        return Taken(numbers[id(leaf)]) if id(leaf) in numbers else leaf
+
+    return jax.tree.map(replaced, tree)
+
+
+def with_taken(tree: Any, taken: Any) -> Any:
+    """What `without_taken` was given; without anything taken, `tree` itself."""
+    if taken is None:
+        return tree
+    leaves = jax.tree.leaves(taken)
+
+    def replaced(leaf: Any) -> Any:
+        return leaves[leaf.leaf] if isinstance(leaf, Taken) else leaf
+
+    return jax.tree.map(replaced, tree, is_leaf=lambda leaf: isinstance(leaf, Taken))
 
 
 def _in_turn(
@@ -128,10 +178,28 @@ def _if_exists(step_id: jax.Array, state: StageState, new: Any, old: Any) -> Any
     return jax.tree.map(lambda new, old: jnp.where(exists, new, old), new, old)
 
 
-def microbatches_of(kinds: tuple[Kind, ...], microbatches: tuple[int, ...]) -> tuple[Any, Any]:
-    """Microbatches that a call takes forward and backward; None where it does not."""
+class Microbatches(NamedTuple):
+    """Those that a call works on; None for what it does not do.
+
+    Attributes:
+        forward: the one that it takes forward.
+        backward: the one that it takes backward.
+        takes: the one whose residuals it takes, if they are from an earlier call.
+        leaves: the one whose residuals it leaves, if it leaves any.
+    """
+
+    forward: Any
+    backward: Any
+    takes: Any
+    leaves: Any
+
+
+def microbatches_of(kinds: tuple[Kind, ...], microbatches: tuple[int, ...]) -> Microbatches:
+    """Microbatches of a call's actions."""
     at = dict(zip(kinds, microbatches, strict=True))
-    return at.get(Kind.FORWARD), at.get(Kind.BACKWARD)
+    forward, backward = at.get(Kind.FORWARD), at.get(Kind.BACKWARD)
+    leaves = backward if forward is None else forward
+    return Microbatches(forward, backward, at.get(Kind.WEIGHT, backward), leaves)
 
 
 def calls_of(schedule: Schedule, needs_norm: bool) -> tuple[Call, ...]:
@@ -165,38 +233,68 @@ def make_norm_fn(stage: Stage) -> Any:
     return call
 
 
-def make_stage_fn(stage: Stage, route: Route, kinds: tuple[Kind, ...]) -> Any:
+def make_stage_fn(stage: Stage, route: Route, kinds: tuple[Kind, ...], splits: bool = False) -> Any:
     """`stage_step` of one stage and these actions; its name tells both in a profile."""
-    function: Any = functools.partial(stage_step, stage, route, kinds)
+    function: Any = functools.partial(stage_step, stage, route, kinds, splits=splits)
     if route.local and kinds == TRAINING and stage.num_microbatches == 1:
         function = functools.partial(_in_turn, stage, route)
     function.__name__ = f"stage{stage.index}_" + "".join(kind.value for kind in kinds)
     return function
 
 
-def pack_io(function: Any, below: Carry | None, above: Carry | None, scaling: str | None) -> Any:
-    """The call of a stage that takes and gives as one array what crosses processes.
+def with_messages(
+    function: Any,
+    stage: Stage,
+    kinds: tuple[Kind, ...],
+    below: Carry | None = None,
+    above: Carry | None = None,
+    *,
+    unpacks: bool = True,
+) -> Any:
+    """The call of a stage that rounds what it sends, and sends as one array what crosses processes.
 
-    `below` and `above` are shapes of the carries from and to stages that are elsewhere; `scaling`
-    is the stages'.
+    `below` and `above` are shapes of the carries from and to stages that are elsewhere; what comes
+    from there is one array, if it `unpacks`.
     """
-    if below is None and above is None:
+    if below is None and above is None and stage.wire is None:
         return function
 
-    def call(state, accumulated, residuals, carry, cotangent, *others):
-        if below and carry is not None:
-            carry = unpack(carry, below)
-        if above and cotangent is not None:
-            cotangent = unpack(cotangent, error_shapes(above, scaling))
-        out = function(state, accumulated, residuals, carry, cotangent, *others)
-        if above and "carry" in out:
-            out["carry"] = pack({name: out["carry"][name] for name in above})
-        if below and out.get("cotangent") is not None:
-            out["cotangent"] = pack(out["cotangent"])
+    def sent(codes: Any, like: Any, crosses: bool) -> Any:
+        return pack(codes) if crosses else decode(codes, like)
+
+    def call(state, accumulated, residuals, carry, cotangent, step_ids, *others):
+        if below and unpacks and carry is not None:
+            carry = unpack_codes(carry, below, stage.wire)
+        if above and unpacks and cotangent is not None:
+            cotangent = unpack_codes(cotangent, error_shapes(above, stage.scaling), stage.wire)
+        out = function(state, accumulated, residuals, carry, cotangent, step_ids, *others)
+        if "carry" in out:
+            whole = {name: out["carry"][name] for name in above or out["carry"]}
+            if above and "loss" in above:
+                whole["loss"] = jnp.full_like(above["loss"], whole["loss"])
+            out["carry"] = sent(encode(whole, stage.wire), whole, above is not None)
+        if (error := out.get("cotangent")) is not None:
+            feedback = state.get("feedback", ())
+            step_id = step_ids[kinds.index(Kind.BACKWARD)]
+            codes, taken = encode_error(error, feedback, step_id[1], stage.wire)
+            out["cotangent"] = sent(codes, error, below is not None)
+            if feedback:
+                taken = _if_exists(step_id, state, taken, feedback)
+                out["state"] = {**out.get("state", {}), "feedback": taken}
         return out
 
     call.__name__ = function.__name__
     return call
+
+
+def message_shape(shapes: Any, wire: str | None) -> jax.ShapeDtypeStruct:
+    """Shape of the one array that carries a tree of these shapes to another process."""
+    return packed(coded(shapes, wire))
+
+
+def unpack_codes(array: jax.Array, shapes: Any, wire: str | None) -> Any:
+    """The tree of these shapes that another process has rounded and packed."""
+    return decode(unpack(array, coded(shapes, wire)), shapes)
 
 
 def compile_stage_fn(
@@ -213,7 +311,9 @@ def compile_stage_fn(
     def constrained(*arguments: Any) -> dict[str, Any]:
         out = function(*arguments)
         for name in out:
-            if name == "carry":
+            if name == "state":
+                out[name] = constrain(out[name], placement.state_shardings(out[name], 1))
+            elif name == "carry":
                 out[name] = placement.constrain(out[name])
             elif name == "cotangent":
                 out[name] = constrain(out[name], placement.batched)
@@ -231,4 +331,6 @@ def donated_by(kinds: tuple[Kind, ...]) -> tuple[int, ...]:
     """Which arguments a call replaces: the state, what is accumulated, or residuals."""
     if Kind.STEP not in kinds:
         return (1,)
-    return (0, 2) if kinds[-1] is Kind.FORWARD else (0,)  # new residuals take the place of old
+    if kinds[-1] is not Kind.FORWARD or (Kind.WEIGHT in kinds and Kind.BACKWARD not in kinds):
+        return (0,)
+    return (0, 2)  # new residuals take the place of old

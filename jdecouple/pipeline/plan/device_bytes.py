@@ -9,7 +9,7 @@ from jdecouple.pipeline.design import Design
 from jdecouple.pipeline.plan.calls import Iteration, Leaf, TracedCall, trace
 
 _KINDS = {"params": "weights", "stats": "statistics", "opt": "optimizer", "ema": "optimizer"}
-_KINDS |= {"loss_scale": "optimizer", "queues": "queues", "since": "queues"}
+_KINDS |= {"loss_scale": "optimizer", "queues": "queues", "since": "queues", "feedback": "queues"}
 _MESSAGES = ("carry", "cotangent")
 _GAPS = 1.05  # arrays of several sizes leave gaps between them: 0 to 20 % in what was looked at
 
@@ -25,7 +25,7 @@ class DeviceBytes:
         statistics: what the forward moves, such as those of BatchNorm.
         optimizer: its state, averages of the weights, scales of losses.
         queues: what waits between calls: residuals, carries and errors of delayed routes and of
-            microbatches, and sums of gradients.
+            microbatches, sums of gradients, and what rounding took from errors.
         messages: the batch, carries and errors that a call takes and gives.
         working: what a call needs while it runs: activations, gradients, metrics.
         ahead: at most so much more while stages work at the same time: batches and carries that

@@ -56,6 +56,8 @@ def _misfit(
         return "runs local and synchronous methods: given a delayed one"
     if schedule not in ("auto", schedule_of(route)):
         return f"runs the schedule {schedule_of(route)}: given {schedule!r}"
+    if (wire := stages[0].wire) is not None:
+        return f"sends arrays as they are: given wire={wire!r}"
     if fuse is not None:
         return f"is always one call: given fuse={fuse}"
     if frozen := [unit.index for stage in stages for unit in stage.units if unit.frozen]:

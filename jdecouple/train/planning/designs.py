@@ -19,6 +19,7 @@ from jdecouple.pipeline.build import abstract, model_input
 from jdecouple.pipeline.design import Design, make_design
 from jdecouple.pipeline.mesh import make_mesh
 from jdecouple.pipeline.partition import balance
+from jdecouple.pipeline.wire import coded
 from jdecouple.train import config as configuration
 from jdecouple.train import phases
 from jdecouple.train.errors import one_line
@@ -210,7 +211,7 @@ def block_rows(design: Design, names: Sequence[str], works: Sequence[Work]) -> t
 def stage_rows(design: Design, works: Sequence[Work], label: Callable[[Any], str]) -> tuple:
     """What a plan says of every stage."""
     own = [sum(works[unit.index].total for unit in stage.units) for stage in design.stages]
-    sent = [size_of(stage.carry) for stage in design.stages[1:]]
+    sent = [size_of(coded(stage.carry, stage.wire)) for stage in design.stages[1:]]
     return tuple(
         {
             "stage": stage.index,

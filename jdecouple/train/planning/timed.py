@@ -37,7 +37,7 @@ class Clock:
         designer: what it is a design of.
         design: of the placement that is planned.
         works: operations of every block.
-        costs: what calls and messages take.
+        costs: what calls and messages take, where backwards are split and where they are not.
         rate: operations per second of a device, by which other placements are timed.
         speed: what the times come from, in words.
     """
@@ -45,7 +45,7 @@ class Clock:
     designer: Designer
     design: Design
     works: tuple[Work, ...]
-    costs: Costs
+    costs: Mapping[bool, Costs]
     rate: float
     speed: str
 
@@ -62,7 +62,8 @@ class Clock:
             rate, what = measured_flops(dtype, maps)
             speed = f"measured here, on {label(jax.local_devices()[0])}, by {what}"
         said = f"times of calls: operations over {show(rate, 'FLOPS')} a device, {speed}"
-        return cls(designer, design, works, _costs(designer, design, works, rate), rate, said)
+        costs = dict.fromkeys((False, True), _costs(designer, design, works, rate))
+        return cls(designer, design, works, costs, rate, said)
 
     @classmethod
     def _measured(cls, designer: Designer, design: Design) -> "Clock":
@@ -73,11 +74,15 @@ class Clock:
             raise ConfigError(f"the calls cannot be measured here: {first_line(error)}") from error
         works = designer.works
         counts = [len(devices) for devices in design.device_groups]
-        shared = {(k, kinds): time / counts[k] for (k, kinds), time in calls.items()}
         at_one = _costs(designer, design, works, 1.0)
-        costs = dataclasses.replace(at_one, forward=None, backward=None, calls=shared)
+        costs = {}
+        for splits, each in calls.items():
+            shared = {(k, kinds): time / counts[k] for (k, kinds), time in each.items()}
+            costs[splits] = dataclasses.replace(
+                at_one, forward=None, backward=None, weight=None, calls=shared
+            )
         own = plans[design.schedule.name]
-        rate = _busy(own, at_one) / _busy(own, costs)
+        rate = _busy(own, at_one) / _busy(own, costs[own.splits])
         said = f"times of calls: medians of {_REPEATS} on {label(device)}, measured here"
         return cls(designer, design, works, costs, rate, said)
 
@@ -85,7 +90,7 @@ class Clock:
         """Of every schedule that fits the method, the design's own first."""
         most = self.design.engine.max_in_flight
         plans = _tables(self.designer, self.design).values()
-        return tuple(times.timing(table, self.costs, most) for table in plans)
+        return tuple(times.timing(table, self.costs[table.splits], most) for table in plans)
 
     def best(self) -> dict[str, Any] | None:
         """The fastest placement on the devices that fits, if it is faster than the design's."""
@@ -136,7 +141,7 @@ class Clock:
         else:
             speed = f"{show(devices.bandwidth, 'B/s')} and " if devices.bandwidth < math.inf else ""
             lines.append(f"messages: {speed}{show(devices.latency, 's')} each, on a free link")
-        if not self.costs.calls:
+        if not self.costs[self.design.schedule.splits].calls:
             lines.append("calls: no time for the optimizer, for memory traffic and for dispatch")
         elif self.design.engine.fuse and len(self.design.stages) > 1:
             lines.append("calls were measured apart, though all stages are one")

@@ -128,21 +128,23 @@ def timing(table: Schedule, costs: Costs, max_in_flight: int) -> Timing:
 
 def measured(
     make_trainer: Callable[..., Any], plans: Mapping[str, Schedule], batch: Any, repeats: int
-) -> Mapping[Kinds, float]:
+) -> Mapping[bool, Mapping[Kinds, float]]:
     """Median seconds of every call of all schedules, on one device of this process.
 
-    `make_trainer(schedule=name)` gives a `jdecouple.Trainer` whose stages are calls apart.
+    `make_trainer(schedule=name)` gives a `jdecouple.Trainer` whose stages are calls apart. Where
+    backwards are split (True) they are other calls than where they are not.
     """
-    calls: dict[Kinds, float] = {}
+    found: dict[bool, dict[Kinds, float]] = {}
     for name, table in plans.items():
+        calls = found.get(table.splits, {})
         if not _missing(calls, table):
             continue
         trainer = make_trainer(schedule=name)
         _, costs = trainer.measured_costs(trainer.init(), [trainer.put(batch)], repeats)
-        calls = {**costs.calls, **calls}
+        found[table.splits] = calls = {**costs.calls, **calls}
         # Steps that wait for the norm of all gradients are calls of their own.
         calls |= {key: _of_parts(calls, *key) for key in _missing(calls, table)}
-    return calls
+    return found
 
 
 def _missing(calls: Mapping[Kinds, float], table: Schedule) -> list[Kinds]:
