@@ -393,7 +393,8 @@ class Trainer:
 
     def gather_metrics(self, metrics: Mapping[str, Any]) -> dict[str, float]:
         """Metrics of `step` of all processes as floats; every process calls it."""
-        return gather_metrics(metrics, self._states.metric_names)
+        summed = not self.schedule.sums_late
+        return gather_metrics(metrics, self._states.metric_names, summed=summed)
 
     def block_costs(self) -> list[float]:
         """Floating-point operations of every block, forward and backward, on one microbatch."""

@@ -167,7 +167,7 @@ def device_groups(table: Schedule, mesh: StageMesh) -> tuple[tuple[Any, ...], ..
     Interleaved stages of a local method go round the mesh, whatever their number: what waits in
     their queues does not depend on it.
     """
-    if table.local and table.overlapping:
+    if table.sums_late:
         size = len(mesh.device_groups)
         return tuple(mesh.device_groups[k % size] for k in range(table.num_stages))
     own = assign_devices(mesh.device_groups, table.num_device_groups)

@@ -158,7 +158,7 @@ def identity(run: Run) -> dict[str, Any]:
     """
     values, trainer = configuration.identity(run.config), run.trainer
     placed = {"boundaries": list(trainer.boundaries), "dtype": run.config.dtype}
-    if trainer.schedule.overlapping and trainer.method.route.local:  # carries alone wait
+    if trainer.schedule.sums_late:  # carries alone wait
         values |= {"schedule": trainer.schedule.name, **placed}
     elif trainer.schedule.overlapping:
         values |= {**placed, "JAX version": jax.__version__}
