@@ -5,22 +5,41 @@ import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from jdecouple import methods, schedules
 from jdecouple.schedules import Costs, Kind, Schedule, simulate
 
 COUNTS = {"K": "stages", "D": "data", "M": "microbatches", "T": "chunk"}
+BLOCKS = "blocks"
 TOGETHER, APART, SPMD = "together", "apart", "spmd"
 TORCH = "torch"  # method and engine of the rows of PyTorch
-# What they run: settings that are taken, and the class in `torch.distributed.pipelining`, if any.
-TORCH_SCHEDULES: dict[str, tuple[tuple[str, ...], str]] = {
-    "eager": ((), ""),
-    "compiled": ((), ""),
-    "ddp": (("data",), ""),
-    "gpipe": (("stages", "microbatches"), "ScheduleGPipe"),
-    "1f1b": (("stages", "microbatches"), "Schedule1F1B"),
-    "zero_bubble": (("stages", "microbatches"), "ScheduleInterleavedZeroBubble"),
+
+
+class TorchSchedule(NamedTuple):
+    """What a row of PyTorch runs.
+
+    Attributes:
+        takes: settings.
+        name: the class in `torch.distributed.pipelining`, if it is one.
+        chunks: stages of a process. Two lie as a V, so that the first process has the last stage.
+    """
+
+    takes: tuple[str, ...] = ()
+    name: str = ""
+    chunks: int = 1
+
+
+_PIPELINE = ("stages", "microbatches")
+TORCH_SCHEDULES = {
+    "eager": TorchSchedule(),
+    "compiled": TorchSchedule(),
+    "ddp": TorchSchedule(("data",)),
+    "gpipe": TorchSchedule(_PIPELINE, "ScheduleGPipe"),
+    "1f1b": TorchSchedule(_PIPELINE, "Schedule1F1B"),
+    "zero_bubble": TorchSchedule(_PIPELINE, "ScheduleInterleavedZeroBubble"),
+    "zbv": TorchSchedule(_PIPELINE, "ScheduleZBVZeroBubble", 2),
+    "dualpipe_v": TorchSchedule(_PIPELINE, "ScheduleDualPipeV", 2),
 }
 
 
@@ -36,6 +55,7 @@ class Row:
     chunk: int = 1  # T, batches of a call
     place: str = ""  # TOGETHER: all stages on one device, in one call; APART: a call each
     engine: str = "mpmd"
+    blocks: tuple[int, ...] = ()  # of every stage, where they are not equally many
 
     @cached_property
     def plan(self) -> Schedule:
@@ -56,9 +76,9 @@ class Row:
     def reference(self) -> "Row":
         """The same method on one device, at its best: a stage and a microbatch.
 
-        A delayed method keeps its stages, because what it computes depends on them.
+        A delayed method keeps the number of its stages, because what it computes depends on it.
         """
-        if self.plan.delayed and self.stages > 1:
+        if self.plan.delayed and not self.plan.local and self.stages > 1:
             return Row(self.method, self.schedule, self.stages, place=TOGETHER)
         return Row(self.method, methods.get(self.method).route.schedules[0])
 
@@ -80,17 +100,20 @@ class Row:
 
     def check(self, depth: int, batch: int) -> None:
         """Raises ValueError if the net or the batch does not fit."""
-        if depth % self.stages:
+        if depth % self.stages and not self.blocks:
             raise ValueError(f"row '{self}': --depth {depth} is no multiple of K")
+        if self.blocks and sum(self.blocks) != depth:
+            raise ValueError(f"row '{self}': --depth {depth} is not the sum of the blocks")
         if batch % (self.microbatches * self.data):
             raise ValueError(f"row '{self}': --batch {batch} is no multiple of M x D")
 
     def ideal(self, batches: int) -> float:
-        """Speed over one device, of a segment of equal stages in which nothing else takes time."""
+        """Speed over one device, of a segment of equal blocks in which nothing else takes time."""
         if self.groups == 1:
             return float(self.data)
-        costs = Costs(forward=1.0, backward=1.0, weight=1.0)
-        alone = batches * self.stages * self.microbatches * (1.0 + 2.0)
+        own = self.blocks or (1,) * self.stages
+        costs = Costs(forward=own, backward=own, weight=own)
+        alone = batches * sum(own) * self.microbatches * 3
         return self.data * alone / simulate(self.plan, costs, batches=batches).makespan
 
     def simulated(
@@ -113,7 +136,16 @@ class Row:
 
     def options(self) -> dict[str, Any]:
         """The row's part of the options of `worker.Run`."""
-        names = ("method", "schedule", "stages", "microbatches", "chunk", "data", "engine")
+        names = (
+            "method",
+            "schedule",
+            "stages",
+            "microbatches",
+            "chunk",
+            "data",
+            "engine",
+            "blocks",
+        )
         fuse = False if self.place == APART else None
         return {name: getattr(self, name) for name in names} | {"groups": self.groups, "fuse": fuse}
 
@@ -125,7 +157,8 @@ class Row:
     def __str__(self) -> str:
         usual = self.schedule == self.usual
         counts = [f"{key}={getattr(self, name)}" for key, name in COUNTS.items()]
-        words = [word for word in (self.place, SPMD * (self.engine == SPMD)) if word]
+        blocks = self.blocks and f"{BLOCKS}={'+'.join(map(str, self.blocks))}"
+        words = [word for word in (blocks, self.place, SPMD * (self.engine == SPMD)) if word]
         head = self.method if usual else f"{self.method}:{self.schedule}"
         return ",".join([head, *(text for text in counts if not text.endswith("=1")), *words])
 
@@ -142,10 +175,16 @@ class TorchRow(Row):
 
     usual = "eager"
 
+    @cached_property
+    def plan(self) -> Schedule:
+        """Ours that is like it."""
+        name = "zb_h1" if self.schedule == "zero_bubble" else self.schedule
+        return schedules.build(name, self.stages, self.microbatches)
+
     @property
     def groups(self) -> int:
-        """Every stage has a device."""
-        return self.stages
+        """A stage has a device, or two share one."""
+        return self.stages // TORCH_SCHEDULES[self.schedule].chunks
 
     @property
     def reference(self) -> Row:
@@ -159,19 +198,17 @@ class TorchRow(Row):
     def check(self, depth: int, batch: int) -> None:
         """Raises ValueError if the net or the batch does not fit, or the schedule takes less."""
         super().check(depth, batch)
-        takes, in_pipelining = TORCH_SCHEDULES[self.schedule]
+        takes, in_pipelining, chunks = TORCH_SCHEDULES[self.schedule]
         if other := [key for key, x in COUNTS.items() if getattr(self, x) > 1 and x not in takes]:
             raise ValueError(f"row '{self}': {self.schedule} takes no {other[0]}")
         if self.place:
             raise ValueError(f"row '{self}': PyTorch's rows take no {self.place}")
-        if in_pipelining and (self.stages < 2 or self.microbatches % self.stages):
-            raise ValueError(f"row '{self}': K of at least 2 and a multiple of it as M are needed")
-
-    def ideal(self, batches: int) -> float:
-        """Speed over one device of equal stages; zero bubble fills all but a third of a bubble."""
-        bubble = (self.stages - 1) * (1.0 if self.schedule == "zero_bubble" else 3.0)
-        work = 3.0 * self.microbatches
-        return self.devices * work / (work + bubble)
+        if in_pipelining and (
+            self.groups < 2 or self.stages % chunks or self.microbatches % self.stages
+        ):
+            raise ValueError(
+                f"row '{self}': K of at least {2 * chunks} and a multiple of it as M are needed"
+            )
 
 
 BP = Row("bp", "sequential")
@@ -193,14 +230,19 @@ def parse(text: str) -> Row:
                 values["place"] = setting
             elif setting == SPMD and ours:
                 values["engine"] = SPMD
+            elif key == BLOCKS and all(x.isdigit() and int(x) for x in value.split("+")):
+                values["blocks"] = tuple(map(int, value.split("+")))
             elif key in COUNTS and value.isdigit() and int(value) >= 1:
                 values[COUNTS[key]] = int(value)
             else:
                 counts = "K=, D=, M=, T= with a count of at least 1"
-                raise ValueError(f"{setting!r} is none of {counts}, {TOGETHER}, {APART}, {SPMD}")
+                words = f"{BLOCKS}=7+13, {TOGETHER}, {APART}, {SPMD}"
+                raise ValueError(f"{setting!r} is none of {counts}, {words}")
         row = (Row if ours else TorchRow)(method, schedule or allowed[0], **values)
         if row.place and row.data > 1:
             raise ValueError(f"{row.place} means one device, D is {row.data}")
+        if row.blocks and (len(row.blocks) != row.stages or not ours):
+            raise ValueError(f"{BLOCKS} of {len(row.blocks)} stages of ours, K is {row.stages}")
         _ = ours and row.plan
     except ValueError as error:
         raise ValueError(f"row {text!r}: {error}") from None

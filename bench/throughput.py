@@ -4,16 +4,18 @@
     python bench/throughput.py --rows bp:1f1b,K=2,M=4 deinforeg,K=2 fdg,K=2 bp,D=2
     python bench/throughput.py --rows deinforeg,K=2 deinforeg,K=2,together deinforeg,K=2,apart
 
-A row is `method[:schedule][,K=2][,D=1][,M=4][,T=1][,together|apart][,spmd]`: K stages, D replicas
-of each, M microbatches, T batches a call; `together` has all stages on one device in one call,
-`apart` on one device in the calls that several devices would have; `spmd` is the engine of one
-program. All rows train the same net of equal blocks on the same global batches, which are on the
-devices beforehand. BP on one device and every row's method on one device are added as references.
+A row is `method[:schedule][,K=2][,D=1][,M=4][,T=1][,blocks=7+13][,together|apart][,spmd]`: K
+stages, D replicas of each, M microbatches, T batches a call; `blocks` of every stage, by default
+equally many; `together` has all stages on one device in one call, `apart` on one device in the
+calls that several devices would have; `spmd` is the engine of one program. All rows train the same
+net of equal blocks on the same global batches, which are on the devices beforehand. BP on one
+device and every row's method on one device are added as references.
 
 Rows of PyTorch train the same net by BP from the same weights, a process a device, under Gloo or,
 on GPUs, NCCL: `torch`, `torch:compiled`, `torch:ddp,D=2` and, by `torch.distributed.pipelining`,
-`torch:gpipe,K=2,M=4`, `torch:1f1b,K=2,M=4` and `torch:zero_bubble,K=2,M=4`. They are left out, with
-a line that says so, where they cannot run: pip install 'jdecouple[bench]' brings PyTorch.
+`torch:gpipe,K=2,M=4`, `torch:1f1b,K=2,M=4`, `torch:zero_bubble,K=2,M=4` (ZB1P) and, two stages a
+process in a V, `torch:zbv,K=4,M=4` and `torch:dualpipe_v,K=4,M=4`. They are left out, with a line
+that says so, where they cannot run: pip install 'jdecouple[bench]' brings PyTorch.
 
 Every row has processes of its own, which live from beginning to end. The rows take turns: each
 trains a segment of N batches while the others idle. A segment lasts from the first dispatch until
@@ -28,7 +30,7 @@ Columns, as medians (lowest to highest) over the segments:
 
     x bp, x same method   time of BP, and of the same method, on one device over the row's, turn by
                 turn; the same method has one stage and one microbatch, a delayed one its K stages
-    ideal       the schedule's ratio to the same method with equal stages and nothing else
+    ideal       the schedule's ratio to the same method with equal blocks and nothing else
     simulated   ms of a batch in the simulated segment, from the median time of every call on one
                 device alone and from the link, and its error; not for replicas
     peak        the most bytes ever in use on a device, where JAX knows, as on GPUs
@@ -221,7 +223,7 @@ def obstacle(row: Row, options: Namespace, kinds: Sequence[str]) -> str:
         from torch.distributed import pipelining
     except ImportError:
         return "PyTorch is not installed: pip install 'jdecouple[bench]'"
-    name = row_specs.TORCH_SCHEDULES[row.schedule][1]
+    name = row_specs.TORCH_SCHEDULES[row.schedule].name
     return (
         "" if hasattr(pipelining, name or "Schedule1F1B") else f"torch {torch.__version__} lacks it"
     )

@@ -71,7 +71,7 @@ class Run:
         torch_nets.load(modules, arrays)
         self._uploaded = itertools.cycle([self._own(batch) for batch in batches])
         self._pipeline: Any = None
-        if TORCH_SCHEDULES[self._schedule][1]:
+        if TORCH_SCHEDULES[self._schedule].name:
             self._build_stage(blocks, classifier, options)
         else:
             self._net: nn.Module = WholeUnit(blocks, classifier).to(self._device)
@@ -94,21 +94,30 @@ class Run:
         from torch.distributed import pipelining
         from torch.distributed.pipelining.schedules import PipelineScheduleMulti
 
-        count, rank = options["stages"], self._rank
-        first, end = (k * len(blocks) // count for k in (rank, rank + 1))
-        self._is_first, self._is_last = rank == 0, rank == count - 1
-        own = blocks[first:end] + ([classifier] if self._is_last else [])
-        self._net = nn.Sequential(*own).to(self._device)
-        stage = pipelining.PipelineStage(self._net, rank, count, self._device)
-        schedule = getattr(pipelining, TORCH_SCHEDULES[self._schedule][1])
+        count, groups, rank = options["stages"], options["groups"], self._rank
+        name = TORCH_SCHEDULES[self._schedule].name
+        numbers = [rank] if count == groups else [rank, count - 1 - rank]
+        self._is_first, self._is_last = 0 in numbers, count - 1 in numbers
+        parts = []
+        for number in numbers:
+            first, end = (k * len(blocks) // count for k in (number, number + 1))
+            parts.append(nn.Sequential(*blocks[first:end]))
+            if number == count - 1:
+                parts[-1].append(classifier)
+        self._net = nn.ModuleList(parts).to(self._device)
+        stages = [
+            pipelining.PipelineStage(part, number, count, self._device)
+            for part, number in zip(parts, numbers, strict=True)
+        ]
+        schedule = getattr(pipelining, name)
         self._pipeline = schedule(
-            [stage] if issubclass(schedule, PipelineScheduleMulti) else stage,
+            stages if issubclass(schedule, PipelineScheduleMulti) else stages[0],
             options["microbatches"],
             loss_fn=lambda logits, labels: F.cross_entropy(logits.float(), labels),
         )
 
     def _train(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor | None:
-        """Trains on a batch: its loss, or this replica's share of it; None at an earlier stage."""
+        """Trains on a batch: its loss, or this replica's share of it; None at earlier stages."""
         self._optimizer.zero_grad()
         half = torch.autocast(self._device.type, torch.bfloat16)
         with half if self._half else contextlib.nullcontext():

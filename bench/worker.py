@@ -131,6 +131,9 @@ class Run:
 
     def __init__(self, options: dict[str, Any]):
         name, depth, stages = options["model"], options["depth"], options["stages"]
+        starts = [stage * depth // stages for stage in range(stages)]
+        if blocks := options.get("blocks"):
+            starts = [sum(blocks[:stage]) for stage in range(stages)]
         model, shape = build_model(name, options["hidden"], depth)
         self._batches = build_batches(options["batch"], shape)
         self._trainer = trainer = jd.Trainer(
@@ -138,7 +141,7 @@ class Run:
             build_method(options["method"], options["head"]),
             jd.optim.sgd(0.01, momentum=0.0 if name == "arrays" else 0.9),
             num_stages=stages,
-            boundaries=[stage * depth // stages for stage in range(stages)],
+            boundaries=starts,
             mesh=jd.make_mesh(options["groups"], options["data"]),
             example=self._batches[0],
             dtype=DTYPES[options.get("dtype", "float32")],

@@ -65,6 +65,11 @@ def grow(
     """
     require_type(Trainer, trainer=trainer)
     require_type(Sequence, blocks=blocks)
+    if trainer.schedule.overlapping:
+        raise ValueError(
+            f"to grow needs schedule 'local': given {trainer.schedule.name!r}, whose queues would "
+            "not fit"
+        )
     arrays = trainer.to_arrays(state)
     if any(values is None for values in state.stages):
         raise ValueError(

@@ -267,14 +267,14 @@ class Trainer:
     def check_steps(self, count: int) -> None:
         """Raises ValueError unless `steps` can take so many batches.
 
-        More than one need a local method or fused stages: others need one another in every batch.
+        More than one need schedule "local" or fused stages: others need one another in every batch.
         """
         require_int(1, chunk=count)
         if count > 1 and not self._engine.multi_step:
             raise ValueError(
-                f"a chunk of {count} batches needs a local method, or all stages fused on the same "
-                f"devices: {self.method.name} has {len(self.stages)} stages apart, which need "
-                "one another in every batch"
+                f"a chunk of {count} batches needs a local method by schedule local, or all stages "
+                f"fused on the same devices: {self.method.name} has {len(self.stages)} stages "
+                "apart, which need one another in every batch"
             )
 
     def step(self, state: State, batch: Batch | PlacedBatch) -> tuple[State, Metrics]:
@@ -393,7 +393,8 @@ class Trainer:
 
     def gather_metrics(self, metrics: Mapping[str, Any]) -> dict[str, float]:
         """Metrics of `step` of all processes as floats; every process calls it."""
-        return gather_metrics(metrics, self._states.metric_names)
+        summed = not self.schedule.sums_late
+        return gather_metrics(metrics, self._states.metric_names, summed=summed)
 
     def block_costs(self) -> list[float]:
         """Floating-point operations of every block, forward and backward, on one microbatch."""

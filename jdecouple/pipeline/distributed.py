@@ -99,17 +99,21 @@ def with_port(address: str, port: int | str) -> str:
     return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
-def gather_metrics(metrics: Mapping[str, Any], names: Sequence[str]) -> dict[str, float]:
+def gather_metrics(
+    metrics: Mapping[str, Any], names: Sequence[str], *, summed: bool
+) -> dict[str, float]:
     """Metrics of a step of all processes as floats; every process calls it with its own.
 
-    `names` are those of all stages, in order.
+    `names` are those of all stages, in order; `summed` says whether the blocks' losses are of one
+    batch. Where they are not, one process knows their sum.
     """
     values = {name: float(value) for name, value in metrics.items()}
     blocks = gather(values, [name for name in names if name.startswith("block_")])
+    known = {} if summed else gather(values, ["loss"])
     losses = [value for name, value in blocks.items() if name.endswith("/loss")]
     exits = [value for name, value in blocks.items() if name.endswith("/accuracy")]
-    known = {"loss": sum(losses), **({"accuracy": exits[-1]} if exits else {}), **blocks}
-    return with_whole_norm(known)
+    exit_ = {"accuracy": exits[-1]} if exits else {}
+    return with_whole_norm({"loss": sum(losses), **known, **exit_, **blocks})
 
 
 def gather(values: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:

@@ -149,8 +149,7 @@ def design_engine(
     elif schedule == "auto":
         schedule = route.schedules[0]
     table = schedules.build(schedule, num_stages, stages[0].num_microbatches)
-    own = assign_devices(mesh.device_groups, table.num_device_groups)
-    groups = tuple(own[table.device_group(k)] for k in range(num_stages))
+    groups = device_groups(table, mesh)
     together = all(devices == groups[0] for devices in groups)
     if fuse and not together:
         raise ValueError("fuse=True needs all stages on the same devices")
@@ -160,6 +159,19 @@ def design_engine(
     calls = calls_of(table, stages[0].needs_norm)
     fuse = together if fuse is None else fuse
     return EngineDesign("mpmd", table, calls, groups, fuse, limit, None)
+
+
+def device_groups(table: Schedule, mesh: StageMesh) -> tuple[tuple[Any, ...], ...]:
+    """Devices of every stage of a schedule, on a mesh of any size.
+
+    Interleaved stages of a local method go round the mesh, whatever their number: what waits in
+    their queues does not depend on it.
+    """
+    if table.sums_late:
+        size = len(mesh.device_groups)
+        return tuple(mesh.device_groups[k % size] for k in range(table.num_stages))
+    own = assign_devices(mesh.device_groups, table.num_device_groups)
+    return tuple(own[table.device_group(k)] for k in range(table.num_stages))
 
 
 def make_engine(design: EngineDesign, stages: tuple[Stage, ...], route: Route) -> Engine:

@@ -22,8 +22,8 @@ def encode(tree: Any, wire: str | None) -> Any:
     """Arrays [batch, ...] as they go over a wire; "int8" is {"values", "scale"} of an array.
 
     "int8" divides an example by its scale, the largest magnitude / 127, and rounds to the nearest
-    whole number. An example that holds what is not finite has a scale of nan. Integers, masks, by
-    their name, and what the form makes no smaller stay as they are.
+    whole number. An example that holds what is not finite has a scale of nan. Integers, masks and
+    losses, by their name, and what the form makes no smaller stay as they are.
 
     >>> codes = encode({"x": jnp.array([[1.0, -127.0, 0.4]]), "label": jnp.array([7])}, "int8")
     >>> print(codes["x"]["values"], codes["x"]["scale"], codes["label"])
@@ -108,8 +108,8 @@ def _rounded(tree: Any, wire: str | None) -> list[bool]:
 
 
 def _is_rounded(path: tuple, leaf: Any, wire: str | None) -> bool:
-    is_mask = bool(path) and getattr(path[-1], "key", None) == "mask"
-    if wire is None or is_mask or not leaf.ndim or not jnp.issubdtype(leaf.dtype, jnp.floating):
+    is_kept = bool(path) and getattr(path[-1], "key", None) in ("mask", "loss")
+    if wire is None or is_kept or not leaf.ndim or not jnp.issubdtype(leaf.dtype, jnp.floating):
         return False
     size, scale = math.prod(leaf.shape[1:]), 4 if wire == "int8" else 0
     return size * jnp.dtype(wire).itemsize + scale < size * leaf.dtype.itemsize

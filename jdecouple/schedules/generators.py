@@ -31,6 +31,25 @@ def local(num_stages: int, num_microbatches: int) -> Iterator[Action]:
                     yield Action(stage, _S, microbatch)
 
 
+def interleaved_local(num_stages: int, num_microbatches: int, chunks: int) -> Iterator[Action]:
+    """As local, but a carry takes an iteration from stage to stage: several share a device.
+
+    Stage s lives on device group s % P of P = K / V. Without the delay a device group, which runs
+    calls in the order of dispatch, would wait for its own later stages. With it no stage waits for
+    another in its iteration, which takes as long as the stages of the busiest group, whatever each
+    costs. Every stage trains on the same batches in the same order as by local. K = 4, V = 2; -n is
+    the batch that entered n iterations ago::
+
+        stage 0 | F0  B0  S0  .   .   .
+        stage 1 | F-1 B-1 S-1 .   .   .
+        stage 2 | .   .   .   F-2 B-2 S-2
+        stage 3 | .   .   .   F-3 B-3 S-3
+    """
+    for stage in range(num_stages):
+        for kind in (_F, _B, _S):
+            yield Action(stage, kind, -stage)
+
+
 def sequential(num_stages: int, num_microbatches: int) -> Iterator[Action]:
     """One microbatch at a time, up and down again; every stage steps after its last backward.
 
@@ -204,6 +223,7 @@ class _Generator(NamedTuple):
 
 _GENERATORS = {
     "local": _Generator(local, local=True),
+    "interleaved": _Generator(interleaved_local, local=True, delayed=True, takes_chunks=True),
     "sequential": _Generator(sequential),
     "gpipe": _Generator(gpipe),
     "1f1b": _Generator(one_forward_one_backward),
@@ -218,10 +238,15 @@ _GENERATORS = {
 }
 
 
-def names(num_stages: int | None = None) -> tuple[str, ...]:
-    """Names that `build` takes, for so many stages where they are given."""
+def names(num_stages: int | None = None, num_microbatches: int = 1) -> tuple[str, ...]:
+    """Names that `build` takes, for so many stages where they are given, and microbatches."""
     odd = num_stages is not None and num_stages > 1 and num_stages % 2 == 1
-    return tuple(name for name, row in _GENERATORS.items() if not (odd and row.v_shaped))
+    several = num_microbatches > 1
+    return tuple(
+        name
+        for name, row in _GENERATORS.items()
+        if not (odd and row.v_shaped) and not (several and row.delayed)
+    )
 
 
 def build(
@@ -237,8 +262,8 @@ def build(
         name: one of `names()`.
         num_stages: K, at least 1, over all devices.
         num_microbatches: M, at least 1.
-        chunks: V, stages that share a device in interleaved_1f1b: 2 by default where K is even and
-            above 2. zbv and dualpipe_v have 2, all other schedules 1.
+        chunks: V, stages that share a device in interleaved_1f1b and interleaved: 2 by default
+            where K is even and above 2. zbv and dualpipe_v have 2, all other schedules 1.
 
     Raises:
         ValueError: unknown name, a count below 1, microbatches in a delayed schedule, or chunks

@@ -117,6 +117,11 @@ class Schedule:
         return self.delayed and any(action.microbatch < 0 for action in self.actions)
 
     @property
+    def sums_late(self) -> bool:
+        """Whether stages with losses of their own are at different batches in an iteration."""
+        return self.local and self.overlapping
+
+    @property
     def latency(self) -> int:
         """Iterations between a batch's entry and its end at the last stage."""
         return self.delay(self.num_stages - 1)

@@ -171,6 +171,8 @@ def check_identity(now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
     for key in {**now, **before}:
         if (old := before.get(key)) == (new := now.get(key)):
             continue
+        if key == "schedule":  # written where batches wait for local methods
+            old, new = (value or "one without queues" for value in (old, new))
         difference = f"{old}, now {new}"
         if isinstance(old, dict) and isinstance(new, dict):
             pairs = {name: (old.get(name), new.get(name)) for name in old | new}

@@ -105,7 +105,7 @@ def plan(
     >>> gpus = Devices(3, memory=16e9, flops=8e12, bandwidth=12e9, latency=50e-6)
     >>> found = plan(presets.load("quickstart"), gpus)
     >>> len(found.stages), [time["schedule"] for time in found.times]
-    (3, ['local'])
+    (3, ['local', 'interleaved'])
 
     Args:
         config: as `jdecouple.train.loop.train_and_evaluate` takes it. Of a growing model the last

@@ -151,18 +151,20 @@ def describe(run: Run) -> dict[str, Any]:
 
 
 def identity(run: Run) -> dict[str, Any]:
-    """What makes a run what it is; a delayed method also depends on where the stages begin.
+    """What makes a run what it is; where batches wait, it also depends on where the stages begin.
 
-    Its queues hold what JAX's differentiation left, in the compute dtype; another version of JAX
-    may lay it out otherwise.
+    Queues of a delayed method hold what JAX's differentiation left, in the compute dtype; another
+    version of JAX may lay it out otherwise.
     """
-    values = configuration.identity(run.config)
-    if run.trainer.schedule.overlapping:
-        values |= {"boundaries": list(run.trainer.boundaries), "dtype": run.config.dtype}
-        values["JAX version"] = jax.__version__
-        remats = [stage.remat for stage in run.trainer.stages]
+    values, trainer = configuration.identity(run.config), run.trainer
+    placed = {"boundaries": list(trainer.boundaries), "dtype": run.config.dtype}
+    if trainer.schedule.sums_late:  # carries alone wait
+        values |= {"schedule": trainer.schedule.name, **placed}
+    elif trainer.schedule.overlapping:
+        values |= {**placed, "JAX version": jax.__version__}
+        remats = [stage.remat for stage in trainer.stages]
         # Version 0.1.0 knew no other value, and did not write it.
-        if set(remats) != {"none"} and not getattr(run.trainer.method.route, "replay", False):
+        if set(remats) != {"none"} and not getattr(trainer.method.route, "replay", False):
             values["remat"] = ", ".join(remats)
     return values
 

@@ -143,6 +143,8 @@ def _growth(config: ConfigDict) -> Iterator[str]:
             yield f"growth.{key} is {values}: {wanted}, are needed"
     if config.init_from is not None:
         yield "init_from holds all blocks of a network: leave config.growth.blocks at None"
+    if config.schedule == "interleaved":
+        yield "schedule 'interleaved' has queues of one net: leave config.growth.blocks at None"
     if config.profile:
         yield "profile shows one and the same net: leave config.growth.blocks at None"
 

@@ -97,6 +97,7 @@ def test_throughput_of_processes(tmp_path):
     """A pair of processes equals one process with the same calls to the last bit."""
     output = tmp_path / "runs" / "throughput.json"
     rows = ["bp:1f1b,K=2,M=2", "scpl,K=2", "scpl,K=2,apart"]
+    rows += ["scpl:interleaved,K=2", "scpl:interleaved,K=2,apart"]
     done = bench("throughput.py", *TINY, "--place=processes", "--rows", *rows, f"--output={output}")
     assert done.returncode == 0, done.stderr
     measured = json.loads(output.read_text())
@@ -105,7 +106,7 @@ def test_throughput_of_processes(tmp_path):
     assert measured["setup"]["command"] in text
     assert measured["setup"]["versions"]["jax"] in text
     results = {result["row"]: result for result in measured["results"]}
-    assert list(results) == ["bp", "bp:1f1b,K=2,M=2", "scpl", "scpl,K=2", "scpl,K=2,apart"]
+    assert list(results) == ["bp", rows[0], "scpl", *rows[1:]]
     lines = text.splitlines()
     first = next(number for number, line in enumerate(lines) if line.startswith("| row"))
     listed = [cells(line)[0] for line in lines[first + 2 : first + 2 + len(results)]]
@@ -143,8 +144,9 @@ def test_throughput_of_pytorch(tmp_path):
     pytest.importorskip("torch")
     output = tmp_path / "torch.json"
     pipelines = [f"torch:{name},K=2,M=2" for name in ("gpipe", "1f1b", "zero_bubble")]
+    pipelines += [f"torch:{name},K=4,M=4" for name in ("zbv", "dualpipe_v")]
     rows = ["--place=processes", "--rows", "torch:ddp,D=2", *pipelines]
-    done = bench("throughput.py", *TINY, *rows, f"--output={output}")
+    done = bench("throughput.py", *TINY, "--depth=4", *rows, f"--output={output}")
     assert done.returncode == 0, done.stderr
     measured = json.loads(output.read_text())
     assert "torch" in measured["setup"]["versions"]
@@ -226,10 +228,15 @@ def test_engines():
         ("fr,K=2,together", 1, 1, "fr,K=2,together"),
         ("scpl,K=2,apart", 1, 1, "scpl"),
         ("scpl,K=2,T=5,spmd", 2, 2 * 10 / 11, "scpl"),
+        ("scpl:interleaved,K=4", 2, 2, "scpl"),
+        ("bp:1f1b,K=2,M=4,blocks=2+6", 2, 4 * 8 / (3 * 6 + 8), "bp"),
+        ("fdg,K=2,blocks=1+3", 2, 4 / 3, "fdg,K=2,together"),
         ("torch", 1, 1, "torch"),
         ("torch:ddp,D=2", 2, 2, "torch"),
         ("torch:1f1b,K=2,M=4", 2, 1.6, "torch"),
         ("torch:zero_bubble,K=2,M=4", 2, 2 * 12 / 13, "torch"),
+        ("torch:zbv,K=4,M=4", 2, 2 * 240 / 241, "torch"),
+        ("torch:dualpipe_v,K=4,M=8", 2, 2 * 48 / 49, "torch"),
     ],
 )
 def test_rows(benchmark, text, devices, ideal, reference):
@@ -246,6 +253,8 @@ def test_rows(benchmark, text, devices, ideal, reference):
         ("bp:local", "method bp runs on sequential, gpipe, 1f1b"),
         ("bp:gpipe,N=2", "'N=2' is none of K=, D=, M=, T="),
         ("bp:gpipe,K=0", "'K=0' is none"),
+        ("fdg,K=2,blocks=1+0", "'blocks=1+0' is none"),
+        ("fdg,K=2,blocks=1+2+3", "blocks of 3 stages of ours, K is 2"),
         ("fdg,K=2,M=2", "schedule delayed takes 1"),
         ("bp,D=2,together", "D is 2"),
         ("torch:dual", "method torch runs on eager, compiled, ddp"),
@@ -292,11 +301,13 @@ def test_simulation_of_a_row_takes_medians(benchmark):
     [
         (["--rows", "bp", "bp:local"], "row 'bp:local': method bp runs on"),
         (["--rows", "fdg,K=3"], "--depth 10 is no multiple of K"),
+        (["--rows", "fdg,K=2,blocks=3+5"], "--depth 10 is not the sum of the blocks"),
         (["--rows", "bp:gpipe,M=3"], "--batch 256 is no multiple of M x D"),
         (["--rows", "scpl,T=3"], "--steps 40 is no multiple of T"),
         (["--place=processes", "--rows", "bp,D=256"], "the rows need 256 cores"),
         (["--rows", "torch:ddp,K=2"], "row 'torch:ddp,K=2': ddp takes no K"),
         (["--rows", "torch:1f1b,K=2,M=1"], "K of at least 2 and a multiple of it as M are needed"),
+        (["--rows", "torch:zbv,K=2,M=4"], "K of at least 4 and a multiple of it as M are needed"),
         (["--rows", "torch:compiled,together"], "PyTorch's rows take no together"),
         (["--repeats=0"], "--repeats: 0 is no number of at least 1"),
     ],

@@ -91,6 +91,22 @@ RUNS: dict[str, dict[str, Any]] = {
         "steps": 15,
         "finish": 9,
     },
+    # Sums of losses wait with the carries, rounded or not.
+    "interleaved": {
+        "method": "scpl",
+        "model": "four_blocks",
+        "stages": 2,
+        "steps": 9,
+        "finish": 5,
+        "trainer": {"schedule": "interleaved", "num_stages": 4},
+    },
+    "interleaved_bfloat16": {
+        "method": "al",
+        "model": "four_blocks",
+        "stages": 2,
+        "steps": 6,
+        "trainer": {"schedule": "interleaved", "num_stages": 4, "wire": "bfloat16"},
+    },
     # All stages wait for one norm; and errors that carry their scale.
     "bp_half": {
         "method": "bp",
@@ -270,6 +286,7 @@ def test_metrics_are_those_of_one_process_to_the_bit(results, name):
     [
         ("fdg", {0}),
         pytest.param("fdg_four_stages", {0, 1, 2, 9, 10, 11}, marks=pytest.mark.slow),
+        pytest.param("interleaved", {0, 1, 2, 5, 6, 7}, marks=pytest.mark.slow),
     ],
 )
 def test_no_loss_is_known_while_the_stages_fill(results, name, empty):

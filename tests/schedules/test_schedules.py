@@ -12,10 +12,14 @@ import pytest
 import jdecouple as jd
 from jdecouple.schedules import Action, Call, Kind, Schedule, build, generators
 
-DELAYED = ("delayed", "delayed_locked", "delayed_split", "delayed_locked_split")
+DELAYED = ("delayed", "delayed_locked", "delayed_split", "delayed_locked_split", "interleaved")
 ZERO_BUBBLE = ("zb_h1", "zbv", "dualpipe_v")
 PIPELINES = ("gpipe", "1f1b", "interleaved_1f1b", *ZERO_BUBBLE)
-FUNCTIONS = {"1f1b": "one_forward_one_backward", "interleaved_1f1b": "interleaved"}
+FUNCTIONS = {
+    "1f1b": "one_forward_one_backward",
+    "interleaved_1f1b": "interleaved",
+    "interleaved": "interleaved_local",
+}
 F, B, W, S = Kind.FORWARD, Kind.BACKWARD, Kind.WEIGHT, Kind.STEP
 
 GRIDS = {
@@ -30,6 +34,11 @@ stage 1 | .  F0 B0 F1 B1 S1""",
 stage 0 | F0 B0 F1 B1 F2 B2 S2 .  .
 stage 1 | .  F0 B0 F1 B1 F2 B2 S2 .
 stage 2 | .  .  F0 B0 F1 B1 F2 B2 S2""",
+    ("interleaved", 1, 1): "stage 0 | F0 B0 S0",
+    ("interleaved", 3, 1): """
+stage 0 | F0  B0  S0
+stage 1 | F-1 B-1 S-1
+stage 2 | F-2 B-2 S-2""",
     ("delayed", 1, 1): "stage 0 | F0 B0 S0",
     ("delayed", 2, 1): """
 stage 0 | B-2 S-2 F0
@@ -257,7 +266,13 @@ def test_rows_and_chunks():
         2,
         5,
     ]
-    for name in set(jd.schedules.names()) - {"interleaved_1f1b", "zbv", "dualpipe_v"}:
+    assert build("interleaved", 6, chunks=3).placement == (0, 1, 0, 1, 0, 1)
+    for name in set(jd.schedules.names()) - {
+        "interleaved_1f1b",
+        "interleaved",
+        "zbv",
+        "dualpipe_v",
+    }:
         assert build(name, 4).num_device_groups == 4
         assert [build(name, 4, chunks=1).device_group(stage) for stage in range(4)] == [0, 1, 2, 3]
 
@@ -315,7 +330,7 @@ def test_what_waits_between_iterations(name, stages):
             if kind is B and batch >= 0:
                 handed["residuals"].remove((stage, batch))
                 handed["errors"].discard((stage, batch))
-                if stage > 0 and name != "local":
+                if stage > 0 and not schedule.local:
                     handed["errors"].add((stage - 1, batch))
     for stage in range(stages):
         for kind, batches in schedule.in_flight(stage)._asdict().items():
@@ -334,6 +349,7 @@ def test_what_waits_between_iterations(name, stages):
         ("zb_h1", 0, 0),
         ("zbv", 0, 0),
         ("dualpipe_v", 0, 0),
+        ("interleaved", 3, 3),
         ("delayed", 3, 6),
         ("delayed_split", 3, 6),
         ("delayed_locked", 0, 3),

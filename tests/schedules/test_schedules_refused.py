@@ -7,7 +7,7 @@ import pytest
 import jdecouple as jd
 from jdecouple.schedules import Action, Kind, Schedule, build
 
-DELAYED = ("delayed", "delayed_locked", "delayed_split", "delayed_locked_split")
+DELAYED = ("delayed", "delayed_locked", "delayed_split", "delayed_locked_split", "interleaved")
 F, B, W, S = Kind.FORWARD, Kind.BACKWARD, Kind.WEIGHT, Kind.STEP
 
 
@@ -198,6 +198,7 @@ def test_local_stages_wait_for_no_error():
         (("local", -2, 1), ("num_stages is -2", "at least 1")),
         (("sequential", 2, 0), ("num_microbatches is 0", "at least 1")),
         (("delayed", 2, 4), ("num_microbatches is 4", "delayed takes 1")),
+        (("interleaved", 4, 2), ("num_microbatches is 2", "interleaved takes 1")),
         (("zbv", 5, 4), ("num_stages is 5", "zbv takes an even number")),
         (("dualpipe_v", 3, 1), ("num_stages is 3", "dualpipe_v takes an even number")),
     ],

@@ -298,6 +298,7 @@ class TestIdentity:
             ({"boundaries": [0, 2]}, {"boundaries": [0, 1]}, "config.boundaries = [0, 1], now [0"),
             ({}, {"boundaries": [0, 1]}, "config.boundaries = [0, 1], now None"),
             ({"boundaries": [0, 1]}, {}, "config.boundaries = None, now [0, 1]"),
+            ({"schedule": "interleaved"}, {}, "config.schedule = one without queues, now interle"),
             ({"JAX version": "2"}, {"JAX version": "1"}, "with JAX version = 1, now 2: choose"),
         ],
     )

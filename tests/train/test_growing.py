@@ -178,6 +178,7 @@ def test_each_phase_has_the_schedule_for_itself():
         ({"growth__steps": None, "growth__epochs": (0, 0.01)}, "(0, 0.01): of 9 steps an epoch"),
         ({"method__name": "bp", "method__projector": None}, "growth.blocks is (1, 2): to grow"),
         ({"profile": 3}, "profile shows one and the same net"),
+        ({"schedule": "interleaved"}, "schedule 'interleaved' has queues of one net"),
         ({"engine": "spmd", "mesh__stages": 2}, "engine 'spmd' trains all blocks"),
         ({"data__parts": (3, 4)}, "parts is (3, 4): data set 'synthetic' holds images"),
     ],

@@ -219,7 +219,7 @@ class TestTimes:
         ("values", "names"),
         [
             ({"microbatches": 4}, ["sequential", "gpipe", "1f1b", "interleaved_1f1b", "zb_h1"]),
-            ({"method": "greedy_exit"}, ["local"]),
+            ({"method": "greedy_exit"}, ["local", "interleaved"]),
             ({"method": "fdg"}, ["delayed", "delayed_split"]),
         ],
     )

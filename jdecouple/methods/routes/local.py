@@ -31,7 +31,7 @@ class Local(Route):
 
     local: ClassVar[bool] = True
     scaling: ClassVar[str] = "block"
-    schedules: ClassVar[tuple[str, ...]] = ("local",)
+    schedules: ClassVar[tuple[str, ...]] = ("local", "interleaved")
 
     @property
     def automatic_remat(self) -> str:

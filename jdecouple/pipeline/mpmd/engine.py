@@ -33,7 +33,9 @@ class MpmdEngine:
         self.calls = executor.calls
         self.fuse = executor.fuse
         self.max_in_flight = max_in_flight
-        self.multi_step = executor.fuse or executor.route.local or len(executor.stages) == 1
+        self._sums_late = executor.schedule.sums_late
+        waits = self._sums_late or not executor.route.local
+        self.multi_step = executor.fuse or not waits or len(executor.stages) == 1
         self._executor = executor
         self._several = MultiStep(executor)
         self._stacked = jit(_stacked, self.placements[0])
@@ -83,6 +85,8 @@ class MpmdEngine:
                     if values and not exists.all():
                         values = or_nan(exists[0] if batch.count is None else exists, values)
                     merged |= values
+        if self._sums_late and not self.placements[-1].addressable:
+            merged.pop("loss", None)  # of a batch that is still on its way
         return states, self._whole(merged) if self._has_norms else merged
 
     def measure(

@@ -301,8 +301,6 @@ class Executor:
         shapes: Any = self._packed[above.index] or above.carry
         if target < source:
             shapes = error_shapes(shapes, above.scaling)
-        elif not is_packed:
-            carry, shapes = without_loss(carry, shapes)
         if not is_packed:
             return self._transfer(carry, shapes, source, target)
         arrived = self._transfer(carry, message_shape(shapes, above.wire), source, target)
@@ -324,12 +322,19 @@ class Executor:
         """
         pairs = zip(itertools.pairwise(self.placements), self.stages[1:], strict=True)
         shapes = [
-            without_loss(None, stage.carry)[1]
+            self._message(stage.carry)
             if crosses(below, above) and not (self.schedule.overlapping and stage.wire is None)
             else None
             for (below, above), stage in pairs
         ]
         return [None, *shapes, None]
+
+    def _message(self, carry: Carry) -> Carry:
+        """What of a carry goes to another process as one array."""
+        _, shapes = without_loss(None, carry)
+        if self.schedule.overlapping and "loss" in carry:  # the sum waits with the carry
+            shapes["loss"] = jax.ShapeDtypeStruct((self.size,), carry["loss"].dtype)
+        return shapes
 
     @cached_property
     def _unpacked(self) -> dict[tuple[int, bool], Callable]:
@@ -348,7 +353,10 @@ class Executor:
     @staticmethod
     def _compile_unpack(placement: StageDevices, shapes: Any, wire: str | None) -> Callable:
         def unpack(array: jax.Array) -> Any:
-            return placement.constrain(unpack_codes(array, shapes, wire))
+            tree = unpack_codes(array, shapes, wire)
+            if isinstance(tree, dict) and "loss" in tree:
+                tree["loss"] = tree["loss"][0]
+            return placement.constrain(tree)
 
         return jit(unpack, placement)
 

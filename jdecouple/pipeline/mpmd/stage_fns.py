@@ -270,6 +270,8 @@ def with_messages(
         out = function(state, accumulated, residuals, carry, cotangent, step_ids, *others)
         if "carry" in out:
             whole = {name: out["carry"][name] for name in above or out["carry"]}
+            if above and "loss" in above:
+                whole["loss"] = jnp.full_like(above["loss"], whole["loss"])
             out["carry"] = sent(encode(whole, stage.wire), whole, above is not None)
         if (error := out.get("cotangent")) is not None:
             feedback = state.get("feedback", ())

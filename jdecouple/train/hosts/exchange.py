@@ -31,8 +31,9 @@ def merge_metrics(
 def _merged(parts: Sequence[dict[str, float]]) -> dict[str, Any]:
     row: dict[str, Any] = {name: value for part in parts for name, value in part.items()}
     blocks = sorted((int(m[1]), m[2], row[m[0]]) for m in map(_BLOCK.fullmatch, row) if m)
-    # Added up as the stages do, in their order and precision.
-    row["loss"] = sum((np.float32(v) for _, kind, v in blocks if kind == "loss"), np.float32(0))
+    if all("loss" in part for part in parts):  # else the stages have added it up, batch by batch
+        # Added up as the stages do, in their order and precision.
+        row["loss"] = sum((np.float32(v) for _, kind, v in blocks if kind == "loss"), np.float32(0))
     if exits := [value for _, kind, value in blocks if kind == "accuracy"]:
         row["accuracy"] = exits[-1]
     return with_whole_norm(row)

@@ -10,7 +10,8 @@ from jdecouple import schedules
 from jdecouple.pipeline.build import flops
 from jdecouple.pipeline.design import Design
 from jdecouple.pipeline.diagnostics import message_sizes
-from jdecouple.pipeline.mesh import StageMesh, assign_devices
+from jdecouple.pipeline.engine import device_groups
+from jdecouple.pipeline.mesh import StageMesh
 from jdecouple.schedules import Costs, Kind, Schedule, simulate
 
 _LEAST_BATCHES = 8  # that are simulated
@@ -99,9 +100,8 @@ class Timing(NamedTuple):
 
 def placed(table: Schedule, mesh: StageMesh) -> Schedule:
     """The schedule with its stages on the devices of a mesh, where some must share them."""
-    own = assign_devices(mesh.device_groups, table.num_device_groups)
-    groups = [own[table.device_group(stage)] for stage in range(table.num_stages)]
-    numbers = {devices: number for number, devices in enumerate(dict.fromkeys(own))}
+    groups = device_groups(table, mesh)
+    numbers = {devices: number for number, devices in enumerate(dict.fromkeys(groups))}
     if len(numbers) == table.num_device_groups:
         return table
     return dataclasses.replace(table, placement=tuple(numbers[devices] for devices in groups))
@@ -109,10 +109,10 @@ def placed(table: Schedule, mesh: StageMesh) -> Schedule:
 
 def tables(design: Design, mesh: StageMesh) -> dict[str, Schedule]:
     """The schedules of the method for the design's stages and microbatches, its own first."""
-    stages, parts = len(design.stages), design.stages[0].num_microbatches
+    counts = len(design.stages), design.stages[0].num_microbatches
     names = dict.fromkeys((design.schedule.name, *design.method.route.schedules))
-    fitting = [name for name in names if name in schedules.names(stages)]
-    return {name: placed(schedules.build(name, stages, parts), mesh) for name in fitting}
+    fitting = [name for name in names if name in schedules.names(*counts)]
+    return {name: placed(schedules.build(name, *counts), mesh) for name in fitting}
 
 
 def timing(table: Schedule, costs: Costs, max_in_flight: int) -> Timing:
