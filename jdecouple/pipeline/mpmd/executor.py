@@ -16,6 +16,7 @@ from jdecouple.methods.routes import Accumulated, Carry, Metrics, Route, Stage
 from jdecouple.methods.routes.stage import error_shapes
 from jdecouple.pipeline.memory import Meter
 from jdecouple.pipeline.mesh import StageDevices, jit, require_one_process
+from jdecouple.pipeline.mpmd.flat_state import FlatLayout
 from jdecouple.pipeline.mpmd.stage_fns import (
     calls_of,
     compile_stage_fn,
@@ -37,7 +38,7 @@ class Executor:
     """Runs one schedule again and again on the devices of its stages.
 
     Some stages may be in other processes. With `fuse` all are compiled into one call: they must
-    share their devices.
+    share their devices. Compiled calls take and give states as `layout` has them.
     """
 
     stages: tuple[Stage, ...]
@@ -191,6 +192,11 @@ class Executor:
         return self.stages[0].carry["label"].shape[0]
 
     @cached_property
+    def layout(self) -> FlatLayout:
+        """How the states lie."""
+        return FlatLayout(self.stages, self.placements, last_first=not self.route.local)
+
+    @cached_property
     def functions(self) -> Calls:
         """Pure functions of the calls."""
         functions: Calls = {
@@ -212,6 +218,7 @@ class Executor:
                 if kinds:
                     below, above = self._packed[stage : stage + 2]
                     function = pack_io(function, below, above, self.stages[stage].scaling)
+                    function = self.layout.on_flat(stage, function)
                 compiled[stage, kinds] = compile_stage_fn(function, placement, kinds, queued)
         return compiled
 
@@ -219,14 +226,14 @@ class Executor:
     def _fused(self) -> Callable:
         """All calls of an iteration as one, jitted."""
 
-        def iteration(states: tuple, taken: Queues, parts: tuple, step_ids: jax.Array) -> tuple:
+        def iteration(given: tuple, taken: Queues, parts: tuple, step_ids: jax.Array) -> tuple:
             states, left, metrics = self.dispatch(
-                self.calls, self.functions, states, taken, parts, step_ids
+                self.calls, self.functions, self.layout.trees(given), taken, parts, step_ids
             )
             placement = self.placements[0]
             constrain = jax.lax.with_sharding_constraint
             return (
-                constrain(states, placement.replicated),
+                constrain(self.layout.flats(given, states), placement.replicated),
                 placement.constrain_queue(left, self.size),
                 constrain(metrics, placement.replicated),
             )
