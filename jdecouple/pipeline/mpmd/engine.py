@@ -38,6 +38,11 @@ class MpmdEngine:
         self._stacked = jit(_stacked, self.placements[0])
         self._with_whole = jit(with_whole_norm, self.placements[0])
         one_process = all(placement.fully_addressable for placement in self.placements)
+        self._norm_names = [stage.norm_names for stage in executor.stages]
+        self._delays = [
+            [self.schedule.delay(k, kind) for kind in (Kind.FORWARD, Kind.BACKWARD)]
+            for k in range(len(executor.stages))
+        ]
         self._has_norms = executor.stages[0].gradient_norms and one_process
         self._in_flight: collections.deque[list[jax.Array]] = collections.deque()
 
@@ -82,10 +87,10 @@ class MpmdEngine:
         for k, metrics in enumerate(stage_metrics):
             if metrics:
                 metrics = self._stacked(metrics) if batch.count == 1 else metrics
-                norms = {n: metrics.pop(n) for n in self._executor.stages[k].norm_names}
-                for kind, values in ((Kind.FORWARD, metrics), (Kind.BACKWARD, norms)):
-                    exists = step - self.schedule.delay(k, kind) + np.arange(count) >= since
-                    if values and not exists.all():
+                norms = {n: metrics.pop(n) for n in self._norm_names[k]}
+                for delay, values in zip(self._delays[k], (metrics, norms), strict=True):
+                    if values and step - delay < since:
+                        exists = step - delay + np.arange(count) >= since
                         values = or_nan(exists[0] if batch.count is None else exists, values)
                     merged |= values
         return self._views(arrays), self._whole(merged) if self._has_norms else merged

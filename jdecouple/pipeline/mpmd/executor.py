@@ -33,6 +33,9 @@ Calls = dict[tuple[int, tuple[Kind, ...]], Callable]
 """The function of every (stage, kinds) that a schedule contains; kinds are () for a norm."""
 
 
+_BATCH = np.array([1, 0], np.int32)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Executor:
     """Runs one schedule again and again on the devices of its stages.
@@ -172,12 +175,20 @@ class Executor:
 
     def step_ids(self, calls: Sequence[Call], step: Any, end: int | None = None) -> Any:
         """[batch, microbatch] of every action of some calls; `step` may be traced without `end`."""
-        parts = self.schedule.num_microbatches
-        pairs = [divmod(microbatch, parts) for call in calls for microbatch in call.microbatches]
-        step_ids = np.array(pairs, np.int32) + step * np.array([1, 0], np.int32)
+        first = self._first_ids if calls is self.calls else self._ids_of(calls)
+        step_ids = first + step * _BATCH
         if end is not None:
             step_ids[step_ids[:, 0] >= end, 0] = -1
         return step_ids
+
+    def _ids_of(self, calls: Sequence[Call]) -> np.ndarray:
+        parts = self.schedule.num_microbatches
+        pairs = [divmod(microbatch, parts) for call in calls for microbatch in call.microbatches]
+        return np.array(pairs, np.int32)
+
+    @cached_property
+    def _first_ids(self) -> np.ndarray:
+        return self._ids_of(self.calls)
 
     # --- The calls, and their functions -----------------------------------------------------------
 
