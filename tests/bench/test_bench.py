@@ -409,3 +409,15 @@ def test_memory(tmp_path):
     whole, local = results["bp,elementwise", ""], results["greedy_exit,elementwise", 4]
     assert local["temporaries"] < whole["temporaries"]
     assert local["largest_batch"] > whole["largest_batch"] >= 64
+
+
+@pytest.mark.slow
+def test_split(tmp_path):
+    """What waits for W are two arrays of every convolution, and fewer than wait for a backward."""
+    output = tmp_path / "split.json"
+    flags = ["--nets=vgg8", "--batch=16", "--remats=none", "--repeats=1"]
+    done = bench("split.py", *flags, f"--output={output}")
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(output.read_text())["results"]
+    assert 0 < row["for_weight"] < row["for_backward"]
+    assert row["ratio"]["median"] > 0
