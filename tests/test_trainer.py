@@ -155,7 +155,7 @@ def test_old_state_is_donated(how):
     old = trainer.init()
     state, _ = trainer.step(old, DATA[0])
     trainer.wait(state)
-    for values in old.stages:
+    for values in old.stages.arrays:
         weights = jax.tree.leaves((values["params"], values["opt"]))
         assert all(leaf.is_deleted() for leaf in weights)
     assert (old.step, state.step) == (0, 1)

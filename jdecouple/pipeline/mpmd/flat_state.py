@@ -1,7 +1,6 @@
 """States of stages whose small arrays are joined, so that a compiled call takes and gives few."""
 
 import dataclasses
-import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -13,7 +12,7 @@ import numpy as np
 
 from jdecouple.methods.routes import Stage, StageState
 from jdecouple.pipeline.memory import num_bytes
-from jdecouple.pipeline.mesh import StageDevices, jit
+from jdecouple.pipeline.mesh import StageDevices
 from jdecouple.pipeline.stage_views import USED_UP, StageViews, is_deleted
 from jdecouple.pipeline.state import place
 
@@ -188,7 +187,7 @@ class FlatLayout:
         return call
 
     def view(self, arrays: Any, k: int) -> StageState | None:
-        """The state of one stage; arrays that were joined are copies.
+        """The state of one stage; arrays that were joined are copies, for which it is waited.
 
         Raises:
             ValueError: training has used it up.
@@ -199,18 +198,10 @@ class FlatLayout:
         joined = {name: state[name][0] for name in parts}
         if any(map(is_deleted, jax.tree.leaves(joined))):
             raise ValueError(USED_UP)
-        cut = self._cuts[k](joined)
+        cut = {name: parts[name].cut(x) for name, x in jax.device_get(joined).items()}
+        # Copies, because the next step writes over the state; on the host, where none compiles.
+        cut = place(self.stages[k], self.placements[k], jax.tree.map(np.array, cut))
         return {
             name: parts[name].tree(cut[name], value[1]) if name in parts else value
             for name, value in state.items()
         }
-
-    @cached_property
-    def _cuts(self) -> list[Callable]:
-        def cut_all(k: int, joined: dict[str, Any]) -> dict[str, dict[int, Any]]:
-            return {name: self.parts[k][name].cut(arrays) for name, arrays in joined.items()}
-
-        return [
-            jit(functools.partial(cut_all, k), placement, out_shardings=placement.replicated)
-            for k, placement in enumerate(self.placements)
-        ]
