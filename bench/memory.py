@@ -80,7 +80,7 @@ def analysis(row: str, net: str, count: int, batch: int, options: Namespace) -> 
     trainer, data = build(row, net, count, batch, options)
     executor, parts = trainer._engine._executor, trainer.put(data).parts
     ids = executor.step_ids(executor.calls, 0)
-    states = tuple(trainer.init().stages)
+    states = trainer.init().stages.arrays
     found = executor._fused.lower(states, NOTHING, parts, ids).compile().memory_analysis()
     whole = found.temp_size_in_bytes + found.argument_size_in_bytes + found.output_size_in_bytes
     whole -= found.alias_size_in_bytes

@@ -13,6 +13,7 @@ from jdecouple._errors import require_int
 from jdecouple.methods import Method
 from jdecouple.methods.routes import Carry, Delayed, Stage, loss_scale
 from jdecouple.methods.routes.synchronous import linearize, pull_back
+from jdecouple.pipeline.memory import num_bytes
 from jdecouple.pipeline.mesh import StageDevices, jit
 from jdecouple.pipeline.state import State, or_nan
 from jdecouple.pipeline.wire import coded
@@ -57,8 +58,8 @@ def message_sizes(stages: Sequence[Stage]) -> dict[str, Any]:
     """The part of `Costs` that tells the bytes of a microbatch's carries and errors."""
     carries = [coded(stage.carry, stage.wire) for stage in stages[1:]]
     return {
-        "message_bytes": [_num_bytes(carry) for carry in carries],
-        "error_bytes": [_num_bytes(carry["x"]) for carry in carries],
+        "message_bytes": [num_bytes(carry) for carry in carries],
+        "error_bytes": [num_bytes(carry["x"]) for carry in carries],
     }
 
 
@@ -82,10 +83,6 @@ def measured_memory(trainer: Any, state: State, batch: Any) -> tuple[State, dict
         ValueError: some stages are in other processes.
     """
     return trainer._measured(trainer._engine.measure_memory, state, batch)
-
-
-def _num_bytes(tree: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 class Trained(Protocol):
@@ -138,9 +135,10 @@ class SufficientDirection:
             "stage_{k}/sufficient_direction" and "stage_{k}/cosine" as futures; nan while the
             stage has nothing to replay, none where nothing is late.
         """
-        if "queues" not in state.stages[0]:
+        stages = tuple(state.stages)
+        if "queues" not in stages[0]:
             return {}
-        measured = self._measure(jax.device_put(state.stages, self._sharding), state.step)
+        measured = self._measure(jax.device_put(stages, self._sharding), state.step)
         directions: dict[str, jax.Array] = {}
         for k, values in enumerate(measured):
             exists = self._waiting(k, state.step) >= state.since

@@ -50,6 +50,11 @@ class Meter:
         return call
 
 
+def num_bytes(tree: Any) -> int:
+    """Bytes of all arrays of a tree, given as they are or as shapes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
 def _devices(placements: Iterable[StageDevices]) -> set[jax.Device]:
     return {device for placement in placements for device in placement.devices}
 

@@ -15,6 +15,7 @@ from flax import nnx
 from jdecouple.methods.routes import Route, Stage, averaged, loss_scale
 from jdecouple.methods.routes.stage import error_shapes
 from jdecouple.pipeline.mesh import StageDevices
+from jdecouple.pipeline.stage_views import USED_UP, StageViews, is_deleted
 from jdecouple.pipeline.wire import feedback_shapes, is_feedback
 from jdecouple.schedules import Schedule
 
@@ -32,8 +33,8 @@ class State:
         step: batches dispatched so far.
         stages: state of every stage ("params", "stats", "opt", with averages "ema", in float16
             "loss_scale", with a delayed method "queues", with a `wire` "feedback"); None for the
-            stages of other processes. With engine "spmd" the arrays are stacked, and cut when a
-            stage is asked for.
+            stages of other processes. Small arrays are joined, with engine "spmd" all are stacked:
+            they are cut when a stage is asked for.
         since: number of the first batch after the stages were last empty, as their states hold it.
     """
 
@@ -103,14 +104,14 @@ class OwnStates:
             since = max(int(values["since"]) for values in stages if values)
         return self.make(step, stages, since)
 
-    def restart(self, step: int, stages: Sequence[Any]) -> State:
+    def restart(self, step: int, stages: StageViews) -> State:
         """A state of stages that are empty: those behind a step, whose next batch is the first."""
         since = {"since": np.int32(step)}
-        stages = tuple(
+        arrays = tuple(
             values and {**values, **place(self.stages[k], self.placements[k], since)}
-            for k, values in enumerate(stages)
+            for k, values in enumerate(stages.arrays)
         )
-        return self.make(step, stages, step)
+        return self.make(step, dataclasses.replace(stages, arrays=arrays), step)
 
     def take(self, state: State) -> Any:
         """The states of the stages, for a call that consumes them."""
@@ -131,12 +132,8 @@ class OwnStates:
         if not isinstance(state, State):
             given = type(state).__name__
             raise TypeError(f"state is a {given}: what trainer.init or trainer.step gave is needed")
-        if any(map(_is_deleted, jax.tree.leaves(state.stages))):
-            raise ValueError(
-                "this state is used up, training has put another in its place: go on with the one "
-                "that was returned (state, metrics = trainer.step(state, batch)), or begin with "
-                "trainer.init()"
-            )
+        if any(map(is_deleted, jax.tree.leaves(state.stages))):
+            raise ValueError(USED_UP)
         if difference := self._difference(state.stages, abstract):
             raise ValueError(
                 f"this is the state of another trainer: {difference}; from_arrays(state.step, "
@@ -146,21 +143,22 @@ class OwnStates:
     def _difference(self, found: Any, abstract: bool) -> str | None:
         """Where a state differs from those that are made here, if anywhere."""
         count = len(self.placements)
-        engine = "spmd" if hasattr(found, "arrays") else "mpmd"
+        engine = found.layout.engine if isinstance(found, StageViews) else "mpmd"
         if not isinstance(found, Sequence) or len(found) != count:
             stages = len(found) if isinstance(found, Sequence) else "no"
             return f"it has {stages} stages, this one {count}"
         if not abstract and engine != self.engine:
             return f"its engine is {engine}, this one's {self.engine}"
         for k, (shapes, placement) in enumerate(zip(self.shapes, self.placements, strict=True)):
-            if found[k] is None and (abstract or not placement.addressable):
+            own = found[k]
+            if own is None and (abstract or not placement.addressable):
                 continue
-            has, needs = _specs(found[k]), _specs(shapes)
+            has, needs = _specs(own), _specs(shapes)
             for name in [*needs, *has]:
                 one, other = has.get(name, "nothing"), needs.get(name, "nothing")
                 if one != other:
                     return f"{name} of its stage {k} is {one}, of this one {other}"
-            for leaf in jax.tree.leaves(found[k]):
+            for leaf in jax.tree.leaves(own):
                 if not abstract and not isinstance(leaf, jax.Array | np.ndarray):
                     return f"its stage {k} holds shapes, this one arrays"
                 if getattr(leaf, "committed", False) and leaf.devices() != {*placement.devices}:
@@ -181,12 +179,7 @@ def _is_alive(state: State) -> bool:
                 return leaf
         return None
 
-    return not _is_deleted(first(getattr(state.stages, "arrays", state.stages)))
-
-
-def _is_deleted(leaf: Any) -> bool:
-    is_deleted = getattr(leaf, "is_deleted", None)
-    return is_deleted is not None and is_deleted()
+    return not is_deleted(first(getattr(state.stages, "arrays", state.stages)))
 
 
 def _specs(tree: Any) -> dict[str, str]:

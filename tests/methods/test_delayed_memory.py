@@ -148,9 +148,9 @@ def test_new_residuals_take_the_place_of_the_old():
     first, _ = trained.step(trained.init(), DATA[0])
     state, _ = trained.step(first, DATA[0])
     trained.wait(state)
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first.stages[0]["params"]))
-    queues = state.stages[0]["queues"]
-    core = {key: value for key, value in state.stages[0].items() if key != "queues"}
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first.stages.arrays[0]["params"]))
+    core = dict(state.stages.arrays[0])
+    queues = core.pop("queues")
     call = trained._engine._executor._compiled[0, (Kind.BACKWARD, Kind.STEP, Kind.FORWARD)]
     carry = trained.put(DATA[0]).parts[0]
     arguments = core, None, queues["residuals"][0], carry, queues["errors"][0]

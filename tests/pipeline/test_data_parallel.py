@@ -29,7 +29,7 @@ def trainer(name, data, *, batch_norm=True):
 def compiled(trained, batch):
     """Text of the program of a step whose stages share their devices."""
     executor = trained._engine._executor
-    cores, queues = take_queues(executor.schedule, tuple(trained.init().stages))
+    cores, queues = take_queues(executor.schedule, trained.init().stages.arrays)
     step_ids = executor.step_ids(executor.calls, 0)
     lowered = executor._fused.lower(cores, queues, trained.put(batch).parts, step_ids)
     return lowered.compile().as_text()

@@ -40,10 +40,10 @@ def analyses(trainer: jd.Trainer, batch: Any) -> list[Any]:
     parts = trainer.put(batch).parts
     ids = executor.step_ids(executor.calls, 0)
     if executor.fuse:
-        lowered = [executor._fused.lower(tuple(state.stages), dict(EMPTY), parts, ids)]
+        lowered = [executor._fused.lower(state.stages.arrays, dict(EMPTY), parts, ids)]
     else:
         carries = [parts[0], *(stage.carry for stage in trainer.stages[1:])]
-        calls = zip(executor.calls, state.stages, carries, strict=True)
+        calls = zip(executor.calls, state.stages.arrays, carries, strict=True)
         lowered = [
             executor._compiled[call.stage, call.kinds].lower(
                 own, None, None, carry, None, ids[:3], None
@@ -111,7 +111,7 @@ def test_devices_hold_what_their_calls_need(devices, calls):
 
 def test_devices_hold_what_waits():
     """Activations of all microbatches until the first error comes, or of one."""
-    data = nets.batches(1, size=64)[0]
+    data = nets.batches(1, size=256)[0]
     most = {}
     for schedule in ("gpipe", "sequential"):
         trainer = nets.build(

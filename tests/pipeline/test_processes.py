@@ -31,6 +31,28 @@ RUNS: dict[str, dict[str, Any]] = {
         "steps": 8,
         "trainer": {"microbatches": 2},
     },
+    # Weight gradients of their own; in a V the first and the last stage share a process.
+    "zb_h1": {
+        "method": "bp",
+        "model": "two_blocks",
+        "stages": 2,
+        "steps": 8,
+        "trainer": {"microbatches": 4, "schedule": "zb_h1"},
+    },
+    "zbv": {
+        "method": "bp",
+        "model": "four_blocks",
+        "stages": 4,
+        "steps": 8,
+        "trainer": {"microbatches": 4, "schedule": "zbv", "clip_norm": 0.5},
+    },
+    "fdg_split": {
+        "method": "fdg",
+        "model": "two_blocks",
+        "stages": 2,
+        "steps": 8,
+        "trainer": {"schedule": "delayed_split"},
+    },
     "four_stages": {"method": "scpl", "model": "four_blocks", "stages": 4, "steps": 8},
     "slow_end": {
         "method": "scpl",

@@ -97,6 +97,7 @@ def test_other_blocks_are_named(make, words):
     [
         ({"name": "fdg"}, ("delayed",)),
         ({"schedule": "1f1b"}, ("gpipe", "1f1b")),
+        ({"schedule": "zb_h1"}, ("gpipe", "zb_h1")),
         ({"schedule": "sequential"}, ("gpipe", "sequential")),
         ({"fuse": False}, ("fuse=False",)),
         ({"remat": ("stages", "none")}, ("all", "['stages', 'none']")),

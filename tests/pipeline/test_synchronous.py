@@ -21,11 +21,11 @@ pytestmark = pytest.mark.usefixtures("module_x64")
 
 STEPS = 20
 CLIP = 0.65  # some of the gradients are longer, some shorter
-SCHEDULES = ("sequential", "gpipe", "1f1b", "interleaved_1f1b")
+SCHEDULES = Synchronous.schedules
 DATA = nets.batches(dtype=np.float64)
 SIZES = [*itertools.product((1, 2, 4), (1, 2, 4, 8))]
-FAST = [((2, 2), schedule, None) for schedule in SCHEDULES]
-FAST += [((2, 2), "gpipe", CLIP)]
+FAST = [((2, 2), schedule, None) for schedule in (*SCHEDULES[:4], "zbv")]
+FAST += [((2, 2), "zb_h1", CLIP)]
 FAST += [((4, 8), schedule, CLIP) for schedule in ("1f1b", "interleaved_1f1b")]
 
 

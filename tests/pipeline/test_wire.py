@@ -156,6 +156,14 @@ def test_placement_and_schedule_play_no_role(name, wire, options):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["1f1b", "zb_h1"])
+def test_an_order_of_microbatches_plays_no_role(schedule):
+    """Feedback goes from batch to batch, not from microbatch to microbatch."""
+    found = trained("bp", "int8", 2, microbatches=4, schedule=schedule)
+    assert nets.largest_error(found, trained("bp", "int8", 1, microbatches=4)) < 1e-12
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"), [("deinforeg", {}), ("fdg", {}), ("bp", {"microbatches": 2})]
 )

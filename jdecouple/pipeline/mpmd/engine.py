@@ -15,11 +15,10 @@ from jdecouple.pipeline.batch import PlacedBatch
 from jdecouple.pipeline.mesh import jit
 from jdecouple.pipeline.mpmd.executor import Executor
 from jdecouple.pipeline.mpmd.multi_step import MultiStep
-from jdecouple.pipeline.state import or_nan, place_states
+from jdecouple.pipeline.stage_views import StageViews
+from jdecouple.pipeline.state import or_nan
 from jdecouple.pipeline.transfer import crosses, transfer
 from jdecouple.schedules import Call, Kind
-
-States = Sequence[StageState | None]
 
 
 class MpmdEngine:
@@ -36,17 +35,22 @@ class MpmdEngine:
         self._sums_late = executor.schedule.sums_late
         waits = self._sums_late or not executor.route.local
         self.multi_step = executor.fuse or not waits or len(executor.stages) == 1
-        self._executor = executor
+        self._executor, self._layout = executor, executor.layout
         self._several = MultiStep(executor)
         self._stacked = jit(_stacked, self.placements[0])
         self._with_whole = jit(with_whole_norm, self.placements[0])
         one_process = all(placement.fully_addressable for placement in self.placements)
+        self._norm_names = [stage.norm_names for stage in executor.stages]
+        self._delays = [
+            [self.schedule.delay(k, kind) for kind in (Kind.FORWARD, Kind.BACKWARD)]
+            for k in range(len(executor.stages))
+        ]
         self._has_norms = executor.stages[0].gradient_norms and one_process
         self._in_flight: collections.deque[list[jax.Array]] = collections.deque()
 
-    def load(self, states: Iterable[StageState | None]) -> States:
-        """Puts the states of this process's stages on their devices."""
-        return place_states(self._executor.stages, self.placements, states)
+    def load(self, states: Iterable[StageState | None]) -> StageViews:
+        """Puts the states of this process's stages on their devices, and joins small arrays."""
+        return self._layout.load(states)
 
     def put(
         self, batches: Sequence[Sequence[Carry] | PlacedBatch], count: int | None = None
@@ -63,48 +67,68 @@ class MpmdEngine:
         return PlacedBatch(tuple(map(self._several.stack, zip(*given, strict=True))), count)
 
     def run(
-        self, states: States, batch: PlacedBatch, step: int, since: int = 0, end: int | None = None
-    ) -> tuple[States, Metrics]:
+        self,
+        states: Sequence[StageState | None],
+        batch: PlacedBatch,
+        step: int,
+        since: int = 0,
+        end: int | None = None,
+    ) -> tuple[StageViews, Metrics]:
         """Dispatches one batch or several, and returns at once unless too many are in flight."""
         while len(self._in_flight) >= self.max_in_flight:
             jax.block_until_ready(self._in_flight.popleft())
         count = batch.count or 1
+        arrays = self._arrays(states)
         if count > 1:
-            states, stage_metrics = self._several.run(states, batch.parts, step, count)
+            arrays, stage_metrics = self._several.run(arrays, batch.parts, step, count)
         else:
-            states, stage_metrics = self._executor.run(states, batch.parts, step, end)
+            arrays, stage_metrics = self._executor.run(arrays, batch.parts, step, end)
         losses = [metrics["loss"] for metrics in stage_metrics if metrics]
         self._in_flight.append(losses + self._credits(stage_metrics, count))
         merged: Metrics = {}
         for k, metrics in enumerate(stage_metrics):
             if metrics:
                 metrics = self._stacked(metrics) if batch.count == 1 else metrics
-                norms = {n: metrics.pop(n) for n in self._executor.stages[k].norm_names}
-                for kind, values in ((Kind.FORWARD, metrics), (Kind.BACKWARD, norms)):
-                    exists = step - self.schedule.delay(k, kind) + np.arange(count) >= since
-                    if values and not exists.all():
+                norms = {n: metrics.pop(n) for n in self._norm_names[k]}
+                for delay, values in zip(self._delays[k], (metrics, norms), strict=True):
+                    if values and step - delay < since:
+                        exists = step - delay + np.arange(count) >= since
                         values = or_nan(exists[0] if batch.count is None else exists, values)
                     merged |= values
         if self._sums_late and not self.placements[-1].addressable:
             merged.pop("loss", None)  # of a batch that is still on its way
-        return states, self._whole(merged) if self._has_norms else merged
+        return self._views(arrays), self._whole(merged) if self._has_norms else merged
 
     def measure(
-        self, states: States, batch: PlacedBatch, step: int
-    ) -> tuple[States, list[tuple[Call, float]]]:
+        self, states: Sequence[StageState | None], batch: PlacedBatch, step: int
+    ) -> tuple[StageViews, list[tuple[Call, float]]]:
         """As `run` of one batch, but waits for every call before the next, and times it."""
-        return self._executor.measure(states, batch.parts, step)
+        arrays, seconds = self._executor.measure(self._arrays(states), batch.parts, step)
+        return self._views(arrays), seconds
 
     def measure_memory(
-        self, states: States, batch: PlacedBatch, step: int
-    ) -> tuple[States, dict[jax.Device, int]]:
+        self, states: Sequence[StageState | None], batch: PlacedBatch, step: int
+    ) -> tuple[StageViews, dict[jax.Device, int]]:
         """As `run` of one batch, but waits for every call, and gives the most bytes of a device."""
-        return self._executor.measure_memory(states, batch.parts, step)
+        arrays, most = self._executor.measure_memory(self._arrays(states), batch.parts, step)
+        return self._views(arrays), most
 
     def wait(self, states: Any) -> None:
         """Blocks until all that was dispatched has run."""
         jax.block_until_ready((states, list(self._in_flight)))
         self._in_flight.clear()
+
+    def _arrays(self, states: Sequence[StageState | None]) -> tuple:
+        """States as the calls take them; those that a caller has put together are used up too."""
+        if not isinstance(states, StageViews):
+            given, states = states, self.load(states)
+            for leaf in jax.tree.leaves(given):
+                if isinstance(leaf, jax.Array):
+                    leaf.delete()
+        return states.arrays
+
+    def _views(self, arrays: tuple) -> StageViews:
+        return StageViews(self._layout, arrays)
 
     def _whole(self, metrics: Metrics) -> Metrics:
         """Metrics with the norm of the whole gradient, which the stages know their parts of."""

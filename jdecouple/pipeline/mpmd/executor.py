@@ -16,6 +16,7 @@ from jdecouple.methods.routes import Accumulated, Carry, Metrics, Route, Stage
 from jdecouple.methods.routes.stage import error_shapes
 from jdecouple.pipeline.memory import Meter
 from jdecouple.pipeline.mesh import StageDevices, jit, require_one_process
+from jdecouple.pipeline.mpmd.flat_state import FlatLayout
 from jdecouple.pipeline.mpmd.stage_fns import (
     calls_of,
     compile_stage_fn,
@@ -35,12 +36,15 @@ Calls = dict[tuple[int, tuple[Kind, ...]], Callable]
 """The function of every (stage, kinds) that a schedule contains; kinds are () for a norm."""
 
 
+_BATCH = np.array([1, 0], np.int32)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Executor:
     """Runs one schedule again and again on the devices of its stages.
 
     Some stages may be in other processes. With `fuse` all are compiled into one call: they must
-    share their devices.
+    share their devices. Compiled calls take and give states as `layout` has them.
     """
 
     stages: tuple[Stage, ...]
@@ -176,12 +180,20 @@ class Executor:
 
     def step_ids(self, calls: Sequence[Call], step: Any, end: int | None = None) -> Any:
         """[batch, microbatch] of every action of some calls; `step` may be traced without `end`."""
-        parts = self.schedule.num_microbatches
-        pairs = [divmod(microbatch, parts) for call in calls for microbatch in call.microbatches]
-        step_ids = np.array(pairs, np.int32) + step * np.array([1, 0], np.int32)
+        first = self._first_ids if calls is self.calls else self._ids_of(calls)
+        step_ids = first + step * _BATCH
         if end is not None:
             step_ids[step_ids[:, 0] >= end, 0] = -1
         return step_ids
+
+    def _ids_of(self, calls: Sequence[Call]) -> np.ndarray:
+        parts = self.schedule.num_microbatches
+        pairs = [divmod(microbatch, parts) for call in calls for microbatch in call.microbatches]
+        return np.array(pairs, np.int32)
+
+    @cached_property
+    def _first_ids(self) -> np.ndarray:
+        return self._ids_of(self.calls)
 
     # --- The calls, and their functions -----------------------------------------------------------
 
@@ -194,6 +206,11 @@ class Executor:
     def size(self) -> int:
         """Examples in a microbatch."""
         return self.stages[0].carry["label"].shape[0]
+
+    @cached_property
+    def layout(self) -> FlatLayout:
+        """How the states lie."""
+        return FlatLayout(self.stages, self.placements, last_first=not self.route.local)
 
     @cached_property
     def functions(self) -> Calls:
@@ -239,6 +256,8 @@ class Executor:
         for (stage, kinds), function in self.message_functions.items():
             placement = self.placements[stage]
             if placement.addressable:
+                if kinds:
+                    function = self.layout.on_flat(stage, function)
                 compiled[stage, kinds] = compile_stage_fn(function, placement, kinds, queued)
         return compiled
 
@@ -246,14 +265,15 @@ class Executor:
     def _fused(self) -> Callable:
         """All calls of an iteration as one, jitted."""
 
-        def iteration(states: tuple, taken: Queues, parts: tuple, step_ids: jax.Array) -> tuple:
+        def iteration(given: tuple, taken: Queues, parts: tuple, step_ids: jax.Array) -> tuple:
             states, left, metrics = self.dispatch(
-                self.calls, self.functions, states, taken, parts, step_ids
+                self.calls, self.functions, self.layout.trees(given), taken, parts, step_ids
             )
             placement = self.placements[0]
             constrain = jax.lax.with_sharding_constraint
+            flat = self.layout.flats(given, states)
             return (
-                constrain(states, tuple(placement.state_shardings(x, 1) for x in states)),
+                constrain(flat, tuple(placement.state_shardings(x, 1) for x in flat)),
                 placement.constrain_queue(left, self.size),
                 constrain(metrics, placement.replicated),
             )

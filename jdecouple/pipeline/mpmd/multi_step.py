@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jdecouple.methods.routes import Carry, Metrics, StageState
+from jdecouple.methods.routes import Carry, Metrics
 from jdecouple.pipeline.mesh import StageDevices, jit
 from jdecouple.pipeline.mpmd.executor import Executor, without_loss
 from jdecouple.pipeline.mpmd.stage_fns import message_shape
@@ -115,17 +115,19 @@ class MultiStep:
         dispatch = functools.partial(
             self._traced.dispatch, self._traced.calls, self._traced.functions
         )
-        states, metrics = self._traced.iterate(dispatch, states, parts, step)
-        return tuple(self._constrain(state, 0) for state in states), (), metrics
+        layout = self.executor.layout
+        new, metrics = self._traced.iterate(dispatch, layout.trees(states), parts, step)
+        new = tuple(self._constrain(state, 0) for state in layout.flats(states, new))
+        return new, (), metrics
 
-    def _one_stage(self, k: int, state: StageState, parts: Sequence[Carry], step: Any) -> tuple:
+    def _one_stage(self, k: int, given: Any, parts: Sequence[Carry], step: Any) -> tuple:
         """One batch through one stage: its microbatches in turn."""
         engine = self._traced
         rounded = engine.stages[k].wire is not None
         functions = self.executor.message_functions if rounded else engine.functions
         calls = [call for call in engine.calls if call.stage == k]
         states: list[Any] = [None] * len(self._placements)
-        states[k] = state
+        states[k] = self.executor.layout.tree(k, given)
         carries = {(k, microbatch): part for microbatch, part in enumerate(parts)}
         new_states, left, metrics = engine.dispatch(
             calls,
@@ -137,13 +139,14 @@ class MultiStep:
         )
         above = k + 1
         sent = [left["carries"][above, m] for m in range(len(parts)) if above < len(states)]
-        return self._constrain(new_states[k], k), sent, metrics[k]
+        new = self.executor.layout.flat(k, given, new_states[k])
+        return self._constrain(new, k), sent, metrics[k]
 
     @cached_property
     def _traced(self) -> Executor:
         """An executor that leaves carries where they are: they are sent after the scan."""
         return dataclasses.replace(self.executor, fuse=True)
 
-    def _constrain(self, state: StageState, k: int) -> StageState:
+    def _constrain(self, state: Any, k: int) -> Any:
         shardings = self.executor.placements[k].state_shardings(state, self.executor.size)
         return jax.lax.with_sharding_constraint(state, shardings)

@@ -13,7 +13,8 @@ from jdecouple.methods.routes import Carry, Metrics, Route, StageState
 from jdecouple.pipeline.batch import PlacedBatch
 from jdecouple.pipeline.memory import Meter
 from jdecouple.pipeline.spmd.program import BATCHES, Program
-from jdecouple.pipeline.spmd.sharded_state import Layout, ShardedState
+from jdecouple.pipeline.spmd.sharded_state import Layout
+from jdecouple.pipeline.stage_views import StageViews
 from jdecouple.pipeline.state import place_states
 from jdecouple.schedules import Schedule
 
@@ -37,7 +38,7 @@ class SpmdEngine:
         self._in_flight: collections.deque[tuple[int, jax.Array]] = collections.deque()
         self._zeros: dict[tuple, jax.Array] = {}
 
-    def load(self, states: Iterable[StageState | None]) -> ShardedState:
+    def load(self, states: Iterable[StageState | None]) -> StageViews:
         """Puts the states of all stages on their devices, and stacks them there."""
         return self._layout.stack(place_states(self._layout.stages, self.placements, states))
 
@@ -59,12 +60,12 @@ class SpmdEngine:
 
     def run(
         self,
-        states: ShardedState,
+        states: StageViews,
         batch: PlacedBatch,
         step: int,
         since: int = 0,
         end: int | None = None,
-    ) -> tuple[ShardedState, Metrics]:
+    ) -> tuple[StageViews, Metrics]:
         """Dispatches one call, and returns at once unless too many batches are in flight."""
         del since, end  # no batch is left in a queue
         count = batch.count or 1
@@ -75,20 +76,20 @@ class SpmdEngine:
         arrays, table = self.program.call(states.arrays, batch.parts, np.int32(step))
         metrics = self.program.metrics(table.addressable_shards[0].data, batch.count is None)
         self._in_flight.append((count, metrics["loss"]))
-        return ShardedState(self._layout, arrays), metrics
+        return StageViews(self._layout, arrays), metrics
 
     def measure(self, states: Any, batch: PlacedBatch, step: int) -> NoReturn:
         """Refuses to time stages that are compiled into one program."""
         raise ValueError("engine 'spmd' has no calls of single stages: measuring needs 'mpmd'")
 
     def measure_memory(
-        self, states: ShardedState, batch: PlacedBatch, step: int
-    ) -> tuple[ShardedState, dict[jax.Device, int]]:
+        self, states: StageViews, batch: PlacedBatch, step: int
+    ) -> tuple[StageViews, dict[jax.Device, int]]:
         """As `run` of one batch; waits, and gives the most bytes of each device."""
         meter = Meter(self.placements, (states.arrays, batch.parts))
         call = meter.watch(self.program.call, *self.placements)
         arrays, _ = call(states.arrays, batch.parts, np.int32(step))
-        return ShardedState(self._layout, arrays), meter.most
+        return StageViews(self._layout, arrays), meter.most
 
     def wait(self, states: Any) -> None:
         """Blocks until all that was dispatched has run."""

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jdecouple.methods.routes import Stage, StageState
 from jdecouple.pipeline.mesh import StageDevices
+from jdecouple.pipeline.stage_views import StageViews
 
 Slot = tuple[int, int]
 """(block class, number): room for one block of the class in every device group."""
@@ -38,6 +39,7 @@ class Layout:
     stages: tuple[Stage, ...]
     placements: tuple[StageDevices, ...]
     block_classes: tuple[int, ...]
+    engine: ClassVar[str] = "spmd"
 
     @cached_property
     def device_groups(self) -> tuple[tuple[int, ...], ...]:
@@ -87,7 +89,7 @@ class Layout:
                 shapes[part] |= zip(slots, state[part], strict=True)
         return shapes
 
-    def stack(self, states: Sequence[StageState]) -> "ShardedState":
+    def stack(self, states: Sequence[StageState]) -> StageViews:
         """Stacks placed states of all stages, whose memory it takes over."""
         arrays: Arrays = {}
         for part in self.shapes[0]:
@@ -101,7 +103,7 @@ class Layout:
                 )
                 for slot, by_group in blocks.items()
             }
-        return ShardedState(self, arrays)
+        return StageViews(self, arrays)
 
     def _concatenate(self, groups: Sequence[int], *given: jax.Array) -> jax.Array:
         """Joins the arrays of the device groups that have one; the others get zeros."""
@@ -138,21 +140,3 @@ class Layout:
             )
             for part in shapes
         }
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
-class ShardedState(Sequence):
-    """States of all stages in stacked arrays; as a sequence, stage by stage, on demand."""
-
-    layout: Layout = dataclasses.field(metadata={"static": True})
-    arrays: Arrays
-
-    def __len__(self) -> int:
-        return len(self.layout.stages)
-
-    def __getitem__(self, stage: Any) -> Any:
-        """State of a stage, without a copy: the next step donates it with all others."""
-        if isinstance(stage, slice):
-            return [self[k] for k in range(len(self))[stage]]
-        return self.layout.view(self.arrays, range(len(self))[stage])
