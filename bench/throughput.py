@@ -61,7 +61,7 @@ from rows import APART, BP, TORCH, Row
 from runner import Columns, Processes, Spread
 
 ROWS = (
-    *("bp:gpipe,K=2,M=4", "bp:1f1b,K=2,M=4", "deinforeg,K=2", "scpl,K=2"),
+    *("bp:gpipe,K=2,M=4", "bp:1f1b,K=2,M=4", "bp:zb_h1,K=2,M=4", "deinforeg,K=2", "scpl,K=2"),
     *("fdg,K=2", "ddg,K=2", "fr,K=2", "bp,D=2", "torch:compiled", "torch:ddp,D=2"),
     *("torch:gpipe,K=2,M=4", "torch:1f1b,K=2,M=4", "torch:zero_bubble,K=2,M=4"),
 )
