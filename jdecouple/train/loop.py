@@ -275,7 +275,8 @@ class Loop:
             columns = {name: np.atleast_1d(values).tolist() for name, values in metrics.items()}
             rows += [{name: columns[name][i] for name in columns} for i in range(len(steps))]
         self._pending = []
-        merged = hosts.merge_metrics(self.processes, rows)
+        summed = not self.run.trainer.schedule.sums_late
+        merged = hosts.merge_metrics(self.processes, rows, summed=summed)
         return list(zip(numbers, merged, strict=self.processes.first))
 
     def _count(self, step: int, row: Mapping[str, Any]) -> None:

@@ -220,19 +220,20 @@ class TestExchange:
             sent = arrays[0] | arrays[1]
             chex.assert_trees_all_equal(each, {name: sent[name] for name in each}, strict=True)
 
-    def test_metrics_of_all_blocks(self, three):
-        """The sum is that of the stages: in their order, in single precision."""
+    @pytest.mark.parametrize("summed", [True, False])
+    def test_metrics_of_all_blocks(self, three, summed):
+        """The sum is that of the stages: in their order, in single precision; or the last one's."""
         losses = np.array([0.1, 0.7, 1e-7], np.float32)
 
         def merge(member):
             own = {"loss": 9.0, f"block_{member.index}/loss": losses[member.index]}
             if member.index == 1:
                 own["block_1/accuracy"] = own["accuracy"] = np.float32(0.5)
-            return exchange.merge_metrics(member, [own])
+            return exchange.merge_metrics(member, [own], summed=summed)
 
         (row,), *others = together([lambda member=member: merge(member) for member in three])
         assert others == [[], []]
-        assert row["loss"] == (losses[0] + losses[1]) + losses[2]
+        assert row["loss"] == ((losses[0] + losses[1]) + losses[2] if summed else 9.0)
         assert row["accuracy"] == row["block_1/accuracy"] == 0.5
         assert [row[f"block_{i}/loss"] for i in range(3)] == losses.tolist()
 

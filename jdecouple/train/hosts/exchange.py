@@ -15,23 +15,24 @@ _BLOCK = re.compile(r"block_(\d+)/(loss|accuracy)")
 
 
 def merge_metrics(
-    processes: MultiProcess, rows: Sequence[Mapping[str, Any]]
+    processes: MultiProcess, rows: Sequence[Mapping[str, Any]], *, summed: bool
 ) -> list[Mapping[str, Any]]:
     """Metrics of steps, of all blocks, on the first process; an empty list on the others.
 
-    All call it, with those of their own blocks, on the host.
+    All call it, with those of their own blocks, on the host. `summed` says whether the blocks'
+    losses are of one batch; else the last stage has their sum.
     """
     if processes.count == 1:
         return list(rows)
     own = [{name: float(value) for name, value in row.items()} for row in rows]
     by_process = (message.value for message in processes.collect(own))
-    return [_merged(parts) for parts in zip(*by_process, strict=True)]
+    return [_merged(parts, summed) for parts in zip(*by_process, strict=True)]
 
 
-def _merged(parts: Sequence[dict[str, float]]) -> dict[str, Any]:
+def _merged(parts: Sequence[dict[str, float]], summed: bool) -> dict[str, Any]:
     row: dict[str, Any] = {name: value for part in parts for name, value in part.items()}
     blocks = sorted((int(m[1]), m[2], row[m[0]]) for m in map(_BLOCK.fullmatch, row) if m)
-    if all("loss" in part for part in parts):  # else the stages have added it up, batch by batch
+    if summed:
         # Added up as the stages do, in their order and precision.
         row["loss"] = sum((np.float32(v) for _, kind, v in blocks if kind == "loss"), np.float32(0))
     if exits := [value for _, kind, value in blocks if kind == "accuracy"]:
