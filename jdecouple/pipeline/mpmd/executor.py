@@ -6,7 +6,7 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,17 @@ Calls = dict[tuple[int, tuple[Kind, ...]], Callable]
 
 
 _BATCH = np.array([1, 0], np.int32)
+
+
+class _Message(NamedTuple):
+    """What has been sent to a queue, still packed, and the call that unpacks it."""
+
+    array: jax.Array
+    unpack: Callable
+
+
+def _opened(received: Any) -> Any:
+    return received.unpack(received.array) if isinstance(received, _Message) else received
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -159,8 +170,8 @@ class Executor:
                     new_states[stage],
                     accumulated[stage],
                     residuals.pop((stage, takes), None),
-                    carries.pop((stage, forward), None),
-                    errors.pop((stage, backward), None),
+                    _opened(carries.pop((stage, forward), None)),
+                    _opened(errors.pop((stage, backward), None)),
                     step_ids[first : first + len(kinds)],
                     norms and norms[stage],
                 )
@@ -175,6 +186,8 @@ class Executor:
                 carries[stage + 1, forward] = self._send(stage, stage + 1, out.get("carry"))
             if backward is not None and stage > 0 and not self.route.local:
                 errors[stage - 1, backward] = self._send(stage, stage - 1, out.get("cotangent"))
+        # Calls of a device wait for one another: nothing that is still on its way may come between.
+        carries, errors = ({x: _opened(y) for x, y in held.items()} for held in (carries, errors))
         left = {"carries": carries, "residuals": residuals, "errors": errors}
         return tuple(new_states), left, tuple(metrics)
 
@@ -326,7 +339,7 @@ class Executor:
         arrived = self._transfer(carry, message_shape(shapes, above.wire), source, target)
         if arrived is None or not self.schedule.overlapping:
             return arrived
-        return self._unpacked[above.index, target < source](arrived)
+        return _Message(arrived, self._unpacked[above.index, target < source])
 
     def _transfer(self, tree: Any, shapes: Any, source: int, target: int) -> Any:
         if self.fuse:
