@@ -42,6 +42,10 @@ class StageViews(Sequence):
     def __len__(self) -> int:
         return len(self.layout.stages)
 
+    def __reduce__(self) -> tuple:
+        """Copies and pickles are the states alone: a layout belongs to its trainer."""
+        return tuple, (tuple(self),)
+
     def __getitem__(self, stage: Any) -> Any:
         """State of a stage: the next step donates it with all others, but for copies."""
         if isinstance(stage, slice):

@@ -1,6 +1,8 @@
 """Small arrays of a stage's state are joined: a call has few of them, a reader sees them all."""
 
+import copy
 import functools
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ import pytest
 import jdecouple as jd
 from jdecouple.pipeline.mpmd import flat_state
 from jdecouple.pipeline.mpmd.flat_state import FlatPart
+from jdecouple.pipeline.state import spec
 
 DATA = nets.batches()
 
@@ -60,6 +63,38 @@ def test_states_that_a_caller_puts_together_are_used_up():
     assert nets.same_bits(*(nets.to_arrays(trainer(), x) for x in (state, wanted)))
     with pytest.raises(ValueError, match="used up"):
         trainer().step(given, DATA[0])
+
+
+def test_a_state_is_a_tree_as_any():
+    """Traced, as shapes, on the host, copied and pickled."""
+    state = trainer().init()
+    wanted = trainer().stages[1].initial()
+    found = jax.jit(lambda state: state.stages[1])(state)
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    shapes, abstract = jax.eval_shape(lambda x: x, state), trainer().abstract()
+    specs = [jax.tree.map(spec, trainer().to_arrays(x)) for x in (shapes, abstract)]
+    assert specs[0] == specs[1]
+    host = jax.device_get(state).stages[1]
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(host))
+    jax.tree.map(np.testing.assert_array_equal, host, wanted)
+    copies = [copy.deepcopy(state), pickle.loads(pickle.dumps(state))]
+    copies.append(jax.tree.map(lambda leaf: leaf + 0, state))
+    steps = [nets.to_arrays(trainer(), trainer().step(x, DATA[0])[0]) for x in [*copies, state]]
+    assert all(nets.same_bits(found, steps[-1]) for found in steps)
+
+
+def test_the_state_of_a_trainer_that_joins_nothing(monkeypatch):
+    """As one with larger batches; it is used up as well."""
+    given, _ = trainer().step(trainer().init(), DATA[0])
+    wanted, _ = trainer().step(trainer().step(trainer().init(), DATA[0])[0], DATA[1])
+    monkeypatch.setattr(flat_state, "STAGE_BYTES", {})
+    mesh = jd.make_mesh(2, devices=jax.devices()[:1])
+    other = nets.build("greedy_exit", model=nets.mlp(depth=2), num_stages=2, mesh=mesh)
+    state, _ = other.step(given, DATA[1])
+    found, wanted = nets.to_arrays(other, state), nets.to_arrays(trainer(), wanted)
+    assert nets.largest_error(found, wanted) < 1e-6
+    with pytest.raises(ValueError, match="used up"):
+        trainer().step(given, DATA[1])
 
 
 def test_what_is_joined():

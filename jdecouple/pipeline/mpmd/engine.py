@@ -119,8 +119,11 @@ class MpmdEngine:
         self._in_flight.clear()
 
     def _arrays(self, states: Sequence[StageState | None]) -> tuple:
-        """States as the calls take them; those that a caller has put together are used up too."""
-        if not isinstance(states, StageViews):
+        """States as the calls take them; those that lie otherwise are used up too.
+
+        A caller has put them together, or another trainer has them.
+        """
+        if not isinstance(states, StageViews) or states.layout is not self._layout:
             given, states = states, self.load(states)
             for leaf in jax.tree.leaves(given):
                 if isinstance(leaf, jax.Array):

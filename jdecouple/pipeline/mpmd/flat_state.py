@@ -1,6 +1,7 @@
 """States of stages whose small arrays are joined, so that a compiled call takes and gives few."""
 
 import dataclasses
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -189,6 +190,8 @@ class FlatLayout:
     def view(self, arrays: Any, k: int) -> StageState | None:
         """The state of one stage; arrays that were joined are copies, for which it is waited.
 
+        Of traced arrays, shapes and arrays on the host it is as they are.
+
         Raises:
             ValueError: training has used it up.
         """
@@ -196,7 +199,12 @@ class FlatLayout:
         if state is None:
             return None
         joined = {name: state[name][0] for name in parts}
-        if any(map(is_deleted, jax.tree.leaves(joined))):
+        leaves = jax.tree.leaves(joined)
+        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
+            return jax.eval_shape(functools.partial(self.tree, k), state)
+        if any(isinstance(leaf, jax.core.Tracer | np.ndarray) for leaf in leaves):
+            return self.tree(k, state)
+        if any(map(is_deleted, leaves)):
             raise ValueError(USED_UP)
         cut = {name: parts[name].cut(x) for name, x in jax.device_get(joined).items()}
         # Copies, because the next step writes over the state; on the host, where none compiles.
