@@ -123,7 +123,7 @@ class MpmdEngine:
 
         A caller has put them together, or another trainer has them.
         """
-        if not isinstance(states, StageViews) or states.layout != self._layout:
+        if not isinstance(states, StageViews) or states.layout is not self._layout:
             given, states = states, self.load(states)
             for leaf in jax.tree.leaves(given):
                 if isinstance(leaf, jax.Array):
