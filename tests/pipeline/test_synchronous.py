@@ -69,9 +69,9 @@ def test_every_schedule_trains_as_one_stage_on_the_whole_batch(sizes, schedule, 
 
 @functools.cache
 def with_batch_norm(stages: int, schedule: str) -> dict[str, np.ndarray]:
-    """Arrays after three steps of four microbatches."""
+    """Arrays after three steps of two microbatches."""
     model = nets.user_model(param_dtype=jnp.float64)
-    trainer = build(stages, 4, schedule=schedule, model=model)
+    trainer = build(stages, 2, schedule=schedule, model=model)
     state, _ = nets.trained(trainer, DATA, 3)
     return nets.to_arrays(trainer, state)
 
