@@ -11,50 +11,27 @@ returns, and until its batch is trained on.
 
 import sys
 import time
-from typing import Any
 from unittest import mock
 
 import jax
+import rows
 import runner
+from rows import APART, TOGETHER
 from runner import Spread
 from worker import Run
 
 from jdecouple.pipeline.mpmd import flat_state
 
-BATCH, STAGES = 8, 2
-PLACES: dict[str, dict[str, Any]] = {
-    "devices": {"groups": 2, "fuse": None},
-    "apart": {"groups": 1, "fuse": False},
-    "fused": {"groups": 1, "fuse": True},
-}
+NET = {"model": "arrays", "depth": 2, "batch": 8, "head": 0}
+PLACES = {"devices": "", "apart": f",{APART}", "fused": f",{TOGETHER}"}
 
 
 def build(arrays: int, method: str, place: str, joins: bool) -> Run:
     """A run of stages with so many arrays of state, which are joined or not."""
-    options = {
-        "model": "arrays",
-        "hidden": arrays,
-        "depth": STAGES,
-        "batch": BATCH,
-        "head": 0,
-        "method": method,
-        "stages": STAGES,
-        "data": 1,
-        "chunk": 1,
-        "microbatches": 1,
-        "schedule": "auto",
-        "engine": "mpmd",
-        **PLACES[place],
-    }
+    row = rows.parse(f"{method},K=2{PLACES[place]}")
     limits = flat_state.STAGE_BYTES if joins else {}
     with mock.patch.object(flat_state, "STAGE_BYTES", limits):
-        return Run(options)
-
-
-def segment(run: Run, calls: int) -> dict[str, float]:
-    """Median microseconds of a stage, "dispatched" and "done", after some calls to warm up."""
-    found = run.dispatch(calls)
-    return {name: found[name] for name in ("dispatched", "done")}
+        return Run(NET | {"hidden": arrays} | row.options())
 
 
 def main() -> int:
@@ -65,8 +42,12 @@ def main() -> int:
     parser.add_argument("--calls", type=runner.count, default=200, help="of a segment")
     parser.add_argument("--repeats", type=runner.count, default=7, help="segments of each")
     options = vars(parser.parse_args())
-    if "devices" in options["places"] and len(jax.devices()) < STAGES:
-        parser.error(f"--places devices needs {STAGES} devices, JAX has {len(jax.devices())}")
+    if "devices" in options["places"] and len(jax.devices()) < 2:
+        parser.error(f"--places devices needs 2 devices, JAX has {len(jax.devices())}")
+    try:
+        rows.parse(f"{options['method']},K=2")
+    except ValueError as error:
+        parser.error(str(error))
     lines, results = [], []
     start = time.perf_counter()
     for place in options["places"]:
@@ -75,26 +56,20 @@ def main() -> int:
             segments: dict[bool, list[dict[str, float]]] = {False: [], True: []}
             for _ in range(options["repeats"]):
                 for joins, run in runs.items():
-                    segments[joins].append(segment(run, options["calls"]))
-            spreads = {
-                (joins, name): Spread.of(one[name] for one in segments[joins])
+                    segments[joins].append(run.dispatch(options["calls"]))
+            spreads = [
+                Spread.of(segment[name] for segment in segments[joins])
                 for joins in runs
                 for name in ("dispatched", "done")
-            }
+            ]
             results.append({"place": place, "arrays": arrays, "segments": list(segments.values())})
-            lines.append([place, arrays, *(spread.show(0) for spread in spreads.values())])
+            lines.append([place, arrays, *(spread.show(0) for spread in spreads)])
             print(*lines[-1], sep=" | ", file=sys.stderr)
     header = ["place", "arrays of a stage", "single: dispatched", "done", "joined: dispatched"]
     text = runner.table([*header, "done"], lines)
-    seconds = time.perf_counter() - start
-    runner.publish(
-        runner.describe(),
-        text,
-        options.pop("output"),
-        options=options,
-        results=results,
-        seconds=seconds,
-    )
+    values = {"results": results, "seconds": time.perf_counter() - start}
+    output = options.pop("output")
+    runner.publish(runner.describe(), text, output, options=options, **values)
     return 0
 
 

@@ -168,9 +168,9 @@ class Trainer:
 
         Returns:
             "block_{i}/params/...", "block_{i}/stats/...", "block_{i}/opt/...", with `ema` also
-            "block_{i}/ema/...", in float16 "block_{i}/loss_scale/...", of delayed methods and where
-            `wire` rounds errors "stage_{k}/...", to array, for the stages of this process; what a
-            checkpoint holds.
+            "block_{i}/ema/...", in float16 "block_{i}/loss_scale/...", by a delayed schedule and
+            where `wire` rounds errors "stage_{k}/...", to array, for the stages of this process;
+            what a checkpoint holds.
         """
         self._states.check(state, abstract=True)
         return states.to_arrays(self.stages, state)
@@ -327,7 +327,7 @@ class Trainer:
         return self._states.make(state.step + placed.count, stages, state.since), metrics
 
     def finish(self, state: State) -> State:
-        """Applies what a delayed method still has queued; the state stays at the same step.
+        """Applies what a delayed schedule still has queued; the state stays at the same step.
 
         The stages go on without new batches until every batch has trained every stage. A step
         after it fills the queues again from empty. Gradients that `accumulate` has not yet

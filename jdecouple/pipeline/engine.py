@@ -10,7 +10,7 @@ from jdecouple._errors import choices, require_int, require_one_of
 from jdecouple.methods import Method
 from jdecouple.methods.routes import Carry, Metrics, Route, Stage
 from jdecouple.pipeline.batch import PlacedBatch
-from jdecouple.pipeline.mesh import StageDevices, StageMesh, assign_devices
+from jdecouple.pipeline.mesh import StageDevices, StageMesh, assign_devices, device_groups
 from jdecouple.pipeline.mpmd.engine import MpmdEngine
 from jdecouple.pipeline.mpmd.executor import Executor
 from jdecouple.pipeline.mpmd.stage_fns import calls_of
@@ -159,19 +159,6 @@ def design_engine(
     calls = calls_of(table, stages[0].needs_norm)
     fuse = together if fuse is None else fuse
     return EngineDesign("mpmd", table, calls, groups, fuse, limit, None)
-
-
-def device_groups(table: Schedule, mesh: StageMesh) -> tuple[tuple[Any, ...], ...]:
-    """Devices of every stage of a schedule, on a mesh of any size.
-
-    Interleaved stages of a local method go round the mesh, whatever their number: what waits in
-    their queues does not depend on it.
-    """
-    if table.sums_late:
-        size = len(mesh.device_groups)
-        return tuple(mesh.device_groups[k % size] for k in range(table.num_stages))
-    own = assign_devices(mesh.device_groups, table.num_device_groups)
-    return tuple(own[table.device_group(k)] for k in range(table.num_stages))
 
 
 def make_engine(design: EngineDesign, stages: tuple[Stage, ...], route: Route) -> Engine:

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jdecouple._errors import require_int
+from jdecouple.schedules import Schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +119,26 @@ def assign_devices(device_groups: Sequence[tuple], num_stages: int) -> tuple[tup
     """Gives `num_stages` stages their device groups, in order, as evenly as possible."""
     count = len(device_groups)
     return tuple(device_groups[stage * count // num_stages] for stage in range(num_stages))
+
+
+def device_groups(table: Schedule, mesh: StageMesh) -> tuple[tuple[Any, ...], ...]:
+    """Devices of every stage of a schedule, on a mesh of any size.
+
+    Interleaved stages of a local method go round the mesh, whatever their number: what waits in
+    their queues does not depend on it.
+    """
+    if table.sums_late:
+        size = len(mesh.device_groups)
+        return tuple(mesh.device_groups[k % size] for k in range(table.num_stages))
+    own = assign_devices(mesh.device_groups, table.num_device_groups)
+    return tuple(own[table.device_group(k)] for k in range(table.num_stages))
+
+
+def placed(table: Schedule, mesh: StageMesh) -> Schedule:
+    """The schedule with the device groups that its stages have on a mesh."""
+    groups = device_groups(table, mesh)
+    numbers = {devices: number for number, devices in enumerate(dict.fromkeys(groups))}
+    return dataclasses.replace(table, placement=tuple(numbers[devices] for devices in groups))
 
 
 def as_stage_mesh(mesh: Any) -> StageMesh:

@@ -3,11 +3,13 @@
 import dataclasses
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from numbers import Integral
 from typing import Any
 
 from jdecouple import schedules
+from jdecouple.pipeline.mesh import StageMesh, device_groups, placed
 from jdecouple.schedules import Costs
 
 
@@ -84,9 +86,9 @@ class Proposal:
 
     Attributes:
         boundaries: index of the first block of every stage.
-        replicas: devices of every stage.
+        replicas: devices of every group of the mesh, one for each stage.
         time: simulated time of a batch, in that of one device alone.
-        idle: share of the time in which each stage waits.
+        idle: share of the time in which the devices of each stage wait.
     """
 
     boundaries: tuple[int, ...]
@@ -144,18 +146,24 @@ def autoplace(
     for replicas in _shares(num_stages, num_devices):
         if batch_size is not None and batch_size % (microbatches * math.lcm(*replicas)):
             continue
-        starts = balance(costs, len(replicas), replicas)
+        table = schedules.build(schedule, len(replicas), microbatches)
+        mesh = StageMesh(tuple((number,) * count for number, count in enumerate(replicas)))
+        groups = device_groups(table, mesh)
+        counts = list(map(len, groups))
+        starts = balance(costs, len(counts), counts)
+        parts = itertools.pairwise((*starts, len(costs)))
         work = [
             sum(costs[a:b]) / count / microbatches
-            for (a, b), count in zip(
-                itertools.pairwise((*starts, len(costs))), replicas, strict=True
-            )
+            for (a, b), count in zip(parts, counts, strict=True)
         ]
-        table = schedules.build(schedule, len(replicas), microbatches)
         third = [cost / 3 for cost in work]  # a forward, and each of a backward's two gradients
         call_costs = Costs(forward=third, backward=third, weight=third)
-        time = schedules.simulate(table, call_costs, batches=_BATCHES).seconds_per_batch
-        idle = tuple(max(0.0, 1 - microbatches * cost / time) for cost in work)
+        played = schedules.simulate(placed(table, mesh), call_costs, batches=_BATCHES)
+        time = played.seconds_per_batch
+        busy: dict[tuple, float] = defaultdict(float)
+        for group, cost in zip(groups, work, strict=True):
+            busy[group] += microbatches * cost
+        idle = tuple(max(0.0, 1 - busy[group] / time) for group in groups)
         proposals.append(Proposal(starts, replicas, time / sum(costs), idle))
     if not proposals:
         raise ValueError(

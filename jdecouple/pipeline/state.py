@@ -32,7 +32,7 @@ class State:
     Attributes:
         step: batches dispatched so far.
         stages: state of every stage ("params", "stats", "opt", with averages "ema", in float16
-            "loss_scale", with a delayed method "queues", with a `wire` "feedback"); None for the
+            "loss_scale", by a delayed schedule "queues", with a `wire` "feedback"); None for the
             stages of other processes. Small arrays are joined, with engine "spmd" all are stacked:
             they are cut when a stage is asked for.
         since: number of the first batch after the stages were last empty, as their states hold it.

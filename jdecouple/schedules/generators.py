@@ -196,8 +196,8 @@ def delayed_split(num_stages: int, num_microbatches: int) -> Iterator[Action]:
 def delayed_locked_split(num_stages: int, num_microbatches: int) -> Iterator[Action]:
     """As delayed_locked, but an error leaves before the weight gradient.
 
-    K iterations take K (f + b) + w + 2 (K - 1) L, where that is more than the stages' work, instead
-    of K w more. K = 3::
+    K iterations take K (f + b) + w + 2 (K - 1) L, where that is more than the stages' work: by
+    (K - 1) w less than those of delayed_locked. K = 3::
 
         stage 0 | F0  B-2 W-2 S-2 .   .
         stage 1 | .   F0  B-1 W-1 S-1 .

@@ -182,7 +182,9 @@ def placement(
 def check_buckets(trainer: Trainer) -> None:
     """Raises ConfigError for a run that needs all its batches to have one shape."""
     if trainer.schedule.overlapping:
-        reason = f"batches of one length must wait in the queues of method {trainer.method.name}"
+        late = trainer.schedule.sums_late
+        whose = "schedule interleaved" if late else f"method {trainer.method.name}"
+        reason = f"batches of one length must wait in the queues of {whose}"
     elif any("feedback" in values for values in trainer.abstract().stages):
         reason = "errors of one length must follow one another where config.wire rounds them"
     elif jax.process_count() > 1:

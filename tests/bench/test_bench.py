@@ -421,3 +421,20 @@ def test_split(tmp_path):
     (row,) = json.loads(output.read_text())["results"]
     assert 0 < row["for_weight"] < row["for_backward"]
     assert row["ratio"]["median"] > 0
+
+
+@pytest.mark.slow
+def test_dispatch_of_joined_arrays(tmp_path):
+    output = tmp_path / "dispatch.json"
+    tiny = ["--arrays=8", "--calls=3", "--repeats=2", f"--output={output}"]
+    done = bench("dispatch.py", *tiny, JAX_PLATFORMS="cpu", JAX_NUM_CPU_DEVICES="2")
+    assert done.returncode == 0, done.stderr
+    results = json.loads(output.read_text())["results"]
+    assert [row["place"] for row in results] == ["devices", "apart", "fused"]
+    for row in results:
+        for segment in itertools.chain(*row["segments"]):
+            assert segment["arrays"] == 8
+            assert 0 < segment["dispatched"] <= segment["done"]
+    refused = bench("dispatch.py", "--places=apart", "--method=bp:local")
+    assert refused.returncode == 2
+    assert "method bp runs on sequential" in refused.stderr

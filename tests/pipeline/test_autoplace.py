@@ -52,6 +52,19 @@ def test_the_bubble_counts():
     assert times == pytest.approx([(4 + 1) / 8, (4 + 1 / 3) / 8])
 
 
+def test_stages_share_devices_as_the_schedule_says():
+    """On as many groups as stages: each has its own, two of four do all, and share their work."""
+    assert autoplace([1] * 4, 4, 4, schedule="interleaved").time == pytest.approx(1 / 4)
+    found = autoplace([1] * 4, 4, 4, schedule="zbv", microbatches=4)
+    assert found.time == pytest.approx(1 / 2)
+    assert found.idle == pytest.approx((0, 0, 0, 0))
+    found = autoplace([1] * 4, 4, 6, schedule="zbv", microbatches=4)
+    assert found.replicas == (2, 1, 2, 1)
+    assert found.time == pytest.approx(1 / 4)
+    with pytest.raises(ValueError, match="schedule zbv takes an even number"):
+        autoplace([1] * 3, 3, 3, schedule="zbv")
+
+
 def test_a_microbatch_divides_among_the_replicas():
     assert autoplace([3, 1], 2, 4, batch_size=16).replicas != (3, 1)
     assert autoplace([3, 1], 2, 4, batch_size=12).replicas == (3, 1)

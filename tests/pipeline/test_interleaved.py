@@ -55,7 +55,7 @@ def rest(own: jd.Trainer, state: Any) -> tuple[Any, list[dict[str, float]]]:
 
 @pytest.mark.parametrize(
     ("name", "devices"),
-    [("dgl", 2), ("al", 1), pytest.param("al", 2, marks=pytest.mark.slow)],
+    [("dgl", 2), *(pytest.param("al", k, marks=pytest.mark.slow) for k in (1, 2))],
 )
 def test_drained_it_has_trained_as_local(name, devices):
     """With a checkpoint in the middle, from which one device goes on."""

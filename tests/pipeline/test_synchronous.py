@@ -24,7 +24,8 @@ CLIP = 0.65  # some of the gradients are longer, some shorter
 SCHEDULES = Synchronous.schedules
 DATA = nets.batches(dtype=np.float64)
 SIZES = [*itertools.product((1, 2, 4), (1, 2, 4, 8))]
-FAST = [((2, 2), schedule, None) for schedule in (*SCHEDULES[:4], "zbv")]
+# On two stages interleaved_1f1b is 1f1b, and zbv has one device.
+FAST = [((2, 2), schedule, None) for schedule in ("sequential", "gpipe", "1f1b", "zbv")]
 FAST += [((2, 2), "zb_h1", CLIP)]
 FAST += [((4, 8), schedule, CLIP) for schedule in ("1f1b", "interleaved_1f1b")]
 
@@ -68,9 +69,9 @@ def test_every_schedule_trains_as_one_stage_on_the_whole_batch(sizes, schedule, 
 
 @functools.cache
 def with_batch_norm(stages: int, schedule: str) -> dict[str, np.ndarray]:
-    """Arrays after three steps of four microbatches."""
+    """Arrays after three steps of two microbatches."""
     model = nets.user_model(param_dtype=jnp.float64)
-    trainer = build(stages, 4, schedule=schedule, model=model)
+    trainer = build(stages, 2, schedule=schedule, model=model)
     state, _ = nets.trained(trainer, DATA, 3)
     return nets.to_arrays(trainer, state)
 

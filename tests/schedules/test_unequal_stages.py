@@ -10,7 +10,7 @@ import pytest
 from jdecouple.pipeline.partition import balance
 from jdecouple.schedules import Costs, build, simulate
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "pipelines.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "schedules.md"
 COSTS = ([1, 1], [1, 2], [2, 1], [1, 1, 1, 3], [3, 1, 1, 1], [1, 3, 1, 1], [1, 4, 2, 1, 3, 1])
 MICROBATCHES = 8
 

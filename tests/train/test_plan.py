@@ -11,7 +11,7 @@ import runs
 from text_sets import csv_set
 
 from jdecouple import schedules
-from jdecouple.pipeline import StageMesh
+from jdecouple.pipeline.mesh import StageMesh, placed
 from jdecouple.schedules import Costs
 from jdecouple.train import cli, commands, memory, presets, programs, quantities
 from jdecouple.train.config import ConfigError
@@ -246,7 +246,7 @@ class TestTimes:
         costs = Costs([1.0] * 4, [2.0] * 4)
         for groups, bubble in (((0, 0, 0, 0), 0.0), ((0, 0, 1, 1), 0.5), ((0, 1, 2, 3), 0.75)):
             mesh = StageMesh(tuple((group,) for group in groups))
-            found = times.timing(times.placed(table, mesh), costs, 8)
+            found = times.timing(placed(table, mesh), costs, 8)
             assert (found.seconds, found.bubble) == (12.0, bubble)
 
     def test_from_measured_calls(self, monkeypatch):

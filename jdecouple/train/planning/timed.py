@@ -14,6 +14,7 @@ from jdecouple import schedules
 from jdecouple._errors import first_line
 from jdecouple.pipeline import Proposal, autoplace, make_mesh
 from jdecouple.pipeline.design import Design
+from jdecouple.pipeline.mesh import placed
 from jdecouple.schedules import Costs, Schedule
 from jdecouple.train.errors import ConfigError
 from jdecouple.train.planning import fit, times
@@ -112,7 +113,7 @@ class Clock:
 
     def _estimate(self, design: Design, mesh: Any) -> Timing:
         costs = _costs(self.designer, design, self.works, self.rate)
-        table = times.placed(design.schedule, mesh)
+        table = placed(design.schedule, mesh)
         return times.timing(table, costs, design.engine.max_in_flight)
 
     def _proposals(self) -> Iterator[Proposal]:

@@ -1,6 +1,5 @@
 """How long a batch takes on every schedule of a method: simulated from what its calls take."""
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,8 +9,7 @@ from jdecouple import schedules
 from jdecouple.pipeline.build import flops
 from jdecouple.pipeline.design import Design
 from jdecouple.pipeline.diagnostics import message_sizes
-from jdecouple.pipeline.engine import device_groups
-from jdecouple.pipeline.mesh import StageMesh
+from jdecouple.pipeline.mesh import StageMesh, placed
 from jdecouple.schedules import Costs, Kind, Schedule, simulate
 
 _LEAST_BATCHES = 8  # that are simulated
@@ -96,15 +94,6 @@ class Timing(NamedTuple):
     seconds: float
     bubble: float
     groups: int
-
-
-def placed(table: Schedule, mesh: StageMesh) -> Schedule:
-    """The schedule with its stages on the devices of a mesh, where some must share them."""
-    groups = device_groups(table, mesh)
-    numbers = {devices: number for number, devices in enumerate(dict.fromkeys(groups))}
-    if len(numbers) == table.num_device_groups:
-        return table
-    return dataclasses.replace(table, placement=tuple(numbers[devices] for devices in groups))
 
 
 def tables(design: Design, mesh: StageMesh) -> dict[str, Schedule]:
