@@ -215,8 +215,10 @@ class FlatLayout:
             return self.tree(k, state)
         if any(map(is_deleted, leaves)):
             raise ValueError(USED_UP)
-        cut = {name: parts[name].cut(x) for name, x in jax.device_get(joined).items()}
-        # Copies, because the next step writes over the state; on the host, where none compiles.
+        # Copies, because the next step writes over the state, and JAX cannot donate what NumPy looks
+        # at; cut on the host, where nothing compiles.
+        joined = jax.device_get(jax.device_put(joined, may_alias=False))
+        cut = {name: parts[name].cut(x) for name, x in joined.items()}
         cut = place(self.stages[k], self.placements[k], jax.tree.map(np.array, cut))
         return {
             name: parts[name].tree(cut[name], value[1]) if name in parts else value
