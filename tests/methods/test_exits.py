@@ -45,7 +45,7 @@ def trained(name: str = "early_exit", stages: int = 1, weights: Any = None, **op
     [
         pytest.param(4, "sequential", marks=pytest.mark.slow),
         pytest.param(4, "gpipe", marks=pytest.mark.slow),
-        (4, "1f1b"),
+        pytest.param(4, "1f1b", marks=pytest.mark.slow),
         (2, "interleaved_1f1b"),
     ],
 )

@@ -17,7 +17,7 @@ from jdecouple.methods.objectives import InformationRegularization
 pytestmark = pytest.mark.usefixtures("optimized")
 
 TOLERANCE = 1e-10
-STAGES = pytest.mark.parametrize("stages", [1, 2])
+STAGES = pytest.mark.parametrize("stages", [pytest.param(1, marks=pytest.mark.slow), 2])
 
 
 def error(found: Any, wanted: np.ndarray) -> float:

@@ -90,7 +90,7 @@ def test_local_methods_are_those_of_single_steps(name, devices):
     ("stages", "devices", "replicas", "options"),
     [
         pytest.param(4, 1, 1, {"fuse": False}, marks=pytest.mark.slow),
-        (4, 2, 1, {}),
+        pytest.param(4, 2, 1, {}, marks=pytest.mark.slow),
         pytest.param(4, 4, 1, {}, marks=pytest.mark.slow),
         (2, 4, 2, {}),
     ],
