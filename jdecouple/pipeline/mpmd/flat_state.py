@@ -215,8 +215,8 @@ class FlatLayout:
             return self.tree(k, state)
         if any(map(is_deleted, leaves)):
             raise ValueError(USED_UP)
-        # Copies, because the next step writes over the state, and JAX cannot donate what NumPy looks
-        # at; cut on the host, where nothing compiles.
+        # Copies, because the next step writes over the state, and JAX does not donate what NumPy
+        # looks at; cut on the host, where nothing compiles.
         own = jax.tree.map(lambda leaf: leaf.addressable_data(0), joined)
         joined = jax.device_get(jax.device_put(own, may_alias=False))
         cut = {name: parts[name].cut(x) for name, x in joined.items()}
