@@ -217,7 +217,9 @@ class FlatLayout:
             raise ValueError(USED_UP)
         # Copies, because the next step writes over the state, and JAX does not donate what NumPy
         # looks at; cut on the host, where nothing compiles.
-        own = jax.tree.map(lambda leaf: leaf.addressable_data(0), joined)
+        own = jax.tree.map(
+            lambda leaf: leaf if leaf.is_fully_addressable else leaf.addressable_data(0), joined
+        )
         joined = jax.device_get(jax.device_put(own, may_alias=False))
         cut = {name: parts[name].cut(x) for name, x in joined.items()}
         cut = place(self.stages[k], self.placements[k], jax.tree.map(np.array, cut))
