@@ -30,6 +30,7 @@ from runner import Columns, Spread
 
 import jdecouple as jd
 from jdecouple.methods.routes.splitting import defer
+from jdecouple.pipeline.memory import num_bytes
 from jdecouple.schedules import Kind
 
 MIB = 2**20
@@ -74,10 +75,7 @@ def waiting(trainer: jd.Trainer) -> dict[str, int]:
     backward = functools.partial(defer, functools.partial(route.backward, stage))
     _, later = jax.eval_shape(backward, state, residuals, sent["x"], step_id)
     leaves = {"for_backward": residuals, "for_weight": later}
-    return {
-        name: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-        for name, tree in leaves.items()
-    }
+    return {name: num_bytes(tree) for name, tree in leaves.items()}
 
 
 def measure(net: str, remat: str, options: Namespace) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def grow(
     """
     require_type(Trainer, trainer=trainer)
     require_type(Sequence, blocks=blocks)
-    if trainer.schedule.overlapping:
+    if trainer.schedule.sums_late:
         raise ValueError(
             f"to grow needs schedule 'local': given {trainer.schedule.name!r}, whose queues would "
             "not fit"

@@ -150,8 +150,7 @@ def make_design(
     starts = build.split_blocks(whole, built, method.route, num_stages, boundaries)
     common: dict[str, Any] = {"seed": seed, "num_microbatches": microbatches}
     common |= {"transform": transform, "accumulate": accumulate, "ema": ema}
-    common["wire"] = wire
-    common["gradient_norms"] = gradient_norms
+    common |= {"wire": wire, "gradient_norms": gradient_norms}
     stages = build.build_stages(
         built, method, starts, received, optimizer, remat, clip_norm, **common
     )

@@ -18,14 +18,12 @@ from jdecouple.pipeline.stage_views import USED_UP, StageViews, is_deleted
 from jdecouple.pipeline.state import place
 
 JOINED_BYTES = 2**14
-"""Bytes of the largest array that is joined with others: more cost a copy of more than they save.
-"""
+"""Bytes of the largest array that is joined with others: chosen, not measured."""
 STAGE_BYTES = {"cpu": 2**18}
 """Bytes of the largest stage whose arrays are joined, state and carry, by platform.
 
-What a call gains is a microsecond an array, which larger stages do not notice. Joined arrays need
-not be ready together, but XLA then keeps more of what they are computed from. On other platforms
-nothing has been measured, and nothing is joined.
+Chosen so that the tests' VGG, whose step by `bp` needs more memory with joined arrays, is not
+joined. On other platforms nothing has been measured, and nothing is joined.
 """
 
 Flat = tuple[dict[str, Any], tuple[Any, ...]]
@@ -126,15 +124,6 @@ class FlatLayout:
     placements: tuple[StageDevices, ...]
     last_first: bool
     engine: ClassVar[str] = "mpmd"
-
-    def __eq__(self, other: object) -> bool:
-        """Whether states lie alike: such states are trees of one structure."""
-        if not isinstance(other, FlatLayout) or self is other:
-            return self is other
-        return (self.placements, self.parts) == (other.placements, other.parts)
-
-    def __hash__(self) -> int:
-        return hash(self.placements)
 
     @cached_property
     def parts(self) -> tuple[dict[str, FlatPart], ...]:
