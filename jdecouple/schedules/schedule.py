@@ -19,6 +19,8 @@ class Kind(enum.Enum):
     WEIGHT = "W"
     STEP = "S"
 
+    __hash__ = object.__hash__  # that of enums is written in Python, and every dispatch asks for it
+
 
 class Action(NamedTuple):
     """One entry of a schedule.

@@ -46,6 +46,9 @@ class MpmdEngine:
             for k in range(len(executor.stages))
         ]
         self._has_norms = executor.stages[0].gradient_norms and one_process
+        self._crossings = [
+            k for k, pair in enumerate(itertools.pairwise(self.placements)) if crosses(*pair)
+        ]
         self._in_flight: collections.deque[list[jax.Array]] = collections.deque()
 
     def load(self, states: Iterable[StageState | None]) -> StageViews:
@@ -146,17 +149,16 @@ class MpmdEngine:
         A local stage gets nothing back from the stages above it. Without these it would run ahead
         of a slower process without bound.
         """
-        if not self._executor.route.local:
+        if not self._crossings or not self._executor.route.local:
             return []
         placements = self.placements
         if count > 1:
             placements = tuple(placement.stacked for placement in placements)
         shape = jax.ShapeDtypeStruct((count,) if count > 1 else (), np.float32)
         received = []
-        for k, (below, above) in enumerate(itertools.pairwise(placements)):
-            if crosses(below, above):
-                metrics = stage_metrics[k + 1]
-                received.append(transfer(metrics and metrics["loss"], shape, above, below))
+        for k in self._crossings:
+            metrics, (below, above) = stage_metrics[k + 1], placements[k : k + 2]
+            received.append(transfer(metrics and metrics["loss"], shape, above, below))
         return [loss for loss in received if loss is not None]
 
 

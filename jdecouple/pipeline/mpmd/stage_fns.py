@@ -194,6 +194,7 @@ class Microbatches(NamedTuple):
     leaves: Any
 
 
+@functools.cache
 def microbatches_of(kinds: tuple[Kind, ...], microbatches: tuple[int, ...]) -> Microbatches:
     """Microbatches of a call's actions."""
     at = dict(zip(kinds, microbatches, strict=True))
