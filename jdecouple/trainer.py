@@ -269,13 +269,7 @@ class Trainer:
 
         More than one need schedule "local" or fused stages: others need one another in every batch.
         """
-        require_int(1, chunk=count)
-        if count > 1 and not self._engine.multi_step:
-            raise ValueError(
-                f"a chunk of {count} batches needs a local method by schedule local, or all stages "
-                f"fused on the same devices: {self.method.name} has {len(self.stages)} stages "
-                "apart, which need one another in every batch"
-            )
+        self.design.check_steps(count)
 
     def step(self, state: State, batch: Batch | PlacedBatch) -> tuple[State, Metrics]:
         """Trains on one global batch; returns as soon as all calls are dispatched.

@@ -72,6 +72,18 @@ class Design:
         """Shapes of what every block gives for one microbatch."""
         return list(self.built.outputs)
 
+    def check_steps(self, count: int) -> None:
+        """Raises ValueError unless so many batches can be one dispatch."""
+        require_int(1, chunk=count)
+        alone = self.method.route.local and not self.schedule.sums_late
+        in_one_call = self.engine.fuse or self.engine.name == "spmd" or len(self.stages) == 1
+        if count > 1 and not (alone or in_one_call):
+            raise ValueError(
+                f"a chunk of {count} batches needs a local method by schedule local, or all stages "
+                f"fused on the same devices: {self.method.name} has {len(self.stages)} stages "
+                "apart, which need one another in every batch"
+            )
+
 
 def make_design(
     model: Model | Callable[[nnx.Rngs], Model] | build.BuiltModel,

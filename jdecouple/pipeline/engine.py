@@ -35,7 +35,6 @@ class Engine(Protocol):
         calls: the calls of a batch in the order of dispatch.
         fuse: whether all stages are one call.
         max_in_flight: batches, or lists of them, that may be dispatched and unfinished.
-        multi_step: whether `run` takes several batches.
     """
 
     name: str
@@ -44,7 +43,6 @@ class Engine(Protocol):
     calls: tuple[Call, ...]
     fuse: bool
     max_in_flight: int
-    multi_step: bool
 
     def load(self, states: Iterable[Any]) -> Sequence[Any]:
         """Puts the states of all stages, one after another, on their devices."""

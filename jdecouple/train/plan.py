@@ -124,8 +124,7 @@ def plan(
     config = designer.config
     with one_line(config):
         design = designer.given()
-        run.check_pool(config, design)
-        run.check_parts(config, design)
+        run.check_design(config, design)
         held = fit.held(design)
         fit.check(designer, design, held)
         clock = Clock.of(designer, design, measure)

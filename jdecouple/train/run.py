@@ -97,9 +97,7 @@ def build(config: ConfigDict | Mapping) -> Run:
         last = phase(-1, placed)
         trainer = last.trainer
         memory.check_stages(trainer)
-        trainer.check_steps(config.chunk)
-        check_pool(config, trainer)
-        check_parts(config, trainer)
+        check_design(config, trainer.design)
         diagnose = SufficientDirection(trainer) if config.sufficient_direction else None
         placements = [phases.fewer(placed, trainer, len(p.blocks)) for p, _ in parts[:-1]]
         all_phases = (*map(phase, range(len(placements)), placements), last)
@@ -120,9 +118,16 @@ def build(config: ConfigDict | Mapping) -> Run:
     )
 
 
-def check_parts(config: ConfigDict, trainer: Trainer | Design) -> None:
+def check_design(config: ConfigDict, design: Design) -> None:
+    """Raises ValueError, in one line, for values that do not fit the stages that they led to."""
+    design.check_steps(config.chunk)
+    _check_pool(config, design)
+    _check_parts(config, design)
+
+
+def _check_parts(config: ConfigDict, design: Design) -> None:
     """Raises ConfigError for a part of the texts that no block reads."""
-    read = {name for stage in trainer.stages for unit in stage.units for name in unit.inputs}
+    read = {name for stage in design.stages for unit in stage.units for name in unit.inputs}
     parts = [f"x_{number}" for number in range(1, len(config.data.parts or ()))]
     if unread := [name for name in parts if name not in read]:
         raise ConfigError(
@@ -131,12 +136,12 @@ def check_parts(config: ConfigDict, trainer: Trainer | Design) -> None:
         )
 
 
-def check_pool(config: ConfigDict, trainer: Trainer | Design) -> None:
+def _check_pool(config: ConfigDict, design: Design) -> None:
     """Raises ConfigError for bins of heads that no feature map of the model has pixels for."""
     bins = config.method.get("head_pool")
     if not bins or bins == methods.arguments(config.method.name).get("head_pool"):
         return
-    maps = [leaf for leaf in trainer.block_outputs() if is_map(leaf)]
+    maps = [leaf for leaf in design.block_outputs() if is_map(leaf)]
     if bins > (most := max((max(leaf.shape[1:3]) for leaf in maps), default=0)):
         reason = f"the largest feature map is {most} pixels wide" if maps else "there are no maps"
         raise ConfigError(

@@ -191,6 +191,21 @@ class TestRefused:
         assert (out, code, error.count("\n")) == ("", 2, 1)
         assert said in error
 
+    @pytest.mark.parametrize(
+        ("method", "values", "said"),
+        [
+            ("bp", {"chunk": 2}, "a chunk of 2 batches needs a local method"),
+            (
+                "fdg",
+                {"schedule": "delayed_split", "microbatches": 2},
+                "schedule delayed_split takes 1",
+            ),
+        ],
+    )
+    def test_what_training_refuses(self, method, values, said):
+        with pytest.raises(ConfigError, match=said):
+            planned(method=method, mesh__stages=2, **values)
+
     def test_a_speed_that_is_given_and_measured(self, command):
         _, error, code = command("--config", runs.TINY, "--measure", "--flops=1TFLOPS")
         assert (error[:35], code) == ("error: --flops and --measure both s", 2)

@@ -33,8 +33,6 @@ class MpmdEngine:
         self.fuse = executor.fuse
         self.max_in_flight = max_in_flight
         self._sums_late = executor.schedule.sums_late
-        waits = self._sums_late or not executor.route.local
-        self.multi_step = executor.fuse or not waits or len(executor.stages) == 1
         self._executor, self._layout = executor, executor.layout
         self._several = MultiStep(executor)
         self._stacked = jit(_stacked, self.placements[0])

@@ -23,7 +23,6 @@ class SpmdEngine:
     """Trains on one batch or several in a call; see `Engine`. Two calls may always be in flight."""
 
     name = "spmd"
-    multi_step = True
 
     def __init__(
         self, layout: Layout, route: Route, schedule: Schedule, fuse: bool, max_in_flight: int

@@ -105,7 +105,7 @@ class Designer:
     def alone(self) -> Design:
         """The design of a single stage, whose units all placements have."""
         mesh = make_mesh(devices=self.devices.devices)
-        changes: dict[str, Any] = {"num_stages": 1, "mesh": mesh, "schedule": "auto"}
+        changes: dict[str, Any] = {"num_stages": 1, "mesh": mesh}
         return self._design(self.model, None, changes | {"engine": "mpmd"})
 
     @cached_property
