@@ -192,8 +192,6 @@ def check_buckets(trainer: Trainer) -> None:
         reason = f"batches of one length must wait in the queues of {whose}"
     elif any("feedback" in values for values in trainer.abstract().stages):
         reason = "errors of one length must follow one another where config.wire rounds them"
-    elif jax.process_count() > 1:
-        reason = "several processes need batches of one length"
     else:
         return
     raise ConfigError(f"config.data.buckets is set, but {reason}: leave it at None")

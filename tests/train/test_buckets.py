@@ -16,7 +16,7 @@ import jdecouple as jd
 from jdecouple import data
 from jdecouple.train.config import ConfigError, validate
 from jdecouple.train.loop import build, train_and_evaluate
-from jdecouple.train.run import by_length, check_buckets
+from jdecouple.train.run import by_length
 
 BUCKETS = tiny("").data.buckets
 SIZE = 8
@@ -215,12 +215,6 @@ class TestRefused:
         with pytest.raises(ConfigError, match="must wait in the queues of method fdg") as error:
             build(tiny(name, method__name="fdg", num_stages=2))
         assert "\n" not in str(error.value)
-
-    def test_several_processes(self, name, monkeypatch):
-        run = build(tiny(name))
-        monkeypatch.setattr(jax, "process_count", lambda: 2)
-        with pytest.raises(ConfigError, match="several processes need batches of one length"):
-            check_buckets(run.trainer)
 
     def test_images(self, name):
         with pytest.raises(ConfigError, match="'digits' holds images"):

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import runs
 from runs import arguments, assert_same_run, copy, delayed, final_arrays, finished, lines, server
+from text_sets import csv_set
 
 from jdecouple.train.lock import only_run
 
@@ -123,6 +124,22 @@ class TestResults:
         assert "test accuracy" in first.stdout
         assert (tmp_path / "two" / "curves.png").is_file()
         assert_same_run(tmp_path / "two", alone(tmp_path / "one", 2, **values, **SHORT))
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(
+        ("method", "values"),
+        [
+            ("deinforeg", {"method__projector": "8-4"}),
+            ("bp", {"schedule": "1f1b", "microbatches": 2}),
+        ],
+    )
+    def test_two_processes_with_batches_of_several_lengths(self, tmp_path, method, values):
+        texts = csv_set(tmp_path / "texts", train=100)
+        values |= {"config": f"equal:{texts},lstm,{method}", "data__buckets": "(4,8,12)"}
+        values |= {"model__hidden": 6, "model__depth": 2, "batch_size": 8, "mesh__stages": 2}
+        values |= {"steps": 8, "eval_every": 4}
+        train(tmp_path / "two", 2, **values)
+        assert_same_run(tmp_path / "two", alone(tmp_path / "one", 2, **values))
 
     @pytest.mark.slow
     def test_two_processes_begin_with_other_weights_and_stop_early(self, tmp_path):
