@@ -18,9 +18,10 @@ from flax import traverse_util
 from runner import pinned
 
 from jdecouple.train import config as configuration
-from jdecouple.train import report
+from jdecouple.train import places, report
 from jdecouple.train.cli import parse
 from jdecouple.train.metrics import read_metrics
+from jdecouple.train.places import Place
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 OUTPUT = "output.txt"  # what the processes of a cell print, one after another
@@ -49,13 +50,6 @@ class Outcome(NamedTuple):
 
     state: str
     line: str = ""
-
-
-class Slot(NamedTuple):
-    """Where one of several processes runs: its cores (none: all), and environment variables."""
-
-    cores: Sequence[int]
-    variables: Mapping[str, str]
 
 
 def short(key: str) -> str:
@@ -178,17 +172,16 @@ def result(cell: Cell) -> dict[str, Any]:
     }
 
 
-def slots(count: int, gpus: Sequence[str] = ()) -> list[Slot]:
+def slots(count: int, gpus: Sequence[str] = ()) -> list[Place]:
     """Places for so many processes, each with its part of the cores and one of the GPUs, if any."""
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    places = []
-    for index in range(count):
-        first, end = index * len(cores) // count, (index + 1) * len(cores) // count
+    cores = places.parts(places.cores() if count > 1 else [], count)
+    found = []
+    for index, own in enumerate(cores):
         variables = {"CUDA_VISIBLE_DEVICES": gpus[index % len(gpus)]} if gpus else {}
         if count > max(1, len(gpus)):  # several on a GPU
             variables["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-        places.append(Slot(cores[first : max(end, first + 1)] if count > 1 else (), variables))
-    return places
+        found.append(Place(own, variables))
+    return found
 
 
 class _Running(NamedTuple):
@@ -198,7 +191,7 @@ class _Running(NamedTuple):
 
 
 def run(
-    waiting: Iterable[Cell], places: Sequence[Slot], ended: Callable[[Cell, Outcome], None]
+    waiting: Iterable[Cell], slots: Sequence[Place], ended: Callable[[Cell, Outcome], None]
 ) -> bool:
     """Trains cells, one at a time in every place, and calls `ended` after each.
 
@@ -212,7 +205,7 @@ def run(
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         while left or running:
-            for slot, place in enumerate(places):
+            for slot, place in enumerate(slots):
                 if slot not in running and (started := _start_one(left, place, ended)):
                     running[slot] = started
             for slot, training in list(running.items()):
@@ -235,7 +228,7 @@ def run(
 
 
 def _start_one(
-    left: list[Cell], place: Slot, ended: Callable[[Cell, Outcome], None]
+    left: list[Cell], place: Place, ended: Callable[[Cell, Outcome], None]
 ) -> _Running | None:
     """Starts the first cell that no process trains; it, and finished ones, leave the list."""
     for cell in list(left):

@@ -1,11 +1,14 @@
 """What errors say: the first line of one, and checks of arguments in one dialect."""
 
+import argparse
 import difflib
+import inspect
 import math
 import os
+import re
 from collections.abc import Collection, Iterable
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, NoReturn
 
 _MOST_CHARACTERS = 100  # of a name that is compared with others
 
@@ -72,6 +75,25 @@ def choices(given: object, allowed: Collection[str]) -> str:
     "allowed are bp, scpl; did you mean 'scpl'?"
     """
     return f"allowed are {', '.join(allowed)}{did_you_mean(given, allowed)}"
+
+
+class Arguments(argparse.ArgumentParser):
+    """Arguments of a command; ValueError of one line for what they are not."""
+
+    def __init__(self, command: str, documentation: str | None):
+        super().__init__(
+            prog=f"jdecouple {command}",
+            description=inspect.cleandoc(documentation or "").partition("\n\nRaises:")[0],
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Refuses the arguments."""
+        usage = " ".join(self.format_usage().split())
+        _, is_unknown, flag = message.partition("unrecognized arguments: ")
+        hint = did_you_mean(flag.split("=")[0], re.findall(r"--\w+", usage)) if is_unknown else ""
+        raise ValueError(f"{message}; {usage}{hint}")
 
 
 def require_type(wanted: type, /, **values: Any) -> None:

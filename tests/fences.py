@@ -24,11 +24,11 @@ import runs
 import text_sets
 from PIL import Image
 
-from jdecouple.train import cli, commands, config, loop, lr_finder, programs
+from jdecouple.train import cli, commands, config, launch, loop, lr_finder, programs
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = ("python", "py", "sh")
-NO_CODE = ("", "text", "grid", "diff")
+NO_CODE = ("", "text", "grid", "diff", "yaml")
 SET_UP = ("python3 -m venv ", ". ", "pip install ", "pre-commit install", "export ")
 """Commands that are not executed: CI makes an environment in the same way, by `.ci/run`."""
 
@@ -99,6 +99,11 @@ class Shell:
             self._bench(command)
         elif words.startswith("python train.py "):
             self._train(cli.main, command[1:])
+        elif command[:2] == ["jdecouple", "launch"]:  # trained as one process
+            given = launch.parse(command[2:])
+            assert launch.program(given.command)
+            assert given.command[0] == "train"
+            self(["jdecouple", *given.command])
         elif command[0] == "jdecouple":
             run = self._train if command[1] in ("train", "find_lr") else self._use
             run(commands.main, command)

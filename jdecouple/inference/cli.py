@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import argparse
 import csv
-import inspect
 import io
 import itertools
 import json
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from jdecouple._errors import did_you_mean
+from jdecouple._errors import Arguments
 from jdecouple._files import replace
 from jdecouple.data import csv_rows
 from jdecouple.data.columns import places_to_read
@@ -31,25 +29,6 @@ _DIGITS = 6  # of a probability
 _BATCH_SIZE = "inputs that are computed together; by default as in training's evaluation"
 
 Row = tuple[str, Any]  # what an input is called, and what `encode` takes
-
-
-class Arguments(argparse.ArgumentParser):
-    """Arguments of a command; ValueError of one line for what they are not."""
-
-    def __init__(self, command: str, documentation: str | None):
-        super().__init__(
-            prog=f"jdecouple {command}",
-            description=inspect.cleandoc(documentation or "").partition("\n\nRaises:")[0],
-            allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-
-    def error(self, message: str) -> NoReturn:
-        """Refuses the arguments."""
-        usage = " ".join(self.format_usage().split())
-        _, is_unknown, flag = message.partition("unrecognized arguments: ")
-        hint = did_you_mean(flag.split("=")[0], re.findall(r"--\w+", usage)) if is_unknown else ""
-        raise ValueError(f"{message}; {usage}{hint}")
 
 
 class Parser(Arguments):

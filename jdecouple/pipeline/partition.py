@@ -14,20 +14,20 @@ from jdecouple.schedules import Costs
 
 
 def balance(
-    costs: Sequence[float], num_stages: int, replicas: Sequence[int] | None = None
+    costs: Sequence[float], num_stages: int, speeds: Sequence[float] | None = None
 ) -> tuple[int, ...]:
     """Cuts a row of costs into consecutive parts with the smallest possible maximum.
 
     Args:
         costs: cost of every block, in any unit.
         num_stages: K, between 1 and the number of blocks.
-        replicas: devices of each stage, which share its cost; by default one.
+        speeds: of each stage, such as the devices that share its cost; by default one.
 
     Returns:
         Index of the first block of each stage, beginning with 0.
     """
     check_num_stages(num_stages, len(costs))
-    speeds = [1] * num_stages if replicas is None else list(replicas)
+    speeds = [1] * num_stages if speeds is None else list(speeds)
     # best[i] = (maximum, starts) of blocks i.. over the stages counted so far, from the last.
     best: list[Any] = [(sum(costs[i:]) / speeds[-1], (i,)) for i in range(len(costs))]
     for speed in reversed(speeds[:-1]):
@@ -87,7 +87,7 @@ class Proposal:
     Attributes:
         boundaries: index of the first block of every stage.
         replicas: devices of every group of the mesh, one for each stage.
-        time: simulated time of a batch, in that of one device alone.
+        time: simulated time of a batch, in that of one device of speed 1 alone.
         idle: share of the time in which the devices of each stage wait.
     """
 
@@ -112,11 +112,12 @@ def autoplace(
     schedule: str = "local",
     microbatches: int = 1,
     batch_size: int | None = None,
+    speeds: Sequence[float] | None = None,
 ) -> Proposal:
     """Finds the boundaries and replicas with the shortest simulated batch.
 
-    Replicas are taken to share a stage's work evenly, and carries to cost nothing. Of equal times
-    the one with fewer devices is proposed.
+    Replicas are taken to share a stage's work evenly, so that the slowest sets their pace, and
+    carries to cost nothing. Of equal times the one with fewer devices is proposed.
 
     Args:
         costs: cost of every block, forward and backward, in any unit.
@@ -125,15 +126,20 @@ def autoplace(
         schedule: name of the schedule.
         microbatches: M.
         batch_size: examples of a global batch; a microbatch must divide among the replicas.
+        speeds: of every device, in the order of the mesh, relative to one on which a block takes
+            its cost: of measured calls, seconds there over seconds here. By default all are equal.
 
     Raises:
-        ValueError: costs that are no numbers above 0, devices that are too few or too many, or a
-            batch that none of the ways divides.
+        ValueError: costs or speeds that are no numbers above 0, devices that are too few or too
+            many, or a batch that none of the ways divides.
 
     >>> proposal = autoplace([4, 1, 1], num_stages=2, num_devices=3)
     >>> proposal.boundaries, proposal.replicas, round(1 / proposal.time, 2)
     ((0, 1), (2, 1), 3.0)
+    >>> autoplace([1, 1, 1], num_stages=2, num_devices=2, speeds=[1, 0.5]).boundaries
+    (0, 2)
     """
+    speeds = [1.0] * num_devices if speeds is None else list(speeds)
     if not costs or not all(0 < cost < math.inf for cost in costs):
         raise ValueError(f"costs are {tuple(costs)}: a finite number above 0 for every block")
     check_num_stages(num_stages, len(costs))
@@ -142,6 +148,7 @@ def autoplace(
             f"num_devices is {num_devices}: {num_stages} (a device a stage) to {_MOST_DEVICES} is "
             "allowed"
         )
+    check_speeds(speeds, num_devices)
     proposals = []
     for replicas in _shares(num_stages, num_devices):
         if batch_size is not None and batch_size % (microbatches * math.lcm(*replicas)):
@@ -149,12 +156,13 @@ def autoplace(
         table = schedules.build(schedule, len(replicas), microbatches)
         mesh = StageMesh(tuple((number,) * count for number, count in enumerate(replicas)))
         groups = device_groups(table, mesh)
-        counts = list(map(len, groups))
-        starts = balance(costs, len(counts), counts)
+        firsts = [0, *itertools.accumulate(replicas)]
+        slowest = [min(speeds[a:b]) for a, b in itertools.pairwise(firsts)]
+        rates = [len(group) * slowest[group[0]] for group in groups]
+        starts = balance(costs, len(rates), rates)
         parts = itertools.pairwise((*starts, len(costs)))
         work = [
-            sum(costs[a:b]) / count / microbatches
-            for (a, b), count in zip(parts, counts, strict=True)
+            sum(costs[a:b]) / rate / microbatches for (a, b), rate in zip(parts, rates, strict=True)
         ]
         third = [cost / 3 for cost in work]  # a forward, and each of a backward's two gradients
         call_costs = Costs(forward=third, backward=third, weight=third)
@@ -171,6 +179,15 @@ def autoplace(
             f"replicas of {num_stages} stages"
         )
     return min(proposals, key=lambda option: (round(option.time, 9), sum(option.replicas)))
+
+
+def check_speeds(speeds: Sequence[float], num_devices: int) -> None:
+    """Raises ValueError unless there is a finite number above 0 for every device."""
+    if len(speeds) != num_devices or not all(0 < speed < math.inf for speed in speeds):
+        raise ValueError(
+            f"speeds are {tuple(speeds)}: a finite number above 0 is needed for each of "
+            f"{num_devices} devices"
+        )
 
 
 def _shares(num_stages: int, num_devices: int) -> Iterator[tuple[int, ...]]:

@@ -28,6 +28,11 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command("jdecouple.train.cli:command", "Trains a network.", compiles=False),
+    "launch": Command(
+        "jdecouple.train.launch:main",
+        "Starts a run as several processes of this machine.",
+        compiles=False,
+    ),
     "plan": Command(
         "jdecouple.train.plan:main", "Plans a run: bytes and time, before anything is trained."
     ),

@@ -5,16 +5,14 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
-from pathlib import Path
 
 import jax
 from ml_collections import ConfigDict
 
 from jdecouple._errors import first_line
 from jdecouple.data import TextDataset
+from jdecouple.train.places import cuda_plugins, nvidia_devices
 from jdecouple.train.run import Run
-
-_PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin")
 
 
 def introduce(config: ConfigDict) -> None:
@@ -54,12 +52,6 @@ def cpu_is_meant() -> bool:
     return hidden or (asked or "").split(",")[0] == "cpu"
 
 
-def nvidia_devices(root: Path = Path("/")) -> list[str]:
-    """What the driver of NVIDIA shows of each GPU of this machine."""
-    found = [*root.glob("dev/nvidia[0-9]*"), *root.glob("proc/driver/nvidia/gpus/*")]
-    return sorted(map(str, found))
-
-
 def _needless_padding(run: Run) -> str:
     """What there is to say where nobody chose to what length texts are padded, and it is far."""
     given, dataset = run.config.data, run.dataset
@@ -74,17 +66,6 @@ def _needless_padding(run: Run) -> str:
         f"texts are padded to {padded} words, the longest has {longest}: "
         f"config.data.max_length={longest} is faster"
     )
-
-
-def cuda_plugins() -> dict[str, str]:
-    """Versions of the installed plugins that bring CUDA to JAX; none of them is imported."""
-    found = {}
-    for name in _PLUGINS:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def unused_gpu(devices: Sequence[str], plugins: Mapping[str, str], jaxlib: str) -> str | None:

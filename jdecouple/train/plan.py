@@ -26,7 +26,7 @@ _FLAGS = {
     "flops": ("FLOPS", "SPEED", "operations a second of each device, such as 8TFLOPS"),
 }
 _OWN = (
-    "[--devices N] "
+    "[--devices N] [--speeds S ...] "
     + "".join(f"[--{name} {kind}] " for name, (_, kind, _) in _FLAGS.items())
     + "[--measure] [--format text|json] "
 )
@@ -49,7 +49,8 @@ class Plan:
             "output_bytes".
         engine: "mpmd" or "spmd".
         fused: whether all stages are one compiled call.
-        stages: of every stage its blocks, devices, operations and what it sends.
+        stages: of every stage its blocks, devices, operations, the "seconds" in which it works on a
+            batch, and what it sends.
         schedule: name of the schedule.
         grid: the schedule, a line for each stage.
         memory: bytes of every device by kind.
@@ -140,7 +141,7 @@ def plan(
         blocks=block_rows(design, designer.names, clock.works),
         engine=design.engine.name,
         fused=design.engine.fuse,
-        stages=stage_rows(design, clock.works, label),
+        stages=stage_rows(design, clock.works, clock.by_stage(), label),
         schedule=design.schedule.name,
         grid=tuple(str(design.schedule).splitlines()),
         memory=held,
@@ -168,6 +169,8 @@ def main(argv: Sequence[str]) -> None:
         exit_on_error=False,
     )
     parser.add_argument("--devices", type=int, metavar="N", help="devices, which need not be here")
+    said = "of each device beside one of --flops, or that at hand, such as 1 0.5"
+    parser.add_argument("--speeds", type=float, nargs="+", metavar="S", help=said)
     for name, (_, kind, said) in _FLAGS.items():
         parser.add_argument(f"--{name}", metavar=kind, help=said)
     parser.add_argument("--measure", action="store_true", help="time every call on a device here")
@@ -187,18 +190,25 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError("plan needs one process, and not several of one run")
     if given.measure and given.flops:
         raise ConfigError("--flops and --measure both say how fast a device is: give one of them")
-    found = plan(config, _devices(given.devices, described), measure=given.measure)
+    devices = _devices(given.devices, given.speeds, described)
+    found = plan(config, devices, measure=given.measure)
     print(found.to_json() if given.format == "json" else found)
 
 
-def _devices(count: int | None, described: Mapping[str, float]) -> Devices:
-    """The devices at hand, or so many; each as it is described."""
+def _devices(
+    count: int | None, speeds: Sequence[float] | None, described: Mapping[str, float]
+) -> Devices:
+    """The devices at hand, or so many; each as it is described, and as fast."""
     names = {"link": "bandwidth"}
     changes: dict[str, Any] = {names.get(name, name): x for name, x in described.items()}
+    if speeds is not None:
+        count = len(speeds) if count is None else count
+        changes |= {"speeds": tuple(speeds)}
     if count is not None:
         with one_line():
             require_int(1, **{"--devices": count})
         changes |= {"count": count, "shared": False, "at_hand": False}
     if "memory" in changes:
         changes |= {"shared": False, "note": ""}
-    return dataclasses.replace(Devices.here(), **changes)
+    with one_line():
+        return dataclasses.replace(Devices.here(), **changes)

@@ -9,6 +9,7 @@ import pytest
 import jdecouple as jd
 from jdecouple.pipeline import autoplace
 from jdecouple.pipeline.partition import balance
+from jdecouple.schedules import Costs
 
 
 def test_early_blocks_get_more_devices():
@@ -68,6 +69,45 @@ def test_stages_share_devices_as_the_schedule_says():
 def test_a_microbatch_divides_among_the_replicas():
     assert autoplace([3, 1], 2, 4, batch_size=16).replicas != (3, 1)
     assert autoplace([3, 1], 2, 4, batch_size=12).replicas == (3, 1)
+
+
+@pytest.mark.parametrize("schedule", ["local", "1f1b"])
+def test_a_slow_device_gets_less(schedule):
+    """In proportion; equal stages would take 3/2 of the time."""
+    options = {"schedule": schedule, "microbatches": 1 if schedule == "local" else 1000}
+    found = autoplace([1.0] * 6, 2, 2, speeds=[1, 0.5], **options)
+    assert found.boundaries == (0, 4)
+    assert found.time == pytest.approx(4 / 6, rel=0.01)
+    assert autoplace([1.0] * 6, 2, 2, speeds=[0.5, 1], **options).boundaries == (0, 2)
+    table = jd.schedules.build(schedule, 2, options["microbatches"])
+    third = [[work / options["microbatches"] / 3 for work in works] for works in ([3, 6], [4, 4])]
+    equal, balanced = (
+        jd.schedules.simulate(table, Costs(x, x, weight=x), batches=8).seconds_per_batch
+        for x in third
+    )
+    assert equal / balanced == pytest.approx(6 / 4, rel=0.01)
+    assert balanced == pytest.approx(6 * found.time, rel=1e-9)
+
+
+@pytest.mark.parametrize("speeds", [[1, 0.25, 1], [0.3, 1, 2], [1, 1, 0.2]])
+def test_nothing_is_better_on_unequal_devices(speeds):
+    """Against every way, tried out: the slowest of replicas that share a batch sets their pace."""
+    costs, times = [5.0, 1.0, 2.0, 3.0, 1.5], []
+    for cut, first, second in itertools.product(range(1, 5), (1, 2), (1, 2)):
+        if first + second <= 3:
+            rates = (
+                first * min(speeds[:first]),
+                second * min(speeds[first : first + second]),
+            )
+            times.append(max(sum(costs[:cut]) / rates[0], sum(costs[cut:]) / rates[1]))
+    found = autoplace(costs, 2, 3, speeds=speeds)
+    assert found.time == pytest.approx(min(times) / sum(costs))
+
+
+@pytest.mark.parametrize("speeds", [[1], [1, 0], [1, float("inf")], [1, -1], [1, 1, 1]])
+def test_speeds_that_are_none(speeds):
+    words = ("speeds are (1", "each of 2 devices")
+    nets.assert_clear(ValueError, words, lambda: autoplace([1, 1], 2, 2, speeds=speeds))
 
 
 def test_replicas_weigh_in_the_split():

@@ -76,7 +76,7 @@ class TestCommands:
     @pytest.mark.parametrize(
         ("arguments", "said"),
         [
-            (["trian"], "error: unknown command 'trian': allowed are train, plan, predict"),
+            (["trian"], "error: unknown command 'trian': allowed are train, launch, plan"),
             (["trian"], "; did you mean 'train'?"),
             (["list", "model"], "error: there is no list of 'model': allowed are methods, models"),
             (["list", "model"], "; did you mean 'models'?"),

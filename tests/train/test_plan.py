@@ -69,10 +69,10 @@ block  module                        output           parameters  FLOPs  weights
     2  Conv, BatchNorm               [64, 2, 2, 128]     306,570  131 M  1.23 MB       131 kB
   all                                                    771,390  712 M  3.09 MB       328 kB
 
-stage  blocks  devices   FLOPs  of all    sends  remat
-    0  0       device 0  297 M     42%   131 kB   none
-    1  1       device 1  284 M     40%  65.8 kB   none
-    2  2       device 2  131 M     18%            none
+stage  blocks  devices   FLOPs  of all  a batch    sends  remat
+    0  0       device 0  297 M     42%  37.1 us   131 kB   none
+    1  1       device 1  284 M     40%  35.5 us  65.8 kB   none
+    2  2       device 2  131 M     18%  16.3 us            none
 
 engine mpmd, schedule local
 stage 0 | F0 B0 S0 .  .
@@ -182,6 +182,11 @@ class TestRefused:
             ("--devices=0", "--devices is 0: a whole number of at least 1 is needed"),
             ("--devices=two", "argument --devices: invalid int value: 'two'"),
             ("--measured", "unknown flag --measured; usage: jdecouple plan --config FILE"),
+            (
+                "--speeds=0",
+                "speeds are (0.0,): a finite number above 0 is needed for each of 2",
+            ),
+            ("--speeds=fast", "argument --speeds: invalid float value: 'fast'"),
             ("--config.mesh.data=3", "mesh axis data is 3, but only 2 device(s) are present"),
             ("--config.model.hiden=3", "hiden"),
         ],
@@ -312,6 +317,52 @@ class TestTimes:
         found = planned(devices=Devices(1, memory=1e9))
         assert re.search(r"FLOPS a device, measured here, on cpu 0, by a product of", found.speed)
         assert found.times[0]["seconds"] > 0
+
+
+class TestSpeeds:
+    """Devices of unequal speed."""
+
+    def test_a_slow_device_takes_longer(self):
+        """As its speed says: in its stage's time, and in that of the batch."""
+        values = {"method": "greedy_exit", "mesh__stages": 2, "model__hidden": 64}
+        equal, slow = (
+            planned(devices=Devices(2, flops=1e9, speeds=speeds), **values)
+            for speeds in ((), (1.0, 0.125))
+        )
+        first, second = (row["seconds"] for row in equal.stages)
+        assert [row["seconds"] for row in slow.stages] == pytest.approx([first, 8 * second])
+        assert slow.times[0]["seconds"] == pytest.approx(max(first, 8 * second))
+        assert equal.times[0]["seconds"] == pytest.approx(max(first, second))
+        assert slow.speed.endswith("a device, as given, times its speed")
+
+    def test_the_best_gives_it_less(self):
+        """Nine equal blocks behind the first and its larger input, which is on the slow device."""
+        values = {"method": "greedy_exit", "mesh__stages": 2, "model__depth": 10}
+        devices = Devices(2, flops=1e9, speeds=(0.25, 1.0))
+        found = planned(devices=devices, **values)
+        own = [row["first_block"] for row in found.stages]
+        boundaries = tuple(found.best["boundaries"])
+        assert boundaries[1] < own[1]
+        again = planned(devices=devices, **values, boundaries=boundaries)
+        assert again.times[0]["seconds"] == pytest.approx(found.best["seconds"], rel=1e-9)
+        assert again.times[0]["seconds"] < found.times[0]["seconds"]
+
+    def test_calls_that_were_measured(self, monkeypatch):
+        def measured_costs(trainer, state, batches, repeats):
+            return state, Costs(calls=dict.fromkeys((call[:2] for call in trainer.calls), 1.0))
+
+        monkeypatch.setattr(Trainer, "measured_costs", measured_costs)
+        values = {"method": "greedy_exit", "mesh__stages": 2}
+        found = planned(devices=Devices(2, speeds=(1.0, 0.5)), measure=True, **values)
+        assert [row["seconds"] for row in found.stages] == [1.0, 2.0]
+        assert "calls take as long on every device as on the one measured, by the speeds given" in (
+            found.assumed
+        )
+
+    def test_on_the_command_line(self, command):
+        given = ["--config", runs.TINY, "--flops=1GFLOPS", "--speeds", "1", "0.5", "2"]
+        found = json.loads(command(*given, "--format=json")[0])
+        assert len(found["memory"]) == 2  # blocks; three devices are described
 
 
 class TestPlacements:

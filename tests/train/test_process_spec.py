@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
+import yaml
+from fences import ROOT, fences
 from runs import connected, free_port
 
 from jdecouple.train import cli as command_line
-from jdecouple.train.hosts import MultiProcess, ProcessSpec, detect_cluster, exchange, join
+from jdecouple.train.hosts import MultiProcess, ProcessSpec, detect_cluster, exchange, join, token
 from jdecouple.train.hosts.link import Link
 
 SLURM = {
@@ -282,3 +284,30 @@ class TestStops:
     def test_nobody_stops_unasked(self, three):
         found = together([lambda m=m: [m.stops(step, False) for step in range(50)] for m in three])
         assert not any(any(each) for each in found)
+
+
+def test_the_manifest_of_the_documents():
+    """Every pod finds its place, and the first one by the name that Kubernetes gives it."""
+    page = fences(ROOT / "docs" / "multi-host.md")
+    (text,) = [fence.text for fence in page if fence.language == "yaml"]
+    service, job = yaml.safe_load_all(text)
+    spec, name = job["spec"], job["metadata"]["name"]
+    pod = spec["template"]["spec"]
+    (container,) = pod["containers"]
+    assert spec["completionMode"] == "Indexed"
+    assert service["spec"]["selector"] == {"job-name": name}
+    assert service["spec"]["clusterIP"] == "None"
+    assert pod["subdomain"] == service["metadata"]["name"]
+    assert [entry["name"] for entry in container["env"]] == [token.VARIABLE]
+    count = spec["completions"]
+    assert spec["parallelism"] == count
+    first = f"{name}-0.{pod['subdomain']}.default.svc.cluster.local"
+    for index in range(count):
+        words = [*container["command"], *container["args"]]
+        words = [word.replace("$(JOB_COMPLETION_INDEX)", str(index)) for word in words]
+        assert words[:2] == ["jdecouple", "train"]
+        found = command_line.parse_process_spec(words[1:])
+        assert (found.host, found.count, found.index) == (first, count, index)
+        config, workdir = command_line.parse(words[1:])
+        assert config.mesh.stages == count
+        assert workdir.startswith(container["volumeMounts"][0]["mountPath"])

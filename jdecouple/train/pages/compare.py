@@ -4,9 +4,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from jdecouple._errors import first_line
+from jdecouple._errors import Arguments, first_line
 from jdecouple._files import replace
-from jdecouple.inference import cli
 from jdecouple.train.errors import ConfigError
 from jdecouple.train.pages import differing, figures, overlays, page
 from jdecouple.train.pages.record import Record, read
@@ -45,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         ValueError, OSError: bad arguments, no workdirs, or a page that cannot be written.
     """
-    parser = cli.Arguments("compare", main.__doc__)
+    parser = Arguments("compare", main.__doc__)
     parser.add_argument(
         "workdirs", nargs="*", metavar="WORKDIR", help=f"what was trained, 2 to {MOST_RUNS} of them"
     )

@@ -208,8 +208,10 @@ def block_rows(design: Design, names: Sequence[str], works: Sequence[Work]) -> t
     return tuple(rows)
 
 
-def stage_rows(design: Design, works: Sequence[Work], label: Callable[[Any], str]) -> tuple:
-    """What a plan says of every stage."""
+def stage_rows(
+    design: Design, works: Sequence[Work], seconds: Sequence[float], label: Callable[[Any], str]
+) -> tuple:
+    """What a plan says of every stage, which works so many seconds on a batch."""
     own = [sum(works[unit.index].total for unit in stage.units) for stage in design.stages]
     sent = [size_of(coded(stage.carry, stage.wire)) for stage in design.stages[1:]]
     return tuple(
@@ -220,11 +222,12 @@ def stage_rows(design: Design, works: Sequence[Work], label: Callable[[Any], str
             "devices": [label(device) for device in devices],
             "flops": flops,
             "share": flops / (sum(own) or 1.0),
+            "seconds": time,
             "message_bytes": size,
             "remat": stage.remat,
         }
-        for stage, devices, flops, size in zip(
-            design.stages, design.device_groups, own, [*sent, 0], strict=True
+        for stage, devices, flops, time, size in zip(
+            design.stages, design.device_groups, own, seconds, [*sent, 0], strict=True
         )
     )
 

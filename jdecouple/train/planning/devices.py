@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jdecouple._errors import machine_bytes, require_int, require_number
 from jdecouple.models.convolution import convolve
 from jdecouple.pipeline.mesh import StageDevices, described, jit
+from jdecouple.pipeline.partition import check_speeds
 
 _LEAST_SECONDS = 0.1  # of a timing
 _IMAGES, _SIDE, _CHANNELS = 32, 16, 64  # of a convolution of typical size
@@ -27,6 +28,7 @@ class Devices:
         memory: bytes of each.
         shared: whether all have these bytes together, as the devices of a machine's CPU do.
         flops: floating-point operations that each does in a second; None is measured here.
+        speeds: of each, by which `flops`, or what is measured here, is multiplied; none: all 1.
         bandwidth: bytes per second of a link in one direction.
         latency: seconds that a message takes beside its bytes.
         at_hand: whether they are JAX's own.
@@ -40,6 +42,7 @@ class Devices:
     memory: float = math.inf
     shared: bool = False
     flops: float | None = None
+    speeds: tuple[float, ...] = ()
     bandwidth: float = math.inf
     latency: float = 0.0
     at_hand: bool = False
@@ -48,6 +51,8 @@ class Devices:
     def __post_init__(self) -> None:
         require_int(1, count=self.count)
         require_number(latency=self.latency)
+        if self.speeds:
+            check_speeds(self.speeds, self.count)
         for name in ("memory", "flops", "bandwidth"):
             if (value := getattr(self, name)) not in (None, math.inf):
                 require_number(positive=True, **{name: value})
@@ -64,6 +69,11 @@ class Devices:
     def devices(self) -> tuple[Any, ...]:
         """Each as `jdecouple.make_mesh` takes it."""
         return tuple(jax.devices()) if self.at_hand else described(self.count)
+
+    def speed(self, group: Sequence[Any]) -> float:
+        """The speed of a group of `devices` that share work evenly: that of the slowest."""
+        known = dict(zip(self.devices, self.speeds, strict=False))
+        return min(known.get(device, 1.0) for device in group)
 
 
 def measured_flops(dtype: Any, maps: bool) -> tuple[float, str]:

@@ -68,6 +68,7 @@ def _stages(plan: Mapping[str, Any]) -> str:
         "devices": lambda row: ", ".join(row["devices"]),
         "FLOPs": lambda row: show(row["flops"], ""),
         "of all": lambda row: f"{row['share']:.0%}",
+        "a batch": lambda row: show(row["seconds"], "s"),
         "sends": lambda row: show(row["message_bytes"], "B") if row["message_bytes"] else "",
         "remat": lambda row: row["remat"],
     }

@@ -10,7 +10,6 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jdecouple import schedules
 from jdecouple._errors import first_line
 from jdecouple.pipeline import Proposal, autoplace, make_mesh
 from jdecouple.pipeline.design import Design
@@ -63,6 +62,7 @@ class Clock:
             rate, what = measured_flops(dtype, maps)
             speed = f"measured here, on {label(jax.local_devices()[0])}, by {what}"
         said = f"times of calls: operations over {show(rate, 'FLOPS')} a device, {speed}"
+        said += ", times its speed" if devices.speeds else ""
         costs = dict.fromkeys((False, True), _costs(designer, design, works, rate))
         return cls(designer, design, works, costs, rate, said)
 
@@ -74,16 +74,16 @@ class Clock:
         except jax.errors.JaxRuntimeError as error:
             raise ConfigError(f"the calls cannot be measured here: {first_line(error)}") from error
         works = designer.works
-        counts = [len(devices) for devices in design.device_groups]
+        rates = [len(group) * designer.devices.speed(group) for group in design.device_groups]
         at_one = _costs(designer, design, works, 1.0)
         costs = {}
         for splits, each in calls.items():
-            shared = {(k, kinds): time / counts[k] for (k, kinds), time in each.items()}
+            shared = {(k, kinds): time / rates[k] for (k, kinds), time in each.items()}
             costs[splits] = dataclasses.replace(
                 at_one, forward=None, backward=None, weight=None, calls=shared
             )
         own = plans[design.schedule.name]
-        rate = _busy(own, at_one) / _busy(own, costs[own.splits])
+        rate = sum(times.by_stage(own, at_one)) / sum(times.by_stage(own, costs[own.splits]))
         said = f"times of calls: medians of {_REPEATS} on {label(device)}, measured here"
         return cls(designer, design, works, costs, rate, said)
 
@@ -92,6 +92,11 @@ class Clock:
         most = self.design.engine.max_in_flight
         plans = _tables(self.designer, self.design).values()
         return tuple(times.timing(table, self.costs[table.splits], most) for table in plans)
+
+    def by_stage(self) -> list[float]:
+        """Seconds in which each stage works on a batch, of the design's own schedule."""
+        table = next(iter(_tables(self.designer, self.design).values()))
+        return times.by_stage(table, self.costs[table.splits])
 
     def best(self) -> dict[str, Any] | None:
         """The fastest placement on the devices that fits, if it is faster than the design's."""
@@ -130,6 +135,7 @@ class Clock:
                     schedule=self.design.schedule.name,
                     microbatches=config.microbatches,
                     batch_size=config.batch_size,
+                    speeds=devices.speeds or None,
                 )
             except ValueError:  # it does not divide so, or there are fewer devices than stages
                 continue
@@ -147,7 +153,8 @@ class Clock:
         elif self.design.engine.fuse and len(self.design.stages) > 1:
             lines.append("calls were measured apart, though all stages are one")
         elif len(self.design.stages) > 1:
-            lines.append("calls take as long on every device as on the one that was measured")
+            speeds = ", by the speeds given" if devices.speeds else ""
+            lines.append(f"calls take as long on every device as on the one measured{speeds}")
         if any(len(group) > 1 for group in self.design.device_groups):
             lines.append("replicas share the work of a stage evenly")
         lines.append("input: batches are there when they are needed")
@@ -160,13 +167,7 @@ def _tables(designer: Designer, design: Design) -> Mapping[str, Schedule]:
 
 def _costs(designer: Designer, design: Design, works: tuple[Work, ...], rate: float) -> Costs:
     devices = designer.devices
-    return times.estimated(design, works, rate, devices.bandwidth, devices.latency)
-
-
-def _busy(table: Schedule, costs: Costs) -> float:
-    """Seconds of all calls of a batch."""
-    spans = schedules.simulate(table, costs).spans
-    return sum(span.end - span.start for span in spans)
+    return times.estimated(design, works, rate, devices.bandwidth, devices.latency, devices.speed)
 
 
 def _maker(designer: Designer, design: Design) -> Any:

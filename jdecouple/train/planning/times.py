@@ -54,27 +54,32 @@ def work_of(design: Design) -> tuple[Work, ...]:
 
 
 def estimated(
-    design: Design, works: Sequence[Work], rate: float, bandwidth: float, latency: float
+    design: Design,
+    works: Sequence[Work],
+    rate: float,
+    bandwidth: float,
+    latency: float,
+    speed: Callable[[Sequence[Any]], float] = lambda _: 1.0,
 ) -> Costs:
     """What calls and messages cost, from operations and the rate at which a device does them.
 
     Replicas share a stage's work evenly; their gradients are summed over the
-    same links, for every microbatch.
+    same links, for every microbatch. `speed` of a group of devices multiplies the rate.
     """
     forward, backward, weight = [], [], []
     replays = getattr(design.method.route, "replay", False)
     for stage, devices in zip(design.stages, design.device_groups, strict=True):
         own = [works[unit.index] for unit in stage.units]
-        count = len(devices)
+        count, own_rate = len(devices), rate * speed(devices)
         first, both = (sum(getattr(work, name) for work in own) for name in Work._fields)
         second = third = both / 2  # of a layer's two gradients each is a product of its size
         if stage.remat in _REPEATED or (replays and not stage.is_last):
             second += first
         params = jax.tree.leaves(jax.eval_shape(stage.initial)["params"])
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in params)
-        forward.append(first / count / rate)
-        backward.append(second / count / rate)
-        weight.append(third / count / rate + 2 * (count - 1) / count * size / bandwidth)
+        forward.append(first / count / own_rate)
+        backward.append(second / count / own_rate)
+        weight.append(third / count / own_rate + 2 * (count - 1) / count * size / bandwidth)
     links: dict[str, Any] = {"bandwidth": bandwidth, "latency": latency}
     sizes = message_sizes(design.stages)
     return Costs(forward, backward, weight=weight, **sizes, **links)
@@ -113,6 +118,14 @@ def timing(table: Schedule, costs: Costs, max_in_flight: int) -> Timing:
     full = seconds * table.num_device_groups
     bubble = max(0.0, 1 - work / full) if full else 0.0
     return Timing(table.name, seconds, bubble, table.num_device_groups)
+
+
+def by_stage(table: Schedule, costs: Costs) -> list[float]:
+    """Seconds in which each stage works on a batch."""
+    seconds = [0.0] * table.num_stages
+    for span in simulate(table, costs).spans:
+        seconds[span.stage] += span.end - span.start
+    return seconds
 
 
 def measured(
