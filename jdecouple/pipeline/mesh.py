@@ -277,10 +277,10 @@ def replica_spec(leaf: Any, replicas: int) -> PartitionSpec:
 
     Whole numbers stay whole: they are counts and keys.
 
-    >>> replica_spec(np.zeros((3, 4, 2)), 2), replica_spec(np.zeros(3), 2)
-    (PartitionSpec(None, 'data'), PartitionSpec())
-    >>> replica_spec(np.zeros(2, np.uint32), 2)
-    PartitionSpec()
+    >>> tuple(replica_spec(np.zeros((3, 4, 2)), 2)), tuple(replica_spec(np.zeros(3), 2))
+    ((None, 'data'), ())
+    >>> tuple(replica_spec(np.zeros(2, np.uint32), 2))
+    ()
     """
     if replicas == 1 or not jax.numpy.issubdtype(leaf.dtype, np.inexact):
         return PartitionSpec()

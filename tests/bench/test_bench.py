@@ -429,10 +429,8 @@ def test_replicas(tmp_path):
     done = bench("replicas.py", "--nets=mlp", "--replicas=2", f"--output={output}")
     assert done.returncode == 0, done.stderr
     whole, parts = json.loads(output.read_text())["results"]
-    assert whole["params"] == parts["params"]
     assert whole["opt"] == pytest.approx(2 * parts["opt"], rel=1e-3)
-    saved = whole["opt"] - parts["opt"]
-    assert whole["most"] - parts["most"] == pytest.approx(saved, rel=0.2)
+    assert whole["most"] - parts["most"] == pytest.approx(parts["opt"], rel=0.2)
 
 
 @pytest.mark.slow
