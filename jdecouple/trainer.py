@@ -89,6 +89,7 @@ class Trainer:
         frozen: Sequence[int] = (),
         gradient_norms: bool = False,
         wire: str | None = None,
+        shard_optimizer: bool = False,
     ):
         """Places the stages and prepares their functions; compiles at the first step.
 
@@ -131,6 +132,8 @@ class Trainer:
             wire: the form in which floating-point arrays go from stage to stage in training, on any
                 devices: "float32", "bfloat16", or "int8" with a scale an example. What rounding
                 takes from an error is added to the next. None rounds nothing.
+            shard_optimizer: cut the optimiser's state over the replicas of each stage: every one
+                makes its part of a step, and all get the whole.
 
         Raises:
             TypeError: an argument of a wrong type.

@@ -110,6 +110,7 @@ def make_design(
     frozen: Sequence[int] = (),
     gradient_norms: bool = False,
     wire: str | None = None,
+    shard_optimizer: bool = False,
 ) -> Design:
     """The design of a training; its arguments are those of `jdecouple.Trainer`.
 
@@ -167,7 +168,15 @@ def make_design(
         built, method, starts, received, optimizer, remat, clip_norm, **common
     )
     engines = design_engine(
-        engine, stages, stage_mesh, method, schedule, fuse, max_in_flight, built.carries
+        engine,
+        stages,
+        stage_mesh,
+        method,
+        schedule,
+        fuse,
+        max_in_flight,
+        built.carries,
+        shard_optimizer,
     )
     return Design(method, spec, built, starts, stages, engines)
 

@@ -1,12 +1,13 @@
 """The engine of a run: what its schedule is, where its stages lie, and what executes them."""
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
 
 from jdecouple import schedules
-from jdecouple._errors import choices, require_int, require_one_of
+from jdecouple._errors import choices, require_bool, require_int, require_one_of
 from jdecouple.methods import Method
 from jdecouple.methods.routes import Carry, Metrics, Route, Stage
 from jdecouple.pipeline.batch import PlacedBatch
@@ -14,6 +15,7 @@ from jdecouple.pipeline.mesh import StageDevices, StageMesh, assign_devices, dev
 from jdecouple.pipeline.mpmd.engine import MpmdEngine
 from jdecouple.pipeline.mpmd.executor import Executor
 from jdecouple.pipeline.mpmd.stage_fns import calls_of
+from jdecouple.pipeline.replicas import on_replicas
 from jdecouple.pipeline.spmd.engine import SpmdEngine
 from jdecouple.pipeline.spmd.fitting import fitting, schedule_of
 from jdecouple.pipeline.spmd.sharded_state import Layout
@@ -105,6 +107,7 @@ class EngineDesign(NamedTuple):
         fuse: whether all stages are one call.
         max_in_flight: batches, or lists of them, that may be dispatched and unfinished.
         block_classes: of engine "spmd", the class of every block; else None.
+        shard_optimizer: whether every replica holds a part of the optimiser's state alone.
     """
 
     name: str
@@ -114,6 +117,7 @@ class EngineDesign(NamedTuple):
     fuse: bool
     max_in_flight: int
     block_classes: tuple[int, ...] | None
+    shard_optimizer: bool
 
 
 def design_engine(
@@ -125,17 +129,19 @@ def design_engine(
     fuse: bool | None,
     max_in_flight: int | None,
     carries: Sequence[Carry],
+    shard_optimizer: bool,
 ) -> EngineDesign:
     """Chooses the engine; ValueError for an argument that does not fit.
 
-    `name`, `schedule`, `fuse` and `max_in_flight` are the Trainer's arguments; `carries` are shapes
-    of what every block receives.
+    `name`, `schedule`, `fuse`, `max_in_flight` and `shard_optimizer` are the Trainer's arguments;
+    `carries` are shapes of what every block receives.
     """
     route, num_stages = method.route, len(stages)
     if schedule != "auto" and schedule not in route.schedules:
         allowed = choices(schedule, ("auto", *route.schedules))
         raise ValueError(f"schedule {schedule!r} does not fit method {method.name}: {allowed}")
     require_one_of(ENGINES, engine=name)
+    require_bool(shard_optimizer=shard_optimizer)
     limit = 2 * num_stages if max_in_flight is None else max_in_flight
     require_int(1, max_in_flight=limit)
     if not isinstance(fuse, bool | None):
@@ -153,16 +159,21 @@ def design_engine(
         raise ValueError("fuse=True needs all stages on the same devices")
     if classes is not None:
         calls = tuple(table.calls())
-        return EngineDesign("spmd", table, calls, groups, together, limit, classes)
+        return EngineDesign("spmd", table, calls, groups, together, limit, classes, shard_optimizer)
     calls = calls_of(table, stages[0].needs_norm)
     fuse = together if fuse is None else fuse
-    return EngineDesign("mpmd", table, calls, groups, fuse, limit, None)
+    return EngineDesign("mpmd", table, calls, groups, fuse, limit, None, shard_optimizer)
 
 
 def make_engine(design: EngineDesign, stages: tuple[Stage, ...], route: Route) -> Engine:
     """Builds the engine that a design has chosen, on devices that are there."""
-    _, table, _, groups, fuse, limit, classes = design
-    placements = tuple(map(StageDevices.on, groups))
+    _, table, _, groups, fuse, limit, classes, shards = design
+    placements = tuple(StageDevices.on(devices, shards) for devices in groups)
+    named = classes is None  # one program has a mesh of its own
+    stages = tuple(
+        dataclasses.replace(stage, optimizer=on_replicas(stage.optimizer, placement, named))
+        for stage, placement in zip(stages, placements, strict=True)
+    )
     if classes is not None:
         return SpmdEngine(Layout(stages, placements, classes), route, table, fuse, limit)
     return MpmdEngine(Executor(stages, placements, route, table, fuse), limit)

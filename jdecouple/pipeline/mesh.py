@@ -166,6 +166,7 @@ class StageDevices:
         addressable: whether this process runs the stage.
         fully_addressable: whether no other process takes part.
         axis: of a carry's arrays the one that counts examples; before it, batches are stacked.
+        shard_optimizer: whether every replica holds a part of the optimiser's state alone.
     """
 
     devices: tuple[jax.Device, ...]
@@ -174,9 +175,10 @@ class StageDevices:
     addressable: bool
     fully_addressable: bool
     axis: int = 0
+    shard_optimizer: bool = False
 
     @classmethod
-    def on(cls, devices: tuple[jax.Device, ...]) -> "StageDevices":
+    def on(cls, devices: tuple[jax.Device, ...], shard_optimizer: bool = False) -> "StageDevices":
         """StageDevices of a device group."""
         mesh = Mesh(np.array(devices), ("data",))
         here = [device.process_index == jax.process_index() for device in devices]
@@ -186,6 +188,7 @@ class StageDevices:
             NamedSharding(mesh, PartitionSpec()),
             addressable=any(here),
             fully_addressable=all(here),
+            shard_optimizer=shard_optimizer and len(devices) > 1,
         )
 
     @property
@@ -213,14 +216,34 @@ class StageDevices:
         batched = leaf.ndim and leaf.shape[0] % size == 0
         return self.batched if batched else self.replicated
 
+    def update_spec(self, leaf: Any) -> PartitionSpec:
+        """How a gradient, or a leaf of the optimiser's state, lies on the replicas."""
+        return replica_spec(leaf, len(self.devices) if self.shard_optimizer else 1)
+
+    def on_mesh(self, spec: PartitionSpec) -> NamedSharding:
+        """A sharding on the devices."""
+        return NamedSharding(self.batched.mesh, spec)
+
+    def update_shardings(self, tree: Any) -> Any:
+        """Shardings of gradients, or of (parts of) the optimiser's state."""
+        return jax.tree.map(lambda leaf: self.on_mesh(self.update_spec(leaf)), tree)
+
     def state_shardings(self, state: dict[str, Any], size: int) -> dict[str, Any]:
-        """Shardings of (parts of) the state of a stage: only what is of examples is over `data`."""
+        """Shardings of (parts of) the state of a stage.
 
-        def sharding(path: tuple, leaf: Any) -> NamedSharding:
-            of_examples = path[0].key in ("queues", "feedback")
-            return self.queue_sharding(leaf, size) if of_examples else self.replicated
+        Over `data` are what is of examples and, where it is sharded, the optimiser's state.
+        """
 
-        return jax.tree_util.tree_map_with_path(sharding, state)
+        def shardings(part: str, tree: Any) -> Any:
+            if part == "opt":
+                return self.update_shardings(tree)
+            of_examples = part in ("queues", "feedback")
+            return jax.tree.map(
+                lambda leaf: self.queue_sharding(leaf, size) if of_examples else self.replicated,
+                tree,
+            )
+
+        return {part: shardings(part, tree) for part, tree in state.items()}
 
     def constrain(self, carry: Any) -> Any:
         """Tells the compiler how a carry lies; for traced arrays."""
@@ -247,6 +270,22 @@ class StageDevices:
             return jax.make_array_from_callback(value.shape, target, lambda index: value[index])
 
         return jax.tree.map(put, tree, shardings if own else jax.tree.map(self.sharding, tree))
+
+
+def replica_spec(leaf: Any, replicas: int) -> PartitionSpec:
+    """Cuts the first axis of an array that divides into so many parts over `data`, if one does.
+
+    Whole numbers stay whole: they are counts and keys.
+
+    >>> tuple(replica_spec(np.zeros((3, 4, 2)), 2)), tuple(replica_spec(np.zeros(3), 2))
+    ((None, 'data'), ())
+    >>> tuple(replica_spec(np.zeros(2, np.uint32), 2))
+    ()
+    """
+    if replicas == 1 or not jax.numpy.issubdtype(leaf.dtype, np.inexact):
+        return PartitionSpec()
+    axes = [axis for axis, size in enumerate(leaf.shape) if size and size % replicas == 0]
+    return PartitionSpec(*(None,) * axes[0], "data") if axes else PartitionSpec()
 
 
 def require_one_process(placements: Sequence[StageDevices]) -> None:

@@ -128,6 +128,11 @@ KEYS: tuple[Key, ...] = (
     Key("mesh.data", 1, "Replicas of every stage, each with a part of the batch."),
     Key("mesh.replicas", tuple, "Replicas of each stage, instead of mesh.stages and mesh.data."),
     Key(
+        "mesh.shard_optimizer",
+        False,
+        "Whether each replica of a stage holds a part of the optimizer's state, not the whole.",
+    ),
+    Key(
         "mesh.propose",
         False,
         "Whether simulation chooses boundaries and replicas; they are printed.",

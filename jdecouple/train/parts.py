@@ -57,6 +57,7 @@ class Parts:
             "max_in_flight": config.max_in_flight,
             "gradient_norms": config.gradient_norms,
             "wire": config.wire,
+            "shard_optimizer": config.mesh.shard_optimizer,
         }
 
 

@@ -424,6 +424,16 @@ def test_split(tmp_path):
 
 
 @pytest.mark.slow
+def test_replicas(tmp_path):
+    output = tmp_path / "replicas.json"
+    done = bench("replicas.py", "--nets=mlp", "--replicas=2", f"--output={output}")
+    assert done.returncode == 0, done.stderr
+    whole, parts = json.loads(output.read_text())["results"]
+    assert whole["opt"] == pytest.approx(2 * parts["opt"], rel=1e-3)
+    assert whole["most"] - parts["most"] == pytest.approx(parts["opt"], rel=0.2)
+
+
+@pytest.mark.slow
 def test_dispatch_of_joined_arrays(tmp_path):
     output = tmp_path / "dispatch.json"
     tiny = ["--arrays=8", "--calls=3", "--repeats=2", f"--output={output}"]

@@ -24,6 +24,7 @@ DEINFOREG = {"mesh__stages": 2}
 FDG = {**delayed("fdg"), "mesh__stages": 2}
 BP = {**runs.BP, "mesh__stages": 2, "schedule": "1f1b", "microbatches": 2}
 ONE_STAGE = {**runs.BP, "mesh__stages": 1, "mesh__data": 2}
+SHARDED = {**ONE_STAGE, "mesh__shard_optimizer": True}
 GROWING = {  # from two blocks to three, of which the frozen ones move together
     "mesh__stages": 2,
     "model__depth": 3,
@@ -177,12 +178,13 @@ class TestResults:
         ("count", "devices", "values"),
         [
             (2, 1, ONE_STAGE),
+            (2, 1, SHARDED),
             # The second stage has a device in either process, and twice as many as the first: its
             # messages are cut, and what waits in it lies in both.
             (2, 2, {**delayed("fdg"), "mesh__replicas": "(1,2)"}),
             (4, 1, {**DEINFOREG, "mesh__data": 2}),
         ],
-        ids=["one-stage", "uneven", "two-by-two"],
+        ids=["one-stage", "sharded", "uneven", "two-by-two"],
     )
     def test_a_stage_in_two_processes(self, tmp_path, count, devices, values):
         """To 1e-5 of the largest entry: two processes add up their gradients in another way."""
@@ -201,6 +203,15 @@ class TestResume:
         last = train(folder, 2, **FDG)
         assert "continuing from step 18 of 27" in last.stdout
         assert_same_run(folder, whole(**FDG))
+
+    def test_with_parts_of_the_optimizer_and_without(self, tmp_path):
+        """A process reads and writes the whole of what it holds a part of."""
+        folder, rate = tmp_path / "run", {"optimizer__schedule": "constant"}
+        train(folder, 2, **{**SHARDED, **rate}, epochs=1)
+        alone(folder, 1, **{**SHARDED, **rate, "mesh__data": 1}, epochs=2)
+        last = train(folder, 2, **{**SHARDED, **rate})
+        assert "continuing from step 18 of 27" in last.stdout
+        assert_close(folder, whole(**{**ONE_STAGE, **rate}))
 
     def test_on_one_device(self, tmp_path):
         """The stages are fused there, hence not to the bit."""

@@ -133,7 +133,10 @@ class FlatLayout:
             shapes = jax.eval_shape(stage.initial) if placement.addressable else {}
             limit = STAGE_BYTES.get(placement.devices[0].platform, 0)
             joins = num_bytes((shapes, stage.carry)) <= limit
-            parts.append({name: FlatPart.of(tree, joins) for name, tree in shapes.items()})
+            cut = "opt" if placement.shard_optimizer else None  # each array by itself
+            parts.append(
+                {name: FlatPart.of(tree, joins and name != cut) for name, tree in shapes.items()}
+            )
         return tuple(parts)
 
     def load(self, states: Iterable[StageState | None]) -> StageViews:

@@ -318,6 +318,8 @@ def compile_stage_fn(
                 out[name] = placement.constrain(out[name])
             elif name == "cotangent":
                 out[name] = constrain(out[name], placement.batched)
+            elif name == "accumulated":
+                out[name] = constrain(out[name], placement.update_shardings(out[name]))
             elif name != "residuals":
                 out[name] = constrain(out[name], placement.replicated)
             elif queued is not None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jdecouple.pipeline.design import Design
+from jdecouple.pipeline.mesh import replica_spec
 from jdecouple.pipeline.mpmd.executor import Executor
 from jdecouple.pipeline.mpmd.stage_fns import donated_by
 from jdecouple.pipeline.plan.graph import graph_of, size_of
@@ -80,6 +81,7 @@ def trace(design: Design, replicas: int, platform: str) -> Iteration:
 class _Recorder:
     def __init__(self, design: Design, replicas: int, platform: str):
         self._platform = platform
+        self._parts_of_update = replicas if design.engine.shard_optimizer else 1
         self._calls: list[TracedCall] = []
         self._known: dict[Any, tuple[Any, int, dict[int, int]]] = {}
         self._kept: list[Any] = []  # so that no two shapes have the same address
@@ -114,7 +116,7 @@ class _Recorder:
         new, _ = executor.iterate(dispatch, states, self._parts, 0)
         return Iteration(
             self._calls,
-            [{kind: _leaves(tree) for kind, tree in state.items()} for state in states],
+            [{kind: self._leaves(kind, tree) for kind, tree in state.items()} for state in states],
             _leaves(self._parts),
             frozenset(leaf.key for leaf in _leaves(new)),
         )
@@ -166,12 +168,22 @@ class _Recorder:
         self._calls.append(
             TracedCall(
                 stage,
-                {name: _leaves(tree) for name, tree in taken.items()},
-                {name: _leaves(tree) for name, tree in given.items()},
+                {name: self._leaves(name, tree) for name, tree in taken.items()},
+                {name: self._leaves(name, tree) for name, tree in given.items()},
                 frozenset(leaf.key for leaf in _leaves(donated)),
                 *needs,
             )
         )
+
+    def _leaves(self, name: str, tree: Any) -> list[Leaf]:
+        """Leaves of what is called so, of which a replica may hold a part alone."""
+        leaves, parts = _leaves(tree), self._parts_of_update
+        if name not in ("opt", "accumulated"):
+            return leaves
+        return [
+            leaf._replace(size=leaf.size // (parts if replica_spec(shape, parts) else 1))
+            for leaf, shape in zip(leaves, jax.tree.leaves(tree), strict=True)
+        ]
 
 
 def _reused(arguments: Sequence[Any], donated: Any, given: Sequence[Any]) -> dict[int, int]:

@@ -69,7 +69,7 @@ class Program:
             check_vma=False,
         )
         replicated = NamedSharding(self._layout.mesh, PartitionSpec())
-        shardings = self._layout.sharding, replicated
+        shardings = self._layout.shardings, replicated
         return jit(sharded, self._layout.placements[0], donate_argnums=0, out_shardings=shardings)
 
     @cached_property
@@ -122,7 +122,7 @@ class Program:
                 jnp.where(exists, own, len(branches)), [*branches, idle], arrays, received, number
             )
             carry = self._send(self._constrain(carry, None, "data"))
-            return (self._constrain(arrays), carry), line
+            return (self._constrain_state(arrays), carry), line
 
         times = jnp.arange(count + self._groups - 1, dtype=jnp.int32)
         (arrays, _), lines = jax.lax.scan(tick, (arrays, nothing), times)
@@ -162,7 +162,7 @@ class Program:
                 shared = [jnp.asarray(values[name], line.dtype) for name in self._shared]
                 line = jnp.concatenate([line[: -len(shared)], jnp.stack(shared)])
             arrays = jax.lax.switch(own, steps, {**arrays, "stats": stats}, gradients, squared)
-            return self._constrain(arrays), line
+            return self._constrain_state(arrays), line
 
         count = batches["label"].shape[0]
         numbers = step + jnp.arange(count, dtype=jnp.int32)
@@ -251,6 +251,12 @@ class Program:
             return jax.lax.with_sharding_constraint(leaf, PartitionSpec(*axes))
 
         return jax.tree.map(constrain, tree)
+
+    def _constrain_state(self, arrays: Arrays) -> Arrays:
+        """Tells the compiler how the state of a device group lies on its replicas."""
+        if not self._has_replicas:
+            return arrays
+        return jax.tree.map(jax.lax.with_sharding_constraint, arrays, self._layout.specs)
 
     def _empty_carry(self, *stacked: int) -> Carry:
         """Zeros in the shapes of a carry between device groups; {} where there is one group."""

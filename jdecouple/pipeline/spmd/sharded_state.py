@@ -56,9 +56,21 @@ class Layout:
         return Mesh(np.array(devices), ("stage", "data"))
 
     @cached_property
-    def sharding(self) -> NamedSharding:
-        """Sharding of the stacked arrays."""
-        return NamedSharding(self.mesh, PartitionSpec("stage"))
+    def shardings(self) -> Arrays:
+        """Shardings of the stacked arrays."""
+
+        def sharding(spec: PartitionSpec) -> NamedSharding:
+            first, *others = tuple(spec) or (None,)
+            axes = ("stage", first) if first else "stage"
+            return NamedSharding(self.mesh, PartitionSpec(axes, *others))
+
+        return {part: jax.tree.map(sharding, tree) for part, tree in self.specs.items()}
+
+    @cached_property
+    def specs(self) -> Arrays:
+        """How the arrays of every slot lie on the replicas of a device group."""
+        shardings = self.placements[0].state_shardings(self.slot_shapes, 1)
+        return jax.tree.map(lambda sharding: sharding.spec, shardings)
 
     @cached_property
     def shapes(self) -> tuple[StageState, ...]:
@@ -99,44 +111,50 @@ class Layout:
                     blocks[slot][group] = block
             arrays[part] = {
                 slot: jax.tree.map(
-                    functools.partial(self._concatenate, list(by_group)), *by_group.values()
+                    functools.partial(self._concatenate, list(by_group)),
+                    self.shardings[part][slot],
+                    *by_group.values(),
                 )
                 for slot, by_group in blocks.items()
             }
         return StageViews(self, arrays)
 
-    def _concatenate(self, groups: Sequence[int], *given: jax.Array) -> jax.Array:
+    def _concatenate(
+        self, groups: Sequence[int], sharding: NamedSharding, *given: jax.Array
+    ) -> jax.Array:
         """Joins the arrays of the device groups that have one; the others get zeros."""
         arrays = dict(zip(groups, given, strict=True))
         shape, dtype = given[0].shape or (1,), given[0].dtype
+        whole = (len(self.device_groups) * shape[0], *shape[1:])
+        piece = sharding.shard_shape(whole)
         pieces = []
         for group, devices in enumerate(self.mesh.devices):
             if group in arrays:
                 shards = {shard.device: shard.data for shard in arrays[group].addressable_shards}
-                pieces += [shards[device].reshape(shape) for device in devices]
+                pieces += [shards[device].reshape(piece) for device in devices]
             else:
-                zeros = np.zeros(shape, dtype)
+                zeros = np.zeros(piece, dtype)
                 pieces += [jax.device_put(zeros, device, may_alias=False) for device in devices]
-        return jax.make_array_from_single_device_arrays(
-            (len(self.device_groups) * shape[0], *shape[1:]), self.sharding, pieces
-        )
+        return jax.make_array_from_single_device_arrays(whole, sharding, pieces)
 
     def view(self, arrays: Arrays, stage: int) -> StageState:
         """The state of one stage, in the memory of the stacked one."""
         group, slots = self.owner[stage]
-        placement, shapes = self.placements[stage], self.shapes[stage]
+        shapes = self.shapes[stage]
+        shardings = self.placements[stage].state_shardings(shapes, 1)
 
-        def cut(array: jax.Array, shape: jax.ShapeDtypeStruct) -> jax.Array:
+        def cut(
+            array: jax.Array, shape: jax.ShapeDtypeStruct, sharding: NamedSharding
+        ) -> jax.Array:
             shards = {shard.device: shard.data for shard in array.addressable_shards}
-            pieces = [shards[device].reshape(shape.shape) for device in self.mesh.devices[group]]
-            return jax.make_array_from_single_device_arrays(
-                shape.shape, placement.replicated, pieces
-            )
+            piece = sharding.shard_shape(shape.shape)
+            pieces = [shards[device].reshape(piece) for device in self.mesh.devices[group]]
+            return jax.make_array_from_single_device_arrays(shape.shape, sharding, pieces)
 
         return {
             part: tuple(
-                jax.tree.map(cut, arrays[part][slot], shape)
-                for slot, shape in zip(slots, shapes[part], strict=True)
+                jax.tree.map(cut, arrays[part][slot], *own)
+                for slot, *own in zip(slots, shapes[part], shardings[part], strict=True)
             )
             for part in shapes
         }
