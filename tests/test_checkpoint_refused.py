@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from absl import logging
 from saved_states import assert_same, filled, small_state
@@ -75,8 +76,8 @@ def test_leaf_checksum_names_the_leaf(tmp_path, monkeypatch):
     """Corruption that the checksums of the files cannot see (it happened before the write)."""
     with Checkpointer(tmp_path) as checkpointer:
         with monkeypatch.context() as patch:
-            wrong = {"x": np.zeros(3)}
-            patch.setattr("jdecouple.checkpoint.checkpointer._item", lambda arrays: wrong)
+            wrong = ocp.args.StandardSave({"x": np.zeros(3)})
+            patch.setattr(ocp.args, "StandardSave", lambda item: wrong)
             checkpointer.save(1, {"x": np.ones(3)}, {})
         with pytest.raises(CheckpointError, match="leaf x is corrupted"):
             checkpointer.restore({"x": np.ones(3)})

@@ -4,7 +4,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from jdecouple.checkpoint.checkpointer import Checkpointer, CheckpointError, Restored
+from jdecouple.checkpoint.checkpointer import Checkpointer, Restored
+from jdecouple.checkpoint.document import CheckpointError
 
 _EXTRA = {"saved_by": "Trainer.save"}
 

@@ -1,6 +1,7 @@
 """The class that saves and restores checkpoints, and the document that each of them has."""
 
 import contextlib
+import functools
 import itertools
 import json
 import operator
@@ -8,43 +9,44 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import unquote
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from jdecouple._errors import OneLine, first_line, require_int
+from jdecouple._errors import first_line, require_int
 from jdecouple._files import local_folder, replace
 from jdecouple.checkpoint.document import (
+    BY_STAGE,
     FORMAT,
+    CheckpointError,
     RefusedError,
     best,
     crc,
-    empty,
     escaped,
+    failure,
     info,
+    items,
+    leaves,
     read_document,
     score,
     spec,
     told,
 )
-from jdecouple.checkpoint.orbax_setup import UNFINISHED, plain, process_alone, quiet
+from jdecouple.checkpoint.items import STATE_FILES
+from jdecouple.checkpoint.orbax_setup import UNFINISHED, manager_alone, plain, quiet
+from jdecouple.checkpoint.stored import read_arrays
+from jdecouple.checkpoint.together import LostError, Part, Together
 from jdecouple.pipeline.wire import is_feedback
 
 _DELETED = ".deleted"
-_STATE_FILES = ("manifest.ocdbt", "_METADATA")  # without which nobody can read it
 
 Accept = Callable[[dict[str, Any]], str | None]
 Template = Mapping[str, Any]
-
-
-class CheckpointError(OneLine, ValueError):
-    """A checkpoint cannot be written, or none of those present can be used."""
 
 
 class Restored(NamedTuple):
@@ -88,6 +90,7 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
         self._pending: int | None = None
         self._amendment: tuple[int, dict[str, Any]] | None = None
         self._manager: Any = None
+        self._together: Together | None = None
         self._place = contextlib.ExitStack()
         quiet()
         if not read_only:
@@ -95,6 +98,11 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
                 self.directory.mkdir(parents=True, exist_ok=True)
                 tempfile.TemporaryFile(dir=self.directory).close()
                 self._open_manager()
+
+    def share(self, together: Together) -> None:
+        """Lets several processes write from now on; this is the first, which commits."""
+        self._close_manager()
+        self._manager = self._together = together
 
     def steps(self) -> list[int]:
         """The steps on disk in rising order, without unfinished and refused ones."""
@@ -119,7 +127,7 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
     def save(
         self,
         step: int,
-        arrays: Mapping[str, Any],
+        arrays: Mapping[str, Any] | Sequence[Part],
         extra: Any,
         metric: float | None = None,
         *,
@@ -132,6 +140,7 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
         Args:
             step: an integer greater than every step already saved.
             arrays: name to NumPy or JAX array that this process can read; one must have elements.
+                Where several processes write, the parts of this one.
             extra: small dict that `json` can write.
             metric: score of this state, higher is better; None or NaN never counts as best.
             spare: a step; the last checkpoint before it is kept, too.
@@ -142,14 +151,12 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
         """
         self._require_writable()
         step = operator.index(step)
-        on_host = jax.device_get(dict(arrays))  # may share the device's memory
-        copies = {name: np.array(array, order="C") for name, array in on_host.items()}
-        document = {
-            "format": FORMAT,
-            "step": step,
-            **score(extra, metric),
-            "leaves": {escaped(name): [spec(x), crc(x)] for name, x in copies.items()},
-        }
+        document = {"format": FORMAT, "step": step, **score(extra, metric)}
+        if isinstance(arrays, Mapping):
+            write = self._writing(step, document, arrays)
+        else:
+            document["format"] = BY_STAGE
+            write = functools.partial(self._manager.save, step, arrays, document)
         self.wait()
         with _one_line(self._failure(step)):
             if self._refused:
@@ -159,11 +166,8 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
             raise CheckpointError(
                 f"step {step} is not after the latest checkpoint, {latest}, in {self.directory}"
             )
-        args = ocp.args.Composite(
-            state=ocp.args.StandardSave(_item(copies)), info=ocp.args.JsonSave(info(document))
-        )
         self._pending, self._spare = step, spare
-        self._guarded(step, lambda: self._manager.save(step, args=args, force=True))
+        self._guarded(step, write)
 
     def amend(self, step: int, extra: Any, metric: float | None = None) -> None:
         """Gives a saved checkpoint another `extra` and `metric`, both at once or not at all.
@@ -216,6 +220,8 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
         step: int | None = None,
         *,
         accept: Accept = lambda extra: None,
+        wanted: Callable[[int], Collection[str]] | None = None,
+        agree: Callable[[int], str | None] = lambda step: None,
     ) -> Restored | None:
         """Reads the latest usable checkpoint, or the one of `step`; None if there are none.
 
@@ -227,6 +233,9 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
             template: name to anything with the expected array's `shape` and `dtype`.
             step: use this checkpoint or fail.
             accept: given the `extra` of a checkpoint, says why it is to be refused, or None.
+            wanted: names of the arrays of a step to read; None: all. All are compared with the
+                template.
+            agree: called with the step of one that has been read, says why others refuse it.
 
         Raises:
             CheckpointError: `step` is absent or unusable, or every checkpoint was refused.
@@ -239,8 +248,11 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
                 last = next(reversed(refused.items()))
                 logging.warning("checkpoint %d refused: %s; trying %d", *last, candidate)
             try:
-                wanted = template(candidate) if callable(template) else template
-                restored = self._load(candidate, wanted, accept)
+                expected = template(candidate) if callable(template) else template
+                names = wanted(candidate) if wanted else expected
+                restored = self._load(candidate, expected, accept, names)
+                if reason := agree(candidate):
+                    raise RefusedError(reason)
             except RefusedError as error:
                 refused[candidate] = str(error)
             else:
@@ -261,13 +273,28 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
         self.wait()
         try:
             document = self._document(self._present(step))
-            leaves = {unquote(name): kind for name, (kind, _) in document["leaves"].items()}
-            templates = {name: empty(kind) for name, kind in leaves.items() if wanted(name)}
-            return Restored(step, self._arrays(step, document, templates), document["extra"])
+            found = {name: leaf for name, leaf in leaves(document).items() if wanted(name)}
+            with plain(self.directory) as place:
+                arrays = read_arrays(place / str(step), found)
+            return Restored(step, arrays, document["extra"])
         except RefusedError as error:
             raise CheckpointError(
                 f"checkpoint {step} in {self.directory} cannot be used: {error}"
             ) from error
+
+    def _writing(
+        self, step: int, document: Mapping[str, Any], arrays: Mapping[str, Any]
+    ) -> Callable[[], object]:
+        """What begins to write copies of the arrays, by Orbax's manager of this process."""
+        on_host = jax.device_get(dict(arrays))  # may share the device's memory
+        copies = {name: np.array(array, order="C") for name, array in on_host.items()}
+        found = {escaped(name): [spec(array), crc(array)] for name, array in copies.items()}
+        item = {escaped(name): x for name, x in copies.items() if x.size}  # Orbax takes no other
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(item),
+            info=ocp.args.JsonSave(info({**document, "leaves": found})),
+        )
+        return lambda: self._manager.save(step, args=args, force=True)
 
     def _present(self, step: int) -> int:
         if step not in (steps := self.steps()):
@@ -294,10 +321,9 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
         self._manager.wait_until_finished()
         checkpoint = self.directory / str(self._pending)
         try:
-            read_document(checkpoint)
-            for name in _STATE_FILES:
-                if not (checkpoint / "state" / name).stat().st_size:
-                    raise OSError(f"state/{name} is empty")
+            for item, name in itertools.product(items(read_document(checkpoint)), STATE_FILES):
+                if not (checkpoint / item / name).stat().st_size:
+                    raise OSError(f"{item}/{name} is empty")
         except (RefusedError, OSError) as error:
             self._delete(self._pending)
             raise OSError(f"it was not whole: {first_line(error)}") from error
@@ -335,39 +361,35 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
         with contextlib.suppress(Exception):  # what failed has been told
             self._close_manager()
         for path in self.directory.iterdir():
-            if path.is_symlink():
+            if path.is_symlink() or (self._together and self._together.owns(path)):
                 continue
             if path.name.startswith(_DELETED) or UNFINISHED in path.name:
                 shutil.rmtree(path, ignore_errors=True)
-        place = self._place.enter_context(plain(self.directory))
-        alone = process_alone()
-        handlers = {
-            "state": ocp.StandardCheckpointHandler(multiprocessing_options=alone),
-            "info": ocp.JsonCheckpointHandler(multiprocessing_options=alone),
-        }
-        options = ocp.CheckpointManagerOptions(
-            create=False,
-            lightweight_initialize=True,
-            save_root_metadata=False,
-            multiprocessing_options=alone,
-        )
-        self._manager = ocp.CheckpointManager(place, options=options, item_handlers=handlers)
+        if self._together:
+            self._manager = self._together
+            return
+        self._manager = manager_alone(self._place.enter_context(plain(self.directory)))
 
-    def _load(self, step: int, template: Template, accept: Accept) -> Restored:
+    def _load(
+        self, step: int, template: Template, accept: Accept, wanted: Collection[str]
+    ) -> Restored:
         """Reads one checkpoint and compares it with what was saved and with what is expected."""
         document = self._document(step)
         if reason := accept(document["extra"]):
             raise RefusedError(reason)
-        saved = {unquote(name): kind for name, (kind, _) in document["leaves"].items()}
+        found = leaves(document)
+        saved = {name: leaf.kind for name, leaf in found.items()}
         expected = {name: spec(array) for name, array in template.items()}
         for name in sorted(saved.keys() | expected.keys()):
-            was, wanted = saved.get(name, "absent"), expected.get(name, "none")
-            if was != wanted and is_feedback(name):
+            was, needed = saved.get(name, "absent"), expected.get(name, "none")
+            if was != needed and is_feedback(name):
                 expected.pop(name, None)  # it begins anew
-            elif was != wanted:
-                raise RefusedError(f"leaf {name} is {was}, expected {wanted}")
-        arrays = {name: np.empty(template[name].shape, template[name].dtype) for name in expected}
-        return Restored(step, self._arrays(step, document, arrays), document["extra"])
+            elif was != needed:
+                raise RefusedError(f"leaf {name} is {was}, expected {needed}")
+        with plain(self.directory) as place:
+            read = {name: found[name] for name in expected if name in wanted}
+            arrays = read_arrays(place / str(step), read)
+        return Restored(step, arrays, document["extra"])
 
     def _document(self, step: int) -> dict[str, Any]:
         document = read_document(self.directory / str(step))
@@ -375,29 +397,13 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
             raise RefusedError(f"it was saved at step {document['step']}")
         return document
 
-    def _arrays(
-        self, step: int, document: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
-    ) -> dict[str, np.ndarray]:
-        """Reads arrays like these of one checkpoint, and compares them with what was saved."""
-        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=process_alone())
-        item = _item(arrays)
-        kinds = ocp.checkpoint_utils.construct_restore_args(item)
-        args = ocp.args.PyTreeRestore(item, restore_args=kinds, partial_restore=True)
-        try:
-            with contextlib.closing(handler), plain(self.directory) as place:
-                stored = handler.restore(place / str(step) / "state", args=args) if item else {}
-        except Exception as error:  # Orbax and TensorStore raise many kinds on damaged files.
-            raise RefusedError(f"unreadable ({told(error)})") from error
-        found = {**arrays, **{unquote(name): array for name, array in stored.items()}}
-        for name, array in found.items():
-            if [spec(array), crc(array)] != document["leaves"][escaped(name)]:
-                raise RefusedError(f"leaf {name} is corrupted")
-        return found
-
     def _guarded(self, step: int, action: Callable[[], object]) -> None:
         """Runs what writes a checkpoint; a failure drops it and starts a fresh manager."""
         try:
             action()
+        except LostError:
+            self._pending = self._amendment = None
+            raise
         except Exception as error:
             self._pending = self._amendment = None
             with contextlib.suppress(OSError):  # one line says what is wrong
@@ -405,7 +411,7 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
             raise CheckpointError(f"{self._failure(step)}: {told(error)}") from error
 
     def _failure(self, step: int) -> str:
-        return f"checkpoint {step} could not be written to {self.directory}"
+        return failure(step, self.directory)
 
     def _set_refused_aside(self) -> Path:
         aside = self.directory.with_name(self.directory.name + "_refused")
@@ -418,11 +424,6 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
         self._refused.clear()
         self._open_manager()
         return aside
-
-
-def _item(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What Orbax holds of `arrays`: it takes none without elements."""
-    return {escaped(name): array for name, array in arrays.items() if array.size}
 
 
 @contextlib.contextmanager

@@ -5,19 +5,72 @@ import json
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote
+from typing import Any, NamedTuple
+from urllib.parse import quote, unquote
 
 import numpy as np
 
-from jdecouple._errors import first_line
+from jdecouple._errors import OneLine, first_line
 
-FORMAT = 1
+FORMAT = 1  # all arrays are in one item, each whole
+BY_STAGE = 2  # several processes have written them, into an item a stage
+STATE = "state"  # that one item
 escaped = functools.partial(quote, safe="")  # a name, as Orbax has it
+
+
+class CheckpointError(OneLine, ValueError):
+    """A checkpoint cannot be written, or none of those present can be used."""
 
 
 class RefusedError(Exception):
     """Why one checkpoint is not used, in one line."""
+
+
+class Piece(NamedTuple):
+    """A block of an array as a checkpoint holds it, most often the whole.
+
+    Attributes:
+        item: folder of the checkpoint in which it is, where it has elements.
+        key: its name there.
+        kind: its dtype and shape, as `spec` tells them.
+        crc: checksum of its bytes.
+        start: index of its first element in the array.
+    """
+
+    item: str
+    key: str
+    kind: str
+    crc: int
+    start: tuple[int, ...] = ()
+
+
+class Leaf(NamedTuple):
+    """An array of a checkpoint: dtype and shape, as `spec` tells them, and its pieces."""
+
+    kind: str
+    pieces: list[Piece]
+
+
+def leaves(document: Mapping[str, Any]) -> dict[str, Leaf]:
+    """The arrays of a checkpoint by name."""
+    found = document["leaves"].items()
+    if document["format"] == FORMAT:
+        return {
+            unquote(key): Leaf(kind, [Piece(STATE, key, kind, checksum)])
+            for key, (kind, checksum) in found
+        }
+    return {
+        unquote(name): Leaf(kind, [Piece(*piece) for piece in pieces])
+        for name, (kind, pieces) in found
+    }
+
+
+def items(document: Mapping[str, Any]) -> set[str]:
+    """The folders in which a checkpoint has its arrays."""
+    if document["format"] == FORMAT:
+        return {STATE}
+    pieces = (piece for leaf in leaves(document).values() for piece in leaf.pieces)
+    return {piece.item for piece in pieces if empty(piece.kind).size}
 
 
 def best(documents: Mapping[int, dict[str, Any]]) -> int | None:
@@ -42,15 +95,22 @@ def read_document(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / "info" / "metadata"
     if not path.is_file():
         raise RefusedError("not a checkpoint of this program (no info/metadata)")
+    document = read_info(path, "info/metadata")
+    if document["format"] not in (FORMAT, BY_STAGE):
+        read = f"{FORMAT} and {BY_STAGE}"
+        raise RefusedError(f"format {document['format']}, this program reads {read}")
+    return document
+
+
+def read_info(path: Path, name: str) -> dict[str, Any]:
+    """What `info` made, out of a file that errors call `name`; RefusedError if it is not sound."""
     try:
         written = json.loads(path.read_bytes())
         document, checksum = written["document"], written["crc32"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RefusedError(f"info/metadata is damaged ({told(error)})") from error
+        raise RefusedError(f"{name} is damaged ({told(error)})") from error
     if checksum != _document_crc(document):
-        raise RefusedError("info/metadata is damaged (checksum)")
-    if document["format"] != FORMAT:
-        raise RefusedError(f"format {document['format']}, this program reads {FORMAT}")
+        raise RefusedError(f"{name} is damaged (checksum)")
     return document
 
 
@@ -72,6 +132,11 @@ def crc(array: np.ndarray) -> int:
 
 def _document_crc(document: Any) -> int:
     return zlib.crc32(json.dumps(document, sort_keys=True).encode())
+
+
+def failure(step: int, directory: Path) -> str:
+    """What is said of a checkpoint that cannot be written."""
+    return f"checkpoint {step} could not be written to {directory}"
 
 
 def told(error: Exception) -> str:

@@ -30,6 +30,22 @@ def process_alone() -> Any:
     )
 
 
+def manager_alone(place: epath.Path) -> ocp.CheckpointManager:
+    """Returns Orbax's manager of the checkpoints in a folder, of this process alone."""
+    alone = process_alone()
+    handlers = {
+        "state": ocp.StandardCheckpointHandler(multiprocessing_options=alone),
+        "info": ocp.JsonCheckpointHandler(multiprocessing_options=alone),
+    }
+    options = ocp.CheckpointManagerOptions(
+        create=False,
+        lightweight_initialize=True,
+        save_root_metadata=False,
+        multiprocessing_options=alone,
+    )
+    return ocp.CheckpointManager(place, options=options, item_handlers=handlers)
+
+
 @contextlib.contextmanager
 def plain(directory: Path) -> Iterator[epath.Path]:
     """Another path of `directory` where its own has what Orbax does not take as it stands.

@@ -1,8 +1,10 @@
 """When a run cannot go on, and when it has left its range: which checkpoints may be spoilt."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+import numpy as np
 
 from jdecouple.methods.routes import loss_scale
 
@@ -123,3 +125,28 @@ class Range:
 
     def _begin(self, step: int) -> None:
         self.values |= {"suspect": max(step, 0), "level": self.values["high"], "above": 0.0}
+
+
+def not_finite(blocks: Iterable[tuple[str, np.ndarray]], *, but: str | None = None) -> str | None:
+    """The first array, of names and elements, that is not finite; names may begin with `but`."""
+    for name, block in blocks:
+        if but is not None and name.startswith(but):
+            continue
+        if np.issubdtype(block.dtype, np.floating) and not np.isfinite(block).all():
+            return name
+    return None
+
+
+def weights_of(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """The weights of arrays by their names in a checkpoint."""
+    return {name: x for name, x in arrays.items() if _is_weight(name)}
+
+
+def largest_weight(blocks: Iterable[tuple[str, np.ndarray]]) -> float:
+    """The largest weight, without its sign, of the names and elements of arrays."""
+    weights = (x for name, x in blocks if _is_weight(name) and x.size)
+    return max((max(float(x.max()), -float(x.min())) for x in weights), default=0.0)
+
+
+def _is_weight(name: str) -> bool:
+    return name.split("/")[1] == "params"

@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,12 +16,19 @@ from ml_collections import ConfigDict
 from jdecouple import data, growth
 from jdecouple._errors import OneLine
 from jdecouple._files import local_folder
-from jdecouple.checkpoint import Checkpointer
+from jdecouple.checkpoint import Checkpointer, Part, Together, own_parts
 from jdecouple.methods.routes.stage import NORM
 from jdecouple.pipeline.batch import PlacedBatch
 from jdecouple.train import config as configuration
-from jdecouple.train import devices, gauges, hosts, notebook, report
-from jdecouple.train.divergence import Range, fault, left_out
+from jdecouple.train import devices, gauges, hosts, notebook, report, sharing
+from jdecouple.train.divergence import (
+    Range,
+    fault,
+    largest_weight,
+    left_out,
+    not_finite,
+    weights_of,
+)
 from jdecouple.train.errors import one_line
 from jdecouple.train.interrupt import Interrupt
 from jdecouple.train.lock import only_run
@@ -54,7 +61,8 @@ def train_and_evaluate(
         config: made from `jdecouple.config.default()`.
         workdir: folder for `config.json`, `metrics.jsonl`, `checkpoints/` and `curves.png`, and
             with `config.profile` `profile/` and `timeline.png`; made if missing. Of several
-            processes the first alone reads and writes it.
+            processes the first alone reads and writes it, but for the checkpoints: where all see
+            the same folder, each writes and reads those of its stages.
         processes: what `jdecouple.train.hosts.join` returned, where there are several.
         callbacks: functions of a step, a split and values, or writers (`jdecouple.train.tracking`):
             the first process calls each with what every line of `metrics.jsonl` holds.
@@ -94,16 +102,18 @@ def train_and_evaluate(
                 stack.enter_context(only_run(folder))
                 keep = run.config.checkpoint.keep
                 checkpoints = stack.enter_context(Checkpointer(folder / "checkpoints", keep=keep))
-                processes.on_loss(checkpoints.wait)
+            together = sharing.share(processes, folder / "checkpoints", checkpoints)
+            if checkpoints is not None:
+                processes.on_loss(lambda: sharing.finish(checkpoints, together))
         interrupt = stack.enter_context(Interrupt())
         with one_line():
-            state, start = restore(run, checkpoints, processes)
+            state, start = restore(run, checkpoints, processes, together)
             if processes.first:
                 record(folder, run, state.step, start)
                 given = (folder, run, state.step, start, callbacks)
                 writer = stack.enter_context(open_writers(*given))
         profile = Profile(run.trainer, folder, run.config.profile, state.step, title)
-        loop = Loop(run, checkpoints, writer, interrupt, profile, processes)
+        loop = Loop(run, checkpoints, writer, interrupt, profile, processes, together)
         state = loop.train(state, start)
         early = loop.stopping.reason if state.step < run.total_steps else None
         finished = early is not None or state.step >= run.total_steps
@@ -137,6 +147,7 @@ class Loop:
     interrupt: Interrupt
     profile: Profile
     processes: hosts.MultiProcess
+    together: Together | None = None  # where all processes write checkpoints
 
     def train(self, state: State, start: dict[str, Any] | None) -> State:
         """Trains from `state` to the last step, or until asked to stop.
@@ -220,6 +231,8 @@ class Loop:
                     break
         if self.checkpoints is not None:
             self.checkpoints.wait()
+        elif self.together is not None:
+            self.together.wait()
         return state
 
     def _put(self, batches: list[Mapping[str, Any]]) -> tuple[Trainer, PlacedBatch]:
@@ -254,8 +267,10 @@ class Loop:
 
     def _weigh(self, state: State) -> None:
         """Begins the range of weights."""
-        weights = hosts.gather(self.processes, _weights(self.run.trainer.to_arrays(state)))
-        self._range.weigh(state.step, _largest(weights))
+        trainer = self.run.trainer
+        weights = own_parts(weights_of(trainer.to_arrays(state)), sharing.stage_of(trainer))
+        messages = self.processes.collect(largest_weight(blocks_of(weights)))
+        self._range.weigh(state.step, max((each.value for each in messages), default=0.0))
 
     def _ends_interval(self, step: int) -> bool:
         """Whether a line is due: every `log_every` steps, where a phase ends, for a long rest."""
@@ -331,22 +346,34 @@ class Loop:
         if state.step == self._saved:
             return
         self._saved = state.step
-        arrays = hosts.gather(self.processes, self.run.trainer.to_arrays(state))
+        trainer, arrays = self.run.trainer, self.run.trainer.to_arrays(state)
+        parts: Any
+        if self.together is None:
+            parts = hosts.gather(self.processes, arrays)
+            blocks = list(parts.items())
+        else:
+            parts = own_parts(arrays, sharing.stage_of(trainer))
+            blocks = blocks_of(parts)
+        # In float16, what overflows in a queue is left out in its turn.
+        queues = "stage_" if self.run.config.dtype == "float16" else None
+        found = [not_finite(blocks, but=queues), largest_weight(blocks)]
+        messages = self.processes.collect(found)
+        if self.together is not None and self.checkpoints is None:
+            self.together.wait()
+            self.together.save(state.step, parts)
         if self.checkpoints is None:
             return
-        for name, value in arrays.items():
-            if self.run.config.dtype == "float16" and name.startswith("stage_"):
-                continue  # what overflows in a queue is left out in its turn
-            if np.issubdtype(value.dtype, np.floating) and not np.isfinite(value).all():
-                raise NonFiniteError(
-                    f"{name} is not finite after step {state.step}; {self._last_good()}"
-                )
-        self._warn(self._range.weigh(state.step, _largest(_weights(arrays))))
+        spoilt, largest = zip(*(message.value for message in messages), strict=True)
+        for name in filter(None, spoilt):
+            raise NonFiniteError(
+                f"{name} is not finite after step {state.step}; {self._last_good()}"
+            )
+        self._warn(self._range.weigh(state.step, max(largest)))
         self._extra = {"iterator": iterator, "means": self._interval.means, **self._origin}
         self._extra |= {"range": self._range.values, **self._counts()}
         due = {"evaluate": True} if evaluate else {}
         spare = self._range.suspect
-        self.checkpoints.save(state.step, arrays, self._extra | due, spare=spare)
+        self.checkpoints.save(state.step, parts, self._extra | due, spare=spare)
 
     def _counts(self) -> dict[str, Any]:
         rows = {} if self.writer is None else {"rows": self.writer.rows}
@@ -386,10 +413,6 @@ class Loop:
         return f"{text}; the same command {goes_on}, a lower learning rate may help"
 
 
-def _weights(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in arrays.items() if name.split("/")[1] == "params"}
-
-
-def _largest(arrays: Mapping[str, np.ndarray]) -> float:
-    sizes = (max(float(x.max()), -float(x.min())) for x in arrays.values() if x.size)
-    return max(sizes, default=0.0)
+def blocks_of(parts: Iterable[Part]) -> list[tuple[str, np.ndarray]]:
+    """Names and elements of parts of arrays."""
+    return [(part.name, part.block) for part in parts]

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,12 @@ from absl import logging
 
 from jdecouple import methods
 from jdecouple._errors import first_line
-from jdecouple.checkpoint import Checkpointer, CheckpointError, Restored
+from jdecouple.checkpoint import Checkpointer, CheckpointError, Restored, Together
 from jdecouple.data import ImageInputs
 from jdecouple.inference.description import Description
 from jdecouple.methods.routes import loss_scale
 from jdecouple.train import config as configuration
-from jdecouple.train import hosts, report
+from jdecouple.train import hosts, report, sharing
 from jdecouple.train.config import ConfigError, chosen
 from jdecouple.train.early_stopping import EarlyStopping
 from jdecouple.train.initial import begin
@@ -30,28 +30,53 @@ from jdecouple.trainer import State
 
 
 def restore(
-    run: Run, checkpoints: Checkpointer | None, processes: hosts.MultiProcess
+    run: Run,
+    checkpoints: Checkpointer | None,
+    processes: hosts.MultiProcess,
+    together: Together | None = None,
 ) -> tuple[State, dict[str, Any] | None]:
     """The state to begin with, and what the checkpoint says of it.
 
-    The first process, alone with `checkpoints`, sends every other one the arrays of its stages.
-    All call it.
+    The first process, alone with `checkpoints`, says of which step. With `together` every process
+    reads the arrays of its stages, else the first sends them. All call it.
 
     Raises:
         ConfigError: they are another run's, or the run is further than it should go.
     """
-    restored = None if checkpoints is None else _read(run, checkpoints)
+
+    def names(step: int) -> list[str]:
+        """Of the arrays of this process's stages."""
+        trainer = run.at(step).trainer
+        return list(trainer.to_arrays(trainer.abstract(addressable=True)))
+
+    restored: Restored | None = None
+    own: dict[str, np.ndarray] = {}
+    if checkpoints is not None and together is not None:
+        ask = sharing.agreement(processes)
+        restored = _read(run, checkpoints, names=names, agree=ask)
+        processes.broadcast(None)
+    elif checkpoints is not None:
+        restored = _read(run, checkpoints)
+    elif together is not None:
+        own = sharing.read_what_is_asked(processes, together.directory, names)
     position = processes.broadcast(restored and [restored.step, restored.extra])
     step, extra = position or (0, None)
     trainer = run.at(step).trainer
     if position is None:
         return begin(run, trainer, processes), None
-    names = list(trainer.to_arrays(trainer.abstract(addressable=True)))
-    arrays = hosts.scatter(processes, names, restored.arrays if restored else {})
+    arrays = restored.arrays if restored else own
+    if together is None:
+        arrays = hosts.scatter(processes, names(step), arrays)
     return trainer.from_arrays(step, arrays), extra
 
 
-def _read(run: Run, checkpoints: Checkpointer) -> Restored | None:
+def _read(
+    run: Run,
+    checkpoints: Checkpointer,
+    names: Callable[[int], Collection[str]] | None = None,
+    agree: Callable[[int], str | None] = lambda step: None,
+) -> Restored | None:
+    """Reads the last checkpoint that can be used: arrays of these `names` of a step, or all."""
     own = identity(run)
     extras = checkpoints.extras()
     identities = [extra.get("identity", {}) for extra in extras.values()]
@@ -77,6 +102,8 @@ def _read(run: Run, checkpoints: Checkpointer) -> Restored | None:
         restored = checkpoints.restore(
             template,
             accept=lambda extra: None if extra.get("identity") == own else "it is another run's",
+            wanted=names,
+            agree=agree,
         )
     except CheckpointError as error:  # as where the optimiser's state has other parts
         if not changed:

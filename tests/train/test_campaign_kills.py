@@ -77,11 +77,17 @@ def test_kills_of_one_process(tmp_path, name):
     print(f"{name}: {kills} kills of one process, {ends} runs equal to the last bit")
 
 
-def test_kills_of_two_processes(tmp_path):
+@pytest.mark.parametrize("apart", [False, True], ids=["one-folder", "apart"])
+def test_kills_of_two_processes(tmp_path, apart):
     ends = finish_again_and_again(
-        tmp_path, KILLS_OF_TWO, lambda folder: start(folder, 2, **TWO), whole(**TWO), seed=1
+        tmp_path,
+        KILLS_OF_TWO,
+        lambda folder: start(folder, 2, apart=apart, **TWO),
+        whole(**TWO),
+        seed=1,
     )
-    print(f"{KILLS_OF_TWO} kills of one of two processes, {ends} runs equal to the last bit")
+    how = "that do not see one folder" if apart else "that save by stage"
+    print(f"{KILLS_OF_TWO} kills of one of two processes {how}, {ends} runs equal to the last bit")
 
 
 @pytest.fixture

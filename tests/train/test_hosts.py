@@ -18,6 +18,7 @@ import runs
 from runs import arguments, assert_same_run, copy, delayed, final_arrays, finished, lines, server
 from text_sets import csv_set
 
+from jdecouple.checkpoint import Checkpointer
 from jdecouple.train.lock import only_run
 
 DEINFOREG = {"mesh__stages": 2}
@@ -36,20 +37,25 @@ TOTAL = 27
 SOON = 300  # seconds in which all end after one is lost
 
 
-def start(folder: Path, count: int, devices: int = 1, **values) -> list[runs.Run]:
+def start(
+    folder: Path, count: int, devices: int = 1, *, apart: bool = False, **values
+) -> list[runs.Run]:
     """Starts or continues a run as so many processes."""
-    return start_each(folder, [{}] * count, devices, **values)
+    return start_each(folder, [{}] * count, devices, apart=apart, **values)
 
 
 def start_each(
-    folder: Path, own: list[dict[str, Any]], devices: int = 1, **values
+    folder: Path, own: list[dict[str, Any]], devices: int = 1, *, apart: bool = False, **values
 ) -> list[runs.Run]:
-    """Processes with values of their own; each is given a folder, the first alone uses it."""
-    port = runs.free_port()
+    """Processes with values of their own, and one folder.
+
+    Those that are `apart` do not see the folder of the first, and use none.
+    """
+    port, unused = runs.free_port(), folder.with_name("unused")
     return server().start_together(
         [
             [
-                *arguments(folder.with_name("unused") if index else folder, **values, **mine),
+                *arguments(unused if apart and index else folder, **values, **mine),
                 f"--coordinator=127.0.0.1:{port}",
                 f"--num_processes={len(own)}",
                 f"--process_index={index}",
@@ -68,9 +74,9 @@ def end(processes: list[runs.Run], code: int = 0) -> list[runs.Run]:
     return processes
 
 
-def train(folder: Path, count: int, devices: int = 1, **values) -> runs.Run:
+def train(folder: Path, count: int, devices: int = 1, *, apart: bool = False, **values) -> runs.Run:
     """A run to its end; returns the first process."""
-    first, *others = end(start(folder, count, devices, **values))
+    first, *others = end(start(folder, count, devices, apart=apart, **values))
     assert [process.stderr for process in others] == [""] * len(others)
     assert not folder.with_name("unused").exists()
     return first
@@ -88,6 +94,12 @@ def alone(folder: Path, devices: int, **values) -> Path:
     run = server().run(*arguments(folder, **values), devices=devices)
     assert run.returncode == 0, run.stderr
     return folder
+
+
+def items(folder: Path) -> set[str]:
+    """What the last checkpoint consists of."""
+    step = Checkpointer(folder / "checkpoints", read_only=True).latest_step
+    return set(os.listdir(folder / "checkpoints" / f"{step}"))
 
 
 def reached(step: int, folder: Path):
@@ -122,6 +134,7 @@ class TestResults:
     )
     def test_two_processes_to_the_bit(self, tmp_path, values):
         first = train(tmp_path / "two", 2, **values, **SHORT)
+        assert items(tmp_path / "two") == {"info", "stage_0.process_0", "stage_1.process_1"}
         assert "test accuracy" in first.stdout
         assert (tmp_path / "two" / "curves.png").is_file()
         assert_same_run(tmp_path / "two", alone(tmp_path / "one", 2, **values, **SHORT))
@@ -195,12 +208,16 @@ class TestResults:
 
 @pytest.mark.slow
 class TestResume:
-    def test_on_fewer_and_on_more_processes(self, tmp_path):
+    @pytest.mark.parametrize("apart", [False, True], ids=["one-folder", "apart"])
+    def test_on_fewer_and_on_more_processes(self, tmp_path, apart):
         """Two processes, then one, then two; to the bit, as the stages are the same."""
         folder = tmp_path / "run"
-        train(folder, 2, **FDG, epochs=1)
+        train(folder, 2, apart=apart, **FDG, epochs=1)
+        stages = {"state"} if apart else {"stage_0.process_0", "stage_1.process_1"}
+        assert items(folder) == {"info", *stages}
         alone(folder, 2, **FDG, epochs=2)
-        last = train(folder, 2, **FDG)
+        assert items(folder) == {"info", "state"}
+        last = train(folder, 2, apart=apart, **FDG)
         assert "continuing from step 18 of 27" in last.stdout
         assert_same_run(folder, whole(**FDG))
 
@@ -212,6 +229,18 @@ class TestResume:
         last = train(folder, 2, **{**SHARDED, **rate})
         assert "continuing from step 18 of 27" in last.stdout
         assert_close(folder, whole(**{**ONE_STAGE, **rate}))
+
+    def test_what_one_process_cannot_read_is_refused_by_both(self, tmp_path):
+        """The stage of the other: it says so, and both begin with the checkpoint before."""
+        folder = tmp_path / "run"
+        train(folder, 2, **DEINFOREG)
+        for path in (folder / "checkpoints" / "27" / "stage_1.process_1").rglob("*"):
+            if path.is_file():
+                path.write_bytes(bytes(path.stat().st_size))
+        first = train(folder, 2, **DEINFOREG)
+        assert "continuing from step 24 of 27" in first.stdout
+        assert "checkpoint 27 refused: " in first.stderr
+        assert_same_run(folder, whole(**DEINFOREG))
 
     def test_on_one_device(self, tmp_path):
         """The stages are fused there, hence not to the bit."""

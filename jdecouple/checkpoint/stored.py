@@ -1,0 +1,48 @@
+"""Reads arrays of a checkpoint, of either format, and compares them with what was saved."""
+
+from collections.abc import Mapping
+
+import numpy as np
+from etils import epath
+
+from jdecouple.checkpoint.document import Leaf, Piece, RefusedError, crc, empty, spec, told
+from jdecouple.checkpoint.items import read_item
+
+
+def read_arrays(checkpoint: epath.Path, wanted: Mapping[str, Leaf]) -> dict[str, np.ndarray]:
+    """Reads these arrays of a checkpoint's folder, and nothing of others.
+
+    Raises:
+        RefusedError: one cannot be read, or is not what was saved.
+    """
+    by_item: dict[str, dict[str, np.ndarray]] = {}
+    for leaf in wanted.values():
+        for piece in leaf.pieces:
+            by_item.setdefault(piece.item, {})[piece.key] = empty(piece.kind)
+    for item, blocks in by_item.items():
+        held = {key: block for key, block in blocks.items() if block.size}
+        try:
+            blocks |= read_item(checkpoint / item, held) if held else {}
+        except Exception as error:  # Orbax and TensorStore raise many kinds on damaged files.
+            raise RefusedError(f"unreadable ({told(error)})") from error
+    return {name: _joined(name, leaf, by_item) for name, leaf in wanted.items()}
+
+
+def _joined(name: str, leaf: Leaf, by_item: Mapping[str, Mapping[str, np.ndarray]]) -> np.ndarray:
+    found = [(piece, _checked(name, piece, by_item)) for piece in leaf.pieces]
+    if len(found) == 1 and found[0][0].kind == leaf.kind:
+        return found[0][1]
+    whole = empty(leaf.kind)
+    for piece, block in found:
+        ends = zip(piece.start, block.shape, strict=True)
+        whole[tuple(slice(start, start + size) for start, size in ends)] = block
+    return whole
+
+
+def _checked(
+    name: str, piece: Piece, by_item: Mapping[str, Mapping[str, np.ndarray]]
+) -> np.ndarray:
+    block = by_item[piece.item][piece.key]
+    if (spec(block), crc(block)) != (piece.kind, piece.crc):
+        raise RefusedError(f"leaf {name} is corrupted")
+    return block
