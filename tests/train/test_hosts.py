@@ -99,7 +99,7 @@ def alone(folder: Path, devices: int, **values) -> Path:
 def items(folder: Path) -> set[str]:
     """What the last checkpoint consists of."""
     step = Checkpointer(folder / "checkpoints", read_only=True).latest_step
-    return set(os.listdir(folder / "checkpoints" / f"{step}"))
+    return {path.name for path in (folder / "checkpoints" / f"{step}").iterdir() if path.is_dir()}
 
 
 def reached(step: int, folder: Path):
