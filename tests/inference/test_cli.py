@@ -213,7 +213,7 @@ class TestCommands:
         usage = run(capsys)
         for name in ("train", "predict", "evaluate", "calibrate", "export"):
             assert f"  {name}" in usage
-        refused(capsys, "unknown command 'test': allowed are train, plan, predict", "test")
+        refused(capsys, "unknown command 'test': allowed are train, launch, plan, predict", "test")
 
     def test_help_of_each(self, capsys):
         for name in ("predict", "evaluate", "calibrate", "export"):

@@ -122,6 +122,7 @@ class TestRuns:
         script = "print('JAX_NUM_PROCESSES' in os.environ)"
         assert Launched(tmp_path, script=script, count=1).end() == ("False\n", "")
 
+    @pytest.mark.slow
     def test_what_is_trained_equals_one_process(self, tmp_path):
         out, err = Launched(tmp_path, "train", *arguments(tmp_path / "two", **TWO, epochs=1)).end()
         assert "test accuracy" in out
