@@ -11,7 +11,6 @@ from flax import nnx
 
 from jdecouple._errors import require_int, require_type
 from jdecouple.methods import Method
-from jdecouple.methods.routes import Metrics
 from jdecouple.methods.routes.stage import Transform
 from jdecouple.models import Model
 from jdecouple.pipeline import state as states
@@ -25,6 +24,7 @@ from jdecouple.pipeline.intake import Intake
 from jdecouple.pipeline.mesh import StageMesh
 from jdecouple.pipeline.predict import Predictor
 from jdecouple.pipeline.state import State
+from jdecouple.pipeline.step_metrics import StepMetrics
 from jdecouple.schedules import Call, Costs
 
 Batch = Mapping[str, Any]
@@ -274,7 +274,7 @@ class Trainer:
         """
         self.design.check_steps(count)
 
-    def step(self, state: State, batch: Batch | PlacedBatch) -> tuple[State, Metrics]:
+    def step(self, state: State, batch: Batch | PlacedBatch) -> tuple[State, StepMetrics]:
         """Trains on one global batch; returns as soon as all calls are dispatched.
 
         Args:
@@ -299,7 +299,7 @@ class Trainer:
 
     def steps(
         self, state: State, batches: Sequence[Batch | PlacedBatch] | PlacedBatch
-    ) -> tuple[State, Metrics]:
+    ) -> tuple[State, StepMetrics]:
         """Trains on T batches as T calls of `step` would, with the dispatches of one.
 
         Every stage scans its batches in one compiled call (all stages together, with engine
@@ -388,7 +388,7 @@ class Trainer:
         self._states.check(state)
         return self.predictor.predict(state.stages, data)
 
-    def gather_metrics(self, metrics: Mapping[str, Any]) -> dict[str, float]:
+    def gather_metrics(self, metrics: StepMetrics) -> dict[str, float]:
         """Metrics of `step` of all processes as floats; every process calls it."""
         summed = not self.schedule.sums_late
         return gather_metrics(metrics, self._states.metric_names, summed=summed)

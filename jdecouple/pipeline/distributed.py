@@ -4,13 +4,13 @@ import ipaddress
 import os
 import socket
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from jdecouple.methods.routes import with_whole_norm
+from jdecouple.pipeline.step_metrics import StepMetrics, on_host
 
 _COMPILE_SECONDS = 3600
 
@@ -99,15 +99,13 @@ def with_port(address: str, port: int | str) -> str:
     return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
-def gather_metrics(
-    metrics: Mapping[str, Any], names: Sequence[str], *, summed: bool
-) -> dict[str, float]:
+def gather_metrics(metrics: StepMetrics, names: Sequence[str], *, summed: bool) -> dict[str, float]:
     """Metrics of a step of all processes as floats; every process calls it with its own.
 
     `names` are those of all stages, in order; `summed` says whether the blocks' losses are of one
     batch. Where they are not, one process knows their sum.
     """
-    values = {name: float(value) for name, value in metrics.items()}
+    values = {name: float(value) for name, value in on_host([metrics])[0].items()}
     blocks = gather(values, [name for name in names if name.startswith("block_")])
     known = {} if summed else gather(values, ["loss"])
     losses = [value for name, value in blocks.items() if name.endswith("/loss")]

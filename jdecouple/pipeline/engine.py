@@ -9,7 +9,7 @@ import jax
 from jdecouple import schedules
 from jdecouple._errors import choices, require_bool, require_int, require_one_of
 from jdecouple.methods import Method
-from jdecouple.methods.routes import Carry, Metrics, Route, Stage
+from jdecouple.methods.routes import Carry, Route, Stage
 from jdecouple.pipeline.batch import PlacedBatch
 from jdecouple.pipeline.mesh import StageDevices, StageMesh, assign_devices, device_groups
 from jdecouple.pipeline.mpmd.engine import MpmdEngine
@@ -19,6 +19,7 @@ from jdecouple.pipeline.replicas import on_replicas
 from jdecouple.pipeline.spmd.engine import SpmdEngine
 from jdecouple.pipeline.spmd.fitting import fitting, schedule_of
 from jdecouple.pipeline.spmd.sharded_state import Layout
+from jdecouple.pipeline.step_metrics import StepMetrics
 from jdecouple.schedules import Call, Schedule
 
 ENGINES = ("mpmd", "spmd", "auto")
@@ -59,7 +60,7 @@ class Engine(Protocol):
 
     def run(
         self, states: Any, batch: PlacedBatch, step: int, since: int = 0, end: int | None = None
-    ) -> tuple[Sequence[Any], Metrics]:
+    ) -> tuple[Sequence[Any], StepMetrics]:
         """Trains on what `put` returned; returns at once, unless too much is in flight.
 
         Args:

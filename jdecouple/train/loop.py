@@ -19,6 +19,7 @@ from jdecouple._files import local_folder
 from jdecouple.checkpoint import Checkpointer, Part, Together, own_parts
 from jdecouple.methods.routes.stage import NORM
 from jdecouple.pipeline.batch import PlacedBatch
+from jdecouple.pipeline.step_metrics import StepMetrics, on_host
 from jdecouple.train import config as configuration
 from jdecouple.train import devices, gauges, hosts, notebook, report, sharing
 from jdecouple.train.divergence import (
@@ -185,7 +186,7 @@ class Loop:
             self._warn(f"checkpoint {first} is suspect")
         if start is None:
             self._weigh(state)
-        self._pending: list[tuple[range, dict[str, jax.Array]]] = []  # metrics on devices
+        self._pending: list[tuple[range, StepMetrics]] = []  # metrics on devices
         with (
             data.Prefetcher(groups, self._put) as prefetcher,
             contextlib.closing(progress),
@@ -284,9 +285,9 @@ class Loop:
     def _collect(self) -> list[tuple[int, Mapping[str, Any]]]:
         """Waits for the steps since the last call; gives the first process each one's metrics."""
         numbers = [step for steps, _ in self._pending for step in steps]
-        on_host = jax.device_get([metrics for _, metrics in self._pending])
+        found = on_host([metrics for _, metrics in self._pending])
         rows: list[dict[str, Any]] = []
-        for (steps, _), metrics in zip(self._pending, on_host, strict=True):
+        for (steps, _), metrics in zip(self._pending, found, strict=True):
             columns = {name: np.atleast_1d(values).tolist() for name, values in metrics.items()}
             rows += [{name: columns[name][i] for name in columns} for i in range(len(steps))]
         self._pending = []

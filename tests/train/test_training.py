@@ -15,6 +15,7 @@ from runs import arguments, cheap, finished, lines, server, tiny
 
 from jdecouple import data
 from jdecouple.checkpoint import Checkpointer, CheckpointError
+from jdecouple.pipeline.step_metrics import StepMetrics
 from jdecouple.train import cli as command_line
 from jdecouple.train.loop import NonFiniteError, build, train_and_evaluate
 from jdecouple.trainer import Trainer
@@ -209,7 +210,8 @@ class TestNonFinite:
         def poisoned(self, state, batch):
             state, metrics = step(self, state, batch)
             if state.step == 5:
-                metrics |= {"loss": np.float32(np.nan), "block_1/loss": np.float32(np.nan)}
+                bad = jax.numpy.float32(np.nan)
+                metrics = StepMetrics([metrics, {"loss": bad, "block_1/loss": bad}])
             return state, metrics
 
         monkeypatch.setattr(Trainer, "step", poisoned)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jdecouple.methods.routes import Carry, Metrics, StageState, with_whole_norm
+from jdecouple.methods.routes import Carry, StageState, with_whole_norm
 from jdecouple.methods.routes.stage import NORM
 from jdecouple.pipeline.batch import PlacedBatch
 from jdecouple.pipeline.mesh import jit
@@ -17,6 +17,7 @@ from jdecouple.pipeline.mpmd.executor import Executor
 from jdecouple.pipeline.mpmd.multi_step import MultiStep
 from jdecouple.pipeline.stage_views import StageViews
 from jdecouple.pipeline.state import or_nan
+from jdecouple.pipeline.step_metrics import JoinedMetrics, StepMetrics
 from jdecouple.pipeline.transfer import crosses, transfer
 from jdecouple.schedules import Call, Kind
 
@@ -74,7 +75,7 @@ class MpmdEngine:
         step: int,
         since: int = 0,
         end: int | None = None,
-    ) -> tuple[StageViews, Metrics]:
+    ) -> tuple[StageViews, StepMetrics]:
         """Dispatches one batch or several, and returns at once unless too many are in flight."""
         while len(self._in_flight) >= self.max_in_flight:
             jax.block_until_ready(self._in_flight.popleft())
@@ -84,20 +85,24 @@ class MpmdEngine:
             arrays, stage_metrics = self._several.run(arrays, batch.parts, step, count)
         else:
             arrays, stage_metrics = self._executor.run(arrays, batch.parts, step, end)
-        losses = [metrics["loss"] for metrics in stage_metrics if metrics]
-        self._in_flight.append(losses + self._credits(stage_metrics, count))
-        merged: Metrics = {}
-        for k, metrics in enumerate(stage_metrics):
-            if metrics:
-                metrics = self._stacked(metrics) if batch.count == 1 else metrics
-                norms = {n: metrics.pop(n) for n in self._norm_names[k]}
-                for delay, values in zip(self._delays[k], (metrics, norms), strict=True):
-                    if values and step - delay < since:
-                        exists = step - delay + np.arange(count) >= since
-                        values = or_nan(exists[0] if batch.count is None else exists, values)
-                    merged |= values
+        self._in_flight.append(jax.tree.leaves(stage_metrics) + self._credits(stage_metrics, count))
+        parts: list[Any] = []
+        for k, joined in enumerate(stage_metrics):
+            if joined is None:
+                continue
+            joined = self._stacked(joined) if batch.count == 1 else joined
+            parts.append(joined)
+            late = [step - delay < since for delay in self._delays[k]]
+            if not any(late):
+                continue
+            metrics = dict(StepMetrics([joined]))
+            norms = {name: metrics.pop(name) for name in self._norm_names[k]}
+            for delay, values in zip(self._delays[k], (metrics, norms), strict=True):
+                exists = step - delay + np.arange(count) >= since
+                parts.append(or_nan(exists[0] if batch.count is None else exists, values))
+        merged = StepMetrics(parts)
         if self._sums_late and not self.placements[-1].addressable:
-            merged.pop("loss", None)  # of a batch that is still on its way
+            merged = merged.without("loss")  # of a batch that is still on its way
         return self._views(arrays), self._whole(merged) if self._has_norms else merged
 
     def measure(
@@ -134,14 +139,14 @@ class MpmdEngine:
     def _views(self, arrays: tuple) -> StageViews:
         return StageViews(self._layout, arrays)
 
-    def _whole(self, metrics: Metrics) -> Metrics:
+    def _whole(self, metrics: StepMetrics) -> StepMetrics:
         """Metrics with the norm of the whole gradient, which the stages know their parts of."""
         norms = {n: value for n, value in metrics.items() if n.endswith(NORM)}
         with jax.debug_nans(False):  # of a part that does not exist, it is nan
             moved = jax.device_put(norms, self.placements[0].replicated)
-            return {**self._with_whole(moved), **metrics}
+            return StepMetrics([self._with_whole(moved), metrics])
 
-    def _credits(self, stage_metrics: Sequence[Metrics | None], count: int) -> list[jax.Array]:
+    def _credits(self, stage_metrics: Sequence[Any], count: int) -> list[jax.Array]:
         """Losses that the processes above return once they have trained on a batch.
 
         A local stage gets nothing back from the stages above it. Without these it would run ahead
@@ -156,10 +161,10 @@ class MpmdEngine:
         received = []
         for k in self._crossings:
             metrics, (below, above) = stage_metrics[k + 1], placements[k : k + 2]
-            received.append(transfer(metrics and metrics["loss"], shape, above, below))
+            received.append(transfer(metrics and metrics.single["loss"], shape, above, below))
         return [loss for loss in received if loss is not None]
 
 
-def _stacked(metrics: Metrics) -> Metrics:
+def _stacked(metrics: JoinedMetrics) -> JoinedMetrics:
     """Metrics of one batch as arrays [1]."""
-    return {name: jnp.expand_dims(value, 0) for name, value in metrics.items()}
+    return jax.tree.map(lambda value: jnp.expand_dims(value, 0), metrics)

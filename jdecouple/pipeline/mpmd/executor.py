@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jdecouple.methods.routes import Accumulated, Carry, Metrics, Route, Stage
+from jdecouple.methods.routes import Accumulated, Carry, Route, Stage
 from jdecouple.methods.routes.stage import error_shapes
 from jdecouple.pipeline.memory import Meter
 from jdecouple.pipeline.mesh import StageDevices, jit, require_one_process
@@ -29,6 +29,7 @@ from jdecouple.pipeline.mpmd.stage_fns import (
     with_taken,
 )
 from jdecouple.pipeline.state import Queues, put_queues, take_queues
+from jdecouple.pipeline.step_metrics import JoinedMetrics
 from jdecouple.pipeline.transfer import crosses, transfer
 from jdecouple.schedules import Call, Kind, Schedule
 
@@ -66,7 +67,7 @@ class Executor:
 
     def run(
         self, states: Sequence[Any], parts: Sequence[Carry | None], step: int, end: int | None
-    ) -> tuple[tuple, tuple[Metrics | None, ...]]:
+    ) -> tuple[tuple, tuple[JoinedMetrics | None, ...]]:
         """Dispatches batch `step`, given as one placed carry a microbatch.
 
         Batches from `end` on do not exist. The states are donated; those of other processes are
@@ -125,7 +126,7 @@ class Executor:
         parts: Sequence[Carry | None],
         step: Any,
         end: int | None = None,
-    ) -> tuple[tuple, tuple[Metrics | None, ...]]:
+    ) -> tuple[tuple, tuple[Any, ...]]:
         """Gives `dispatch` what one iteration takes from the queues, and queues what it leaves."""
         cores, queues = take_queues(self.schedule, tuple(states))
         taken = {
@@ -145,13 +146,13 @@ class Executor:
         taken: Queues,
         parts: tuple[Carry | None, ...],
         step_ids: Any,
-    ) -> tuple[tuple, Queues, tuple[Metrics | None, ...]]:
+    ) -> tuple[tuple, Queues, tuple[Any, ...]]:
         """Goes through calls in order; also traced as a whole where the stages are fused.
 
         Returns the new states, what no call has taken, and the metrics of the stages.
         """
         new_states = list(states)
-        metrics: list[Metrics | None] = [None] * len(self.stages)
+        metrics: list[Any] = [None] * len(self.stages)
         accumulated: list[Accumulated | None] = [None] * len(self.stages)
         carries, residuals, errors = (
             dict(taken[kind]) for kind in ("carries", "residuals", "errors")
@@ -271,7 +272,10 @@ class Executor:
             if placement.addressable:
                 if kinds:
                     function = self.layout.on_flat(stage, function)
-                compiled[stage, kinds] = compile_stage_fn(function, placement, kinds, queued)
+                single = self.single_metrics(stage)
+                compiled[stage, kinds] = compile_stage_fn(
+                    function, placement, kinds, queued, single
+                )
         return compiled
 
     @cached_property
@@ -288,7 +292,7 @@ class Executor:
             return (
                 constrain(flat, tuple(placement.state_shardings(x, 1) for x in flat)),
                 placement.constrain_queue(left, self.size),
-                constrain(metrics, placement.replicated),
+                constrain(tuple(map(JoinedMetrics.of, metrics)), placement.replicated),
             )
 
         return jit(iteration, self.placements[0], donate_argnums=(0, 1))
@@ -305,6 +309,11 @@ class Executor:
         return {"carries": keys(Kind.FORWARD), "residuals": backwards, "errors": backwards}
 
     # --- Between stages ---------------------------------------------------------------------------
+
+    def single_metrics(self, stage: int) -> tuple[str, ...]:
+        """Metrics of a stage that are not joined: what a process returns to the one below."""
+        pair = self.placements[max(stage - 1, 0) : stage + 1]
+        return ("loss",) if self.route.local and len(pair) > 1 and crosses(*pair) else ()
 
     @property
     def _needs_norm(self) -> bool:

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jdecouple.methods.routes import Carry, Metrics
+from jdecouple.methods.routes import Carry
 from jdecouple.pipeline.mesh import StageDevices, jit
 from jdecouple.pipeline.mpmd.executor import Executor, without_loss
 from jdecouple.pipeline.mpmd.stage_fns import message_shape
+from jdecouple.pipeline.step_metrics import JoinedMetrics
 from jdecouple.pipeline.transfer import crosses, transfer
 
 
@@ -35,7 +36,7 @@ class MultiStep:
 
     def run(
         self, states: Sequence[Any], parts: Sequence[Carry | None], step: int, count: int
-    ) -> tuple[tuple, tuple[Metrics | None, ...]]:
+    ) -> tuple[tuple, tuple[JoinedMetrics | None, ...]]:
         """Dispatches `count` batches from number `step` on, as `Executor.run` does with one.
 
         The carries are [T, batch, ...], and so the metrics are [T].
@@ -118,7 +119,7 @@ class MultiStep:
         layout = self.executor.layout
         new, metrics = self._traced.iterate(dispatch, layout.trees(states), parts, step)
         new = tuple(self._constrain(state, 0) for state in layout.flats(states, new))
-        return new, (), metrics
+        return new, (), tuple(map(JoinedMetrics.of, metrics))
 
     def _one_stage(self, k: int, given: Any, parts: Sequence[Carry], step: Any) -> tuple:
         """One batch through one stage: its microbatches in turn."""
@@ -140,7 +141,8 @@ class MultiStep:
         above = k + 1
         sent = [left["carries"][above, m] for m in range(len(parts)) if above < len(states)]
         new = self.executor.layout.flat(k, given, new_states[k])
-        return self._constrain(new, k), sent, metrics[k]
+        joined = JoinedMetrics.of(metrics[k], self.executor.single_metrics(k))
+        return self._constrain(new, k), sent, joined
 
     @cached_property
     def _traced(self) -> Executor:

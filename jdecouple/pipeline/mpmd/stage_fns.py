@@ -20,6 +20,7 @@ from jdecouple.methods.routes import (
 from jdecouple.methods.routes.splitting import defer
 from jdecouple.methods.routes.stage import error_shapes
 from jdecouple.pipeline.mesh import StageDevices, jit
+from jdecouple.pipeline.step_metrics import JoinedMetrics
 from jdecouple.pipeline.transfer import pack, packed, unpack
 from jdecouple.pipeline.wire import coded, decode, encode, encode_error
 from jdecouple.schedules import Call, Kind, Schedule
@@ -299,11 +300,16 @@ def unpack_codes(array: jax.Array, shapes: Any, wire: str | None) -> Any:
 
 
 def compile_stage_fn(
-    function: Any, placement: StageDevices, kinds: tuple[Kind, ...], queued: int | None
+    function: Any,
+    placement: StageDevices,
+    kinds: tuple[Kind, ...],
+    queued: int | None,
+    single_metrics: tuple[str, ...] = (),
 ) -> Any:
     """Jits a call; donates what the call replaces.
 
-    `queued` are the examples in a microbatch, where residuals outlive the iteration.
+    `queued` are the examples in a microbatch, where residuals outlive the iteration;
+    `single_metrics` are those that are not joined with the others.
     """
     constrain = jax.lax.with_sharding_constraint
     if not kinds:  # a norm
@@ -320,8 +326,9 @@ def compile_stage_fn(
                 out[name] = constrain(out[name], placement.batched)
             elif name == "accumulated":
                 out[name] = constrain(out[name], placement.update_shardings(out[name]))
-            elif name != "residuals":
-                out[name] = constrain(out[name], placement.replicated)
+            elif name == "metrics":
+                joined = JoinedMetrics.of(out[name], single_metrics)
+                out[name] = constrain(joined, placement.replicated)
             elif queued is not None:
                 out[name] = placement.constrain_queue(out[name], queued)
         return out

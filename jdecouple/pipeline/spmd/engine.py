@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jdecouple.methods.routes import Carry, Metrics, Route, StageState
+from jdecouple.methods.routes import Carry, Route, StageState
 from jdecouple.pipeline.batch import PlacedBatch
 from jdecouple.pipeline.memory import Meter
 from jdecouple.pipeline.spmd.program import BATCHES, Program
 from jdecouple.pipeline.spmd.sharded_state import Layout
 from jdecouple.pipeline.stage_views import StageViews
 from jdecouple.pipeline.state import place_states
+from jdecouple.pipeline.step_metrics import StepMetrics
 from jdecouple.schedules import Schedule
 
 
@@ -64,7 +65,7 @@ class SpmdEngine:
         step: int,
         since: int = 0,
         end: int | None = None,
-    ) -> tuple[StageViews, Metrics]:
+    ) -> tuple[StageViews, StepMetrics]:
         """Dispatches one call, and returns at once unless too many batches are in flight."""
         del since, end  # no batch is left in a queue
         count = batch.count or 1
@@ -74,8 +75,8 @@ class SpmdEngine:
             jax.block_until_ready(self._in_flight.popleft()[1])
         arrays, table = self.program.call(states.arrays, batch.parts, np.int32(step))
         metrics = self.program.metrics(table.addressable_shards[0].data, batch.count is None)
-        self._in_flight.append((count, metrics["loss"]))
-        return StageViews(self._layout, arrays), metrics
+        self._in_flight.append((count, metrics))
+        return StageViews(self._layout, arrays), StepMetrics([metrics])
 
     def measure(self, states: Any, batch: PlacedBatch, step: int) -> NoReturn:
         """Refuses to time stages that are compiled into one program."""
@@ -92,7 +93,7 @@ class SpmdEngine:
 
     def wait(self, states: Any) -> None:
         """Blocks until all that was dispatched has run."""
-        jax.block_until_ready((states, [loss for _, loss in self._in_flight]))
+        jax.block_until_ready((states, [metrics for _, metrics in self._in_flight]))
         self._in_flight.clear()
 
     def _upload(self, batches: Sequence[Sequence[Carry]]) -> Carry:

@@ -18,6 +18,7 @@ from jdecouple.pipeline.mesh import jit
 from jdecouple.pipeline.spmd.device_group import DeviceGroup, Slots
 from jdecouple.pipeline.spmd.sharded_state import Arrays, Layout
 from jdecouple.pipeline.state import metric_names
+from jdecouple.pipeline.step_metrics import JoinedMetrics
 
 STAGE = PartitionSpec("stage")
 BATCHES = PartitionSpec("stage", None, "data")  # [device groups x T, M, batch, ...]
@@ -74,18 +75,18 @@ class Program:
 
     @cached_property
     def metrics(self) -> Callable:
-        """Compiled: (table on one device, whether of one batch) -> metrics, scalars or arrays [T].
+        """Compiled: (table on one device, whether of one batch) -> metrics, [n] or [T, n].
 
         A call of its own, because the other would return every metric on every device.
         """
 
-        def metrics(table: jax.Array, single: bool) -> Metrics:
+        def metrics(table: jax.Array, single: bool) -> JoinedMetrics:
             table = table.reshape(self._groups, -1, self._width)
             found = {
                 name: table[group, 0, column] if single else table[group, :, column]
                 for name, (group, column) in self._columns.items()
             }
-            return with_whole_norm(found)
+            return JoinedMetrics.of(with_whole_norm(found))
 
         return jit(metrics, self._layout.placements[0], static_argnums=1)
 
