@@ -6,14 +6,17 @@ Two stages of one tiny dense layer. `devices`: a device each (of one process), m
 `device_put`; `apart`: both on one device; `fused`: one call for both, divided by two. Nothing is in
 flight before a step. The trainers with joined arrays and with single ones take turns in one
 process. Microseconds a stage, medians (lowest to highest) of the segments' medians: until the call
-returns, and until its batch is trained on.
+returns, and until its batch is trained on. `bare` is a compiled call alone, which adds one to as
+many arrays as a stage's call takes and gives where all are joined.
 """
 
+import statistics
 import sys
 import time
 from unittest import mock
 
 import jax
+import numpy as np
 import rows
 import runner
 from rows import APART, TOGETHER
@@ -23,6 +26,7 @@ from worker import Run
 from jdecouple.pipeline.mpmd import flat_state
 
 NET = {"model": "arrays", "depth": 2, "batch": 8, "head": 0}
+ARRAYS = 5  # state, three of a carry, and numbers of microbatches or metrics
 PLACES = {"devices": "", "apart": f",{APART}", "fused": f",{TOGETHER}"}
 
 
@@ -32,6 +36,24 @@ def build(arrays: int, method: str, place: str, joins: bool) -> Run:
     limits = flat_state.STAGE_BYTES if joins else {}
     with mock.patch.object(flat_state, "STAGE_BYTES", limits):
         return Run(NET | {"hidden": arrays} | row.options())
+
+
+def bare(calls: int) -> dict[str, float]:
+    """Median microseconds of a compiled call with the arrays of a stage, and nothing around it."""
+    call = jax.jit(lambda *arrays: tuple(array + 1 for array in arrays))
+    given = [jax.device_put(np.zeros(310, np.float32)) for _ in range(ARRAYS)]
+    dispatched, done = [], []
+    for _ in range(calls + 1):
+        start = time.perf_counter()
+        out = call(*given)
+        dispatched.append(time.perf_counter() - start)
+        jax.block_until_ready(out)
+        done.append(time.perf_counter() - start)
+    medians = (statistics.median(seconds[1:]) for seconds in (dispatched, done))
+    return {
+        "arrays": ARRAYS,
+        **dict(zip(("dispatched", "done"), (1e6 * x for x in medians), strict=True)),
+    }
 
 
 def main() -> int:
@@ -65,6 +87,10 @@ def main() -> int:
             results.append({"place": place, "arrays": arrays, "segments": list(segments.values())})
             lines.append([place, arrays, *(spread.show(0) for spread in spreads)])
             print(*lines[-1], sep=" | ", file=sys.stderr)
+    segments = {True: [bare(options["calls"]) for _ in range(options["repeats"])]}
+    spreads = [Spread.of(x[name] for x in segments[True]) for name in ("dispatched", "done")]
+    results.append({"place": "bare", "arrays": ARRAYS, "segments": list(segments.values())})
+    lines.append(["bare", ARRAYS, "", "", *(spread.show(0) for spread in spreads)])
     header = ["place", "arrays of a stage", "single: dispatched", "done", "joined: dispatched"]
     text = runner.table([*header, "done"], lines)
     values = {"results": results, "seconds": time.perf_counter() - start}

@@ -440,10 +440,10 @@ def test_dispatch_of_joined_arrays(tmp_path):
     done = bench("dispatch.py", *tiny, JAX_PLATFORMS="cpu", JAX_NUM_CPU_DEVICES="2")
     assert done.returncode == 0, done.stderr
     results = json.loads(output.read_text())["results"]
-    assert [row["place"] for row in results] == ["devices", "apart", "fused"]
+    assert [row["place"] for row in results] == ["devices", "apart", "fused", "bare"]
     for row in results:
         for segment in itertools.chain(*row["segments"]):
-            assert segment["arrays"] == 8
+            assert segment["arrays"] == row["arrays"] == (5 if row["place"] == "bare" else 8)
             assert 0 < segment["dispatched"] <= segment["done"]
     refused = bench("dispatch.py", "--places=apart", "--method=bp:local")
     assert refused.returncode == 2
