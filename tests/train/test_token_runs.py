@@ -99,6 +99,16 @@ def test_a_resumed_run_is_the_same_to_the_bit_and_other_documents_are_refused(
         train_and_evaluate(tiny(tmp_path / "place", steps=2), tmp_path / "c")
 
 
+def test_a_run_begins_with_the_weights_of_another_of_the_same_tokenizer(
+    finished, corpus, tmp_path, capsys
+):
+    train_and_evaluate(tiny(corpus, init_from=str(finished), steps=1), tmp_path / "fine")
+    assert "fresh: optimizer" in capsys.readouterr().out
+    pieces = {"data__tokenizer": "bpe", "data__vocabulary_size": 257}
+    with pytest.raises(ConfigError, match="its tokens have other numbers: the same tokenizer"):
+        train_and_evaluate(tiny(corpus, init_from=str(finished), **pieces), tmp_path / "other")
+
+
 def test_commands(finished, capsys):
     commands.main(["jdecouple", "evaluate", str(finished), "--step=last"])
     content = json.loads((finished / "evaluation_test" / "evaluation.json").read_text())
