@@ -112,7 +112,7 @@ def divided(
     for role, documents in splits.items():
         for text in (role.encode(), *documents):
             digest.update(b"%d:" % len(text) + text)
-    return splits, digest.hexdigest()[:16]
+    return splits, digest.hexdigest()
 
 
 def _held(documents: Sequence[bytes], amount: Amount) -> tuple[Documents, Documents]:

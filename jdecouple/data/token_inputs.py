@@ -25,7 +25,8 @@ class TokenInputs:
     Attributes:
         context: tokens of a row.
         tokenizer: the JSON of a tokenizer, or None for bytes.
-        digest: of the documents that were trained on and held out; "" if it is not known.
+        digest: of the tokenizer and the documents that were trained on and held out; "" if it is
+            not known.
     """
 
     kind: ClassVar[str] = "tokens"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ class TokenDataset(Dataset):
     Attributes:
         context: tokens of a row.
         tokenizer: what makes tokens of texts; there are `num_classes` of them.
-        digest: of all documents.
+        digest: of all documents and the tokenizer.
         bytes_per_token: of every split by name: bytes of its documents over labels of its rows, by
             which a loss in nats a token becomes one in bits a byte.
     """
@@ -87,6 +88,7 @@ def dataset(
     context = max_length or CONTEXT
     documents, digest = corpora.divided({k: list(v) for k, v in stored.items()}, validation)
     found = Tokenizer.of(tokenizer, documents["train"], vocabulary_size)
+    digest = hashlib.sha256(f"{digest}{found.model}".encode()).hexdigest()[:16]
     splits: dict[str, Any] = {}
     sizes: dict[str, float] = {}
     for role, texts in documents.items():

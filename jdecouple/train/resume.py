@@ -185,7 +185,7 @@ def identity(run: Run) -> dict[str, Any]:
     """
     values, trainer = configuration.identity(run.config), run.trainer
     if isinstance(run.dataset, TokenDataset):
-        values["digest of the documents"] = run.dataset.digest
+        values["digest of the tokens"] = run.dataset.digest
     placed = {"boundaries": list(trainer.boundaries), "dtype": run.config.dtype}
     if trainer.schedule.sums_late:  # carries alone wait
         values |= {"schedule": trainer.schedule.name, **placed}

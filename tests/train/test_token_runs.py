@@ -95,7 +95,7 @@ def test_a_resumed_run_is_the_same_to_the_bit_and_other_documents_are_refused(
     train_and_evaluate(tiny(tmp_path / "place", steps=1), tmp_path / "c")
     (tmp_path / "place").unlink()
     (tmp_path / "place").symlink_to(changed)
-    with pytest.raises(ConfigError, match="a run with digest of the documents = "):
+    with pytest.raises(ConfigError, match="a run with digest of the tokens = "):
         train_and_evaluate(tiny(tmp_path / "place", steps=2), tmp_path / "c")
 
 
