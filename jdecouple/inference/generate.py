@@ -97,8 +97,8 @@ class Generator:
         """
         found, seen = np.zeros(0, np.int32), tokens[-self._context :]
         placement = StageDevices.on(tuple(jnp.zeros(()).devices()))
-        greedy = dataclasses.replace(sampling, seed=0)
-        run = _compiled(self._graph, self._context, greedy, placement)
+        rule = dataclasses.replace(sampling, seed=0)  # which is compiled for all seeds
+        run = _compiled(self._graph, self._context, rule, placement)
         while len(found) < count:
             row = np.zeros(self._context + 1, np.int32)
             row[: len(seen)] = seen
