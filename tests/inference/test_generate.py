@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import nets
 import numpy as np
 import pytest
 import token_nets
@@ -55,7 +56,7 @@ def without_cache(kind: str, count: int, sampling: Sampling, exit: int = 2) -> l
     return found
 
 
-@pytest.mark.parametrize("kind", token_nets.NETS)
+@pytest.mark.parametrize("kind", nets.marked(token_nets.NETS, ("gpt", "lstm_lm")))
 def test_it_is_the_same_as_without_what_blocks_know(kind):
     """The likeliest tokens and drawn ones, over several rows, by two exits."""
     sampled = Sampling(temperature=1.5, top_k=9, seed=3)

@@ -17,7 +17,7 @@ from jdecouple.methods.objectives.tokens import drawn
 from jdecouple.methods.routes.stage import accuracy
 
 pytestmark = pytest.mark.usefixtures("module_x64")
-FAST = ("dgl", "deinforeg", "fdg")
+FAST = ("dgl", "fdg")  # drawn positions have a test of their own
 METHODS = pytest.mark.parametrize("name", nets.marked(token_nets.METHODS, FAST))
 STEPS = 6
 

@@ -3,6 +3,7 @@
 import json
 import math
 
+import nets
 import pytest
 import runs
 from ml_collections import ConfigDict
@@ -152,7 +153,7 @@ def test_what_is_no_use_ends_in_one_line(finished, arguments, words, capsys, mon
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("model", ["gpt", "lstm_lm"])
+@pytest.mark.parametrize("model", nets.marked(("gpt", "lstm_lm"), ("gpt",)))
 def test_the_configuration_builds_for_every_method(corpus, model, method):
     """With modules or stages as it is asked for."""
     config = tiny(corpus, f"{method},2").to_dict()
