@@ -106,7 +106,8 @@ class Trainer:
             microbatches: M, parts that a batch is cut into. Losses and BatchNorm statistics are
                 those of a part, gradients the mean over the parts.
             schedule: name of a schedule, or "auto" for the route's own.
-            example: a global batch {"x": [batch, ...], "label": [batch]} of the shapes to come.
+            example: a global batch {"x": [batch, ...], "label": [batch]} of the shapes to come;
+                labels of positions are [batch, length], -1 where there is none.
             num_classes: by default the width of the model's logits.
             seed: root of the keys of heads, dropout and augmentation; 32 bits.
             transform: `(carry, keys, train) -> carry` in the first stage's call, for augmentation.
@@ -379,8 +380,9 @@ class Trainer:
             data: batches {"x": [batch, ...]} of any size, or one; labels are not looked at.
 
         Returns:
-            `[exits, n, classes]` in float32, or wider where the logits are; on the host. Under
-            several processes all call it and all get the whole.
+            `[exits, n, classes]`, of positions `[exits, n, length, classes]`, in float32, or wider
+            where the logits are; on the host. Under several processes all call it and all get the
+            whole.
 
         Raises:
             TypeError, ValueError: no examples, or what `put` refuses but for size and labels.

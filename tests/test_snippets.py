@@ -17,7 +17,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*
 ELSEWHERE = ("README.md", "CONTRIBUTING.md")  # their Python, by tests/test_readme.py
 SLOW = (
     *("command-line.md", "data.md", "first-hour.md", "index.md", "inference.md"),
-    *("own-method.md", "own-model-and-data.md", "plan.md", "tracking.md"),
+    *("language-models.md", "own-method.md", "own-model-and-data.md", "plan.md", "tracking.md"),
 )
 """Pages whose Python trains for longer, starts a process or needs data."""
 DEEP = ("README.md", "growth.md", "report.md", *SLOW)

@@ -74,6 +74,13 @@ def write_text_set(
     return _write(data_dir, name, features, rows, version, "array_record")
 
 
+def write_plain_texts(data_dir: Path, name: str, splits: dict[str, list[str]]) -> Path:
+    """Writes texts without labels; returns the set's folder."""
+    features = {"text": {"pythonClassName": _FEATURES + "text_feature.Text", "text": {}}}
+    rows = {split: [{"text": text.encode()} for text in texts] for split, texts in splits.items()}
+    return _write(data_dir, name, features, rows, "1.0.0", "array_record")
+
+
 def _class_label(num_classes: int) -> dict:
     return {
         "classLabel": {"numClasses": str(num_classes)},

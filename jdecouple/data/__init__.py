@@ -10,6 +10,9 @@ from jdecouple.data.prefetch import Prefetcher
 from jdecouple.data.sources import channel_statistics
 from jdecouple.data.splits import Dataset, ImageDataset, Source, Split, from_arrays
 from jdecouple.data.texts import TextDataset
+from jdecouple.data.token_inputs import TokenInputs
+from jdecouple.data.tokenizer import Tokenizer
+from jdecouple.data.tokens import TokenDataset
 from jdecouple.data.vocabulary import Vocabulary, word_vectors
 
 __all__ = [
@@ -22,6 +25,9 @@ __all__ = [
     "Split",
     "TextDataset",
     "TextInputs",
+    "TokenDataset",
+    "TokenInputs",
+    "Tokenizer",
     "Vocabulary",
     "augment",
     "channel_statistics",

@@ -16,6 +16,7 @@ import numpy as np
 
 from jdecouple._errors import first_line
 from jdecouple.data import augment, images
+from jdecouple.data.token_inputs import TokenInputs
 from jdecouple.data.vocabulary import Vocabulary, padded
 
 _ROUNDING = 1e-3  # beyond 0..1, as resizing leaves it
@@ -37,6 +38,7 @@ class ImageInputs:
     """
 
     kind: ClassVar[str] = "images"
+    label_shape: ClassVar[tuple[int, ...]] = ()
     image_shape: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -156,6 +158,7 @@ class TextInputs:
     """
 
     kind: ClassVar[str] = "texts"
+    label_shape: ClassVar[tuple[int, ...]] = ()
     words: tuple[str, ...]
     max_length: int
     embedding_width: int | None = None
@@ -264,7 +267,7 @@ class TextInputs:
         return {"kind": self.kind, "words": packed, **sizes, "clean": self.clean}
 
 
-Inputs = ImageInputs | TextInputs
+Inputs = ImageInputs | TextInputs | TokenInputs
 
 
 def cut(inputs: np.ndarray, parts: Sequence[int]) -> dict[str, np.ndarray]:
@@ -316,8 +319,10 @@ def from_json(value: Mapping[str, Any]) -> Inputs:
     fields: dict[str, Any] = {
         key: tuple(x) if isinstance(x, list) else x for key, x in value.items()
     }
-    if fields.pop("kind") == ImageInputs.kind:
+    if (kind := fields.pop("kind")) == ImageInputs.kind:
         return ImageInputs(**fields)
+    if kind == TokenInputs.kind:
+        return TokenInputs.from_json(fields)
     words = json.loads(zlib.decompress(base64.b64decode(fields.pop("words"))))
     return TextInputs(tuple(words), **fields)
 

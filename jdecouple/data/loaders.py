@@ -11,7 +11,7 @@ from numbers import Real
 from typing import Any
 
 from jdecouple._errors import require_int
-from jdecouple.data import sources, texts, tfds_sets, tfds_texts
+from jdecouple.data import sources, texts, tfds_sets, tfds_texts, tokens
 from jdecouple.data.noise import symmetric_label_noise
 from jdecouple.data.splits import CACHE_BYTES, Dataset, ImageDataset
 
@@ -22,6 +22,9 @@ _LOADERS: dict[str, Callable[..., Dataset]] = {
     "folder:": sources.folder,
     "csv:": sources.table,
     "parquet:": sources.table,
+    "topics": tokens.topics,
+    "stdlib": tokens.standard_library,
+    "text:": tokens.files,
 }
 _BUILT_IN = frozenset(_LOADERS)
 _WHERE = ("data_dir", "download")  # of TFDS's sets alone, but for loaders that name them
@@ -42,15 +45,21 @@ def options() -> dict[str, tuple[str, ...]]:
     ('validation', 'label_noise', 'image_size', 'mean', 'std')
     """
     tfds = {"images of TFDS": sources.prepared_images, "texts of TFDS": texts.dataset}
+    tfds["texts of TFDS without labels"] = tokens.prepared
     taken = {name: {"label_noise", *_takes(loader)} for name, loader in _LOADERS.items()}
     taken |= {name: {"label_noise", *_WHERE, *_takes(loader)} for name, loader in tfds.items()}
+    for keys in taken.values():
+        keys -= {"label_noise"} if "tokenizer" in keys else set()
     taken = {n: {*keys, *(_OF_IMAGES if "image_size" in keys else ())} for n, keys in taken.items()}
     known = [key for key in _takes(load) if key != "name" and key not in _ALWAYS]
     return {name: tuple(key for key in known if key in keys) for name, keys in taken.items()}
 
 
 def _takes(loader: Any) -> tuple[str, ...]:
-    return tuple(inspect.signature(loader).parameters)
+    """Names of what a loader takes; one of tokens hands on what it does not name itself."""
+    parameters = inspect.signature(loader).parameters
+    handed_on = inspect.signature(tokens.dataset).parameters if "options" in parameters else ()
+    return (*parameters, *handed_on)
 
 
 def register(name: str, loader: Callable[..., Dataset]) -> None:
@@ -119,6 +128,7 @@ def load(
     label_column: str | None = None,
     text_columns: Sequence[str] | None = None,
     parts: Sequence[int] | None = None,
+    tokenizer: str = "bytes",
 ) -> Dataset:
     """Loads a data set with its fixed training, validation and test splits.
 
@@ -129,9 +139,12 @@ def load(
     `digits` is scikit-learn's bundled set of 1,797 real 8x8 images; a fixed stratified fifth is
     the test split. `synthetic` is random, for benchmarks. `folder:PATH` is a folder of images in
     class folders, see `folders.sources`; `csv:PATH` and `parquet:PATH` are labelled texts, see
-    `tables.splits`. `register` adds names. Any other name is a set of images or texts of TensorFlow
-    Datasets that is already prepared as `array_record`; reading it imports no TensorFlow. A TFDS
-    set without a test split, or with hidden test labels, is tested on its own validation split.
+    `tables.splits`. `text:PATH` are texts to go on with, whose labels are the next tokens, see
+    `corpora.from_files`; so are `stdlib`, the sources of Python's standard library, and `topics`,
+    what `pydoc` says of Python. `register` adds names. Any other name is a set of images or texts
+    of TensorFlow Datasets that is already prepared as `array_record`; reading it imports no
+    TensorFlow. A TFDS set without a test split, or with hidden test labels, is tested on its own
+    validation split. One of texts without labels is one to go on with.
 
     Texts become numbers of words, see `vocabulary.Vocabulary`, which is made of the training split
     alone (without what is held out of it).
@@ -144,8 +157,9 @@ def load(
     Args:
         name: one of `names()` (with PATH after a colon), or a TFDS name.
         data_dir: folder of the prepared TFDS sets; None is TFDS's own. PATH begins there.
-        validation: training examples to hold out: a fraction in [0, 1) or a count. None is the
-            set's own validation split where it has one besides a test split, else a tenth.
+        validation: training examples (of texts to go on with: documents) to hold out: a fraction
+            in [0, 1) or a count. None is the set's own validation split where it has one besides a
+            test split, else a tenth.
         label_noise: share of the training labels drawn anew, in [0, 1].
         seed: of all that is drawn; not negative.
         download: prepare a TFDS set that is not prepared yet; without it nothing is downloaded.
@@ -159,9 +173,9 @@ def load(
         channels: channels of the synthetic images, 1 or 3.
         num_classes: classes of the synthetic set.
         cache_bytes: decoded TFDS images are kept in memory if those of a split need no more.
-        max_length: words that are kept of a text; 256 if None.
+        max_length: words that are kept of a text, or tokens of a row; 256 if None.
         vocabulary_size: most words that are told apart, padding and the unknown word included;
-            30,000 if None.
+            30,000 if None. Of tokenizer "bpe" all tokens, 4,096 if None.
         clean: what is taken out of texts before they are split into words: "none"; "punctuation",
             markup and ASCII punctuation; or "paper", English stop words as well, see
             `cleaning.cleaned`.
@@ -171,6 +185,9 @@ def load(
         text_columns: names of their columns of texts; None is all others.
         parts: words of the parts that a text is cut into, which a batch then holds as "x", "x_1",
             ..., each for the blocks that ask for it; `max_length` is their sum.
+        tokenizer: what the tokens of texts to go on with are: "bytes"; "bpe", pairs of bytes that
+            are merged by how often they stand in the training split; or the path of a
+            `tokenizer.json` of the library `tokenizers`.
 
     Raises:
         ValueError: a bad argument, or a set that is unknown, not prepared, empty or without
@@ -186,7 +203,7 @@ def load(
         if options[key] is not None or key == "seed":
             require_int(least, **{key: options[key]})
     loader = _loader(name, data_dir, download)
-    taken = inspect.signature(loader).parameters
+    taken = _takes(loader)
     dataset = loader(**{key: value for key, value in options.items() if key in taken})
     if not isinstance(dataset, Dataset):
         raise TypeError(f"the loader of data set {name!r} returns {dataset!r}: a Dataset is needed")
@@ -205,6 +222,8 @@ def load(
         role: dataclasses.replace(getattr(dataset, role), name=role)
         for role in ("train", "validation", "test")
     }
+    if label_noise and isinstance(dataset, tokens.TokenDataset):
+        raise ValueError(f"label_noise is {label_noise}: the labels of tokens are the next tokens")
     noise = symmetric_label_noise(len(dataset.train), dataset.num_classes, label_noise, seed)
     if (noise >= 0).any():
         splits["train"] = dataclasses.replace(splits["train"], overrides=noise)
@@ -241,6 +260,8 @@ def _loader(name: str, data_dir: Any, download: bool) -> Callable[..., Dataset]:
     if loader := _registered(name):
         return functools.partial(loader, name) if ":" in name else loader
     builder = tfds_sets.prepared(name, data_dir=data_dir, download=download, others=names())
+    if tfds_texts.holds_only_texts(builder):
+        return functools.partial(tokens.prepared, name, builder)
     if tfds_texts.holds_texts(builder):
         return functools.partial(texts.dataset, name, *tfds_texts.splits(name, builder))
     return functools.partial(sources.prepared_images, name, builder)

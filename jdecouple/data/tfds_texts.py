@@ -22,6 +22,11 @@ def holds_texts(builder: Any) -> bool:
     return bool(keys("Text") and keys("ClassLabel")) and not keys("Image")
 
 
+def holds_only_texts(builder: Any) -> bool:
+    """Whether a prepared set has one text an example and nothing else."""
+    return len(tfds_sets.features(builder)) == 1 == len(tfds_sets.keys(builder, "Text"))
+
+
 def splits(name: str, builder: Any) -> tuple[dict[str, Texts], Sequence[str]]:
     """Reads all splits of the set that `tfds_sets.prepared` returned into memory.
 

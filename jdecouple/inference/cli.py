@@ -1,4 +1,4 @@
-"""The commands that need a workdir alone: predict and export."""
+"""The commands that need a workdir alone: predict, generate and export."""
 
 from __future__ import annotations
 
@@ -34,13 +34,16 @@ Row = tuple[str, Any]  # what an input is called, and what `encode` takes
 class Parser(Arguments):
     """Arguments of a command on one workdir."""
 
-    def __init__(self, command: str, documentation: str | None, batch_size: str = _BATCH_SIZE):
+    def __init__(
+        self, command: str, documentation: str | None, batch_size: str | None = _BATCH_SIZE
+    ):
         super().__init__(command, documentation)
         self.add_argument("workdir", metavar="WORKDIR", help="what was trained")
         self.add_argument(
             "--step", type=step, default="best", help="best (by validation), last or a number"
         )
-        self.add_argument("--batch_size", type=int, help=batch_size)
+        if batch_size is not None:
+            self.add_argument("--batch_size", type=int, help=batch_size)
 
 
 def predict(argv: Sequence[str]) -> None:
@@ -108,6 +111,24 @@ def export(argv: Sequence[str]) -> None:
         given.folder, exit=given.exit, batch_size=given.batch_size
     )
     print(folder)
+
+
+def generate(argv: Sequence[str]) -> None:
+    """Goes on with a text, by a network that was trained on tokens, and prints all of it.
+
+    Raises:
+        TypeError, ValueError, OSError: bad arguments, or a workdir that cannot be used.
+    """
+    parser = Parser("generate", generate.__doc__, None)
+    parser.add_argument("--prompt", default="", help="its beginning, by default that of a document")
+    parser.add_argument("--max_tokens", type=int, default=256, help="more than the prompt has")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0: the likeliest token")
+    parser.add_argument("--top_k", type=int, default=0, help="of the likeliest tokens; 0: of all")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws")
+    parser.add_argument("--exit", type=int, help="number of that to read, by default the last")
+    given = vars(parser.parse_args(argv))
+    run = load(given.pop("workdir"), given.pop("step"))
+    print(given["prompt"] + run.generate(**given))
 
 
 def step(text: str) -> str | int:

@@ -85,7 +85,8 @@ class Description:
         """Shapes of a batch in evaluation."""
         shape, dtype = self.inputs.example
         entries = self.inputs.entries(np.empty((self.batch_size, *shape), dtype))
-        return build.abstract(entries | {"label": np.empty(self.batch_size, np.int32)})
+        shape = (self.batch_size, *self.inputs.label_shape)
+        return build.abstract(entries | {"label": np.empty(shape, np.int32)})
 
     def to_json(self) -> dict[str, Any]:
         """What `from_json` reads; options that JSON does not hold are left out."""

@@ -20,14 +20,18 @@ from flax import nnx
 from jdecouple._errors import first_line, gigabytes, machine_bytes, require_int
 from jdecouple.data import Split, evaluation_batches
 from jdecouple.data.inputs import Inputs
+from jdecouple.data.token_inputs import TokenInputs
+from jdecouple.data.tokenizer import BOUNDARY
 from jdecouple.inference import calibration, costs
 from jdecouple.inference.adaptive import AdaptivePredictor, require_exits
 from jdecouple.inference.description import Description
+from jdecouple.inference.generate import Generator, Sampling
 from jdecouple.inference.rules import Rule
 from jdecouple.methods import Method
 from jdecouple.methods.routes import Unit
 from jdecouple.pipeline.batch import as_arrays
 from jdecouple.pipeline.build import BuiltModel
+from jdecouple.pipeline.evaluate import Evaluator
 from jdecouple.pipeline.mesh import StageDevices
 from jdecouple.pipeline.predict import Predictor
 
@@ -152,9 +156,70 @@ class Run:
             TypeError, ValueError: what `inputs.encode` refuses, an exit that there is not, or a
                 batch that is more than the memory.
         """
+        self.require_classes()
         size, x = self.rows(batch_size), self.inputs.encode(x)
         with _in_memory(size):
             return self._predict(x, exit, size)
+
+    def require_classes(self) -> None:
+        """Raises ValueError unless the network classifies whole inputs."""
+        if self.inputs.kind == "tokens":
+            raise ValueError("the network goes on with texts: evaluate and generate are for it")
+
+    def measure(self, data: Labelled, batch_size: int | None = None) -> dict[str, float]:
+        """Loss and accuracy of every exit on labelled examples, added up where they are computed.
+
+        Args:
+            data: as of `logits`.
+            batch_size: as of `predict`.
+
+        Returns:
+            What `jdecouple.Trainer.evaluate` does.
+
+        Raises:
+            ValueError: there are no examples, or others than the network reads.
+        """
+        size = self.rows(batch_size)
+        with _in_memory(size):
+            batches = _batches(data, size)
+            return Evaluator(self.predictor)(self._states, batches, len(self.class_names))
+
+    def generate(
+        self,
+        prompt: str,
+        max_tokens: int = 256,
+        *,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        seed: int = 0,
+        exit: int | None = None,
+    ) -> str:
+        """Goes on with a text, in the dtype of the weights.
+
+        Args:
+            prompt: the beginning of a document, "" for a new one. Of one that is longer than the
+                context of the network, the end is seen.
+            max_tokens: after which it ends, if the document has not.
+            temperature: what logits are divided by; 0: the likeliest token is taken.
+            top_k: so many of the likeliest tokens may be chosen; 0: all.
+            seed: of the draws.
+            exit: number of the exit that tells the next token, by default the last.
+
+        Returns:
+            What follows on the prompt.
+
+        Raises:
+            ValueError: a value out of range, or a network that goes on with no texts.
+        """
+        require_int(1, max_tokens=max_tokens)
+        sampling = Sampling(temperature, top_k, seed)
+        if not isinstance(self.inputs, TokenInputs):
+            raise ValueError(f"the network reads {self.inputs.kind}: it goes on with no texts")
+        last = self.exits[self._index(exit)]
+        pieces, context = self.inputs.pieces, self.inputs.context
+        generator = Generator(self.blocks[: last + 1], self.heads[last], context)
+        tokens = np.concatenate([[BOUNDARY], pieces.encode(prompt)]).astype(np.int32)
+        return pieces.decode(generator(tokens, max_tokens, sampling))
 
     def _predict(self, x: np.ndarray, exit: int | Rule | None, size: int) -> Predictions:
         predictor = self._predictor_for(x)
@@ -185,6 +250,7 @@ class Run:
             ValueError: there are none, or others than the network reads, or a batch that is more
                 than the memory.
         """
+        self.require_classes()
         size = self.rows(batch_size)
         labels: list[np.ndarray] = []
 
@@ -269,6 +335,7 @@ class Run:
             batch_size: the only number of inputs, by default any.
             **options: other arguments of `export.export`.
         """
+        self.require_classes()
         if any(unit.inputs for unit in self.units):
             raise ValueError("export takes one input: this network reads further parts of a text")
         from jdecouple.inference.export import export  # whose packages nothing else needs

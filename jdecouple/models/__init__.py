@@ -8,6 +8,8 @@ by name, and these, which their docstrings leave out:
 - of texts (`lstm`, `transformer`): `vocabulary_size`, number of token ids, of which 0 is padding;
   `max_length`, most tokens in a text; `embeddings`, initial word vectors `[vocabulary_size, width]`
   that are trained further, or None to draw them;
+- of tokens to go on with (`gpt`, `lstm_lm`): `num_classes` tokens, of which 0 begins a document,
+  and `context`, most tokens of a row;
 - `cut`: local modules, consecutive units with one head, which become the blocks: "units", each by
   itself; a published number of modules; a published split such as "infopro:4"; or the indices of
   units at which they begin, see `jdecouple.models.cuts`;
@@ -25,7 +27,9 @@ from jdecouple._errors import choices
 from jdecouple.models import layers
 from jdecouple.models.base import Model
 from jdecouple.models.cuts import cuttable
+from jdecouple.models.gpt import gpt
 from jdecouple.models.lstm import lstm
+from jdecouple.models.lstm_lm import lstm_lm
 from jdecouple.models.mlp import mlp
 from jdecouple.models.resnet import (
     resnet,
@@ -48,7 +52,10 @@ _CIFAR_RESNETS = resnet, resnet20, resnet32, resnet56, resnet110
 _RESNETS = *_CIFAR_RESNETS, resnet18, resnet34, resnet50, resnet101
 _BUILDERS: dict[str, Callable[..., Model]] = {
     builder.__name__: builder
-    for builder in (lstm, mlp, *_RESNETS, transformer, vgg, vgg8, vgg8b, vit, wide_resnet, wrn28_10)
+    for builder in (
+        *(gpt, lstm, lstm_lm, mlp, *_RESNETS, transformer, vgg, vgg8, vgg8b, vit),
+        *(wide_resnet, wrn28_10),
+    )
 }
 _BUILT_IN = frozenset(_BUILDERS)
 
@@ -107,8 +114,10 @@ def get(name: str) -> Callable[..., Model]:
 __all__ = [
     "Model",
     "get",
+    "gpt",
     "layers",
     "lstm",
+    "lstm_lm",
     "mlp",
     "names",
     "register",

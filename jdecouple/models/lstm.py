@@ -64,7 +64,7 @@ class BidirectionalLSTM(nnx.Module):
             keys = (rngs.params(), rngs.params())
             return nnx.Param(jnp.stack([initializer(key, shape, param_dtype) for key in keys]))
 
-        kernel, recurrent, bias = _initializers(init, hidden)
+        kernel, recurrent, bias = initializers_of(init, hidden)
         self.kernel = draw(kernel, in_features, 4 * hidden)
         self.recurrent = draw(recurrent, hidden, 4 * hidden)
         self.bias = draw(bias, 4 * hidden)
@@ -227,7 +227,7 @@ def lstm(
     return Model(blocks, nnx.Sequential(pooled, *readout))
 
 
-def _initializers(init: str, hidden: int) -> tuple[Any, Any, Any]:
+def initializers_of(init: str, hidden: int) -> tuple[Any, Any, Any]:
     """Initializers of kernel, recurrent kernel and bias."""
     require_one_of(layers.INITS, init=init)
     if init == "flax":

@@ -52,14 +52,15 @@ def attention(
     """Scaled dot-product attention (arXiv 1706.03762, equation 1) of every head.
 
     `query`, `key`, `value` and the result are `[batch, length, heads, size]`. `mask`, `[batch,
-    length]`, is 0 at positions that get no weight; a row of zeros alone gives every position the
-    same, and finite gradients. `drop` is the dropout on the weights.
+    length]`, or `[batch, queries, length]`, is 0 at positions that get no weight; a row of zeros
+    alone gives every position the same, and finite gradients. `drop` is the dropout on the weights.
 
     `jax.nn.dot_product_attention` takes its softmax in float32, whatever the dtype.
     """
     scores = jnp.einsum("btnh,bsnh->bnts", query / math.sqrt(query.shape[-1]), key)
     scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
-    scores = jnp.where(mask[:, None, None, :] > 0, scores, jnp.finfo(scores.dtype).min)
+    seen = mask[:, None, None, :] if mask.ndim == 2 else mask[:, None]
+    scores = jnp.where(seen > 0, scores, jnp.finfo(scores.dtype).min)
     weights = nnx.softmax(scores, axis=-1).astype(value.dtype)
     return jnp.einsum("bnts,bsnh->btnh", drop(weights), value)
 

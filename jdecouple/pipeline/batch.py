@@ -79,6 +79,8 @@ class BatchSpec:
 def as_arrays(batch: Any) -> Carry:
     """Reads a batch {"x": [batch, ...], "label": [batch]} as NumPy and JAX arrays.
 
+    Labels may be those of positions, [batch, length], -1 where one does not count.
+
     What NumPy can read becomes a NumPy array in one of JAX's dtypes: tensors, data frames, lists of
     numbers or of examples. A tensor on an accelerator becomes a JAX array where it is. The numbers
     of NumPy arrays are checked; those of JAX arrays are not, because waiting for a device would
@@ -96,14 +98,16 @@ def as_arrays(batch: Any) -> Carry:
     labels = _array((jax.tree_util.DictKey("label"),), batch["label"])
     if not _is_a(labels.dtype, jnp.integer):
         raise TypeError(f"batch['label'] is of {labels.dtype}: an array of integers is needed")
-    if labels.ndim != 1 or not labels.shape[0]:
-        raise ValueError(f"batch['label'] has shape {labels.shape}: [batch] is needed")
+    if labels.ndim not in (1, 2) or not labels.size:
+        raise ValueError(
+            f"batch['label'] has shape {labels.shape}: [batch] (or [batch, length]) is needed"
+        )
     flat, structure = jax.tree_util.tree_flatten_with_path(
         {**batch, "label": labels}, is_leaf=functools.partial(_is_one, labels.shape[0])
     )
     arrays = [leaf if leaf is labels else _array(path, leaf) for path, leaf in flat]
     for (path, _), array in zip(flat, arrays, strict=True):
-        if array.shape[:1] != labels.shape:
+        if array.shape[:1] != labels.shape[:1]:
             raise ValueError(
                 f"{_where(path)} has shape {array.shape}: {labels.shape[0]} labels were given"
             )
@@ -127,8 +131,10 @@ def as_inputs(batch: Any, example: Mapping[str, Any] | None = None) -> Carry:
     count = np.shape(first)[0] if np.shape(first) else 0
     if not count:
         raise ValueError("batch['x'] holds no examples")
-    dtype = np.int32 if example is None else example["label"].dtype
-    return as_arrays({**batch, "label": np.zeros(count, dtype)})
+    if example is None:
+        return as_arrays({**batch, "label": np.zeros(count, np.int32)})
+    label = example["label"]
+    return as_arrays({**batch, "label": np.zeros((count, *label.shape[1:]), label.dtype)})
 
 
 def each_batch(data: Any) -> Iterator:
@@ -251,14 +257,20 @@ def _is_ready(array: Any) -> bool:
 
 
 def check_labels(labels: Any, num_classes: int, note: str = "") -> None:
-    """Raises ValueError for a label that is no class; waits for a device."""
+    """Raises ValueError for a label that is no class; waits for a device.
+
+    Of the labels of positions, [batch, length], -1 is none.
+    """
     if isinstance(labels, jax.ShapeDtypeStruct):
         return
     numbers = np.asarray(labels)
+    least = -1 if numbers.ndim > 1 else 0
     low, high = int(numbers.min()), int(numbers.max())
-    if low < 0 or high >= num_classes:
-        wrong = low if low < 0 else high
-        raise ValueError(f"label {wrong} is out of range: 0 to {num_classes - 1} is allowed{note}")
+    if low < least or high >= num_classes:
+        wrong = low if low < least else high
+        raise ValueError(
+            f"label {wrong} is out of range: {least} to {num_classes - 1} is allowed{note}"
+        )
 
 
 def check_like(batch: Mapping[str, Any], example: Mapping[str, Any], *, any_size: bool) -> None:

@@ -21,6 +21,7 @@ from jdecouple._errors import (
 )
 from jdecouple.methods import Method
 from jdecouple.methods.objectives import BlockInfo
+from jdecouple.methods.objectives.tokens import token_head
 from jdecouple.methods.routes import (
     REMATS,
     Carry,
@@ -114,7 +115,9 @@ def build_units(
             input=inputs,
             grown=own is not model,
         )
-        head = objective.head(info, nnx.Rngs(jax.random.fold_in(root, index)))
+        rngs = nnx.Rngs(jax.random.fold_in(root, index))
+        of_positions = len(carry["label"].shape) > 1
+        head = token_head(objective, info, rngs) if of_positions else objective.head(info, rngs)
         if head is None and method.route.local:
             raise ValueError(f"method {method.name} gives block {index} no loss of its own")
         unit = Unit.build(index, block, head, dtype)

@@ -17,15 +17,24 @@ from jdecouple.pipeline.mesh import StageDevices, jit
 from jdecouple.pipeline.predict import Predictor, States
 
 METRICS = ("accuracy", "loss")
+_SUMS = (*METRICS, "count")
 
 
 def exit_sums(logits: jax.Array, labels: Carry) -> jax.Array:
-    """Weighted number of hits and summed cross-entropy of an exit, `[2]` in float32."""
+    """Weighted numbers of hits, summed cross-entropy and number of labels of an exit, in float32.
+
+    Of the labels of positions, `[batch, length]`, those below 0 do not count.
+    """
     label, weight = labels["label"], labels["weight"]
+    if label.ndim > 1:
+        weight, label = weight[:, None] * (label >= 0), jnp.maximum(label, 0)
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     hits = jnp.argmax(logits, axis=-1) == label
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, label)
-    sums = [jnp.sum(values * weight, dtype=jnp.float32) for values in (hits, losses)]
+    sums = [
+        jnp.sum(values * weight, dtype=jnp.float32)
+        for values in (hits, losses, jnp.ones_like(losses))
+    ]
     return jnp.stack(sums)
 
 
@@ -42,30 +51,33 @@ class Evaluator:
         predictor, check_labels = self._predictor, LabelCheck(num_classes)
         sums: dict[int, jax.Array] = {}
         in_flight: collections.deque[list[jax.Array]] = collections.deque()
-        count = 0
+        empty = True
         for answer in predictor.forward(states, self._labelled(data, check_labels)):
-            count += answer.size
+            empty = False
             for exit in answer.exits:
                 if exit.block not in sums:
-                    nothing = np.zeros(len(METRICS), np.float32)
+                    nothing = np.zeros(len(_SUMS), np.float32)
                     sums[exit.block] = exit.placement.place(nothing, exit.placement.replicated)
                 add = _adder(exit.placement)
                 sums[exit.block] = add(sums[exit.block], exit.logits, exit.labels)
             in_flight.append([*sums.values()])
             if len(in_flight) > predictor.max_in_flight:
                 jax.block_until_ready(in_flight.popleft())
-        if not count:
+        if empty:
             raise ValueError("the data to evaluate on holds no examples")
         check_labels.look(wait=True)
         own = {
             f"exit_{index}/{metric}": float(total)
             for index, totals in sums.items()
-            for metric, total in zip(METRICS, np.asarray(totals), strict=True)
+            for metric, total in zip(_SUMS, np.asarray(totals), strict=True)
         }
         if not predictor.one_process:
-            own = gather(own, [f"exit_{i}/{metric}" for i in predictor.exits for metric in METRICS])
-        means = {name: total / count for name, total in own.items()}
-        last = max(int(name.split("/")[0].removeprefix("exit_")) for name in means)
+            own = gather(own, [f"exit_{i}/{metric}" for i in predictor.exits for metric in _SUMS])
+        counts = {_exit(name): own.pop(name) for name in [*own] if name.endswith("/count")}
+        if not all(counts.values()):
+            raise ValueError("the data to evaluate on holds no labels")
+        means = {name: total / counts[_exit(name)] for name, total in own.items()}
+        last = max(counts)
         final = {metric: means[f"exit_{last}/{metric}"] for metric in ("loss", "accuracy")}
         return {**final, **means}
 
@@ -78,6 +90,11 @@ class Evaluator:
                 check_like(batch, self._predictor.example, any_size=True)
             check_labels(batch["label"])
             yield batch
+
+
+def _exit(name: str) -> int:
+    """The block of "exit_3/loss"."""
+    return int(name.partition("/")[0].removeprefix("exit_"))
 
 
 @functools.cache

@@ -37,6 +37,7 @@ COMMANDS = {
         "jdecouple.train.plan:main", "Plans a run: bytes and time, before anything is trained."
     ),
     "predict": Command("jdecouple.inference.cli:predict", "Classifies images or texts."),
+    "generate": Command("jdecouple.inference.cli:generate", "Goes on with a text."),
     "evaluate": Command(
         "jdecouple.train.evaluation:evaluate", "Measures every exit on labelled examples."
     ),

@@ -110,7 +110,7 @@ def validate(config: Mapping[str, Any]) -> ConfigDict:
 
 
 # Keys of `data` that earlier versions did not know: at their defaults a run is what it was.
-_LATER = ("crop_mode", "cutout", "clean")
+_LATER = ("crop_mode", "cutout", "clean", "tokenizer")
 # Keys that say where, in which order and how often something is done, and not what is learnt.
 _FREE = (
     *("log_every", "checkpoint", "profile", "sufficient_direction", "max_in_flight", "remat"),

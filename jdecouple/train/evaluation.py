@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 
 from jdecouple._errors import first_line, require_number
-from jdecouple.data import Dataset, ImageInputs, Split
-from jdecouple.inference import calibration, cli, reports
+from jdecouple.data import Dataset, ImageInputs, Split, TokenDataset
+from jdecouple.inference import calibration, cli, reports, tables
 from jdecouple.inference.adaptive import require_exits
 from jdecouple.inference.load import load
 from jdecouple.inference.rules import NAMES
 from jdecouple.inference.run import Run
+from jdecouple.train import bits
 from jdecouple.train import config as configuration
 from jdecouple.train.errors import ConfigError, one_line
 from jdecouple.train.parts import load_data
@@ -30,7 +31,8 @@ def evaluate(argv: Sequence[str]) -> None:
     """Measures a network on labelled examples of its data set.
 
     Prints the accuracy of every exit, and writes tables and pictures into a folder: exits.csv,
-    confusion.csv and .png, classes.csv, worst.csv (and .png of images), evaluation.json.
+    confusion.csv and .png, classes.csv, worst.csv (and .png of images), evaluation.json. Of a
+    language model it prints bits per byte; exits.csv and evaluation.json have perplexities, too.
     """
     parser = _parser("evaluate", evaluate, "test")
     parser.add_argument(
@@ -40,9 +42,14 @@ def evaluate(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--output", type=Path, help="a folder, by default WORKDIR/evaluation_SPLIT")
     given = parser.parse_args(argv)
-    run, split = loaded(given.workdir, given.step, given.split, given.data_dir)
-    logits, labels = run.logits(split, given.batch_size)
+    run, split, dataset = loaded(given.workdir, given.step, given.split, given.data_dir)
     folder = given.output or run.workdir / f"evaluation_{split.name}"
+    if isinstance(dataset, TokenDataset):
+        if given.exit is not None:
+            raise ValueError("--exit is for networks that classify: all exits are measured")
+        _measure(folder, run, split, dataset, given.batch_size)
+        return
+    logits, labels = run.logits(split, given.batch_size)
     calibrated = given.exit == "calibrated"
     answers = {"rule": cli.calibrated(run)} if calibrated else {"exit": given.exit}
     content = written(folder, run, split, logits, labels, **answers)
@@ -76,7 +83,8 @@ def calibrate(argv: Sequence[str]) -> None:
     given = parser.parse_args(argv)
     if given.accuracy_loss is not None:
         require_number(accuracy_loss=given.accuracy_loss)
-    run, split = loaded(given.workdir, given.step, given.split, given.data_dir)
+    run, split, _ = loaded(given.workdir, given.step, given.split, given.data_dir)
+    run.require_classes()
     require_exits(run.predictor)
     logits, labels = run.logits(split, given.batch_size)
     unit, costs = ("time", _seconds(run, split)) if given.time else ("operations", run.costs)
@@ -111,6 +119,29 @@ def calibrate(argv: Sequence[str]) -> None:
     print(f"the rule is in {path}, more in {folder}")
 
 
+def _measure(
+    folder: Path, run: Run, split: Split, dataset: TokenDataset, batch_size: int | None
+) -> None:
+    """Prints and writes what the exits of a language model reach on a split."""
+    values = run.measure(split, batch_size)
+    values |= bits.units(values, dataset, split.name)
+    names = ("loss", "accuracy", "bits_per_byte", "perplexity")
+    rows = [
+        {"exit": exit, **{name: values[f"exit_{exit}/{name}"] for name in names}}
+        for exit in run.exits
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {"step": run.step, "split": split.name, "rows": len(split)}
+    about["bytes_per_token"] = dataset.bytes_per_token[split.name]
+    reports.write_json(folder / "evaluation.json", {**about, "exits": rows})
+    tables.write_csv(folder / "exits.csv", rows)
+    print(f"{split.name} bits per byte at step {run.step}, {len(split)} rows of tokens")
+    for row in rows:
+        said = f"perplexity {row['perplexity']:.2f}, accuracy {row['accuracy']:.2%}"
+        print(f"  exit {row['exit']}: {row['bits_per_byte']:.4f} ({said})")
+    print(f"more in {folder}")
+
+
 def _parser(name: str, command: Callable[..., None], split: str) -> cli.Parser:
     parser = cli.Parser(name, command.__doc__)
     parser.add_argument("--split", choices=SPLITS, default=split, help=f"by default {split}")
@@ -136,17 +167,18 @@ def written(
 
 def loaded(
     workdir: str | Path, step: str | int, split: str, data_dir: str | None
-) -> tuple[Run, Split]:
+) -> tuple[Run, Split, Dataset]:
     """The network of a checkpoint, as of `load`, and the examples of a split of its data set.
 
     Raises:
         ValueError, OSError: either cannot be loaded, or the split is empty.
     """
     run = load(workdir, step)
-    examples = getattr(dataset_of(run, data_dir), split)
+    dataset = dataset_of(run, data_dir)
+    examples = getattr(dataset, split)
     if not len(examples):
         raise ConfigError(f"the {split} split is empty: choose another with --split")
-    return run, examples
+    return run, examples, dataset
 
 
 def dataset_of(run: Run, data_dir: str | None = None) -> Dataset:

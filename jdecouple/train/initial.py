@@ -9,7 +9,7 @@ import numpy as np
 
 from jdecouple._errors import first_line
 from jdecouple._files import local_folder
-from jdecouple.data.inputs import TextInputs, from_json
+from jdecouple.data.inputs import Inputs, TextInputs, TokenInputs, from_json
 from jdecouple.inference.load import read_weights
 from jdecouple.pipeline.state import spec
 from jdecouple.train import hosts
@@ -60,8 +60,7 @@ def _taken(run: Run, trainer: Trainer) -> tuple[dict[str, np.ndarray], str]:
     place, step = _place_and_step(given)
     try:
         restored = read_weights(local_folder(place), step)
-        if isinstance(inputs := run.dataset.inputs, TextInputs):
-            _check_words(inputs, restored.extra)
+        _check_words(run.dataset.inputs, restored.extra)
         held = {name: spec(array) for name, array in restored.arrays.items()}
         needed = {name: spec(leaf) for name, leaf in _weights(trainer).items()}
         for name in dict.fromkeys([*needed, *held]):
@@ -91,12 +90,16 @@ def _place_and_step(given: str) -> tuple[str, int | str]:
     return match[1], int(match[2]) if match[2].isdecimal() else match[2]
 
 
-def _check_words(inputs: TextInputs, extra: Mapping[str, Any]) -> None:
-    """Raises ValueError where words had other numbers, so that their vectors are others'."""
+def _check_words(inputs: Inputs, extra: Mapping[str, Any]) -> None:
+    """Raises ValueError where words or tokens had other numbers: their vectors are others'."""
     described = extra.get("inference", {}).get("inputs")
     before = from_json(described) if described else None
-    if before is not None and getattr(before, "words", None) != inputs.words:
+    if before is None:
+        return
+    if isinstance(inputs, TextInputs) and getattr(before, "words", None) != inputs.words:
         raise ValueError("its words have other numbers: texts with the same vocabulary are needed")
+    if isinstance(inputs, TokenInputs) and getattr(before, "tokenizer", "") != inputs.tokenizer:
+        raise ValueError("its tokens have other numbers: the same tokenizer is needed")
 
 
 def _other_cut(run: Run, extra: Mapping[str, Any]) -> str:

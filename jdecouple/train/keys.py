@@ -72,6 +72,7 @@ KEYS: tuple[Key, ...] = (
     Key("data.glove", str),
     Key("data.label_column", str),
     Key("data.text_columns", tuple),
+    Key("data.tokenizer", "bytes"),
     Key(
         "data.buckets",
         tuple,

@@ -20,8 +20,8 @@ from jdecouple.checkpoint import Checkpointer, Part, Together, own_parts
 from jdecouple.methods.routes.stage import NORM
 from jdecouple.pipeline.batch import PlacedBatch
 from jdecouple.pipeline.step_metrics import StepMetrics, on_host
+from jdecouple.train import bits, devices, gauges, hosts, notebook, report, sharing
 from jdecouple.train import config as configuration
-from jdecouple.train import devices, gauges, hosts, notebook, report, sharing
 from jdecouple.train.divergence import (
     Range,
     fault,
@@ -314,9 +314,11 @@ class Loop:
         values |= {name: float(value) for name, value in diagnosed.items() if np.isfinite(value)}
         freeze = self.run.config.growth.freeze
         values |= gauges.learning_rates(self.run.phases, step, freeze=freeze) | gauges.memory()
+        values |= bits.units(values, self.run.dataset, "train")
         self._write(step, "train", values)
         shown: dict[str, Any] = {"epoch": f"{step * size / len(self.run.dataset.train):.2f}"}
-        shown |= {name: values[name] for name in ("loss", "accuracy") if name in values}
+        names = ("loss", "accuracy", "bits_per_byte")
+        shown |= {name: values[name] for name in names if name in values}
         return shown | {"input wait": f"{values['input_wait']:.1%}"}
 
     def _write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
@@ -331,6 +333,7 @@ class Loop:
             with one_line():
                 batches = data.evaluation_batches(split, size, share=trainer.local_indices(size))
                 values = trainer.evaluate(state, batches)
+            values |= bits.units(values, self.run.dataset, split.name)
             self._write(state.step, split.name, values)
             if split.name == "validation":
                 accuracy = values["accuracy"]
@@ -338,6 +341,9 @@ class Loop:
                     self.stopping.add(state.step, accuracy)
             listed = " ".join(f"{value:.2%}" for value in report.exits(values).values())
             progress.print(f"step {state.step} {split.name:10} accuracy per exit: {listed}")
+            if found := report.exits(values, "bits_per_byte").values():
+                listed = " ".join(f"{value:.4f}" for value in found)
+                progress.print(f"step {state.step} {split.name:10} bits per byte: {listed}")
         if self.checkpoints is not None:
             self.checkpoints.amend(state.step, self._extra | self._counts(), accuracy)
         self._interval.leave_out(time.perf_counter() - began)

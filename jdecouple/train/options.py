@@ -16,7 +16,7 @@ from jdecouple.methods.table import Method, spec
 OWNERS = {"method": methods, "model": models, "optimizer": optim}
 # Arguments of builders that the run itself fills in.
 _FILLED = {"num_classes", "image_size", "channels", "input_size", "param_dtype", "rngs"}
-_FILLED |= {"vocabulary_size", "max_length", "embeddings", "learning_rate"}
+_FILLED |= {"vocabulary_size", "max_length", "embeddings", "context", "learning_rate"}
 _TYPES = {bool, int, float, str, tuple}
 
 

@@ -118,6 +118,9 @@ def show(
         value = max(accuracies.values()) if key == "best_test" else line["accuracy"]
         listed = ", ".join(f"{name} {accuracy:.2%}" for name, accuracy in accuracies.items())
         print(f"  {label}: {value:.2%} at step {line['step']} ({listed})")
+    if found := exits(result["test"], "bits_per_byte"):
+        listed = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
+        print(f"test bits per byte, last step: {listed}")
     if "best_test" not in result:
         print("  best steps: not known, metrics.jsonl has lost lines")
     if curves is not None:
@@ -126,12 +129,12 @@ def show(
     print(f"checkpoints: {folder / 'checkpoints'}{best}")
 
 
-def exits(line: Mapping[str, Any]) -> dict[str, float]:
-    """Accuracy by exit, such as "exit_0", of a line of `metrics.jsonl`."""
+def exits(line: Mapping[str, Any], metric: str = "accuracy") -> dict[str, float]:
+    """Accuracy (or another metric) by exit, such as "exit_0", of a line of `metrics.jsonl`."""
     return {
-        name.removesuffix("/accuracy"): value
+        name.removesuffix(f"/{metric}"): value
         for name, value in line.items()
-        if name.startswith("exit_") and name.endswith("/accuracy") and value is not None
+        if name.startswith("exit_") and name.endswith(f"/{metric}") and value is not None
     }
 
 

@@ -13,7 +13,7 @@ from absl import logging
 from jdecouple import methods
 from jdecouple._errors import first_line
 from jdecouple.checkpoint import Checkpointer, CheckpointError, Restored, Together
-from jdecouple.data import ImageInputs
+from jdecouple.data import ImageInputs, TokenDataset
 from jdecouple.inference.description import Description
 from jdecouple.methods.routes import loss_scale
 from jdecouple.train import config as configuration
@@ -184,6 +184,8 @@ def identity(run: Run) -> dict[str, Any]:
     version of JAX may lay it out otherwise.
     """
     values, trainer = configuration.identity(run.config), run.trainer
+    if isinstance(run.dataset, TokenDataset):
+        values["digest of the tokens"] = run.dataset.digest
     placed = {"boundaries": list(trainer.boundaries), "dtype": run.config.dtype}
     if trainer.schedule.sums_late:  # carries alone wait
         values |= {"schedule": trainer.schedule.name, **placed}

@@ -331,8 +331,10 @@ def test_bad_arguments_get_one_clear_line(name, arguments, message):
 def test_table_of_builders():
     resnets = [f"resnet{depth}" for depth in ("", 101, 110, 18, 20, 32, 34, 50, 56)]
     others = ("transformer", "vgg", "vgg8", "vit", "wide_resnet", "wrn28_10")
-    assert {"lstm", "mlp", *resnets, *others} <= set(models.names())
+    assert {"gpt", "lstm", "lstm_lm", "mlp", *resnets, *others} <= set(models.names())
     assert list(models.names()) == sorted(models.names())
     assert all(models.get(name) is getattr(models, name) for name in models.names())
-    with pytest.raises(ValueError, match="unknown model 'vgg9': allowed are lstm, mlp, resnet, "):
+    with pytest.raises(
+        ValueError, match="unknown model 'vgg9': allowed are gpt, lstm, lstm_lm, mlp, resnet, "
+    ):
         models.get("vgg9")

@@ -41,11 +41,11 @@ def scores(trainer: jd.Trainer, logits: np.ndarray, batches: list[dict]) -> dict
     ends = np.cumsum([len(batch["label"]) for batch in batches])
     found = {}
     for index, rows in zip(trainer.exits, logits, strict=True):
-        total: Any = np.zeros(2, np.float32)
+        total: Any = np.zeros(3, np.float32)
         for batch, part in zip(batches, np.split(rows, ends[:-1]), strict=True):
             weight = np.ones(len(part), np.float32)
             total = add(total, part, {"label": batch["label"], "weight": weight})
-        accuracy, loss = (float(each) / ends[-1] for each in np.asarray(total))
+        accuracy, loss = (float(each) / ends[-1] for each in np.asarray(total)[:2])
         found |= {f"exit_{index}/accuracy": accuracy, f"exit_{index}/loss": loss}
     return found
 

@@ -154,7 +154,7 @@ def test_an_older_file_holds_the_options_of_all():
             "config.method.accumulate is set, but method 'deinforeg' t",
         ),
         ({"method": {"name": "x"}}, "config.method.name is 'x': allowed are bp, early_exit"),
-        ({"model": {"name": 3}}, "config.model.name is 3: allowed are lstm, mlp"),
+        ({"model": {"name": 3}}, "config.model.name is 3: allowed are gpt, lstm, lstm_lm, mlp"),
         ({"model": {"bogus": 3}}, "config.model.bogus is set, but model 'vgg8' takes only: layout"),
         ({"optimizer": {"nesterov": True}}, "optimizer 'adam' takes only: b1, b2, eps, weight_dec"),
         (

@@ -36,6 +36,7 @@ FAST = ["cifar10,mlp,fdg,2", None, "digits,mlp,deinforeg", "glue/sst2,lstm,deinf
 GROWING = ["glue/sst2,lstm,deinforeg", "csv:dbpedia,transformer,scpl", "imdb_reviews,lstm,al"]
 ARGUMENTS = {"vision": VISION, "delayed": DELAYED, "text": TEXT, "equal": EQUAL}
 ARGUMENTS["growing"] = GROWING
+ARGUMENTS["lm"] = ["topics,gpt,dgl,2"]  # others: test_token_runs.py
 CASES = [
     (path.stem, argument)
     for path in sorted(FOLDER.glob("*.py"))
@@ -62,7 +63,7 @@ def test_values_are_valid(name, argument):
 IMAGES = [
     case if case[1] in FAST else pytest.param(*case, marks=pytest.mark.slow)
     for case in CASES
-    if case[0] not in ("text", "growing")
+    if case[0] not in ("text", "growing", "lm")
 ]
 
 

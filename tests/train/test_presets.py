@@ -69,7 +69,10 @@ def test_a_file_imports_what_lies_beside_it(here, monkeypatch):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("quikstart", "no preset: allowed are delayed, equal, growing, quickstart, text, vision"),
+        (
+            "quikstart",
+            "no preset: allowed are delayed, equal, growing, lm, quickstart, text, vision",
+        ),
         ("quikstart", "; did you mean 'quickstart'?"),
         ("mine", "no preset (the file is './mine'): allowed are delayed"),
         ("./quickstart", "there is no file './quickstart'"),

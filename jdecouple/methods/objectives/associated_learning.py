@@ -141,6 +141,7 @@ class AssociatedLearning(Objective):
     head_pool: int = 0
     autoencoder_lr_scale: float = 1.0
     trains_classifier: ClassVar[bool] = False
+    tokens: ClassVar[str] = "none"
 
     def __post_init__(self):
         require_int(1, features=self.features)

@@ -10,6 +10,7 @@ from flax import nnx
 from jdecouple._errors import require_int, require_one_of
 from jdecouple.methods.objectives.base import BlockInfo, Objective
 from jdecouple.methods.objectives.cross_entropy import CrossEntropy, CrossEntropyHead
+from jdecouple.methods.objectives.exits import normed
 from jdecouple.methods.objectives.maps import is_map, pool_maps, pooled_info
 from jdecouple.models import layers
 from jdecouple.models.resampling import adaptive_average_pool
@@ -78,7 +79,9 @@ class AuxiliaryNetHead(CrossEntropyHead):
         self.reduction = reduction or nnx.Sequential()
         hidden = layout.hidden * (objective.hidden or size,) if layout else ()
         widths = (*hidden, info.num_classes)
-        self.readout = layers.perceptron(size, widths, batch_norm=True, **info.options(rngs))
+        readout = layers.perceptron(size, widths, batch_norm=True, **info.options(rngs))
+        norm = normed(info) if objective.aux == "norm" else []
+        self.readout = nnx.Sequential(*norm, readout) if norm else readout
 
     def logits(self, features: Any) -> jax.Array:
         """Logits `[batch, classes]` of this exit."""
@@ -97,7 +100,8 @@ class AuxiliaryNet(Objective):
             with BatchNorm and ReLU, means over 2 x 2 bins, three hidden dense layers with BatchNorm
             and ReLU, dense. Or "mlp": the same without convolutions. "cnn": two 3x3 convolutions
             with BatchNorm and ReLU, means over 2 x 2 bins, BatchNorm, dense. "linear": flatten,
-            dense. Features that are no maps go to the dense layers at once.
+            dense. "norm": flatten, LayerNorm, dense. Features that are no maps go to the dense
+            layers at once.
         hidden: Width of the hidden dense layers; 0: that of their input, as in the paper.
         head_pool: Average maps over this many bins a side before the net; 0: do not.
     """
@@ -107,7 +111,7 @@ class AuxiliaryNet(Objective):
     head_pool: int = 0
 
     def __post_init__(self):
-        require_one_of((*LAYOUTS, "linear"), aux=self.aux)
+        require_one_of((*LAYOUTS, "linear", "norm"), aux=self.aux)
         require_int(0, hidden=self.hidden, head_pool=self.head_pool)
 
     def head(self, info: BlockInfo, rngs: nnx.Rngs) -> nnx.Module | None:

@@ -77,12 +77,14 @@ class HeadOutput(NamedTuple):
         logits: `[batch, classes]` if the head is an exit, else None.
         carry: Entries, batch first, that the head adds to the carry for the blocks above, or
             replaces in it; no gradient flows back through them. "x" and "loss" are the routes'.
+        labels: Of the logits, where these are not the carry's "label".
     """
 
     loss: jax.Array
     metrics: dict[str, jax.Array]
     logits: jax.Array | None
     carry: Mapping[str, Any] = {}
+    labels: jax.Array | None = None
 
 
 @runtime_checkable
@@ -136,10 +138,14 @@ class Objective(Protocol):
         needs_classifier: The objective cannot do without the model's classifier.
         trains_classifier: Its last head trains the model's classifier, where there is one, and
             holds it as its attribute `classifier`.
+        tokens: What labels of positions, as those of language models, are to it, see
+            `jdecouple.methods.objectives.tokens`: "all" are examples, or some that are "drawn" (as
+            many of a row as the objective's `positions` says), or it has "none".
     """
 
     needs_classifier: ClassVar[bool] = False
     trains_classifier: ClassVar[bool] = True
+    tokens: ClassVar[str] = "all"
 
     def head(self, info: BlockInfo, rngs: nnx.Rngs) -> nnx.Module | None:
         """Returns the `Head` for a block, or None if the block has no loss of its own."""

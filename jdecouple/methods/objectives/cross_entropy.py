@@ -12,19 +12,28 @@ from flax import nnx
 from jdecouple.methods.objectives.base import BlockInfo, HeadOutput, Objective, at_least_float32
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+def cross_entropy(
+    logits: jax.Array, labels: jax.Array, counts: jax.Array | None = None
+) -> jax.Array:
     """Mean softmax cross-entropy in nats, float32 at least.
 
     Args:
         logits: `[batch, classes]`.
         labels: `[batch]`, int, in [0, classes).
+        counts: `[batch]`, whether an example counts; None: all do. Without any the mean is 0.
     """
     logits = at_least_float32(logits)
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    if counts is None:
+        return jnp.mean(losses)
+    return jnp.sum(jnp.where(counts, losses, 0)) / jnp.maximum(jnp.sum(counts), 1)
 
 
 class CrossEntropyHead(nnx.Module):
-    """A classifier (None: the features are the logits) under weighted cross-entropy."""
+    """A classifier (None: the features are the logits) under weighted cross-entropy.
+
+    The carry's "is_labelled", where it is there, says which examples have a label.
+    """
 
     weight: float = 1.0
 
@@ -34,7 +43,7 @@ class CrossEntropyHead(nnx.Module):
     def __call__(self, features: Any, carry: Mapping[str, Any]) -> HeadOutput:
         """Loss of `features` under `carry["label"]`."""
         logits = self.logits(features)
-        loss = cross_entropy(logits, carry["label"])
+        loss = cross_entropy(logits, carry["label"], carry.get("is_labelled"))
         return HeadOutput(self.weight * loss, {"cross_entropy": loss}, logits)
 
     def logits(self, features: Any) -> jax.Array:

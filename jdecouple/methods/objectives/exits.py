@@ -51,14 +51,21 @@ class ExitHead(CrossEntropyHead):
         convolves = objective.branch == "conv" and is_map(info.features)
         self.branch = Branch(info, rngs) if convolves else nnx.Sequential()
         info = dataclasses.replace(info, features=jax.eval_shape(self.branch, info.features))
-        size = pooled_info(info, objective.head_pool).size
-        readout = layers.perceptron(size, (info.num_classes,), **info.options(rngs))
+        info = pooled_info(info, objective.head_pool)
+        readout = layers.perceptron(info.size, (info.num_classes,), **info.options(rngs))
+        if objective.branch == "norm":
+            readout = nnx.Sequential(*normed(info), readout)
         super().__init__(readout, weight)
         self.head_pool = objective.head_pool
 
     def logits(self, features: Any) -> jax.Array:
         """Logits `[batch, classes]` of this exit."""
         return super().logits(pool_maps(self.branch(features), self.head_pool))
+
+
+def normed(info: BlockInfo) -> list[nnx.Module]:
+    """Flattens, then LayerNorm."""
+    return [layers.Flatten(), layers.LayerNorm(info.size, param_dtype=info.param_dtype)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +78,10 @@ class Exits(Objective):
     Attributes:
         weights: Weight of each block's loss; a single number (or a tuple of one) is that of all.
         head_pool: The dense layers read feature maps averaged over this many bins a side; 0: whole.
-        branch: What stands before the dense layer of an exit of feature maps. "linear": nothing.
-            "conv": BranchyNet's 3x3 convolutions to 32 channels with ReLU, two at the first block
-            and one at every other, and 2x2 maximum pooling; the paper has head_pool=0 behind them.
+        branch: What stands before the dense layer of an exit. "linear": nothing. "norm": LayerNorm,
+            as before the classifier of a Transformer. "conv", of feature maps: BranchyNet's 3x3
+            convolutions to 32 channels with ReLU, two at the first block and one at every other,
+            and 2x2 maximum pooling; the paper has head_pool=0 behind them.
     """
 
     weights: float | tuple[float, ...] = (1.0,)
@@ -88,7 +96,7 @@ class Exits(Objective):
         if not any(weights):
             raise ValueError(f"weights is {self.weights}: a number above 0 is needed")
         require_int(0, head_pool=self.head_pool)
-        require_one_of(("linear", "conv"), branch=self.branch)
+        require_one_of(("linear", "conv", "norm"), branch=self.branch)
 
     def head(self, info: BlockInfo, rngs: nnx.Rngs) -> nnx.Module:
         """Head for any block.

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -185,6 +185,7 @@ class InformationPropagation(Objective):
     image_std: tuple[float, ...] = ()
     count_self: bool = True
     max_channels: int = 0
+    tokens: ClassVar[str] = "none"
 
     def __post_init__(self):
         for name in ("reconstruction", "task", "image_mean", "image_std"):

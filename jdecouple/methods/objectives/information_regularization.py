@@ -21,6 +21,7 @@ from jdecouple.methods.objectives.base import (
 from jdecouple.methods.objectives.cross_entropy import cross_entropy
 from jdecouple.methods.objectives.maps import pool_maps, pooled_info
 from jdecouple.methods.objectives.similarity_matching import similarity_matching
+from jdecouple.methods.objectives.tokens import POSITIONS
 from jdecouple.models import layers, rows
 
 
@@ -166,6 +167,8 @@ class InformationRegularization(Objective):
         activation: In place of ReLU, in projector and classifier: "gelu", "relu", "sigmoid" or
             "tanh" (the authors' code for texts).
         batch_norm: Whether BatchNorm precedes it; False in the authors' code for texts.
+        positions: Positions of every row that are drawn as examples where labels are those of
+            positions, as in language models.
     """
 
     projector: str | tuple[int, ...] = "2048-2048-2048"
@@ -179,6 +182,8 @@ class InformationRegularization(Objective):
     hidden: str | tuple[int, ...] = "projector"
     activation: str = "relu"
     batch_norm: bool = True
+    positions: int = POSITIONS
+    tokens: ClassVar[str] = "drawn"
     trains_classifier: ClassVar[bool] = False
 
     def __post_init__(self):
@@ -192,6 +197,7 @@ class InformationRegularization(Objective):
             require_number(**{name: getattr(self, name)})
         require_bool(batch_norm=self.batch_norm, normalize=self.normalize)
         require_int(0, head_pool=self.head_pool)
+        require_int(1, positions=self.positions)
 
     @property
     def widths(self) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from jdecouple.methods.objectives.base import BlockInfo, HeadOutput, Objective
 from jdecouple.methods.objectives.cross_entropy import cross_entropy
 from jdecouple.methods.objectives.maps import is_map, pooled_info
 from jdecouple.methods.objectives.similarity_matching import similarity_matching
+from jdecouple.methods.objectives.tokens import POSITIONS
 from jdecouple.models import layers
 from jdecouple.models.resampling import adaptive_average_pool
 from jdecouple.models.sequence import pooled
@@ -106,6 +107,8 @@ class PredictionSimilarity(Objective):
         dim_in_decoder: Most numbers that the decoder reads; maps are averaged down to it.
         classifier: Weight of the cross-entropy that trains the model's classifier; the authors'
             code takes `prediction` here too.
+        positions: Positions of every row that are drawn as examples where labels are those of
+            positions, as in language models.
     """
 
     prediction: float = 0.01
@@ -113,6 +116,8 @@ class PredictionSimilarity(Objective):
     statistic: str = "deviation"
     dim_in_decoder: int = 4096
     classifier: float = 1.0
+    positions: int = POSITIONS
+    tokens: ClassVar[str] = "drawn"
 
     def __post_init__(self):
         require_number(prediction=self.prediction, similarity=self.similarity)
@@ -120,7 +125,7 @@ class PredictionSimilarity(Objective):
         if not self.prediction and not self.similarity:
             raise ValueError("prediction and similarity are both 0: a weight above 0 is needed")
         require_one_of(("deviation", "features"), statistic=self.statistic)
-        require_int(1, dim_in_decoder=self.dim_in_decoder)
+        require_int(1, dim_in_decoder=self.dim_in_decoder, positions=self.positions)
 
     def head(self, info: BlockInfo, rngs: nnx.Rngs) -> nnx.Module:
         """Head for any block."""

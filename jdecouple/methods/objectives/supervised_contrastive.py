@@ -20,6 +20,7 @@ from jdecouple.methods.objectives.base import (
 )
 from jdecouple.methods.objectives.cross_entropy import cross_entropy
 from jdecouple.methods.objectives.maps import pool_maps, pooled_info
+from jdecouple.methods.objectives.tokens import POSITIONS
 from jdecouple.models import layers
 
 
@@ -110,6 +111,8 @@ class SupervisedContrastive(Objective):
         count_self: Whether the loss divides by the count of a class that includes the example.
         head_pool: Average maps over this many bins a side before the projector; 0: do not, as in
             the paper. The classifier reads the whole map.
+        positions: Positions of every row that are drawn as examples where labels are those of
+            positions, as in language models.
     """
 
     projector: str = "mlp"
@@ -118,6 +121,8 @@ class SupervisedContrastive(Objective):
     temperature: float = 0.1
     head_pool: int = 0
     count_self: bool = True
+    positions: int = POSITIONS
+    tokens: ClassVar[str] = "drawn"
     needs_classifier: ClassVar[bool] = True
 
     def __post_init__(self):
@@ -126,6 +131,7 @@ class SupervisedContrastive(Objective):
         require_number(positive=True, temperature=self.temperature)
         require_int(0, head_pool=self.head_pool)
         require_bool(count_self=self.count_self)
+        require_int(1, positions=self.positions)
 
     def head(self, info: BlockInfo, rngs: nnx.Rngs) -> nnx.Module:
         """Head for any block.

@@ -271,7 +271,8 @@ def block_metrics(unit: Unit, output: HeadOutput, carry: Carry) -> Metrics:
     metrics = {prefix + "loss": output.loss}
     metrics |= {prefix + name: value for name, value in output.metrics.items()}
     if output.logits is not None:
-        metrics[prefix + "accuracy"] = accuracy(output.logits, carry["label"])
+        labels = carry["label"] if output.labels is None else output.labels
+        metrics[prefix + "accuracy"] = accuracy(output.logits, labels)
     return {name: value.astype(jnp.float32) for name, value in metrics.items()}
 
 
@@ -282,8 +283,11 @@ def next_carry(carry: Carry, features: Any, output: HeadOutput | None) -> Carry:
 
 
 def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Fraction of arg-maxes that hit."""
-    return jnp.mean(jnp.argmax(logits, axis=-1) == labels, dtype=jnp.float32)
+    """Fraction of arg-maxes that hit; of positions, those with a label."""
+    hits = jnp.argmax(logits, axis=-1) == labels
+    if labels.ndim == 1:
+        return jnp.mean(hits, dtype=jnp.float32)
+    return jnp.sum(hits, dtype=jnp.float32) / jnp.maximum(jnp.sum(labels >= 0), 1)
 
 
 def totals(carry: Carry, metrics: Metrics) -> tuple[Metrics, Carry]:

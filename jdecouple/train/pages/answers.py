@@ -141,7 +141,8 @@ def _computed(
     record: Record, asked: Asked, folder: Path
 ) -> tuple[Mapping[str, Any], _Costs | None]:
     """The same, measured here; `folder` gets the pictures."""
-    run, split = evaluation.loaded(record.folder, asked.step, asked.split, asked.data_dir)
+    run, split, _ = evaluation.loaded(record.folder, asked.step, asked.split, asked.data_dir)
+    run.require_classes()
     print(f"measuring step {run.step} on the {asked.split} split", file=sys.stderr)
     logits, labels = run.logits(split, asked.batch_size)
     content = evaluation.written(folder, run, split, logits, labels)

@@ -10,7 +10,7 @@ from jdecouple.train.pages import charts
 from jdecouple.train.pages.page import Fold, Grid, Piece, Section, Text
 
 # What a reader looks for first, in this order: a metric of each block or exit, and of a run.
-_FIRST_OF_PARTS = ("loss", "accuracy", "gradient_norm")
+_FIRST_OF_PARTS = ("loss", "bits_per_byte", "accuracy", "gradient_norm")
 _FIRST_OF_RUN = ("learning_rate", "gradient_norm", "examples_per_second", "input_wait")
 _LAST = len(_FIRST_OF_PARTS) + len(_FIRST_OF_RUN)
 _TITLES = {
@@ -88,7 +88,8 @@ def _is_repeated(metric: _Metric, metrics: Mapping[_Metric, object]) -> bool:
     """Whether a metric of the run is that of its last exit or block."""
     parts = ("block",) if metric.split == "train" else ("exit",)
     known = any(_Metric(metric.split, part, metric.name) in metrics for part in parts)
-    return not metric.part and metric.name == "accuracy" and known
+    repeated = ("accuracy", "bits_per_byte", "perplexity")
+    return not metric.part and metric.name in repeated and known
 
 
 def _of(split: str) -> str:

@@ -107,6 +107,11 @@ def _results(record: Record) -> list[Piece]:
             Table("Test accuracy, chosen three ways", ["chosen by", "step", "accuracy"], rows),
             Facts([SELECTIONS[key] for key in chosen], sentences=True),
         ]
+        if bits := closing.exits(result, "bits_per_byte"):
+            perplexities = closing.exits(result, "perplexity")
+            rows = [(name, f"{bits[name]:.4f}", f"{perplexities[name]:.2f}") for name in bits]
+            columns = ["exit", "bits per byte", "perplexity"]
+            pieces.append(Table("Test bits per byte, last step", columns, rows))
         if "best_test" not in found:
             pieces.append(
                 Note(f"metrics.jsonl has lost {record.lost} line(s): the best steps are not known.")

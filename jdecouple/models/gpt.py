@@ -1,0 +1,179 @@
+"""Causal Transformers that tell the next token: an embedding block, then one layer a block."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jdecouple._errors import require_int, require_number, require_one_of
+from jdecouple.models import layers
+from jdecouple.models.base import Model
+from jdecouple.models.cuts import cuttable
+from jdecouple.models.sequence import dropout_layer
+from jdecouple.models.tokens import (
+    TokenEmbedding,
+    Tokens,
+    beginnings,
+    even_splits,
+    token_classifier,
+)
+from jdecouple.models.transformer import attention
+
+POSITIONS = ("rope", "learned")
+_BASE = 10_000.0
+
+
+def rotated(x: jax.Array, position: jax.Array) -> jax.Array:
+    """Rotary positions (arXiv 2104.09864): pairs of numbers turned by the position.
+
+    Number i is paired with number i + size/2, as in GPT-NeoX and Llama.
+
+    Args:
+        x: `[..., length, heads, size]`, of an even size.
+        position: `[..., length]`, int.
+    """
+    half = x.shape[-1] // 2
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    speed = _BASE ** (-jnp.arange(half, dtype=dtype) / half)
+    angle = position[..., None, None].astype(dtype) * speed
+    sine, cosine = jnp.sin(angle), jnp.cos(angle)
+    first, second = x[..., :half].astype(dtype), x[..., half:].astype(dtype)
+    turned = [first * cosine - second * sine, second * cosine + first * sine]
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+class DecoderBlock(nnx.Module):
+    """Causal self-attention and a feed-forward layer, each behind LayerNorm, past a shortcut.
+
+    Args:
+        hidden: Width of the states.
+        heads: Attention heads, a divisor of `hidden`.
+        feed_forward: Width inside the feed-forward layer.
+        rotary: Whether queries and keys are turned by their positions.
+        drop: Rate of dropout on attention weights and before each addition.
+    """
+
+    def __init__(
+        self,
+        hidden: int,
+        heads: int,
+        feed_forward: int,
+        *,
+        rotary: bool = True,
+        drop: float = 0.0,
+        init: str = "flax",
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        require_int(1, hidden=hidden, heads=heads, feed_forward=feed_forward)
+        if hidden % heads or (rotary and hidden // heads % 2):
+            multiple = 2 * heads if rotary else heads
+            raise ValueError(f"hidden is {hidden}: a multiple of {multiple} is needed")
+        self.heads, self.rotary = heads, rotary
+        options: dict[str, Any] = {"init": init, "param_dtype": param_dtype, "rngs": rngs}
+        self.attention_norm = layers.LayerNorm(hidden, param_dtype=param_dtype)
+        self.projections = layers.linear(hidden, 3 * hidden, **options)
+        self.out = layers.linear(hidden, hidden, **options)
+        self.feed_norm = layers.LayerNorm(hidden, param_dtype=param_dtype)
+        self.up = layers.linear(hidden, feed_forward, **options)
+        self.down = layers.linear(feed_forward, hidden, **options)
+        self.drop = dropout_layer(drop, rngs)
+
+    def __call__(self, x: Tokens) -> Tokens:
+        """Tokens of the same shapes."""
+        h, begins = x["h"], jax.lax.stop_gradient(x["begins"])
+        start, place = beginnings(begins), jnp.arange(h.shape[1])
+        # Of the same document, and not later.
+        seen = (start[:, :, None] == start[:, None, :]) & (place[:, None] >= place)
+        query, key, value = self._heads(self.attention_norm(h), place - start)
+        attended = attention(query, key, value, seen, self.drop).reshape(h.shape)
+        return {"h": self._add(h, attended), "begins": begins}
+
+    def begin(self, batch: int, length: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
+        """Keys and values of no positions yet, `[batch, length, heads, size]`."""
+        hidden = self.out.in_features
+        empty = jnp.zeros((batch, length, self.heads, hidden // self.heads), dtype)
+        return empty, empty
+
+    def advance(
+        self, x: jax.Array, known: tuple[jax.Array, jax.Array], position: jax.Array
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """States `[batch, width]` of one position, beside keys and values of those before."""
+        h = x[:, None]
+        query, *own = self._heads(self.attention_norm(h), position[None, None])
+        keys, values = (
+            jax.lax.dynamic_update_slice_in_dim(before, now, position, axis=1)
+            for before, now in zip(known, own, strict=True)
+        )
+        seen = jnp.broadcast_to(jnp.arange(keys.shape[1]) <= position, keys.shape[:2])
+        attended = attention(query, keys, values, seen, self.drop).reshape(h.shape)
+        return self._add(h, attended)[:, 0], (keys, values)
+
+    def _heads(self, h: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        batch, length, hidden = h.shape
+        parts = self.projections(h).reshape(batch, length, 3, self.heads, hidden // self.heads)
+        query, key, value = (parts[:, :, part] for part in range(3))
+        if self.rotary:
+            query, key = rotated(query, position), rotated(key, position)
+        return query, key, value
+
+    def _add(self, h: jax.Array, attended: jax.Array) -> jax.Array:
+        h = h + self.drop(self.out(attended))
+        return h + self.drop(self.down(nnx.gelu(self.up(self.feed_norm(h)))))
+
+
+@cuttable
+def gpt(
+    num_classes: int,
+    *,
+    context: int,
+    hidden: int = 128,
+    depth: int = 4,
+    heads: int = 4,
+    feed_forward: int = 0,
+    positions: str = "rope",
+    dropout: float = 0.0,
+    init: str = "flax",
+    param_dtype: Any = jnp.float32,
+    rngs: nnx.Rngs,
+) -> Model:
+    """Embedding block and `depth` causal layers, LayerNorm before each (as in GPT-2).
+
+    Arguments not listed are those of all builders, see `jdecouple.models`.
+
+    Args:
+        hidden: Width of the states.
+        depth: Number of blocks behind the embedding.
+        heads: Attention heads of every block, a divisor of `hidden`.
+        feed_forward: Width inside the feed-forward layers; 0 for 4 x `hidden`.
+        positions: "rope": queries and keys are turned by their positions (arXiv 2104.09864), in
+            pairs of numbers i and i + size/2; "learned": a vector for every position is added to
+            the embedding.
+        dropout: Share of numbers dropped from embeddings, attention weights and before every
+            addition.
+
+    Returns:
+        A model of 1 + `depth` blocks from tokens, int `[batch, length]`, to what
+        `jdecouple.models.tokens` says. The classifier, LayerNorm and a dense layer without bias,
+        gives logits `[batch, length, num_classes]`. Split "even" cuts it into 2 to `depth` parts of
+        equally many layers, the first with the embedding.
+    """
+    require_int(1, num_classes=num_classes, hidden=hidden, depth=depth)
+    require_int(0, feed_forward=feed_forward)
+    require_one_of(POSITIONS, positions=positions)
+    require_number(below=1, dropout=dropout)
+    options: dict[str, Any] = {"init": init, "param_dtype": param_dtype, "rngs": rngs}
+    learned = positions == "learned"
+    blocks: list[nnx.Module] = [
+        TokenEmbedding(
+            num_classes, hidden, context=context, positions=learned, drop=dropout, **options
+        )
+    ]
+    for _ in range(depth):
+        width = feed_forward or 4 * hidden
+        blocks.append(
+            DecoderBlock(hidden, heads, width, rotary=not learned, drop=dropout, **options)
+        )
+    readout = token_classifier(hidden, num_classes, **options)
+    return Model(blocks, readout, even_splits(depth))
