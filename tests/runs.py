@@ -136,6 +136,7 @@ class Server:
         self._count = 0
         self._started: list[Run] = []
         self.file_limit: int | None = None  # bytes of any file that a run writes
+        self.store: str | None = None  # folder of the object store that runs find, see `stores`
         self._process = subprocess.Popen(
             [sys.executable, TINY],
             stdin=subprocess.PIPE,
@@ -164,7 +165,11 @@ class Server:
         for suffix in (".out", ".err"):
             output.with_suffix(suffix).touch()
         found = self.ask(
-            arguments=arguments, devices=devices, output=str(output), file_limit=self.file_limit
+            arguments=arguments,
+            devices=devices,
+            output=str(output),
+            file_limit=self.file_limit,
+            store=self.store,
         )
         return Run(self, found["pid"], output)
 
@@ -344,6 +349,11 @@ def _child(request: Mapping[str, Any]) -> None:
     from jdecouple.train import cli as command_line
 
     os.environ["XLA_FLAGS"] = environment(request["devices"])["XLA_FLAGS"]
+    if request["store"] is not None:
+        import stores
+
+        os.environ[stores.VARIABLE] = request["store"]
+        stores.install()
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     for number, suffix in ((1, ".out"), (2, ".err")):

@@ -7,8 +7,6 @@ import json
 import operator
 import os
 import secrets
-import shutil
-import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,9 +17,11 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from jdecouple._errors import first_line, require_int
-from jdecouple._files import local_folder, replace
+from jdecouple._files import absolute, any_folder, is_stored, make_folder, replace, size
+from jdecouple.checkpoint import shelf
 from jdecouple.checkpoint.document import (
     BY_STAGE,
+    DOCUMENT,
     FORMAT,
     CheckpointError,
     RefusedError,
@@ -38,12 +38,10 @@ from jdecouple.checkpoint.document import (
     told,
 )
 from jdecouple.checkpoint.items import STATE_FILES
-from jdecouple.checkpoint.orbax_setup import UNFINISHED, manager_alone, plain, quiet
+from jdecouple.checkpoint.orbax_setup import manager_alone, plain, quiet
 from jdecouple.checkpoint.stored import read_arrays
-from jdecouple.checkpoint.together import LostError, Part, Together
+from jdecouple.checkpoint.together import LostError, Part, Together, whole_parts
 from jdecouple.pipeline.wire import is_feedback
-
-_DELETED = ".deleted"
 
 Accept = Callable[[dict[str, Any]], str | None]
 Template = Mapping[str, Any]
@@ -60,6 +58,7 @@ class Restored(NamedTuple):
 class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
     """Saves and restores the arrays of a run below one directory.
 
+    >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder, Checkpointer(folder) as checkpoints:
     ...     checkpoints.save(10, {"block_0/w": np.arange(3)}, {"seed": 0}, metric=0.9)
     ...     checkpoints.restore({"block_0/w": np.zeros(3, int)})
@@ -69,13 +68,14 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
     process may open the same directory with ``read_only=True``.
 
     Args:
-        directory: where the checkpoints live; created if missing.
+        directory: where the checkpoints live, on this machine or in an object store (``gs://``,
+            ``s3://``); created if missing.
         keep: how many of the last checkpoints to keep. The best one is kept besides; what holds no
             checkpoint of this program is never deleted.
         read_only: only restore: nothing is created, cleaned, moved or deleted.
 
     Raises:
-        ValueError: `keep` is not positive, or `directory` is on another machine (``gs://``).
+        ValueError: `keep` is not positive, or the store of `directory` cannot be reached.
         CheckpointError: the directory cannot be written.
     """
 
@@ -83,7 +83,7 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
         self, directory: str | os.PathLike[str], *, keep: int = 3, read_only: bool = False
     ):
         require_int(1, keep=keep)
-        self.directory = local_folder(directory).absolute()
+        self.directory = absolute(any_folder(directory))
         self._keep = keep
         self._spare: int | None = None
         self._refused: set[int] = set()
@@ -95,8 +95,9 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
         quiet()
         if not read_only:
             with _one_line(f"cannot write checkpoints to {self.directory}"):
-                self.directory.mkdir(parents=True, exist_ok=True)
-                tempfile.TemporaryFile(dir=self.directory).close()
+                shelf.prepare(self.directory)
+                if is_stored(self.directory):  # Orbax's manager would rename
+                    self._together = Together(self.directory, 0, 1, secrets.token_hex(8))
                 self._open_manager()
 
     def share(self, together: Together) -> None:
@@ -106,9 +107,7 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
 
     def steps(self) -> list[int]:
         """The steps on disk in rising order, without unfinished and refused ones."""
-        names = os.listdir(self.directory) if self.directory.exists() else []
-        steps = {int(name) for name in names if name.isdecimal() and str(int(name)) == name}
-        return sorted(steps - self._refused)
+        return sorted(shelf.steps_in(self.directory) - self._refused)
 
     @property
     def latest_step(self) -> int | None:
@@ -152,6 +151,8 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
         self._require_writable()
         step = operator.index(step)
         document = {"format": FORMAT, "step": step, **score(extra, metric)}
+        if isinstance(arrays, Mapping) and self._together:
+            arrays = whole_parts(arrays)
         if isinstance(arrays, Mapping):
             write = self._writing(step, document, arrays)
         else:
@@ -274,9 +275,7 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
         try:
             document = self._document(self._present(step))
             found = {name: leaf for name, leaf in leaves(document).items() if wanted(name)}
-            with plain(self.directory) as place:
-                arrays = read_arrays(place / str(step), found)
-            return Restored(step, arrays, document["extra"])
+            return Restored(step, read_arrays(self._at(step), found), document["extra"])
         except RefusedError as error:
             raise CheckpointError(
                 f"checkpoint {step} in {self.directory} cannot be used: {error}"
@@ -308,7 +307,7 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
         documents = {}
         for step in self.steps():
             with contextlib.suppress(RefusedError):
-                documents[step] = read_document(self.directory / str(step))
+                documents[step] = read_document(self._at(step))
         return documents
 
     def _require_writable(self) -> None:
@@ -319,21 +318,21 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
         """Waits for the save in flight, looks whether all of it is there, deletes older ones."""
         assert self._pending is not None
         self._manager.wait_until_finished()
-        checkpoint = self.directory / str(self._pending)
+        checkpoint = self._at(self._pending)
         try:
             for item, name in itertools.product(items(read_document(checkpoint)), STATE_FILES):
-                if not (checkpoint / item / name).stat().st_size:
+                if not size(checkpoint / item / name):
                     raise OSError(f"{item}/{name} is empty")
         except (RefusedError, OSError) as error:
-            self._delete(self._pending)
+            shelf.delete(checkpoint)
             raise OSError(f"it was not whole: {first_line(error)}") from error
         self._pending = None
         self._delete_superseded()
 
     def _amend(self, step: int, changes: dict[str, Any]) -> None:
-        checkpoint = self.directory / str(step)
+        checkpoint = self._at(step)
         text = json.dumps(info(read_document(checkpoint) | changes))
-        replace(checkpoint / "info" / "metadata", lambda temporary: temporary.write_text(text))
+        replace(checkpoint / DOCUMENT, lambda temporary: temporary.write_text(text))
         self._delete_superseded()
 
     def _delete_superseded(self) -> None:
@@ -342,13 +341,7 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
         if self._spare is not None:
             kept.add(max((step for step in documents if step < self._spare), default=None))
         for step in sorted(documents.keys() - kept):
-            self._delete(step)
-
-    def _delete(self, step: int) -> None:
-        """Deletes a checkpoint; renamed first, so that a kill never leaves half of one."""
-        doomed = self.directory / f"{_DELETED}.{step}.{secrets.token_hex(8)}"
-        os.rename(self.directory / str(step), doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+            shelf.delete(self._at(step))
 
     def _close_manager(self) -> None:
         manager, self._manager = self._manager, None
@@ -360,11 +353,9 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
         """Makes a fresh Orbax manager, of this process alone; cleans what dead saves left."""
         with contextlib.suppress(Exception):  # what failed has been told
             self._close_manager()
-        for path in self.directory.iterdir():
-            if path.is_symlink() or (self._together and self._together.owns(path)):
-                continue
-            if path.name.startswith(_DELETED) or UNFINISHED in path.name:
-                shutil.rmtree(path, ignore_errors=True)
+        for path in shelf.unfinished(self.directory):
+            if not (self._together and self._together.owns(path)):
+                shelf.discard(path)
         if self._together:
             self._manager = self._together
             return
@@ -386,16 +377,17 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
                 expected.pop(name, None)  # it begins anew
             elif was != needed:
                 raise RefusedError(f"leaf {name} is {was}, expected {needed}")
-        with plain(self.directory) as place:
-            read = {name: found[name] for name in expected if name in wanted}
-            arrays = read_arrays(place / str(step), read)
-        return Restored(step, arrays, document["extra"])
+        read = {name: found[name] for name in expected if name in wanted}
+        return Restored(step, read_arrays(self._at(step), read), document["extra"])
 
     def _document(self, step: int) -> dict[str, Any]:
-        document = read_document(self.directory / str(step))
+        document = read_document(self._at(step))
         if document["step"] != step:
             raise RefusedError(f"it was saved at step {document['step']}")
         return document
+
+    def _at(self, step: int) -> Path:
+        return self.directory / str(step)
 
     def _guarded(self, step: int, action: Callable[[], object]) -> None:
         """Runs what writes a checkpoint; a failure drops it and starts a fresh manager."""
@@ -416,11 +408,11 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
     def _set_refused_aside(self) -> Path:
         aside = self.directory.with_name(self.directory.name + "_refused")
         with _one_line(f"cannot move refused checkpoints to {aside}"):
-            aside.mkdir(exist_ok=True)
+            make_folder(aside)
             for step in sorted(self._refused):
                 names = itertools.chain([f"{step}"], (f"{step}-{i}" for i in itertools.count(1)))
                 free = next(aside / name for name in names if not (aside / name).exists())
-                os.rename(self.directory / str(step), free)
+                shelf.move(self._at(step), free)
         self._refused.clear()
         self._open_manager()
         return aside

@@ -15,6 +15,7 @@ from jdecouple._errors import OneLine, first_line
 FORMAT = 1  # all arrays are in one item, each whole
 BY_STAGE = 2  # several processes have written them, into an item a stage
 STATE = "state"  # that one item
+DOCUMENT = "info/metadata"  # in the folder of a checkpoint
 escaped = functools.partial(quote, safe="")  # a name, as Orbax has it
 
 
@@ -92,10 +93,10 @@ def info(document: dict[str, Any]) -> dict[str, Any]:
 
 def read_document(checkpoint: Path) -> dict[str, Any]:
     """The document of a checkpoint's folder; RefusedError where there is no sound one."""
-    path = checkpoint / "info" / "metadata"
+    path = checkpoint / DOCUMENT
     if not path.is_file():
-        raise RefusedError("not a checkpoint of this program (no info/metadata)")
-    document = read_info(path, "info/metadata")
+        raise RefusedError(f"not a checkpoint of this program (no {DOCUMENT})")
+    document = read_info(path, DOCUMENT)
     if document["format"] not in (FORMAT, BY_STAGE):
         read = f"{FORMAT} and {BY_STAGE}"
         raise RefusedError(f"format {document['format']}, this program reads {read}")

@@ -1,15 +1,20 @@
 """Reads arrays of a checkpoint, of either format, and compares them with what was saved."""
 
-from collections.abc import Mapping
+import contextlib
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import numpy as np
 from etils import epath
 
+from jdecouple._files import bring, is_stored
 from jdecouple.checkpoint.document import Leaf, Piece, RefusedError, crc, empty, spec, told
 from jdecouple.checkpoint.items import read_item
+from jdecouple.checkpoint.orbax_setup import plain
 
 
-def read_arrays(checkpoint: epath.Path, wanted: Mapping[str, Leaf]) -> dict[str, np.ndarray]:
+def read_arrays(checkpoint: Path, wanted: Mapping[str, Leaf]) -> dict[str, np.ndarray]:
     """Reads these arrays of a checkpoint's folder, and nothing of others.
 
     Raises:
@@ -21,11 +26,26 @@ def read_arrays(checkpoint: epath.Path, wanted: Mapping[str, Leaf]) -> dict[str,
             by_item.setdefault(piece.item, {})[piece.key] = empty(piece.kind)
     for item, blocks in by_item.items():
         held = {key: block for key, block in blocks.items() if block.size}
+        if not held:
+            continue
         try:
-            blocks |= read_item(checkpoint / item, held) if held else {}
+            with _at_hand(checkpoint, item) as folder:
+                blocks |= read_item(folder, held)
         except Exception as error:  # Orbax and TensorStore raise many kinds on damaged files.
             raise RefusedError(f"unreadable ({told(error)})") from error
     return {name: _joined(name, leaf, by_item) for name, leaf in wanted.items()}
+
+
+@contextlib.contextmanager
+def _at_hand(checkpoint: Path, item: str) -> Iterator[epath.Path]:
+    """An item as Orbax can read it: out of a store it is brought here first."""
+    if not is_stored(checkpoint):
+        with plain(checkpoint) as place:
+            yield place / item
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        bring(checkpoint / item, Path(scratch) / "item")
+        yield epath.Path(scratch) / "item"
 
 
 def _joined(name: str, leaf: Leaf, by_item: Mapping[str, Mapping[str, np.ndarray]]) -> np.ndarray:

@@ -4,6 +4,10 @@ All of them see one directory. Every process writes an Orbax item a stage and a 
 it, into a folder with a temporary name; when all have, the first writes the document and renames
 the folder. So no array goes over the network, and none holds more than its own.
 
+In an object store nothing can be renamed: they write into the folder itself, and the document,
+which is there whole or not at all, comes last. A folder without one is no checkpoint. Orbax does so
+too, with a file of its own, but takes no store other than ``gs://``.
+
 Orbax's own manager does not fit: it makes the folders of those items alone that the first process
 has, its arrays must be global (ours are one process's, which it refuses) or lie in NumPy (which it
 writes on process 0 alone), and a process that fails leaves the others at its barrier.
@@ -12,19 +16,21 @@ writes on process 0 alone), and a process that fails leaves the others at its ba
 import contextlib
 import json
 import os
-import shutil
+import tempfile
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from etils import epath
 from orbax.checkpoint.multihost import get_barrier_sync_fn
 
-from jdecouple._files import replace
+from jdecouple._files import bring, children, is_stored, make_folder, replace
 from jdecouple.checkpoint.document import (
+    DOCUMENT,
     CheckpointError,
     Leaf,
     Piece,
@@ -40,8 +46,8 @@ from jdecouple.checkpoint.document import (
 )
 from jdecouple.checkpoint.items import write_item
 from jdecouple.checkpoint.orbax_setup import UNFINISHED, plain, quiet
+from jdecouple.checkpoint.shelf import ITEMS, LISTS, discard
 
-_LISTS = "parts"  # folder of what every process says of its parts
 _PATIENCE = 24 * 3600  # seconds for the slowest disk; a process that has gone ends the wait at once
 
 
@@ -93,6 +99,13 @@ def own_parts(arrays: Mapping[str, jax.Array], stage_of: Callable[[str], int]) -
     ]
 
 
+def whole_parts(arrays: Mapping[str, Any]) -> list[Part]:
+    """Copies of whole arrays, as parts of one stage."""
+    on_host = jax.device_get(dict(arrays))  # may share the device's memory
+    copies = {name: np.array(array, order="C") for name, array in on_host.items()}
+    return [Part(name, spec(x), 0, (0,) * x.ndim, x) for name, x in copies.items()]
+
+
 class Together:
     """One process's side of the checkpoints that several write; each makes one.
 
@@ -105,8 +118,11 @@ class Together:
 
     def __init__(self, directory: Path, index: int, count: int, token: str):
         self.directory, self.index, self.count = directory, index, count
-        self._end = f"{UNFINISHED}-{token}"
         self._token = token
+        self._stored = is_stored(directory)
+        # In a store, what this run is writing does not show in the name of the folder.
+        self._mark = f".{token}" if self._stored else ""
+        self._lists = f"{LISTS}{self._mark}"
         quiet()
         self._written = threading.Event()
         self._saving: Future[None] | None = None
@@ -114,7 +130,8 @@ class Together:
 
     def owns(self, path: Path) -> bool:
         """Whether a folder is one that this run may be writing."""
-        return path.name.endswith(self._end)
+        within = children(path) if self._stored else []
+        return any(each.name.endswith(self._token) for each in (path, *within))
 
     def save(
         self, step: int, parts: Sequence[Part], document: Mapping[str, Any] | None = None
@@ -176,21 +193,23 @@ class Together:
         """Leaves a save that is under way to itself."""
 
     def _save(self, step: int, parts: Sequence[Part], document: Mapping[str, Any] | None) -> None:
-        folder = self.directory / f"{step}{self._end}"
+        end = "" if self._stored else f"{UNFINISHED}-{self._token}"
+        folder = self.directory / f"{step}{end}"
         failed: Exception | None = None
         try:
             said: dict[str, Any] = {"leaves": self._write(folder, parts)}
         except Exception as error:
             failed, said = error, {"error": told(error)}
         with contextlib.suppress(OSError):  # what is missing counts as failed
-            (folder / _LISTS).mkdir(parents=True, exist_ok=True)
-            own = folder / _LISTS / str(self.index)
+            make_folder(folder / self._lists)
+            own = folder / self._lists / str(self.index)
             replace(own, lambda path: path.write_text(json.dumps(info(said))))
-        try:
-            key = f"jdecouple_{self._token}_{step}"
-            get_barrier_sync_fn()(key=key, timeout_ms=1000 * _PATIENCE)
-        except Exception as error:
-            raise LostError(f"checkpoint {step}: not all processes have come") from error
+        if self.count > 1:
+            try:
+                key = f"jdecouple_{self._token}_{step}"
+                get_barrier_sync_fn()(key=key, timeout_ms=1000 * _PATIENCE)
+            except Exception as error:
+                raise LostError(f"checkpoint {step}: not all processes have come") from error
         self._written.set()
         try:
             if failed is not None:
@@ -199,7 +218,7 @@ class Together:
                 self._commit(step, folder, document)
         except BaseException:
             if document is not None:  # what they have written would keep a full disk full
-                shutil.rmtree(folder, ignore_errors=True)
+                discard(folder)
             raise
 
     def _write(self, folder: Path, parts: Sequence[Part]) -> dict[str, Any]:
@@ -209,16 +228,27 @@ class Together:
         for part in parts:
             whole = spec(part.block) == part.kind
             key = escaped(part.name if whole else f"{part.name}@{part.start}")
-            item = f"stage_{part.stage}.process_{self.index}"
+            item = f"{ITEMS}{part.stage}.process_{self.index}{self._mark}"
             piece = Piece(item, key, spec(part.block), crc(part.block), part.start)
             found.setdefault(escaped(part.name), Leaf(part.kind, [])).pieces.append(piece)
             if part.block.size:  # Orbax takes no other
                 by_item.setdefault(item, {})[key] = part.block
-        folder.mkdir(exist_ok=True)
-        with plain(folder) as place:
-            for item, arrays in by_item.items():
-                write_item(place / item, arrays)
+        make_folder(folder)
+        for item, arrays in by_item.items():
+            with self._being_written(folder, item) as place:
+                write_item(place, arrays)
         return found
+
+    @contextlib.contextmanager
+    def _being_written(self, folder: Path, item: str) -> Iterator[epath.Path]:
+        """Where Orbax can write an item, which is then brought to where it belongs."""
+        if not self._stored:
+            with plain(folder) as place:
+                yield place / item
+            return
+        with tempfile.TemporaryDirectory() as scratch:
+            yield epath.Path(scratch) / item
+            bring(Path(scratch) / item, folder / item)
 
     def _commit(self, step: int, folder: Path, document: Mapping[str, Any]) -> None:
         """Makes a checkpoint of what all have written."""
@@ -230,15 +260,16 @@ class Together:
             sizes = (empty(Piece(*piece).kind).size for piece in pieces)
             if sum(sizes) != empty(kind).size:
                 raise OSError(f"{name} was written in part")
-        (folder / "info").mkdir()
+        discard(folder / self._lists)
+        make_folder((folder / DOCUMENT).parent)
         text = json.dumps(info({**document, "leaves": found}))
-        replace(folder / "info" / "metadata", lambda path: path.write_text(text))
-        shutil.rmtree(folder / _LISTS)
-        os.rename(folder, self.directory / str(step))
+        replace(folder / DOCUMENT, lambda path: path.write_text(text))
+        if not self._stored:
+            os.rename(folder, self.directory / str(step))
 
     def _said(self, folder: Path, index: int) -> dict[str, Any]:
         try:
-            said = read_info(folder / _LISTS / str(index), "its list")
+            said = read_info(folder / self._lists / str(index), "its list")
         except RefusedError as error:
             raise OSError(f"process {index} has not written its part: {error}") from error
         if "error" in said:

@@ -14,7 +14,7 @@ import numpy as np
 from absl import logging
 
 from jdecouple._errors import first_line
-from jdecouple._files import local_folder
+from jdecouple._files import absolute, any_folder
 from jdecouple.inference.description import Description, Network
 from jdecouple.inference.run import Arrays, Run
 from jdecouple.methods.routes import Unit
@@ -55,9 +55,9 @@ def load(
         ValueError: there is no such checkpoint, or it cannot be used; in one line. A model, method
             or data set of one's own has to be registered first.
     """
-    folder = local_folder(workdir)
+    folder = any_folder(workdir)
     restored = read_weights(folder, step)
-    where = f"checkpoint {restored.step} in {(folder / 'checkpoints').absolute()}"
+    where = f"checkpoint {restored.step} in {absolute(folder / 'checkpoints')}"
     if "inference" not in restored.extra:
         raise ValueError(
             f"{where} does not describe its network, as those of version 0.1 do not: train it on "

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jdecouple._errors import require_int, require_type
-from jdecouple._files import local_folder, naming, replace
+from jdecouple._files import any_folder, make_folder, naming, replace
 from jdecouple.inference import calibration, plots, rules, tables
 from jdecouple.inference.logits import check_labels, check_logits, scaled
 from jdecouple.inference.rules import Rule
@@ -223,9 +223,9 @@ def _check_images(images: Any, count: int) -> None:
 
 
 def _made(folder: str | Path) -> Path:
-    path = local_folder(folder)
+    path = any_folder(folder)
     with naming(path):
-        path.mkdir(parents=True, exist_ok=True)
+        make_folder(path)
     return path
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jdecouple._errors import first_line
-from jdecouple._files import local_folder
+from jdecouple._files import any_folder
 from jdecouple.data.inputs import Inputs, TextInputs, TokenInputs, from_json
 from jdecouple.inference.load import read_weights
 from jdecouple.pipeline.state import spec
@@ -59,7 +59,7 @@ def _taken(run: Run, trainer: Trainer) -> tuple[dict[str, np.ndarray], str]:
     given = run.config.init_from
     place, step = _place_and_step(given)
     try:
-        restored = read_weights(local_folder(place), step)
+        restored = read_weights(any_folder(place), step)
         _check_words(run.dataset.inputs, restored.extra)
         held = {name: spec(array) for name, array in restored.arrays.items()}
         needed = {name: spec(leaf) for name, leaf in _weights(trainer).items()}
@@ -85,7 +85,7 @@ def _taken(run: Run, trainer: Trainer) -> tuple[dict[str, np.ndarray], str]:
 def _place_and_step(given: str) -> tuple[str, int | str]:
     """A workdir, and the step behind an @ if there is one."""
     match = re.fullmatch(r"(.+)@(\d+|best|last)", given, re.DOTALL)
-    if not match or local_folder(given).exists():
+    if not match or any_folder(given).exists():
         return given, "best"
     return match[1], int(match[2]) if match[2].isdecimal() else match[2]
 

@@ -1,4 +1,7 @@
-"""One run a workdir: a lock that the first process of a run holds, and that its death frees."""
+"""One run a workdir: a lock that the first process of a run holds, and that its death frees.
+
+An object store has no locks; there a lease stands for it.
+"""
 
 import contextlib
 import errno
@@ -10,6 +13,8 @@ from pathlib import Path
 
 from absl import logging
 
+from jdecouple._files import is_stored
+from jdecouple.train import lease
 from jdecouple.train.config import ConfigError
 
 try:
@@ -33,6 +38,10 @@ def only_run(workdir: Path) -> Iterator[None]:
     Raises:
         ConfigError: another run uses the workdir, or it cannot be written.
     """
+    if is_stored(workdir):
+        with lease.held(workdir / FILE_NAME):
+            yield
+        return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         held = _lock(workdir / FILE_NAME)

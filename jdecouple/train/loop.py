@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from jdecouple import data, growth
 from jdecouple._errors import OneLine
-from jdecouple._files import local_folder
+from jdecouple._files import any_folder
 from jdecouple.checkpoint import Checkpointer, Part, Together, own_parts
 from jdecouple.methods.routes.stage import NORM
 from jdecouple.pipeline.batch import PlacedBatch
@@ -61,7 +61,8 @@ def train_and_evaluate(
     Args:
         config: made from `jdecouple.config.default()`.
         workdir: folder for `config.json`, `metrics.jsonl`, `checkpoints/` and `curves.png`, and
-            with `config.profile` `profile/` and `timeline.png`; made if missing. Of several
+            with `config.profile` `profile/` and `timeline.png`; made if missing; on this machine,
+            or in an object store, such as ``gs://bucket/run``. Of several
             processes the first alone reads and writes it, but for the checkpoints: where all see
             the same folder, each writes and reads those of its stages.
         processes: what `jdecouple.train.hosts.join` returned, where there are several.
@@ -85,7 +86,7 @@ def train_and_evaluate(
         StoppedError: in a notebook, after the stop button, so that cells behind do not run.
     """
     with one_line():
-        folder = local_folder(workdir)
+        folder = any_folder(workdir)
     config = configuration.validate(config)
     processes = processes or hosts.SingleProcess()
     if processes.first:
@@ -383,7 +384,10 @@ class Loop:
         self.checkpoints.save(state.step, parts, self._extra | due, spare=spare)
 
     def _counts(self) -> dict[str, Any]:
-        rows = {} if self.writer is None else {"rows": self.writer.rows}
+        rows = {}
+        if self.writer is not None:
+            self.writer.flush()  # a checkpoint counts no line that a kill may take
+            rows = {"rows": self.writer.rows}
         counts_evaluations = self.run.config.early_stopping.patience is not None
         return rows | ({"early_stopping": self.stopping.values} if counts_evaluations else {})
 

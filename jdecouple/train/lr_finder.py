@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from jdecouple import data, optim
 from jdecouple._errors import first_line, require_int, require_number
-from jdecouple._files import local_folder
+from jdecouple._files import any_folder, make_folder
 from jdecouple.inference import pictures
 from jdecouple.train import cli as train_cli
 from jdecouple.train import config as configuration
@@ -134,14 +134,14 @@ def find_lr(
         require_int(10, steps=steps)
         if not low < high:
             raise ValueError(f"high is {high}: more than low, {low}, is needed")
-        folder = local_folder(workdir)
+        folder = any_folder(workdir)
     config = _without_buckets(config)
     devices.introduce(config)
     run = build(config).at(1)
     devices.announce(run)
     curves = curves_of(run, np.geomspace(low, high, steps))
     with one_line():
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         title = f"{run.config.method.name} on {run.config.data.name}"
         picture = draw(curves, folder / FILE_NAME, title=title)
     _print(curves, steps, picture)

@@ -14,13 +14,14 @@ import numpy as np
 import tqdm
 from absl import logging
 
-from jdecouple._files import naming, replace
+from jdecouple._files import any_folder, is_stored, make_folder, naming, read_bytes, replace
 from jdecouple.train import notebook
 
 FILE_NAME = "metrics.jsonl"
 SPLITS = ("train", "validation", "test")
 
 _MOST = sys.float_info.max
+_REST = 10.0  # seconds between two times that a store gets the lines
 
 Line = dict[str, Any]
 
@@ -83,6 +84,9 @@ class Interval:
 class MetricsWriter(contextlib.AbstractContextManager["MetricsWriter"]):
     """Appends one JSON object a line to ``metrics.jsonl`` and flushes it.
 
+    To an object of a store nothing can be appended: there all lines are written anew every ten
+    seconds, if there are new ones, and by `flush` and `close`.
+
     Args:
         workdir: directory of the run; created if missing.
         resume_step: step that the run goes on from. Lines of later steps and a half-written last
@@ -106,17 +110,19 @@ class MetricsWriter(contextlib.AbstractContextManager["MetricsWriter"]):
         evaluated: bool = True,
         rows: int = 0,
     ):
-        self._path = path = Path(workdir) / FILE_NAME
+        self._path = path = any_folder(workdir) / FILE_NAME
         with naming(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             kept = b"" if resume_step is None else _until(_read(path), resume_step, evaluated)
         found = kept.count(b"\n")
         self.rows, self.lost = max(found, rows), max(0, rows - found)
         replace(path, lambda temporary: temporary.write_bytes(kept))
-        with naming(path):
-            # Unbuffered: what has failed once is not tried again by `close`.
-            flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW
-            self._file = os.fdopen(os.open(path, flags), "ab", buffering=0)
+        self._file: Any = _Stored(path, kept) if is_stored(path) else None
+        if self._file is None:
+            with naming(path):
+                # Unbuffered: what has failed once is not tried again by `close`.
+                flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW
+                self._file = os.fdopen(os.open(path, flags), "ab", buffering=0)
 
     def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
         """Appends ``{"step": step, "split": split, **values}``.
@@ -140,6 +146,10 @@ class MetricsWriter(contextlib.AbstractContextManager["MetricsWriter"]):
                 rest = rest[self._file.write(rest) :]
         self.rows += 1
 
+    def flush(self) -> None:
+        """Brings all lines to the file; OSError where that fails."""
+        self._file.flush()
+
     def close(self) -> None:
         """Closes the file; may be called again."""
         self._file.close()
@@ -160,7 +170,33 @@ def read_metrics(workdir: str | os.PathLike[str]) -> list[Line]:
     ...     read_metrics(folder)
     [{'step': 10, 'split': 'test', 'loss': 0.5, 'accuracy': 0.75}]
     """
-    return list(filter(None, map(_parse, _read(Path(workdir) / FILE_NAME).splitlines())))
+    return list(filter(None, map(_parse, _read(any_folder(workdir) / FILE_NAME).splitlines())))
+
+
+class _Stored:
+    """Lines of an object in a store, which appear there now and then, and by `flush`."""
+
+    def __init__(self, path: Path, kept: bytes):
+        self._path, self._lines = path, bytearray(kept)
+        self._there, self._last = len(kept), time.monotonic()
+
+    def write(self, line: bytes) -> int:
+        """Adds a line."""
+        self._lines += line
+        if time.monotonic() - self._last >= _REST:
+            self.flush()
+        return len(line)
+
+    def flush(self) -> None:
+        """Writes the object anew if there are lines that it lacks."""
+        if len(self._lines) > self._there:
+            lines = bytes(self._lines)
+            replace(self._path, lambda temporary: temporary.write_bytes(lines))
+            self._there, self._last = len(lines), time.monotonic()
+
+    def close(self) -> None:
+        """As `flush`."""
+        self.flush()
 
 
 class Progress:
@@ -235,7 +271,10 @@ def _shown(name: str, value: Any) -> str:
 
 
 def _read(path: Path) -> bytes:
-    return path.read_bytes() if path.exists() else b""
+    try:
+        return read_bytes(path)
+    except FileNotFoundError:
+        return b""
 
 
 def _parse(raw: bytes) -> Line | None:

@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax
 from absl import logging
 
 from jdecouple._errors import first_line
+from jdecouple._files import bring, is_stored, remove_folder
 from jdecouple.inference import pictures
 from jdecouple.schedules import Kind, Span, draw
 from jdecouple.trainer import State, Trainer
@@ -46,10 +48,12 @@ class Profile:
             self._trainer.wait(state)
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0
-            folder = self._workdir / "profile"
             try:
-                folder.mkdir(exist_ok=True)
-                jax.profiler.start_trace(folder, profiler_options=options)
+                self._traced = self._workdir / "profile"
+                if is_stored(self._workdir):  # JAX writes on this machine alone
+                    self._traced = Path(tempfile.mkdtemp())
+                self._traced.mkdir(exist_ok=True)
+                jax.profiler.start_trace(self._traced, profiler_options=options)
             except Exception as error:
                 logging.warning("no timeline: %s", first_line(error))
             else:
@@ -65,8 +69,11 @@ class Profile:
         path = self._workdir / "timeline.png"
         try:
             self._stop()
-            measured = spans(self._workdir / "profile", self._trainer, count, self._first - 1)
+            measured = spans(self._traced, self._trainer, count, self._first - 1)
             pictures.save(draw(measured, title=title), path)
+            if is_stored(self._workdir):
+                bring(self._traced, self._workdir / "profile")
+                remove_folder(self._traced)
         except Exception as error:
             return f"no timeline: {first_line(error)}"
         return f"timeline of steps {self._first} to {step}: {path}"

@@ -15,7 +15,7 @@ import numpy as np
 from absl import logging
 
 from jdecouple._errors import first_line
-from jdecouple._files import replace
+from jdecouple._files import any_folder, replace
 from jdecouple.inference import pictures
 from jdecouple.train.metrics import SPLITS, Line, read_metrics
 from jdecouple.train.run import Run
@@ -165,7 +165,7 @@ def plot_curves(
     """
     from matplotlib.figure import Figure
 
-    target = Path(workdir) / CURVES_NAME if path is None else Path(path)
+    target = any_folder(workdir) / CURVES_NAME if path is None else Path(path)
     lines = read_metrics(workdir)
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     losses, accuracies = figure.subplots(1, 2)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from jdecouple._files import absolute
 from jdecouple.checkpoint import Checkpointer, CheckpointError, Together
 from jdecouple.train import hosts
 
@@ -39,7 +40,7 @@ def share(
             mark.unlink(missing_ok=True)
     if not seen:
         return None
-    together = Together(folder.absolute(), processes.index, processes.count, token)
+    together = Together(absolute(folder), processes.index, processes.count, token)
     if checkpoints is not None:
         checkpoints.share(together)
     return together

@@ -269,8 +269,8 @@ class TestSteps:
     def test_no_run(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="there is no run in"):
             jd.load(tmp_path)
-        with pytest.raises(ValueError, match="gs://"):
-            jd.load("gs://bucket/run")
+        with pytest.raises(ValueError, match="'ftp://host/run' is no folder"):
+            jd.load("ftp://host/run")
 
     def test_an_old_checkpoint_says_what_to_do(self):
         old = runs.REPOSITORY / "tests" / "checkpoints_0.1" / "deinforeg"

@@ -183,7 +183,7 @@ class TestRefused:
     def test_no_such_run_or_checkpoint(self, other, tmp_path):
         assert refused(tmp_path / "nowhere").startswith("there is no run in ")
         assert refused(f"{other}@5").startswith("no checkpoint 5 in ")
-        assert refused("gs://bucket/run").startswith("'gs://bucket/run' is no folder of this")
+        assert refused("ftp://host/run").startswith("'ftp://host/run' is no folder: one of this")
 
     def test_growth(self):
         given = {"init_from": "runs/a", "growth": {"blocks": (1, 2), "steps": (0, 1)}}

@@ -383,7 +383,7 @@ def test_a_schedule_is_drawn_where_nothing_was_measured(workdir):
     [
         (["{empty}"], "there is no run in '"),
         (["{empty}/none"], "there is no run in '"),
-        (["gs://b/run"], "is no folder of this machine"),
+        (["ftp://b/run"], "is no folder: one of this machine, or gs://"),
         (["{run}", "--output={run}/metrics.jsonl"], "is no page"),
         (["{run}", "--output={empty}/no/page.html"], "its folder does not exist"),
         (["{run}", "--step=7"], "--step 7: best and last are allowed, and 9, 18, 22"),

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jdecouple._errors import Arguments, first_line
-from jdecouple._files import replace
+from jdecouple._files import replace, resolved
 from jdecouple.train.errors import ConfigError
 from jdecouple.train.pages import differing, figures, overlays, page
 from jdecouple.train.pages.record import Record, read
@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> None:
         parser.error(f"{count} workdir(s) given, 2 to {MOST_RUNS} are needed")
     page.check_place(given.output)
     runs = [*map(_read, given.workdirs)]
-    places = [run.folder.resolve() for run in runs]
+    places = [resolved(run.folder) for run in runs]
     for place, times in Counter(places).items():
         if times > 1:
             raise ConfigError(f"'{place}' is given {times} times: different workdirs are needed")

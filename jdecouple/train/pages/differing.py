@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jdecouple._files import absolute
 from jdecouple.train import config as configuration
 from jdecouple.train.pages.record import Record
 from jdecouple.train.pages.setup import default_values, flat
@@ -15,7 +16,7 @@ def labels(folders: Sequence[Path]) -> list[str]:
     >>> labels([Path("/runs/a/bp"), Path("/runs/b/bp"), Path("/runs/b/dgl")])
     ['a/bp', 'b/bp', 'dgl']
     """
-    every = [folder.absolute().parts[1:] for folder in folders]
+    every = [absolute(folder).parts[1:] for folder in folders]
 
     def named(parts: tuple[str, ...]) -> str:
         for count in range(1, len(parts)):

@@ -12,7 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jdecouple._errors import first_line
-from jdecouple._files import local_folder
+from jdecouple._files import any_folder, resolved, written_at
 from jdecouple.checkpoint import Checkpointer
 from jdecouple.train import config as configuration
 from jdecouple.train import report
@@ -69,7 +69,7 @@ class Record:
     def title(self) -> str:
         """Method, model and data set; the workdir's name where they are not known."""
         if not self.content:
-            return self.folder.resolve().name
+            return resolved(self.folder).name
         return f"{self.name('method')} on {self.name('model')} on {self.name('data')}"
 
     @property
@@ -121,7 +121,7 @@ class Record:
         """When the metrics were last written, in UTC."""
         for name in (FILE_NAME, CONFIG_NAME):
             if (path := self.folder / name).is_file():
-                return datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.UTC)
+                return datetime.datetime.fromtimestamp(written_at(path), datetime.UTC)
         return None
 
     def summary(self) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def read(workdir: str | os.PathLike[str]) -> Record:
     Raises:
         ValueError: it is no workdir, in one line.
     """
-    folder = local_folder(workdir)
+    folder = any_folder(workdir)
     if not any((folder / name).is_file() for name in (CONFIG_NAME, FILE_NAME)):
         raise ConfigError(
             f"there is no run in '{folder}': it has neither {CONFIG_NAME} nor {FILE_NAME}"

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from jdecouple import methods, schedules
 from jdecouple._errors import first_line
+from jdecouple._files import resolved
 from jdecouple.train import config as configuration
 from jdecouple.train.config import chosen
 from jdecouple.train.options import OWNERS, options
@@ -112,7 +113,7 @@ def _command(record: Record) -> list[Piece]:
     """The command that makes the run again, or why there is none."""
     if record.config is None:
         return []
-    found = again.command(record.config, f"runs/{record.folder.resolve().name}-again")
+    found = again.command(record.config, f"runs/{resolved(record.folder).name}-again")
     if found is None:
         return [Note("No command line says this configuration; config.json has it whole.")]
     said = "This command makes the run again, in another workdir."

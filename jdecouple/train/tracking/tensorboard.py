@@ -8,6 +8,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
+from jdecouple._files import is_stored
 from jdecouple.train.tracking.writer import Start, finite
 
 
@@ -15,11 +16,14 @@ class TensorBoard:
     """Writes `tensorboard/` in the workdir: scalars called "train/loss", "test/exit_0/accuracy".
 
     Every start adds a file. It says that what earlier files hold from its own step on is void, and
-    has the lines that metrics.jsonl holds of that step; all lines if it is the first file.
+    has the lines that metrics.jsonl holds of that step; all lines if it is the first file. It needs
+    a workdir on this machine.
     """
 
     def __init__(self, start: Start):
         folder = start.workdir / "tensorboard"
+        if is_stored(folder):
+            raise ValueError(f"it cannot append to files in {start.workdir}")
         folder.mkdir(parents=True, exist_ok=True)
         first = (start.step or 0) if any(folder.glob("events.*")) else 0
         # The files are read in the order of their names, which begin with a second.

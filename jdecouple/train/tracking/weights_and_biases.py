@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Mapping
 from typing import Any
 
-from jdecouple._files import replace
+from jdecouple._files import is_stored, replace, resolved
 from jdecouple.train.tracking.writer import Start, finite
 
 FILE_NAME = "wandb.json"
@@ -18,8 +18,9 @@ class WeightsAndBiases:
     Its id, and the last step of each split that it has, are in `wandb.json` in the workdir: a run
     that goes on does so in the same run of W&B, and repeats no line. One that begins anew has a new
     id. The settings of W&B are the user's (variables `WANDB_...`, `wandb online`). Without them the
-    run is offline, in `wandb/` in the workdir, so that nothing leaves the machine, and belongs to
-    the project jdecouple under the name of the workdir.
+    run is offline, in `wandb/` in the workdir (where that is in an object store, in the folder that
+    the program runs in), so that nothing leaves the machine, and belongs to the project jdecouple
+    under the name of the workdir.
     """
 
     def __init__(self, start: Start):
@@ -37,9 +38,9 @@ class WeightsAndBiases:
         own: dict[str, Any] = {"console": "off", "quiet": True, "reinit": "create_new"}
         given: dict[str, Any] = {
             "mode": user.mode if "mode" in known else "offline",
-            "dir": None if "root_dir" in known else start.workdir,
+            "dir": None if "root_dir" in known or is_stored(start.workdir) else start.workdir,
             "project": user.project or "jdecouple",
-            "name": user.run_name or start.workdir.resolve().name,
+            "name": user.run_name or resolved(start.workdir).name,
         }
         try:
             self._run = wandb.init(

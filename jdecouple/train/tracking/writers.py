@@ -33,6 +33,10 @@ class Writers(contextlib.AbstractContextManager["Writers"]):
         """Lines of metrics.jsonl, see `MetricsWriter`."""
         return self._file.rows
 
+    def flush(self) -> None:
+        """Brings all lines of metrics.jsonl to where it is."""
+        self._file.flush()
+
     def add(self, name: str, make: Callable[[], Writer], *, built_in: bool = False) -> None:
         """Adds what `make` returns, under a name of its own."""
         with self._guarded(name, "at the start", built_in):
