@@ -159,6 +159,11 @@ class Server:
         self._started = [self._start(command, devices) for command in commands]
         return self._started
 
+    def start_beside(self, arguments: Sequence[str], devices: int = 1) -> Run:
+        """Starts one more process while those that were started last go on."""
+        self._started.append(self._start(arguments, devices))
+        return self._started[-1]
+
     def _start(self, arguments: Sequence[str], devices: int) -> Run:
         output = self._folder / f"run{self._count}"
         self._count += 1

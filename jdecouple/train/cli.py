@@ -15,7 +15,7 @@ from ml_collections import ConfigDict, config_flags
 from jdecouple._errors import did_you_mean, first_line
 from jdecouple.checkpoint import CheckpointError
 from jdecouple.train import config as configuration
-from jdecouple.train import console, hosts, listing, loop, presets, programs
+from jdecouple.train import console, elastic, hosts, listing, loop, presets, programs
 from jdecouple.train.errors import ConfigError, one_line, shown
 from jdecouple.train.keys import KEYS
 from jdecouple.train.options import OWNERS
@@ -55,7 +55,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         argv = sys.argv if argv is None else argv
         config, workdir = parse(argv)
-        if spec := parse_process_spec(argv):
+        spec = parse_process_spec(argv)
+        if spec and config.mesh.elastic is not None:
+            if _own_flags(argv)[0].cache:
+                programs.keep()  # a process that is started again is there sooner
+            elastic.train_stage(config, workdir, spec)
+        elif spec:
             _train_among(spec, config, workdir)
         else:
             if _own_flags(argv)[0].cache:

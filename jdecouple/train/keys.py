@@ -138,6 +138,19 @@ KEYS: tuple[Key, ...] = (
         False,
         "Whether simulation chooses boundaries and replicas; they are printed.",
     ),
+    Key(
+        "mesh.elastic",
+        str,
+        "Stages in processes that outlive one another: one above a lost stage waits (wait), or "
+        "trains on its last messages once more (replay); None: all end.",
+        "local methods",
+    ),
+    Key(
+        "mesh.elastic_buffer",
+        32,
+        "Messages that an elastic stage keeps for the one above, and to replay.",
+        "local methods",
+    ),
     Key("num_stages", int, "Stages, K; None: mesh.stages."),
     Key("boundaries", tuple, "Blocks at which stages begin, the first 0; None: balanced by cost."),
     Key(

@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import IO
 
@@ -26,6 +26,8 @@ from jdecouple.train.places import Place
 
 _GRACE = 5.0  # seconds in which the others end by themselves once a process has failed
 _PATIENCE = 60.0  # seconds that they have to end once they have been told to
+_RESTARTS = 100  # of the processes of an elastic run, all together
+_ELASTIC = re.compile(r"--?config\.mesh\.elastic(=(?!None$).*)?")
 _KILLS = 3  # of so many signals the last ends the processes at once
 _OURS = ("--coordinator", "--num_processes", "--process_index")
 _DEATH = 1  # of the parent, upon which Linux sends a signal: PR_SET_PDEATHSIG
@@ -39,7 +41,8 @@ def main(argv: Sequence[str]) -> None:
     its place in the run in JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, and has
     a part of the cores, and of the GPUs if there are any. The console is that of process 0; what
     others print begins with their number, as in "[1] ". SIGTERM, SIGINT and SIGHUP go to all, the
-    third ends them at once. Where one fails, the others are ended, and the exit code is its own.
+    third ends them at once. Where one fails, the others are ended, and the exit code is its own; of
+    an elastic run one that a signal has ended is started again.
 
     Raises:
         SystemExit: where a process has failed; with code 2 after bad arguments, told in one line.
@@ -48,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
         given = parse(argv)
         command = program(given.command)
         where = placed(given.num_processes, given.cores, given.gpus)
-        code = run(command, where)
+        code = run(command, where, given.restarts)
     except (ValueError, OSError) as error:
         console.refuse(first_line(error))
     if code:
@@ -58,12 +61,21 @@ def main(argv: Sequence[str]) -> None:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments of the command; ValueError for bad ones."""
     parser = Arguments("launch", main.__doc__)
-    parser.usage = "%(prog)s --num_processes K [--cores LIST] [--gpus LIST] [--] COMMAND ..."
+    parser.usage = (
+        "%(prog)s --num_processes K [--cores LIST] [--gpus LIST] [--restarts N] [--] COMMAND ..."
+    )
     parser.add_argument("--num_processes", "-n", type=int, metavar="K", help="processes of the run")
     parser.add_argument(
         "--cores", metavar="LIST", help="to share out, such as 0-3,8; none: the processes have all"
     )
     parser.add_argument("--gpus", metavar="LIST", help="to share out, such as 0,2; none: the same")
+    parser.add_argument(
+        "--restarts",
+        type=int,
+        metavar="N",
+        help="how often processes that a signal has ended are started again, all together; by "
+        f"default {_RESTARTS} where COMMAND sets --config.mesh.elastic, else 0",
+    )
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND", help="to run")
     given = parser.parse_args(argv)
     if given.command[:1] == ["--"]:
@@ -74,6 +86,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     for name in (name for name, is_missing in missing.items() if is_missing):
         parser.error(f"{name} is needed")
     require_int(1, **{"--num_processes": given.num_processes})
+    if given.restarts is None:
+        given.restarts = _RESTARTS if any(map(_ELASTIC.fullmatch, given.command)) else 0
+    require_int(0, **{"--restarts": given.restarts})
     return given
 
 
@@ -140,35 +155,52 @@ def _cores(given: str | None) -> list[int]:
     return found
 
 
-def run(command: Sequence[str], where: Sequence[Place]) -> int:
-    """Runs a command as processes of one run; the exit code of the first that fails, else 0."""
+def run(command: Sequence[str], where: Sequence[Place], restarts: int = 0) -> int:
+    """Runs a command as processes of one run; the exit code of the first that fails, else 0.
+
+    Those that a signal ends, and not this one, are started again, so many times in all.
+    """
     processes: list[subprocess.Popen] = []
     asked: list[int] = []
+    again = [0]
+    held: list[bytes] = []
+    relays: list[threading.Thread] = []
+    variables = _variables(len(where))
 
     def ask(number: int, frame: FrameType | None) -> None:
         asked.append(number)
         _tell(processes, number if len(asked) < _KILLS else signal.SIGKILL)
 
+    def start(index: int) -> subprocess.Popen:
+        process = _start(command, where[index], variables[index], first=not index)
+        for stream, target in ((process.stdout, 1), (process.stderr, 2)):
+            if stream:
+                given = stream, target, f"[{index}] ".encode(), held
+                relays.append(threading.Thread(target=_relay, args=given, daemon=True))
+                relays[-1].start()  # daemon: one that outlives its parent may hold the pipe
+        return process
+
+    def restart(index: int, code: int) -> bool:
+        if code >= 0 or asked or again[0] >= restarts:
+            return False
+        again[0] += 1
+        processes[index] = start(index)
+        if asked:  # meanwhile
+            _tell(processes[index : index + 1], asked[-1])
+        what = f"process {index} was ended by {_name(-code)}: it is started again"
+        print(f"{what} ({again[0]} of at most {restarts})", file=sys.stderr, flush=True)
+        return True
+
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as by nohup
             signal.signal(number, ask)
     try:
-        for place, variables in zip(where, _variables(len(where)), strict=True):
-            processes.append(_start(command, place, variables, first=not processes))
+        for index in range(len(where)):
+            processes.append(start(index))
     except OSError:
         _tell(processes, signal.SIGKILL)
         raise
-    held: list[bytes] = []
-    relays = [
-        threading.Thread(target=_relay, args=(stream, target, f"[{index}] ".encode(), held))
-        for index, process in enumerate(processes)
-        for stream, target in ((process.stdout, 1), (process.stderr, 2))
-        if stream
-    ]
-    for thread in relays:
-        thread.daemon = True  # a process that outlives its parent may hold the pipe
-        thread.start()
-    index, code = _ends(processes)
+    index, code = _ends(processes, restart)
     for thread in relays:
         thread.join(_GRACE)
     if processes[0].returncode <= 0:  # else it has told why, its own error or that of another
@@ -211,15 +243,23 @@ def _settle(cores: Sequence[int]) -> None:
         os.sched_setaffinity(0, cores)
 
 
-def _ends(processes: Sequence[subprocess.Popen]) -> tuple[int, int]:
-    """Waits for all, and ends them when one fails; which failed first, and its code, or zeros."""
+def _ends(
+    processes: Sequence[subprocess.Popen], restart: Callable[[int, int], bool]
+) -> tuple[int, int]:
+    """Waits for all, and ends them when one fails; which failed first, and its code, or zeros.
+
+    One that `restart` puts another in the place of, by its number and its code, has not failed.
+    """
     ended: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
 
     def wait(index: int) -> None:
         ended.put((index, processes[index].wait()))
 
-    for index in range(len(processes)):
+    def watch(index: int) -> None:
         threading.Thread(target=wait, args=(index,), daemon=True).start()
+
+    for index in range(len(processes)):
+        watch(index)
     failed = 0, 0
     steps = [(_GRACE, signal.SIGTERM), (_PATIENCE, signal.SIGKILL)]
     left = len(processes)
@@ -228,6 +268,9 @@ def _ends(processes: Sequence[subprocess.Popen]) -> tuple[int, int]:
             found = ended.get(timeout=steps[0][0] if failed[1] and steps else None)
         except queue.Empty:
             _tell(processes, steps.pop(0)[1])
+            continue
+        if not failed[1] and restart(*found):
+            watch(found[0])
             continue
         left -= 1
         failed = failed if failed[1] else (found if found[1] else failed)

@@ -88,6 +88,11 @@ def train_and_evaluate(
     with one_line():
         folder = any_folder(workdir)
     config = configuration.validate(config)
+    if config.mesh.elastic is not None:
+        raise configuration.ConfigError(
+            f"config.mesh.elastic is {config.mesh.elastic!r}: it needs a process for every stage, "
+            "of jdecouple launch --num_processes K -- train ..."
+        )
     processes = processes or hosts.SingleProcess()
     if processes.first:
         check_installed(config.tracking)

@@ -1,7 +1,9 @@
 """Rules of a configuration's values: those that nothing refuses which is built from them."""
 
+import functools
 import itertools
 import math
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,8 +15,14 @@ from jdecouple.train.tracking.table import chosen
 
 DTYPES = {"float32": None, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 MOST = 2**31 - 1  # of whole numbers, but for the seed
+ELASTIC = ("wait", "replay")
 _MOST_PARTS = 4096  # blocks and stages, of which lists are made
 _MOST_WIDTH = 10**6  # as a factor
+# Keys that stages on their own cannot have: they need all stages at once, or batches of one shape.
+_NOT_ELASTIC = (
+    *("chunk", "engine", "schedule", "profile", "sufficient_direction", "early_stopping.patience"),
+    *("growth.blocks", "data.buckets", "mesh.replicas", "mesh.propose"),
+)
 
 # Keys of `optimizer` that say how a schedule moves the learning rate, by its name.
 SCHEDULE_KEYS = {
@@ -34,10 +42,11 @@ def _rises(values: tuple, kind: Any, least: int) -> bool:
 RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("dtype", lambda value: value in DTYPES, f"allowed are {', '.join(DTYPES)}"),
     ("wire", lambda value: value in WIRES, f"allowed are {', '.join(WIRES)}"),
+    ("mesh.elastic", lambda value: value in ELASTIC, f"allowed are {', '.join(ELASTIC)}"),
     ("seed", lambda n: 0 <= n < 2**32, f"a whole number from 0 to {2**32 - 1} is needed"),
     (
         "epochs steps eval_every log_every profile checkpoint.every checkpoint.keep "
-        "accumulate early_stopping.patience",
+        "accumulate early_stopping.patience mesh.elastic_buffer",
         lambda n: 0 < n <= MOST,
         f"a whole number from 1 to {MOST} is needed",
     ),
@@ -114,6 +123,7 @@ def clashes(config: ConfigDict, defaults: ConfigDict) -> Iterator[str]:
         reason = "config.early_stopping.patience is None: set it, too"
         yield f"early_stopping.min_delta is set, but {reason}"
     yield from _growth(config)
+    yield from _elastic(config, defaults)
     if not buckets:
         return
     if config.data.parts is not None:
@@ -147,6 +157,18 @@ def _growth(config: ConfigDict) -> Iterator[str]:
         yield "schedule 'interleaved' has queues of one net: leave config.growth.blocks at None"
     if config.profile:
         yield "profile shows one and the same net: leave config.growth.blocks at None"
+
+
+def _elastic(config: ConfigDict, defaults: ConfigDict) -> Iterator[str]:
+    """What there is to say of keys that stages on their own have no use for."""
+    if config.mesh.elastic is None:
+        return
+    for key in _NOT_ELASTIC:
+        *path, last = key.split(".")
+        given, usual = (functools.reduce(operator.getitem, path, of) for of in (config, defaults))
+        if given[last] not in (usual[last], "local"):
+            reason = f"config.{key} is {given[last]}, which stages on their own cannot have"
+            yield f"mesh.elastic is {config.mesh.elastic!r}: {reason}: leave it at {usual[last]}"
 
 
 def _rates(section: ConfigDict, defaults: ConfigDict) -> Iterator[str]:

@@ -227,7 +227,7 @@ class TestKeys:
         assert "taken by: data set digits, synthetic, folder:, images of TFDS" in text
         assert "resnet110" in listing.described("model.shortcut")
         assert "taken by: every run" in listing.described("seed")
-        assert len(listing.described("mesh").split("\n\n")) == 5
+        assert len(listing.described("mesh").split("\n\n")) == 7
 
     def test_an_option_of_ones_own(self):
         def builder(num_classes, *, slope: float, rngs):

@@ -31,14 +31,22 @@ TWO = {"mesh__stages": 2, "checkpoint__every": 50}
 class Launched:
     """A launch of several processes of a script, or of a command."""
 
-    def __init__(self, folder: Path, *command: str, count: int = 2, script: str = "", **variables):
+    def __init__(
+        self,
+        folder: Path,
+        *command: str,
+        count: int = 2,
+        script: str = "",
+        options: tuple[str, ...] = (),
+        **variables,
+    ):
         if script:
             (folder / "script.py").write_text(f"import os, signal, sys, time\n{script}")
             command = (str(folder / "script.py"),)
         self._output = [folder / f"{len([*folder.iterdir()])}.{name}" for name in ("out", "err")]
         out, err = (path.open("w") for path in self._output)
         self.process = subprocess.Popen(
-            [sys.executable, "-c", LAUNCH, f"--num_processes={count}", "--", *command],
+            [sys.executable, "-c", LAUNCH, f"--num_processes={count}", *options, "--", *command],
             env={**runs.environment(), **variables},
             cwd=folder,
             stdin=subprocess.DEVNULL,
@@ -181,6 +189,28 @@ class TestEnds:
         told = "error: process 1 was ended by SIGKILL\n"
         assert Launched(tmp_path, script=script).end(137) == ("", told)
 
+    def test_one_that_is_killed_is_started_again(self, tmp_path):
+        """As often as is allowed; not one that fails by itself."""
+        script = INDEX + (
+            "if index == 0:\n"
+            "    while not os.path.exists('done'): time.sleep(0.01)\n"
+            "    sys.exit()\n"
+            "count = len([x for x in os.listdir() if x.startswith('start')])\n"
+            "open(f'start{count}', 'w').close()\n"
+            "if count == 2: open('done', 'w').close()\n"
+            "if count < 2: os.kill(os.getpid(), signal.SIGKILL)\n"
+            "print('there', count)\n"
+        )
+        out, err = Launched(tmp_path, script=script, options=("--restarts=2",)).end()
+        assert out == "[1] there 2\n"
+        told = "process 1 was ended by SIGKILL: it is started again"
+        assert err == f"{told} (1 of at most 2)\n{told} (2 of at most 2)\n"
+        (tmp_path / "done").unlink()
+        for path in tmp_path.glob("start*"):
+            path.unlink()
+        _, err = Launched(tmp_path, script=script, options=("--restarts=1",)).end(137)
+        assert err == f"{told} (1 of at most 1)\nerror: process 1 was ended by SIGKILL\n"
+
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     def test_a_signal_goes_to_each_once(self, tmp_path, number):
         run = Launched(tmp_path, script=waiting(f"{TELL}; time.sleep(0.3); sys.exit()"))
@@ -221,6 +251,7 @@ class TestEnds:
         ("--num_procs 2 train", "; did you mean '--num_processes'?"),
         ("-n 0 train", "--num_processes is 0: a whole number of at least 1 is needed"),
         ("-n x train", "invalid int value: 'x'"),
+        ("-n 2 --restarts=-1 train", "--restarts is -1: a whole number of at least 0 is needed"),
         ("-n 2 trian", "there is no program 'trian': train, a Python file or another is needed"),
         ("-n 2 missing.py", "there is no file 'missing.py'"),
         ("-n 2 train --process_index=1", "--process_index=1 is what launch gives each process"),
@@ -239,6 +270,20 @@ def test_refused(capsys, given, said):
     assert (stopped.value.code, captured.out) == (2, "")
     assert line.startswith("error: ")
     assert said in line
+
+
+@pytest.mark.parametrize(
+    ("words", "count"),
+    [
+        ("--config.mesh.elastic=wait", 100),
+        ("--config.mesh.elastic replay", 100),
+        ("--config.mesh.elastic=None", 0),
+        ("--config.mesh.elastic_buffer=3", 0),
+    ],
+)
+def test_restarts_of_elastic_runs(words, count):
+    assert launch.parse(f"-n 2 train {words}".split()).restarts == count
+    assert launch.parse(f"-n 2 --restarts 7 train {words}".split()).restarts == 7
 
 
 def test_bad_input_of_the_run_is_told_in_one_line(tmp_path):

@@ -79,6 +79,24 @@ class Executor:
             dispatch = functools.partial(self.dispatch, self.calls, self._compiled)
         return self.iterate(dispatch, states, parts, step, end)
 
+    def run_stage(
+        self, stage: int, states: Sequence[Any], carries: Sequence[Carry], step: int
+    ) -> tuple[tuple, list[Carry], Metrics]:
+        """As `run`, of one stage of a local method alone, given a carry a microbatch.
+
+        Returns the new states, the carries for the stage above, [] from the last, and metrics.
+        """
+        taken: Queues = {"carries": {}, "residuals": {}, "errors": {}}
+        taken["carries"] = {(stage, number): carry for number, carry in enumerate(carries)}
+        calls = tuple(call for call in self.calls if call.stage == stage)
+        step_ids = self.step_ids(calls, step)
+        states, left, metrics = self.dispatch(
+            calls, self._compiled, tuple(states), taken, (), step_ids
+        )
+        found = metrics[stage]
+        assert found is not None
+        return states, [left["carries"][key] for key in sorted(left["carries"])], found
+
     def measure(
         self, states: Sequence[Any], parts: Sequence[Carry | None], step: int
     ) -> tuple[tuple, list[tuple[Call, float]]]:
