@@ -78,10 +78,7 @@ def workdir():
         ({"dtype": "float64"}, "config.dtype is 'float64': allowed are float32, bfloat16, float16"),
         ({"bogus": 1}, "unknown key config.bogus: allowed are accumulate, batch_size, boundaries"),
         ({"model__bogus": 1}, "config.model.bogus is set, but model 'mlp' takes only: hid"),
-        (
-            {"mesh__bogus__x": 1},
-            "unknown key config.mesh.bogus: allowed are data, elastic, elastic",
-        ),
+        ({"mesh__bogus__x": 1}, "unknown key config.mesh.bogus: allowed are data, elastic, e"),
         ({"seed__x": 1}, "unknown key config.seed.x: config.seed is a value"),
         ({"method": "bp"}, "config.method is 'bp': a section with keys is needed"),
         ({"batch_size": "abc"}, "config.batch_size is 'abc': a value of type int is needed"),

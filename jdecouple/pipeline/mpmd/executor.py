@@ -81,7 +81,7 @@ class Executor:
 
     def run_stage(
         self, stage: int, states: Sequence[Any], carries: Sequence[Carry], step: int
-    ) -> tuple[tuple, list[Carry], Metrics]:
+    ) -> tuple[tuple, list[Carry], JoinedMetrics]:
         """As `run`, of one stage of a local method alone, given a carry a microbatch.
 
         Returns the new states, the carries for the stage above, [] from the last, and metrics.
@@ -93,9 +93,7 @@ class Executor:
         states, left, metrics = self.dispatch(
             calls, self._compiled, tuple(states), taken, (), step_ids
         )
-        found = metrics[stage]
-        assert found is not None
-        return states, [left["carries"][key] for key in sorted(left["carries"])], found
+        return states, [left["carries"][key] for key in sorted(left["carries"])], metrics[stage]
 
     def measure(
         self, states: Sequence[Any], parts: Sequence[Carry | None], step: int

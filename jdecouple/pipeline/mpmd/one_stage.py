@@ -7,12 +7,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from jdecouple.methods.routes import Carry, Metrics, Route, Stage
+from jdecouple.methods.routes import Carry, Route, Stage
 from jdecouple.pipeline import state as states
 from jdecouple.pipeline.mesh import StageDevices
 from jdecouple.pipeline.mpmd.executor import Executor
 from jdecouple.pipeline.replicas import on_replicas
 from jdecouple.pipeline.state import State
+from jdecouple.pipeline.step_metrics import JoinedMetrics
 from jdecouple.schedules import Schedule
 
 
@@ -78,7 +79,7 @@ class OneStage:
 
     def step(
         self, state: State, carries: Sequence[Carry], number: int
-    ) -> tuple[State, list[jax.Array], Metrics]:
+    ) -> tuple[State, list[jax.Array], JoinedMetrics]:
         """Trains on batch `number`, of which there is one carry a microbatch.
 
         Returns the new state, which is one step behind the latest batch so far; the message for the

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 
 from jdecouple.checkpoint import Checkpointer
-from jdecouple.methods.routes import Metrics
 from jdecouple.pipeline.mpmd.one_stage import OneStage
+from jdecouple.pipeline.step_metrics import JoinedMetrics, StepMetrics, on_host
 from jdecouple.train import config as configuration
 from jdecouple.train import gauges, hosts
 from jdecouple.train.divergence import fault, left_out, not_finite
@@ -52,9 +52,9 @@ class StageTraining:
 
     def __post_init__(self) -> None:
         self.counts: dict[str, Any] = {"trained": 0, "replayed": 0, "missed": []}
-        self._pending: collections.deque[tuple[int | None, Sequence[jax.Array], Metrics]]
+        self._pending: collections.deque[tuple[int | None, Sequence[jax.Array], JoinedMetrics]]
         self._pending = collections.deque()
-        self._metrics: list[Metrics] = []
+        self._metrics: list[StepMetrics] = []
         self._since: float | None = None  # when it was asked to stop
         self._waited = 0.0  # seconds
 
@@ -160,7 +160,7 @@ class StageTraining:
         self._pending.append((batch.number if batch.is_new else None, message, metrics))
         self.counts["trained" if batch.is_new else "replayed"] += 1
         if batch.is_new:
-            self._metrics.append(metrics)
+            self._metrics.append(StepMetrics([metrics]))
         self._deliver(_IN_FLIGHT)
         return state
 
@@ -206,7 +206,7 @@ class StageTraining:
 
     def _read_metrics(self) -> None:
         """Adds the metrics of the steps since the last call to the means."""
-        for row in jax.device_get(self._metrics):
+        for row in on_host(self._metrics):
             if (reason := fault(row)) is not None:
                 raise NonFiniteError(f"{reason} in stage {self.stage.index}")
             self._interval.add(row, finite=bool(left_out(row)))
