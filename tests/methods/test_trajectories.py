@@ -173,8 +173,8 @@ def test_deinforeg_trajectory(stages, x64):
         {"x": gv.images(x), "label": label.astype(np.int32)}
         for x, label in zip(golden["in.x_nchw"], golden["in.labels"], strict=True)
     ]
-    options = {"projector": "20-18-12", "mode": "merge", "init": "torch"}  # quick to compile
-    method = jd.methods.get("deinforeg", **options)
+    options = {"projector": "20-18-12", "mode": "merge"}
+    method = jd.methods.get("deinforeg", init="torch", **options)  # quick to compile
     trainer = jd.Trainer(
         vgg(),
         dataclasses.replace(method, objective=GoldenHeads(**options)),
