@@ -29,7 +29,9 @@ class Stack(nnx.Module):
 
 
 def dense(kernel: np.ndarray, bias: np.ndarray) -> nnx.Linear:
-    layer = nnx.Linear(*kernel.shape, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+    zeros = nnx.initializers.zeros_init()  # quick to compile
+    options = {"kernel_init": zeros, "rngs": nnx.Rngs(0)}
+    layer = nnx.Linear(*kernel.shape, param_dtype=jnp.float64, **options)
     layer.kernel.set_value(jnp.asarray(kernel))
     layer.bias.set_value(jnp.asarray(bias))
     return layer

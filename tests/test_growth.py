@@ -16,7 +16,7 @@ from jdecouple.methods.routes import Stage
 from jdecouple.pipeline.mpmd.stage_fns import TRAINING, make_stage_fn
 
 LOCAL = [name for name in jd.methods.names() if nets.method(name).route.local]
-METHODS = pytest.mark.parametrize("name", nets.marked(LOCAL, ("deinforeg", "al")))
+METHODS = pytest.mark.parametrize("name", nets.marked(LOCAL, ("deinforeg",)))
 
 
 PIPELINES = {
@@ -78,7 +78,8 @@ def test_frozen_blocks_stay_as_they_are(name):
         assert {key: found[key] for key in exits} == pytest.approx({k: scores[k] for k in exits})
 
 
-@pytest.mark.parametrize("name", nets.marked(LOCAL, ("deinforeg",)))
+@pytest.mark.slow  # the document growth.md has one, which tests/test_snippets.py runs
+@pytest.mark.parametrize("name", LOCAL)
 def test_a_grown_model_learns_on(name):
     """What the first blocks could not tell apart, more of them do not tell apart worse."""
     x = np.random.default_rng(3).normal(size=(64, nets.FEATURES)).astype(np.float32)
@@ -298,9 +299,7 @@ def side_model() -> jd.Model:
     return jd.Model(blocks, nnx.Linear(24, nets.CLASSES, rngs=rngs))
 
 
-@pytest.mark.parametrize(
-    "name", nets.marked(["deinforeg", "bp", "fdg", "al"], ("deinforeg", "fdg"))
-)
+@pytest.mark.parametrize("name", nets.marked(["deinforeg", "bp", "fdg", "al"], ("deinforeg",)))
 def test_a_block_reads_an_entry_that_others_never_see(name):
     """Through every kind of route, in training and in evaluation."""
     found = {}

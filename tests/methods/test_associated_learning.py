@@ -16,7 +16,7 @@ from jdecouple.methods.objectives import AssociatedLearning, BlockInfo, associat
 from jdecouple.methods.routes import Unit
 
 CASES = pytest.mark.parametrize("case", gv.cases("al_component"))
-BITS = pytest.mark.parametrize("bits", [64, 32])
+BITS = pytest.mark.parametrize("bits", nets.marked((64, 32), (64,)))
 DENSE = {"f": ("f",), "g": ("g.0",), "b": ("b.0", "b.2"), "inv": ("inv.0",)}
 
 
@@ -220,7 +220,7 @@ def adam_by_hand(trainer, data, rate, scale):
     return {key: weights[name] for key, name in names.items()}
 
 
-@pytest.mark.parametrize("scale", [1.0, 2.0])
+@pytest.mark.parametrize("scale", nets.marked((1.0, 2.0), (2.0,)))
 def test_two_steps_with_an_autoencoder_at_another_rate(scale, x64):
     """A factor on the gradients would leave Adam's steps as they are."""
     trainer, data = one_block(scale, jd.optim.adam(0.01))

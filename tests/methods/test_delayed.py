@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("module_x64")
 
 STEPS = 12
 DATA = nets.batches(dtype=np.float64)
-DELAYED = pytest.mark.parametrize("name", nets.marked(nets.DELAYED))
+DELAYED = pytest.mark.parametrize("name", nets.marked(nets.DELAYED, ("fdg",)))
 
 
 def trainer(method: Any, stages: int, **options: Any) -> jd.Trainer:
@@ -61,7 +61,7 @@ def test_one_stage_is_backpropagation_to_the_bit(name):
     assert metrics == backpropagated()[1]
 
 
-@pytest.mark.parametrize("replay", [False, True])
+@pytest.mark.parametrize("replay", nets.marked([False, True], [False]))
 @pytest.mark.parametrize("stages", nets.marked((2, 4), (2,)))
 def test_without_delay_it_is_backpropagation(replay, stages):
     route = Delayed("locked", backward_pass="locked", replay=replay)
@@ -134,6 +134,7 @@ def test_other_methods_have_nothing_to_finish(name):
     assert run.latency == 0
 
 
+@pytest.mark.slow
 def test_views_double_what_waits():
     """An augmentation may make more examples than the batch holds."""
     images = nets.images()
@@ -157,7 +158,7 @@ def test_views_double_what_waits():
 # --- What is refused -----------------------------------------------------------------------------
 
 
-@DELAYED
+@pytest.mark.parametrize("name", nets.marked(nets.DELAYED))
 def test_microbatches_are_refused(name):
     nets.assert_clear(
         ValueError,

@@ -4,6 +4,7 @@ from typing import Any
 
 import delayed_nets as dn
 import jax
+import nets
 import numpy as np
 import pytest
 
@@ -15,9 +16,22 @@ FEATURES_REPLAY = dn.recorded("features_replay")
 ADL_AND_DDG = dn.recorded_by_layer()
 BP = dn.recorded("bp_same_mlp")
 LABELLED = {"ids": lambda run: f"{run.case}-{run.variant}".rstrip("-")}
+FAST = {
+    ("fdg__two_linear", "beta0.5.current_weights"),
+    ("fdg__two_linear", "beta1.0.forward_weights"),
+    ("features_replay__two_linear", "main_py"),
+    ("features_replay__two_linear", "plain_momentum"),
+    ("bp_same_mlp__two_linear", ""),
+    *(("delayed__adl_ddg", variant) for variant in ("adl_M2_b0.5", "ddg")),
+}
+"""Cases and variants that stand for the others, which are slow."""
 
 
 pytestmark = pytest.mark.usefixtures("x64", "optimized")
+
+
+def marked(runs: list[dn.Recorded]) -> list[Any]:
+    return nets.marked(runs, [run for run in runs if (run.case, run.variant) in FAST])
 
 
 def check(run: dn.Recorded, method: jd.methods.Method, *, num_stages: int, devices: int = 1):
@@ -69,24 +83,17 @@ def test_all_recordings_are_found():
     assert {len(run.batches) for run in ADL_AND_DDG} == {16}
 
 
-@pytest.mark.parametrize("run", FDG, **LABELLED)
+@pytest.mark.parametrize("run", marked(FDG), **LABELLED)
 def test_fdg(run):
     check(run, method(run), num_stages=run.num_stages)
 
 
-@pytest.mark.parametrize("run", FEATURES_REPLAY, **LABELLED)
+@pytest.mark.parametrize("run", marked(FEATURES_REPLAY), **LABELLED)
 def test_features_replay(run):
     check(run, method(run), num_stages=run.num_stages)
 
 
-@pytest.mark.parametrize(
-    "run",
-    [
-        pytest.param(run, marks=[] if run.variant in ("adl_M2_b0.5", "ddg") else pytest.mark.slow)
-        for run in ADL_AND_DDG
-    ],
-    ids=lambda run: run.variant,
-)
+@pytest.mark.parametrize("run", marked(ADL_AND_DDG), ids=lambda run: run.variant)
 def test_adl_and_ddg(run):
     """With current weights, by which their released code goes back."""
     check(run, method(run), num_stages=run.num_stages)
@@ -105,13 +112,19 @@ def test_stages_on_devices_of_their_own(run):
     check(run, method(run), num_stages=run.num_stages, devices=run.num_stages)
 
 
-@pytest.mark.parametrize("run", BP, **LABELLED)
+@pytest.mark.parametrize("run", marked(BP), **LABELLED)
 def test_backpropagation(run):
     check(run, method(run), num_stages=run.num_stages)
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments"), [("ddg", {}), ("fr", {}), ("fdg", {}), ("adl", {"accumulate": 1})]
+    ("name", "arguments"),
+    [
+        ("fr", {}),
+        ("fdg", {}),
+        pytest.param("ddg", {}, marks=pytest.mark.slow),
+        pytest.param("adl", {"accumulate": 1}, marks=pytest.mark.slow),
+    ],
 )
 def test_one_stage_is_backpropagation(name: str, arguments: dict[str, Any]):
     run = pick(BP, "bp_same_mlp__two_linear", "")

@@ -40,12 +40,13 @@ def trained(name: str = "early_exit", stages: int = 1, weights: Any = None, **op
     return trainer, nets.weights(trainer, state), metrics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rows", "schedule"),
     [
-        pytest.param(4, "sequential", marks=pytest.mark.slow),
-        pytest.param(4, "gpipe", marks=pytest.mark.slow),
-        pytest.param(4, "1f1b", marks=pytest.mark.slow),
+        (4, "sequential"),
+        (4, "gpipe"),
+        (4, "1f1b"),
         (2, "interleaved_1f1b"),
     ],
 )
@@ -232,8 +233,9 @@ def test_weights_of_a_configuration():
     assert methods.get("early_exit", **given).objective.weights == (0.3, 1)
 
 
-@pytest.mark.parametrize("name", nets.marked(["early_exit", "greedy_exit", "al"], ("al",)))
-@pytest.mark.parametrize("kind", ["lstm", pytest.param("vit", marks=pytest.mark.slow)])
+@pytest.mark.slow  # pipeline/test_sequence_training.py has a fast one
+@pytest.mark.parametrize("name", ["early_exit", "greedy_exit", "al"])
+@pytest.mark.parametrize("kind", ["lstm", "vit"])
 def test_sequences(name, kind):
     """Heads read the summary of a sequence; over two stages as over one."""
     found = []

@@ -41,7 +41,9 @@ class TanhPair(nnx.Module):
 
 
 def dense(weight: np.ndarray, bias: np.ndarray) -> nnx.Linear:
-    layer = nnx.Linear(*weight.shape[::-1], param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+    zeros = nnx.initializers.zeros_init()  # quick to compile
+    options = {"kernel_init": zeros, "rngs": nnx.Rngs(0)}
+    layer = nnx.Linear(*weight.shape[::-1], param_dtype=jnp.float64, **options)
     layer.kernel.set_value(jnp.asarray(weight.T))
     layer.bias.set_value(jnp.asarray(bias))
     return layer
@@ -140,6 +142,7 @@ def vgg() -> jd.Model:
         CLASSES,
         blocks="6,8,M|10,M",
         image_size=IMAGE_SIZE,
+        init="torch",
         param_dtype=jnp.float64,
         rngs=nnx.Rngs(0),
     )
@@ -170,10 +173,11 @@ def test_deinforeg_trajectory(stages, x64):
         {"x": gv.images(x), "label": label.astype(np.int32)}
         for x, label in zip(golden["in.x_nchw"], golden["in.labels"], strict=True)
     ]
-    method = jd.methods.get("deinforeg", projector="20-18-12", mode="merge")
+    options = {"projector": "20-18-12", "mode": "merge"}
+    method = jd.methods.get("deinforeg", init="torch", **options)  # quick to compile
     trainer = jd.Trainer(
         vgg(),
-        dataclasses.replace(method, objective=GoldenHeads(projector="20-18-12", mode="merge")),
+        dataclasses.replace(method, objective=GoldenHeads(**options)),
         jd.optim.lars(0.2, weight_decay=1e-4),
         mesh=jd.make_mesh(stages=stages),
         example=data[0],

@@ -275,8 +275,8 @@ def test_gradients_reach_every_parameter(kind):
     chex.assert_tree_all_finite(leaves)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", nets.marked(["bfloat16", "float16"], ["bfloat16"]))
+@pytest.mark.parametrize("kind", nets.marked(KINDS, ("transformer",)))
 def test_half_precision_stays_half_precision(kind, dtype):
     net = model(kind)
     for module in (*net.blocks, net.classifier):
@@ -293,7 +293,7 @@ def test_half_precision_stays_half_precision(kind, dtype):
     assert {a.dtype for a in nets.weights(trainer, state).values()} == {np.dtype(np.float32)}
 
 
-@pytest.mark.parametrize("kind", nets.marked(KINDS, ("lstm", "transformer")))
+@pytest.mark.parametrize("kind", nets.marked(KINDS, ("transformer",)))
 def test_dropout_drops_anew_in_every_step_and_not_in_evaluation(kind):
     data = sequence_nets.batches(kind, 1, dtype=np.float32)
     rngs = nnx.Rngs(0)

@@ -26,7 +26,7 @@ def double(kind, **options):
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("kind", TEXTS)
+@pytest.mark.parametrize("kind", nets.marked(TEXTS, ("lstm", "transformer")))
 def test_more_padding_changes_no_output_and_no_gradient(kind, training, x64):
     net, x = double(kind), texts()
     for module in (*net.blocks, net.classifier):
@@ -66,7 +66,8 @@ def test_padding_does_matter_where_it_is_not_masked(kind, x64):
     np.testing.assert_allclose(short[0]["summary"], short[0]["h"].mean(1), **EXACT)
 
 
-@pytest.mark.parametrize("kind", nets.marked(TEXTS, ("transformer",)))
+@pytest.mark.slow  # test_buckets.py has a fast one
+@pytest.mark.parametrize("kind", TEXTS)
 def test_training_does_not_see_padding(kind, x64):
     """Three steps of both routes, and the evaluation after them."""
     for method in ("bp", "deinforeg"):

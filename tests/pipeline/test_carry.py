@@ -88,7 +88,7 @@ def assert_equal(found: tuple, wanted: tuple) -> None:
     ("name", "stages", "remat"),
     [
         ("local", 2, "none"),
-        ("synchronous", 2, "none"),
+        pytest.param("synchronous", 2, "none", marks=pytest.mark.slow),
         ("synchronous", 4, "stages"),
         pytest.param("local", 4, "stages", marks=pytest.mark.slow),
         *(
@@ -102,7 +102,8 @@ def test_stages_apart_equal_one_stage(name, stages, remat):
     assert_equal(trained(name, stages, remat=remat), trained(name))
 
 
-@pytest.mark.parametrize("name", nets.marked(METHODS, ("synchronous",)))
+@pytest.mark.slow
+@NAMES
 def test_stages_with_replicas_and_microbatches(name):
     assert_equal(trained(name, 2, 2, microbatches=2), trained(name, microbatches=2))
 

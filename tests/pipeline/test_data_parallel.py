@@ -46,7 +46,7 @@ def sums(text):
     return found
 
 
-@pytest.mark.parametrize("name", ["bp", "deinforeg", "fdg"])
+@pytest.mark.parametrize("name", nets.marked(["bp", "deinforeg", "fdg"], ("bp", "deinforeg")))
 def test_two_replicas_train_as_one_device(name):
     """One method of each route; statistics and losses are those of the whole batch."""
     data = nets.batches(dtype=np.float64)

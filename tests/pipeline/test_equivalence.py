@@ -20,9 +20,8 @@ import jdecouple as jd
 STEPS = 20
 TOLERANCE = 1e-12
 METHODS = nets.METHODS
-FEW = pytest.mark.parametrize("name", nets.marked(jd.methods.names(), ("bp", "deinforeg", "fdg")))
 DROPPING = pytest.mark.parametrize(  # fr draws again where it replays
-    "name", nets.marked(jd.methods.names(), ("bp", "deinforeg", "fdg", "fr"))
+    "name", nets.marked(jd.methods.names(), ("bp", "deinforeg", "fr"))
 )
 LOCAL = [name for name in jd.methods.names() if nets.method(name).route.local]
 
@@ -121,7 +120,7 @@ def test_dropout_does_not_tell_the_partition(name, stages, data):
     assert_close(run(name, "dropout", stages, data), on_one_device(name, "dropout", stages))
 
 
-@pytest.mark.parametrize("name", nets.marked(nets.EXACT, ("bp", "deinforeg")))
+@pytest.mark.parametrize("name", nets.marked(nets.EXACT, ("early_exit", "greedy_exit")))
 @pytest.mark.parametrize(
     ("stages", "data", "microbatches"),
     [
@@ -135,7 +134,7 @@ def test_pipelined_equals_sequential_with_microbatches(name, stages, data, micro
     assert_close(found, run(name, "plain", 1, 1, microbatches))
 
 
-@FEW
+@pytest.mark.parametrize("name", nets.marked(jd.methods.names(), ("bp", "deinforeg")))
 def test_stages_apart_on_one_device_are_the_same_to_the_bit(name):
     assert_same(run(name, "dropout", 2, devices=1, fuse=False), run(name, "dropout", 2))
 
@@ -146,7 +145,7 @@ def test_more_stages_than_devices_are_the_same_to_the_bit(name):
     assert_same(found, run(name, "augmented", 4))
 
 
-@FEW
+@pytest.mark.parametrize("name", nets.marked(jd.methods.names(), ("bp",)))
 def test_more_stages_than_devices_fused(name):
     """Two stages on one device become one call."""
     assert_close(run(name, "dropout", 2, devices=1), run(name, "dropout", 2))
@@ -233,6 +232,7 @@ def synchronous(microbatches: int, stages: int = 1) -> dict[str, np.ndarray]:
         return nets.to_arrays(trainer, state)
 
 
+@pytest.mark.slow  # test_synchronous.py has fast ones
 @pytest.mark.parametrize(("microbatches", "stages"), [(2, 1), (4, 2)])
 def test_gradient_of_the_microbatches_is_that_of_the_batch(microbatches, stages):
     assert nets.largest_error(synchronous(microbatches, stages), synchronous(1)) < TOLERANCE
@@ -272,7 +272,7 @@ def test_synchronous_route_is_backpropagation(x64):
 # --- The local route: no gradient crosses a boundary ----------------------------------------
 
 
-@FEW
+@pytest.mark.parametrize("name", nets.marked(jd.methods.names(), ("bp", "greedy_exit")))
 @pytest.mark.parametrize("stages", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_only_local_methods_ignore_the_block_above(name, stages):
     """Weights of three blocks after five steps, where the last of four differs."""
@@ -342,7 +342,7 @@ def with_louder_last_head(name: str, *, louder: bool) -> dict[str, np.ndarray]:
     return {key: value for key, value in arrays.items() if key.startswith("block_0/")}
 
 
-@FEW
+@pytest.mark.parametrize("name", nets.marked(jd.methods.names(), ("bp", "greedy_exit")))
 def test_only_local_methods_ignore_the_loss_above(name):
     same = nets.same_bits(
         with_louder_last_head(name, louder=True), with_louder_last_head(name, louder=False)

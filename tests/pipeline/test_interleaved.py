@@ -86,6 +86,7 @@ def test_it_goes_on_after_it_was_drained():
     assert [np.isnan(row["loss"]) for row in metrics] == [True, True, True, False]
 
 
+@pytest.mark.slow
 def test_lists_of_batches():
     """Stages in one call take them; those apart would wait for one another."""
     own, apart = trainer("dgl", 1), trainer("dgl", 2)

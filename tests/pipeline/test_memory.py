@@ -57,13 +57,13 @@ EMPTY: dict[str, dict] = {"carries": {}, "residuals": {}, "errors": {}}
 
 
 @pytest.mark.parametrize("name", nets.marked(("greedy_exit", "deinforeg", "dgl"), ("greedy_exit",)))
-def test_a_local_program_needs_what_its_largest_block_does(name):
+@pytest.mark.parametrize("stages", nets.marked((1, 4), (1,)))
+def test_a_local_program_needs_what_its_largest_block_does(name, stages):
     apart = temporaries(name, num_stages=4, fuse=False)
     message = BATCH * 8 * 8 * 8 * 4  # from the first block, the largest
     assert max(apart) == apart[0]
-    for stages in (1, 4):
-        (together,) = temporaries(name, num_stages=stages, fuse=True)
-        assert together <= 1.1 * (apart[0] + message)
+    (together,) = temporaries(name, num_stages=stages, fuse=True)
+    assert together <= 1.1 * (apart[0] + message)
 
 
 def test_backpropagation_needs_more_unless_it_repeats():
@@ -90,7 +90,7 @@ def held(trainer: jd.Trainer, batch: Any) -> list[int]:
     return [found[device] for device in sorted(found, key=lambda device: device.id)]
 
 
-@pytest.mark.parametrize(("devices", "calls"), [(1, 1), (2, 2)])
+@pytest.mark.parametrize(("devices", "calls"), [pytest.param(1, 1, marks=pytest.mark.slow), (2, 2)])
 def test_devices_hold_what_their_calls_need(devices, calls):
     """Other arrays of the process do not count."""
     other = jax.numpy.ones((500, 500))

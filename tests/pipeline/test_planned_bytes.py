@@ -26,7 +26,7 @@ MODELS = {
     "small": lambda rngs: jd.models.vgg(10, blocks="8|8,M|16,M", image_size=16, rngs=rngs),
 }
 SMALL = [
-    ("bp", "small", 1, {"remat": "blocks"}),
+    pytest.param("bp", "small", 1, {"remat": "blocks"}, marks=pytest.mark.slow),
     ("fr", "small", 2, {}),
 ]
 SETUPS = [

@@ -17,12 +17,12 @@ KINDS = ("lstm", "transformer", "vit")
 SLOW = pytest.mark.slow
 NEEDS_IMAGES = ("infopro",)  # it reconstructs a picture from a feature map
 METHODS = [name for name in jd.methods.names() if name not in NEEDS_IMAGES]
-# All of these take long to compile; two of them stand for the rest.
+# All of these take long to compile; one of them stands for the rest.
 CASES = [
     pytest.param(
         name,
         kind,
-        marks=[] if name in ("bp", "deinforeg") and kind == "transformer" else [SLOW],
+        marks=[] if (name, kind) == ("deinforeg", "transformer") else [SLOW],
     )
     for name in METHODS
     for kind in KINDS

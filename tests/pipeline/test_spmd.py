@@ -86,10 +86,15 @@ def test_training_is_that_of_one_device(name, net, stages, data, group, microbat
 
 
 @pytest.mark.parametrize(
-    ("name", "boundaries"), [pytest.param("scpl", (3, 4), marks=pytest.mark.slow), ("bp", (1, 5))]
+    ("name", "net", "boundaries"),
+    [
+        ("bp", "ends", (1, 5)),
+        pytest.param("bp", "deep", (1, 5), marks=pytest.mark.slow),
+        pytest.param("scpl", "deep", (3, 4), marks=pytest.mark.slow),
+    ],
 )
-def test_device_groups_need_not_hold_equally_many_blocks(name, boundaries):
-    check(name, "deep", 3, 1, 5, boundaries=boundaries)
+def test_device_groups_need_not_hold_equally_many_blocks(name, net, boundaries):
+    check(name, net, 3, 1, 5, boundaries=boundaries)
 
 
 @pytest.mark.slow
@@ -98,14 +103,18 @@ def test_more_stages_than_device_groups():
 
 
 @pytest.mark.parametrize(
-    "options", [{"clip_norm": 2.0}, pytest.param({"remat": "stages"}, marks=pytest.mark.slow)]
+    ("net", "options"),
+    [
+        ("mlp", {"clip_norm": 0.65}),
+        pytest.param("dropout", {"clip_norm": 2.0}, marks=pytest.mark.slow),
+        pytest.param("dropout", {"remat": "stages"}, marks=pytest.mark.slow),
+    ],
 )
-def test_options_of_the_synchronous_route(options):
-    check("bp", "dropout", 2, 1, 5, microbatches=2, **options)
+def test_options_of_the_synchronous_route(net, options):
+    check("bp", net, 2, 1, 5, microbatches=2, **options)
     if "clip_norm" in options:
         norms = [
-            each["gradient_norm"]
-            for each in reference("bp", "dropout", microbatches=2, **options)[1]
+            each["gradient_norm"] for each in reference("bp", net, microbatches=2, **options)[1]
         ]
         assert min(norms) < options["clip_norm"] < max(norms)
 
@@ -121,8 +130,8 @@ def test_rematerialised_stages_of_a_local_route():
 @pytest.mark.parametrize(
     ("first", "second", "name", "net"),
     [
-        ("mpmd", "spmd", "deinforeg", "dropout"),
-        pytest.param("spmd", "mpmd", "bp", "ends", marks=pytest.mark.slow),
+        ("spmd", "mpmd", "bp", "ends"),
+        pytest.param("mpmd", "spmd", "deinforeg", "dropout", marks=pytest.mark.slow),
     ],
 )
 def test_what_one_engine_began_the_other_ends(first, second, name, net):

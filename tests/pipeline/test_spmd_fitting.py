@@ -77,8 +77,16 @@ def refuse(words: tuple[str, ...], name: str = "bp", **options: Any) -> None:
     [
         (lambda: blocks(Scaled(1), dropout(0), Scaled(1)), ("2", "1", "block/dense/bias")),
         (lambda: blocks(Scaled(1), Scaled(2), Scaled(1)), ("2", "1", "program")),
-        (lambda: blocks(dropout(0.1), dropout(0.2), dropout(0.1)), ("2", "1", "program")),
-        (pooled, ("2", "1", "input", "[16, 4, 4, 4] instead of", "[16, 8, 8, 4]")),
+        pytest.param(
+            lambda: blocks(dropout(0.1), dropout(0.2), dropout(0.1)),
+            ("2", "1", "program"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            pooled,
+            ("2", "1", "input", "[16, 4, 4, 4] instead of", "[16, 8, 8, 4]"),
+            marks=pytest.mark.slow,
+        ),
         (lambda: {"model": nets.mlp(depth=3)}, ("2", "1", "head/classifier")),
         (lambda: {"model": nets.mlp(depth=2)}, ("1", "0", "block/layers/0")),
         (
@@ -97,8 +105,8 @@ def test_other_blocks_are_named(make, words):
     [
         ({"name": "fdg"}, ("delayed",)),
         ({"schedule": "1f1b"}, ("gpipe", "1f1b")),
-        ({"schedule": "zb_h1"}, ("gpipe", "zb_h1")),
-        ({"schedule": "sequential"}, ("gpipe", "sequential")),
+        pytest.param({"schedule": "zb_h1"}, ("gpipe", "zb_h1"), marks=pytest.mark.slow),
+        pytest.param({"schedule": "sequential"}, ("gpipe", "sequential"), marks=pytest.mark.slow),
         ({"fuse": False}, ("fuse=False",)),
         ({"remat": ("stages", "none")}, ("all", "['stages', 'none']")),
         ({"mesh": jd.make_mesh(replicas=(2, 1))}, ("replicas", "2, 1")),

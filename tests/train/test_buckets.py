@@ -134,7 +134,7 @@ def trainer(example, kind="lstm", method="bp", stages=1, **options):
     [
         ("lstm", "bp", 1),
         pytest.param(("lstm", "deinforeg", 2), marks=pytest.mark.slow),
-        ("transformer", "deinforeg", 2),
+        pytest.param(("transformer", "deinforeg", 2), marks=pytest.mark.slow),
     ],
 )
 def test_equal_to_training_on_padded_batches(x64, split, arguments):
@@ -174,6 +174,7 @@ def test_weights_that_depend_on_the_length_are_refused(split):
 
 
 class TestRuns:
+    @pytest.mark.slow
     def test_a_resumed_run_is_equal_to_the_last_bit(self, name, tmp_path):
         whole, parts = tmp_path / "whole", tmp_path / "parts"
         result = train_and_evaluate(tiny(name), whole)

@@ -2,6 +2,7 @@
 
 import signal
 
+import nets
 import pytest
 import runs
 from ml_collections import ConfigDict
@@ -99,7 +100,7 @@ class TestEnded:
         assert "early stopping" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("step", [5, 12, 13])
+@pytest.mark.parametrize("step", nets.marked((5, 12, 13), (12,)))
 def test_a_run_that_is_stopped_ends_at_the_same_step(ended, tmp_path, monkeypatch, step):
     """Asked to stop between two evaluations, and at one."""
     train_step = Trainer.step
@@ -118,7 +119,7 @@ def test_a_run_that_is_stopped_ends_at_the_same_step(ended, tmp_path, monkeypatc
     runs.assert_same_run(tmp_path, ended)
 
 
-@pytest.mark.parametrize("step", [12, ENDS])
+@pytest.mark.parametrize("step", nets.marked((12, ENDS), (ENDS,)))
 def test_a_run_that_fails_while_it_evaluates_ends_at_the_same_step(
     ended, tmp_path, monkeypatch, step
 ):

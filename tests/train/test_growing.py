@@ -61,9 +61,8 @@ def test_phases(whole, capfd):
     assert tests[18]["accuracy"] == tests[18]["exit_1/accuracy"]
 
 
-@pytest.mark.parametrize(
-    "stops", [(10,), pytest.param((3, 10, 11, 14), marks=pytest.mark.slow)], ids=str
-)
+@pytest.mark.slow  # where a checkpoint is damaged below, a run goes on over the same step
+@pytest.mark.parametrize("stops", [(10,), (3, 10, 11, 14)], ids=str)
 def test_stopped_on_the_way(tmp_path, whole, stops):
     """Also where the model has yet to grow: the checkpoint of that step has the old blocks."""
     for steps in (*stops, ENDS):
@@ -224,14 +223,21 @@ def in_parts(texts: str, **values):
     return tiny_texts(texts, **{**parts, **method, **growth, **values})
 
 
+@pytest.fixture(scope="module")
+def trained_in_parts(tmp_path_factory, texts) -> Path:
+    folder = tmp_path_factory.mktemp("parts")
+    train_and_evaluate(in_parts(texts, steps=8), folder)
+    return folder
+
+
 @pytest.mark.parametrize("model", ["lstm", pytest.param("transformer", marks=pytest.mark.slow)])
-def test_texts_in_two_steps(tmp_path, texts, model):
+def test_texts_in_two_steps(tmp_path, texts, model, trained_in_parts):
     """Before the net grows its exits see the first part alone, and afterwards still do."""
-    values = {"model__name": model, "steps": 8}
+    values, folder = {"steps": 8}, trained_in_parts
     if model == "transformer":
-        values["model__heads"] = 2
-    train_and_evaluate(in_parts(texts, **values), tmp_path)
-    tests = {line["step"]: line for line in lines(tmp_path) if line["split"] == "test"}
+        values, folder = {**values, "model__name": model, "model__heads": 2}, tmp_path
+        train_and_evaluate(in_parts(texts, **values), folder)
+    tests = {line["step"]: line for line in lines(folder) if line["split"] == "test"}
     assert set(tests) == {4, 8}
     assert tests[8]["exit_1/loss"] == pytest.approx(tests[4]["exit_1/loss"])
     assert "exit_2/loss" in tests[8]
@@ -288,12 +294,11 @@ class TestLoaded:
         assert loaded.exits == (0, 1)
         assert loaded.predict(np.zeros((2, 8, 8, 1), np.uint8)).logits.shape == (2, 2, 10)
 
-    def test_texts_in_parts(self, tmp_path, texts):
-        config = in_parts(texts, steps=8)
-        train_and_evaluate(config, tmp_path)
-        scored = {(line["split"], line["step"]): line for line in lines(tmp_path)}["test", 8]
-        loaded = jd.load(tmp_path, step="last")
-        logits, labels = loaded.logits(build(config).dataset.test)
+    def test_texts_in_parts(self, tmp_path, texts, trained_in_parts):
+        folder = trained_in_parts
+        scored = {(line["split"], line["step"]): line for line in lines(folder)}["test", 8]
+        loaded = jd.load(folder, step="last")
+        logits, labels = loaded.logits(build(in_parts(texts, steps=8)).dataset.test)
         for exit, answers in zip(loaded.exits, logits, strict=True):
             assert np.mean(answers.argmax(-1) == labels) == scored[f"exit_{exit}/accuracy"]
         assert loaded.predict("a good film of the plot it is").labels.shape == (1,)

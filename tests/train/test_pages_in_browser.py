@@ -114,7 +114,8 @@ def workdirs(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("number", "options"), [(0, ["--noevaluate"]), (1, []), (2, ["--noevaluate"])]
+    ("number", "options"),
+    [(0, ["--noevaluate"]), pytest.param(1, [], marks=pytest.mark.slow), (2, ["--noevaluate"])],
 )
 def test_report(browser, workdirs, number, options, tmp_path):
     report.main([str(workdirs[number]), "--output", str(tmp_path / "report.html"), *options])

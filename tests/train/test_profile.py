@@ -171,7 +171,8 @@ def test_run_draws_the_steps_after_the_first_ten(tmp_path, capsys, monkeypatch):
     }
 
 
-@pytest.mark.parametrize("steps", [14, pytest.param(16, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [14, 16])
 def test_run_that_goes_on_and_ends_before_its_profile(tmp_path, steps):
     train_and_evaluate(config(steps=4), tmp_path)
     result = train_and_evaluate(config(profile=3, steps=steps), tmp_path)  # 15 to 17

@@ -16,7 +16,8 @@ def name(tmp_path_factory):
     return csv_set(tmp_path_factory.mktemp("texts"), train=160, test=40)
 
 
-@pytest.mark.parametrize("method", ["bp", pytest.param("deinforeg", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["bp", "deinforeg"])
 def test_a_run_finds_the_words_that_tell(name, tmp_path, method):
     """A tenth of the labels is noise, which it does not follow."""
     values = {"method__name": method, "model__hidden": 16, "optimizer__learning_rate": 0.03}

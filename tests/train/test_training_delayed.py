@@ -160,6 +160,7 @@ def test_learning_rate_of_an_accumulating_method_is_that_of_its_passes(values, w
     assert found[1::2] == pytest.approx([rate * (1 if mean else 2) for rate in wanted])
 
 
+@pytest.mark.slow
 def test_published_split_of_a_model(tmp_path):
     resnet = {"name": "resnet", "depth": 8, "width": 1 / 16, "hidden": None}
     resnet = {f"model__{key}": value for key, value in resnet.items()}
