@@ -150,7 +150,7 @@ BAD_BATCHES = {
     "one-hot labels": (
         ValueError,
         {"x": X, "label": np.eye(5, dtype=np.int32)[LABEL]},
-        ("label", "(16, 5)", "[batch]"),
+        ("label int32[16, 5]", "the example held label int32[16]"),
     ),
     "label too high": (ValueError, {"x": X, "label": np.full(16, 5)}, ("label 5", "0 to 4")),
     "label negative": (ValueError, {"x": X, "label": np.full(16, -1)}, ("label -1", "0 to 4")),

@@ -58,7 +58,7 @@ class StepMetrics(Mapping[str, jax.Array]):
         array, index = self._places[name]
         if index is not None:
             with jax.debug_nans(False):  # one that does not exist is nan
-                array = _entry(_own(array), index)
+                array = jax.lax.dynamic_index_in_dim(_own(array), index, -1, keepdims=False)
             self._places[name] = array, None
         return array
 
@@ -106,8 +106,3 @@ def on_host(rows: Sequence[StepMetrics]) -> list[dict[str, np.ndarray]]:
 def _own(array: Any) -> Any:
     """The array, which every device has, on one of this process."""
     return array.addressable_data(0) if isinstance(array, jax.Array) else array
-
-
-@jax.jit
-def _entry(array: jax.Array, index: int) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(array, index, axis=-1, keepdims=False)

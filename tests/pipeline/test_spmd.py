@@ -260,8 +260,8 @@ def test_metrics_are_scalars_of_a_step_and_arrays_of_a_list():
         assert all(isinstance(column, jax.Array) for column in metrics.values())
         chex.assert_shape(list(metrics.values()), (count,))
         first = {name: column[0] for name, column in metrics.items()}
-        chex.assert_trees_all_equal_shapes_and_dtypes(first, single)
-        chex.assert_trees_all_close(first, single, rtol=1e-6)
+        chex.assert_trees_all_equal_shapes_and_dtypes(first, dict(single))
+        chex.assert_trees_all_close(first, dict(single), rtol=1e-6)
 
 
 def test_weights_are_kept_once_for_all_ticks():

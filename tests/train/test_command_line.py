@@ -65,7 +65,7 @@ def workdir():
     ("values", "said"),
     [
         ({"method__name": "bogus"}, "config.method.name is 'bogus': allowed are bp, early_exit"),
-        ({"model__name": "bogus"}, "config.model.name is 'bogus': allowed are lstm, mlp, resnet"),
+        ({"model__name": "bogus"}, "config.model.name is 'bogus': allowed are gpt, lstm, lstm_"),
         (
             {"optimizer__name": "bogus"},
             "config.optimizer.name is 'bogus': allowed are adam, adamw, lars",
@@ -283,7 +283,7 @@ def test_bad_config_file(refused, workdir, tmp_path, content, said):
         ("", "'dataset,model,method[@paper][,K]' is needed after the file: given ''"),
         ("cifar10,vgg8,bp,four", "'dataset,model,method[@paper][,K]' is needed after the file"),
         ("cifar10,vgg8,bogus", "unknown method 'bogus': allowed are bp, early_exit, greedy_exit"),
-        ("cifar10,bogus,bp", "unknown model 'bogus': allowed are lstm, mlp, resnet, resnet101"),
+        ("cifar10,bogus,bp", "unknown model 'bogus': allowed are gpt, lstm, lstm_lm, mlp"),
     ],
 )
 def test_bad_argument_of_a_config_file(refused, workdir, argument, said):
@@ -306,7 +306,7 @@ def test_bad_argument_of_a_config_file(refused, workdir, argument, said):
             "cifar10,resnet20,bogus",
             "unknown method 'bogus': allowed are bp, early_exit, greedy_exit",
         ),
-        ("cifar10,resnet21,fdg,2", "unknown model 'resnet21': allowed are lstm, mlp, resn"),
+        ("cifar10,resnet21,fdg,2", "unknown model 'resnet21': allowed are gpt, lstm, lstm_"),
         ("synthetic,resnet20,fdg,9", "split 'fdg' has no cut into 9 stages: allowed are 2, 3"),
     ],
 )
