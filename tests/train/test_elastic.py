@@ -102,6 +102,7 @@ def assert_equal_run(folder: Path) -> None:
     assert all(each["missed"] == [] and each["trained"] == TOTAL for each in counts(folder))
 
 
+@pytest.mark.slow
 def test_undisturbed_equals_the_ordinary_run(tmp_path):
     first, *others = Elastic(tmp_path / "run").end()
     assert_equal_run(tmp_path / "run")
