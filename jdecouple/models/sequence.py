@@ -124,11 +124,9 @@ class Embedding(nnx.Module):
         rngs: nnx.Rngs,
     ):
         require_int(1, vocabulary_size=vocabulary_size, max_length=max_length)
-        require_one_of(layers.INITS, init=init)
         mask_embedding = mask_padding if mask_embedding is None else mask_embedding
         require_bool(mask_padding=mask_padding, mask_embedding=mask_embedding)
-        deviation = 1.0 if init in ("torch", "he_out") else 1.0 / math.sqrt(features)
-        draw = nnx.initializers.normal(deviation)
+        draw = embedding_init(init, features)
         self.max_length = max_length
         self.mask_padding, self.mask_embedding = mask_padding, mask_embedding
         shape = vocabulary_size, features
@@ -146,10 +144,7 @@ class Embedding(nnx.Module):
 
     def __call__(self, x: jax.Array) -> Sequence:
         """Sequence of the ids `x`, int `[batch, length]`, `length <= max_length`."""
-        if x.ndim != 2 or not jnp.issubdtype(x.dtype, jnp.integer):
-            raise ValueError(
-                f"x is {x.dtype}{list(x.shape)}: token ids, int [batch, length], are needed"
-            )
+        require_ids(x)
         if x.shape[1] > self.max_length:
             raise ValueError(f"a text has {x.shape[1]} tokens, max_length is {self.max_length}")
         h = jnp.take(self.table[...], x, axis=0)  # nan for ids that the table does not have
@@ -158,6 +153,22 @@ class Embedding(nnx.Module):
         real, everything = (x != 0).astype(h.dtype), jnp.ones(x.shape, h.dtype)
         summary = masked_mean(h, real if self.mask_embedding else everything)
         return sequence(self.drop(h), real if self.mask_padding else everything, summary)
+
+
+def embedding_init(init: str, features: int) -> Any:
+    """How vectors are drawn: N(0, 1) for "torch" and "he_out", else N(0, 1/features)."""
+    require_one_of(layers.INITS, init=init)
+    return nnx.initializers.normal(
+        1.0 if init in ("torch", "he_out") else 1.0 / math.sqrt(features)
+    )
+
+
+def require_ids(x: jax.Array) -> None:
+    """Raises ValueError unless these are token ids, int `[batch, length]`."""
+    if x.ndim != 2 or not jnp.issubdtype(x.dtype, jnp.integer):
+        raise ValueError(
+            f"x is {x.dtype}{list(x.shape)}: token ids, int [batch, length], are needed"
+        )
 
 
 class Further(nnx.Module):

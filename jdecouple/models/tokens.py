@@ -11,7 +11,6 @@ whatever stands before and behind it. Token 0 is the padding behind the last doc
 """
 
 import itertools
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
 
@@ -19,10 +18,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jdecouple._errors import require_int, require_one_of
+from jdecouple._errors import require_int
 from jdecouple.models import layers
 from jdecouple.models.cuts import Splits
-from jdecouple.models.sequence import dropout_layer
+from jdecouple.models.sequence import dropout_layer, embedding_init, require_ids
 
 Tokens = dict[str, jax.Array]
 BOUNDARY = 0
@@ -39,8 +38,8 @@ class Stepping(Protocol):
 
 
 def states(x: Any) -> Any:
-    """The states of what goes between blocks, or what is given if that is an array."""
-    return x["h"] if isinstance(x, Mapping) else x
+    """The states of what goes between blocks, or their shape; what is given if it has no "h"."""
+    return x["h"] if isinstance(x, Mapping) and "h" in x else x
 
 
 def beginnings(begins: jax.Array) -> jax.Array:
@@ -77,9 +76,7 @@ class TokenEmbedding(nnx.Module):
         rngs: nnx.Rngs,
     ):
         require_int(1, vocabulary_size=vocabulary_size, context=context)
-        require_one_of(layers.INITS, init=init)
-        deviation = 1.0 if init in ("torch", "he_out") else 1.0 / math.sqrt(features)
-        draw = nnx.initializers.normal(deviation)
+        draw = embedding_init(init, features)
         self.context = context
         self.table = nnx.Param(draw(rngs.params(), (vocabulary_size, features), param_dtype))
         shape = context, features
@@ -88,10 +85,7 @@ class TokenEmbedding(nnx.Module):
 
     def __call__(self, x: jax.Array) -> Tokens:
         """Vectors of the tokens `x`, int `[batch, length]`, `length <= context`."""
-        if x.ndim != 2 or not jnp.issubdtype(x.dtype, jnp.integer):
-            raise ValueError(
-                f"x is {x.dtype}{list(x.shape)}: tokens, int [batch, length], are needed"
-            )
+        require_ids(x)
         if x.shape[1] > self.context:
             raise ValueError(f"a row has {x.shape[1]} tokens, the context is {self.context}")
         h = jnp.take(self.table[...], x, axis=0)  # nan for tokens that the table does not have

@@ -18,14 +18,10 @@ from flax import nnx
 
 from jdecouple.methods.objectives.base import BlockInfo, HeadOutput, Objective
 from jdecouple.models import layers
+from jdecouple.models.tokens import states
 
 POSITIONS = 16
 """Of every row, that are drawn."""
-
-
-def states(features: Any) -> Any:
-    """The states of a block's output, or their shape: `[batch, length, width]`."""
-    return features["h"] if isinstance(features, Mapping) and "h" in features else features
 
 
 class TokenHead(nnx.Module):
