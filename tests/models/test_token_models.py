@@ -131,5 +131,5 @@ def test_rows_that_are_no_tokens():
     embedding = network("learned").blocks[0]
     with pytest.raises(ValueError, match="a row has 9 tokens, the context is 8"):
         embedding(jnp.zeros((1, 9), jnp.int32))
-    with pytest.raises(ValueError, match=r"x is float64\[1, 8\]: tokens"):
+    with pytest.raises(ValueError, match=r"x is float64\[1, 8\]: token ids"):
         embedding(jnp.zeros((1, 8)))
