@@ -9,7 +9,7 @@ r"""Accuracy of methods x data sets x models x seeds, and of any other key of th
 Every cell is a run of train.py in a folder of its own below --output. The same command again goes
 on where it stopped: finished cells are not trained again, killed ones continue. It writes
 results.md, results.csv (a row a cell) and results.png. `@FILE` stands for the arguments in a file,
-in which # begins a comment.
+in which # begins a comment. Of language models it tells bits per byte instead.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import os
 import shlex
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +37,29 @@ COLUMNS = {
     "papers": "best test epoch (papers)",
     "loss": "loss",
 }
+TOKEN_COLUMNS = {
+    "bits_per_byte": "bits per byte",
+    "each": "of each seed",
+    "bits_by_exit": "exit by validation",
+    "test": "accuracy, %",
+}
+PLAIN = ("loss", "bits_per_byte", "bits_by_exit")  # all others are shares
 LEGEND = """Test accuracy in %, mean ± sample standard deviation over the seeds. *Last step*: final
 exit after the last step, and *loss* its mean cross-entropy. *Exit by validation*: after the last
 step, the exit that is best on the validation split. *Step by validation*: final exit at the
 evaluation that is best on the validation split. *Best test epoch (papers)*: best exit at its best
 evaluation, both chosen by the test accuracy itself, as the papers report it; not a result.
 """
+TOKEN_LEGEND = """Bits per byte of the test split after the last step, mean ± sample standard
+deviation over the seeds. *Bits per byte* and *accuracy* (share of tokens that were the likeliest)
+are those of the final exit. *Exit by validation*: the exit with fewest on the validation split.
+"""
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C564B")
 LOOKS = (("test", "last step", "o", "", "-"), ("test_by_exit", "exit by validation", "D", "w", ":"))
+TOKEN_LOOKS = tuple(
+    (key, *look) for key, (_, *look) in zip(("bits_per_byte", "bits_by_exit"), LOOKS, strict=True)
+)
+MOST_UPRIGHT = 5  # names of values along an axis that are not turned
 
 
 def parser(description: str | None = __doc__) -> argparse.ArgumentParser:
@@ -65,13 +80,22 @@ def parser(description: str | None = __doc__) -> argparse.ArgumentParser:
     flags.add_argument(
         "--config",
         default=os.path.relpath(EQUAL) + ":{data},{model},{method}",
-        help="of train.py; {data}, {model} and {method} are replaced (default: configs/equal.py)",
+        help="of train.py; {data}, {model}, {method} and what is swept are replaced (default: "
+        "configs/equal.py)",
     )
     words = "override the configuration of all cells"
     several("--set", "KEY=VALUE", words, action="extend", default=[])
     words = "override that of the cells of a method, data set or model, or of several at once"
     several("--set-for", ("NAME[,NAME]", "KEY=VALUE"), words, action="append", default=[])
-    several("--sweep", ("KEY", "VALUE"), "one more axis", action="append", default=[])
+    words = "one more axis, of a key or of what stands in braces in --config"
+    several("--sweep", ("KEY", "VALUE"), words, action="append", default=[])
+    words = "METHOD with settings of its own, as one more method of the matrix"
+    several("--variant", ("NAME", "METHOD"), words, action="append", default=[])
+    words = "leave out the cells that have all of these values"
+    flags.add_argument(
+        "--without", metavar="VALUE[,VALUE]", action="append", default=[], help=words
+    )
+    flags.add_argument("--along", metavar="AXIS", help="of the picture (default: what is swept)")
     flags.add_argument("--jobs", type=int, default=1, help="runs side by side, with cores each")
     several("--gpus", "ID", "GPUs of the jobs, one each in turn", default=[])
     flags.add_argument("--output", type=Path, required=True, metavar="FOLDER")
@@ -91,10 +115,26 @@ def cells_of(options: argparse.Namespace) -> list[Cell]:
     if options.jobs < 1:
         raise ValueError(f"--jobs is {options.jobs}: at least 1 is needed")
     own = [(names.split(","), settings) for names, *settings in options.set_for]
+    variants: dict[str, str] = {}
+    for name, *rest in options.variant:
+        if not rest:
+            raise ValueError(f"--variant {name}: a method, and KEY=VALUE for it, are needed")
+        variants[name] = rest[0]
+        own.append(([name], rest[1:]))
+    axes["method"] = [*axes["method"], *variants]
+    if options.along not in (None, *axes):
+        raise ValueError(f"--along {options.along}: {', '.join(axes)} are the axes")
     # The method last, for tables in which the methods of one setting are neighbours.
     axes["method"] = axes.pop("method")
     axes["seed"] = options.seeds
-    return matrix.cells(options.config, axes, options.set, own, options.output / "cells")
+    without = [values.split(",") for values in options.without]
+    folder = options.output / "cells"
+    return matrix.cells(options.config, axes, options.set, own, folder, variants, without)
+
+
+def of_tokens(rows: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether these are results of language models."""
+    return any("bits_per_byte" in row for row in rows)
 
 
 def grouped(rows: Sequence[dict[str, Any]]) -> dict[tuple, list[dict]]:
@@ -108,7 +148,7 @@ def grouped(rows: Sequence[dict[str, Any]]) -> dict[tuple, list[dict]]:
 
 def mean_and_deviation(rows: Sequence[dict[str, Any]], key: str) -> tuple[float, float] | None:
     """Mean and sample standard deviation (0 of one), of accuracies in %; None without any value."""
-    factor = 1 if key == "loss" else 100
+    factor = 1 if key in PLAIN else 100
     values = [factor * row[key] for row in rows if row.get(key) is not None]
     if not values:
         return None
@@ -129,25 +169,28 @@ def write(folder: Path, setup: dict[str, Any], rows: Sequence[dict[str, Any]]) -
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The table of means, and what has failed."""
+    columns, legend = (TOKEN_COLUMNS, TOKEN_LEGEND) if of_tokens(rows) else (COLUMNS, LEGEND)
 
     def shown(group: Sequence[dict[str, Any]], key: str) -> str:
+        if key == "each":
+            return ", ".join(f"{row['bits_per_byte']:.4f}" for row in group if "test" in row)
         numbers = mean_and_deviation(group, key) or ()
         several = sum(row.get(key) is not None for row in group) > 1
-        digits = 4 if key == "loss" else 2
+        digits = 4 if key in PLAIN else 2
         return " ± ".join(f"{number:.{digits}f}" for number in numbers[: 1 + several])
 
     lines, notes = [], []
     for axes, group in grouped(rows).items():
         missing = [row for row in group if row["state"] != "finished"]
         done = f"{len(group) - len(missing)} of {len(group)}" if missing else str(len(group))
-        lines.append([*dict(axes).values(), done, *(shown(group, key) for key in COLUMNS)])
+        lines.append([*dict(axes).values(), done, *(shown(group, key) for key in columns)])
         names = [matrix.short(key) for key, _ in axes]
         for row in missing:
             cell = " ".join(f"{name}={value}" for name, (_, value) in zip(names, axes, strict=True))
             error = f": `{row['error']}`" if row["error"] else ""
             notes.append(f"\n- {cell} seed={row['seed']}: {row['state']}{error}")
-    text = runner.table([*names, "seeds", *COLUMNS.values()], lines)
-    return f"{text}\n{LEGEND}{''.join(notes)}".rstrip("\n") + "\n"
+    text = runner.table([*names, "seeds", *columns.values()], lines)
+    return f"{text}\n{legend}{''.join(notes)}".rstrip("\n") + "\n"
 
 
 def draw(rows: Sequence[dict[str, Any]], along: str, path: Path) -> None:
@@ -157,6 +200,7 @@ def draw(rows: Sequence[dict[str, Any]], along: str, path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
+    looks = TOKEN_LOOKS if of_tokens(rows) else LOOKS
     panels: dict[str, dict[str, dict[str, list[dict]]]] = {}
     for axes, group in grouped(rows).items():
         chosen = dict(axes)
@@ -169,25 +213,29 @@ def draw(rows: Sequence[dict[str, Any]], along: str, path: Path) -> None:
     figure = Figure(figsize=(max(6, 4.5 * len(panels)), 4.5), layout="constrained")
     all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (panel, lines) in zip(all_axes, panels.items(), strict=True):
-        draw_panel(axes, lines)
-        axes.set(title=panel, xlabel=matrix.short(along), ylabel="test accuracy, %")
+        draw_panel(axes, lines, looks)
+        measure = "test accuracy, %" if looks is LOOKS else "test bits per byte"
+        axes.set(title=panel, xlabel=matrix.short(along), ylabel=measure)
         axes.grid(alpha=0.3)
         axes.legend(*axes.get_legend_handles_labels(), fontsize="small")
     figure.savefig(path, format="png", dpi=120)
 
 
-def draw_panel(axes: Any, lines: Mapping[str, Mapping[str, list[dict]]]) -> None:
+def draw_panel(
+    axes: Any, lines: Mapping[str, Mapping[str, list[dict]]], looks: Sequence[tuple] = LOOKS
+) -> None:
     """Draws a line for every label; values that are no numbers stand side by side, unconnected."""
     values = list(dict.fromkeys(x for groups in lines.values() for x in groups))
     try:
         places, joined = {x: float(x) for x in values}, True
     except ValueError:
         places, joined = {x: float(place) for place, x in enumerate(values)}, False
-        axes.set_xticks(range(len(values)), values)
+        turned = {"rotation": 30, "ha": "right"} if len(values) > MOST_UPRIGHT else {}
+        axes.set_xticks(range(len(values)), values, **turned)
         axes.set_xlim(-0.5, len(values) - 0.5)
     for number, (label, groups) in enumerate(lines.items()):
         last: list[tuple] = []
-        for key, name, marker, fill, line in LOOKS:
+        for key, name, marker, fill, line in looks:
             means = {places[x]: mean_and_deviation(group, key) for x, group in groups.items()}
             points = [(place, *mean) for place, mean in means.items() if mean]
             if not points or set(points) <= set(last):
@@ -220,7 +268,10 @@ def main(options: argparse.Namespace, flags: argparse.ArgumentParser) -> int:
     def ended(cell: Cell, outcome: Outcome) -> None:
         result = matrix.result(cell) if outcome.state == "finished" else {}
         by_cell[cell.folder] |= {"state": outcome.state, "error": outcome.line, **result}
-        shown = f"{100 * result['test']:.2f} %" if result else outcome.line
+        shown = outcome.line
+        if result:
+            bits = result.get("bits_per_byte")
+            shown = f"{100 * result['test']:.2f} %" if bits is None else f"{bits:.4f}"
         line = f"[{next(number)}/{len(cells)}] {cell.title}: {outcome.state} {shown}"
         print(line.rstrip(), flush=True)
         write(options.output, setup, list(rows))
@@ -228,7 +279,7 @@ def main(options: argparse.Namespace, flags: argparse.ArgumentParser) -> int:
     by_seed = sorted(cells, key=lambda cell: options.seeds.index(cell.axes["seed"]))
     complete = matrix.run(by_seed, matrix.slots(options.jobs, options.gpus), ended)
     print(f"\n{write(options.output, setup, list(rows))}")
-    along = next((key for key, *_ in options.sweep), "method")
+    along = options.along or next((key for key, *_ in options.sweep), "method")
     draw(list(rows), along, options.output / "results.png")
     return 130 if not complete else int(any(row["state"] != "finished" for row in rows))
 

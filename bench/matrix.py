@@ -63,11 +63,16 @@ def cells(
     settings: Sequence[str],
     settings_for: Sequence[tuple[Sequence[str], Sequence[str]]],
     folder: Path,
+    variants: Mapping[str, str] = {},
+    without: Sequence[Sequence[str]] = (),
 ) -> list[Cell]:
     """The product of the axes, the seed running fastest, with workdirs below a folder.
 
-    In `config`, an argument of --config, {data}, {model} and {method} are replaced. `settings` are
-    "KEY=VALUE" for all cells, those of `settings_for` for the cells that have all of its names.
+    In `config`, an argument of --config, {data}, {model}, {method} and other axes are replaced; one
+    that stands there is no key of the configuration. `settings` are "KEY=VALUE" for all cells,
+    those of `settings_for` for the cells that have all of its names. `variants` are names of
+    methods with other settings, and which methods they are. Cells that have all values of an entry
+    of `without` are left out.
 
     Raises:
         ValueError: in one line: something is given twice, unknown, or no setting.
@@ -85,17 +90,25 @@ def cells(
             raise ValueError(f"setting {setting!r}: KEY=VALUE is needed")
         if key in {*axes, *(f"{name}.name" for name in NAMES)}:
             raise ValueError(f"setting {setting!r}: {key} is an axis of the matrix")
+    everything = {value for values in axes.values() for value in values}
+    if strangers := [value for values in without for value in values if value not in everything]:
+        raise ValueError(f"cells without {strangers[0]!r}: no axis has it")
     by_label: dict[str, Cell] = {}
     for values in itertools.product(*axes.values()):
         chosen = dict(zip(axes, values, strict=True))
-        pairs = [f"{name}.name={chosen[name]}" for name in NAMES] + [*settings]
+        if any({*left_out} <= {*values} for left_out in without):
+            continue
+        real = {**chosen, "method": variants.get(chosen["method"], chosen["method"])}
+        pairs = [f"{name}.name={real[name]}" for name in NAMES] + [*settings]
         for names, own in settings_for:
             if set(names) <= {chosen[name] for name in NAMES}:
                 pairs += own
-        pairs += [f"{key}={value}" for key, value in chosen.items() if key not in NAMES]
         path = config
-        for name in NAMES:
-            path = path.replace(f"{{{name}}}", chosen[name])
+        for name, value in real.items():
+            if f"{{{name}}}" in config:
+                path = path.replace(f"{{{name}}}", value)
+            elif name not in NAMES:
+                pairs.append(f"{name}={value}")
         cell = Cell(chosen, folder, ["--config", path, *(f"--config.{pair}" for pair in pairs)])
         label = re.sub(r"[^\w.=+-]", "_", cell.title.replace(" ", "-"))
         if label in by_label:
@@ -147,7 +160,9 @@ def result(cell: Cell) -> dict[str, Any]:
         step, the exit that is best on the validation split) and that "exit", "test_by_step" (final
         exit, the step that is best on the validation split), "papers" (best test accuracy of any
         exit and step), "validation" (final exit, last step), "steps", "parameters",
-        "examples_per_second" (median) and "device".
+        "examples_per_second" (median) and "device". Of language models also "bits_per_byte" (final
+        exit, last step) and "bits_by_exit" (last step, the exit with fewest on the validation
+        split).
     """
     written = json.loads((cell.folder / "config.json").read_text())
     lines = read_metrics(cell.folder)
@@ -169,7 +184,17 @@ def result(cell: Cell) -> dict[str, Any]:
         "parameters": written["parameters"],
         "examples_per_second": statistics.median(speeds) if speeds else None,
         "device": written["device_kind"],
+        **_bits(last, validation),
     }
+
+
+def _bits(last: Mapping[str, Any], validation: Mapping[str, Any]) -> dict[str, Any]:
+    if "bits_per_byte" not in last:
+        return {}
+    by_exit = report.exits(validation, "bits_per_byte")
+    chosen = min(by_exit, key=lambda name: by_exit[name], default=None)
+    found = report.exits(last, "bits_per_byte")
+    return {"bits_per_byte": last["bits_per_byte"], "bits_by_exit": chosen and found[chosen]}
 
 
 def slots(count: int, gpus: Sequence[str] = ()) -> list[Place]:

@@ -122,6 +122,25 @@ def test_label_noise(bench, tmp_path):
     ]
 
 
+def test_language_models(bench, tmp_path):
+    """The matrix of bench/lm.txt: K is a part of --config, and bp has one of its values."""
+    accuracy = bench("accuracy")
+    variant = ("--variant", "layer", "dgl", "method.aux=transformer")
+    given = [f"@{BENCH / 'lm.txt'}", *variant, "--seeds", "0", "--output", str(tmp_path)]
+    options = accuracy.parser().parse_args(given)
+    cells = {cell.title: cell for cell in accuracy.cells_of(options)}
+    assert "stdlib gpt K=2 bp seed=0" in cells
+    assert "stdlib gpt K=4 bp seed=0" not in cells
+    cell = cells["stdlib gpt K=4 layer seed=0"]
+    assert cell.arguments[1].endswith("lm.py:stdlib,gpt,dgl,4")
+    assert "--config.method.name=dgl" in cell.arguments
+    assert not any(text.startswith("--config.K") for text in cell.arguments)
+    of_dgl = cells["stdlib gpt K=4 dgl seed=0"].arguments
+    assert [text for text in cell.arguments if text not in of_dgl] == [
+        "--config.method.aux=transformer"
+    ]
+
+
 @pytest.mark.slow
 def test_stopped_killed_and_resumed(bench, capsys, tmp_path):
     cell = tmp_path / "cells" / "synthetic-mlp-bp-seed=0"
@@ -303,6 +322,22 @@ def test_means_leave_out_what_failed(bench):
     assert "- data=digits model=mlp method=bp seed=2: failed: `error: x`" in text
 
 
+def test_bits_of_language_models(bench, tmp_path):
+    tests, validation = line(20, "test", 0.5, 0.7, 0.5), line(20, "validation", 0.6, 0.6, 0.6)
+    tests |= {"bits_per_byte": 2.0, "exit_0/bits_per_byte": 3.0, "exit_1/bits_per_byte": 2.0}
+    validation |= {"exit_0/bits_per_byte": 1.5, "exit_1/bits_per_byte": 1.75}
+    results = finished(bench, tmp_path / "cell", [*TRAIN, validation, tests])
+    assert (results["bits_per_byte"], results["bits_by_exit"]) == (2.0, 3.0)
+
+    accuracy = bench("accuracy")
+    made = [made_up("dgl", seed, 0.5, bits_per_byte=2 + int(seed) / 4) for seed in "012"]
+    text = accuracy.markdown([*made, made_up("dgl", "3", None)])
+    row = "| digits | mlp | dgl | 3 of 4 | 2.2500 ± 0.2500 | 2.0000, 2.2500, 2.5000 |  | 50.00"
+    assert row in text
+    accuracy.draw(made, "method", tmp_path / "bits.png")
+    assert is_png(tmp_path / "bits.png")
+
+
 def test_lines_of_the_picture(bench):
     results = [made_up("bp", seed, test) for seed, test in (("0", 0.5), ("1", 0.7))]
     axes = Figure().subplots()
@@ -342,6 +377,9 @@ GOOD = {"--methods": ["bp"], "--data": ["digits"], "--models": ["mlp"]}
             "label_noise=2 bp seed=0: config.data",
         ),
         ({"--jobs": ["0"]}, "--jobs is 0"),
+        ({"--variant": ["top"]}, "--variant top: a method, and KEY=VALUE for it, are needed"),
+        ({"--without": ["bp,4"]}, "cells without '4': no axis has it"),
+        ({"--along": ["depth"]}, "--along depth: data, model, method are the axes"),
         ({"--config": ["nowhere.py"]}, "there is no file 'nowhere.py'"),
         ({"--models": []}, "--models: expected at least one argument"),
     ],
