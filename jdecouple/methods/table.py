@@ -11,6 +11,7 @@ from jdecouple.methods.objectives import (
     AuxiliaryNet,
     CrossEntropy,
     Exits,
+    FeatureReconstruction,
     InformationPropagation,
     InformationRegularization,
     Objective,
@@ -63,6 +64,7 @@ _METHODS: dict[str, MethodSpec] = {
     "dgl": MethodSpec(AuxiliaryNet, Local, "arXiv:1901.08164"),
     "predsim": MethodSpec(PredictionSimilarity, Local, "arXiv:1901.06656"),
     "infopro": MethodSpec(InformationPropagation, Local, "arXiv:2101.10832"),
+    "lopt": MethodSpec(FeatureReconstruction, Local, "arXiv:2605.04913"),
     "ddg": MethodSpec(
         CrossEntropy,
         Delayed,

@@ -137,6 +137,12 @@ class Chain(nnx.Sequential):
         return x
 
 
+def first_embedding(block: Any) -> nnx.Module | None:
+    """The module that embeds a block's input: the block, or its first unit; None of others."""
+    first: Any = block.layers[0] if isinstance(block, Chain) else block
+    return first if getattr(first, "is_embedding", False) else None
+
+
 def read_entries(block: Any) -> tuple[str, ...]:
     """Entries of the batch beside "x" that a block names in its attribute `inputs`, () without one.
 

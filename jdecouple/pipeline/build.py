@@ -35,6 +35,7 @@ from jdecouple.methods.routes import (
 from jdecouple.methods.routes.stage import Transform
 from jdecouple.methods.routes.unit import share_traces
 from jdecouple.models import Model
+from jdecouple.models.cuts import first_embedding
 from jdecouple.pipeline.partition import balance, check_boundaries, check_num_stages
 from jdecouple.pipeline.wire import WIRES
 
@@ -102,7 +103,10 @@ def build_units(
     inputs, units = carry["x"], []
     carries: list[Carry] = []
     for index, (block, features) in enumerate(zip(model.blocks, outputs, strict=True)):
-        own = model.at_block(index)
+        own, embedding = model.at_block(index), first_embedding(block)
+        received = carry["x"]
+        if embedding is not None:
+            received = _block_output(index, embedding, carry, dtype)
         info = BlockInfo(
             index=index,
             num_blocks=len(own.blocks),
@@ -113,6 +117,8 @@ def build_units(
             param_dtype=_param_dtype(block),
             is_embedding=getattr(block, "is_embedding", False),
             input=inputs,
+            embedding=embedding,
+            received=received,
             grown=own is not model,
         )
         rngs = nnx.Rngs(jax.random.fold_in(root, index))

@@ -21,7 +21,8 @@ BLOCKS = 3
 STEPS = 8  # enough for the late errors of delayed methods to reach the first stage
 BATCH = 8
 METHODS = pytest.mark.parametrize("name", jd.methods.names())
-SLOW = ("scpl", "dgl", "predsim", "infopro")  # local ones, as deinforeg; a new row is a fast one
+# Local ones, as deinforeg; a new row is a fast one.
+SLOW = ("scpl", "dgl", "predsim", "infopro", "lopt")
 MOST = pytest.mark.parametrize(
     "name", nets.marked(jd.methods.names(), {*jd.methods.names()} - {*SLOW})
 )

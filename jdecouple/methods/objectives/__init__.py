@@ -16,6 +16,7 @@ from jdecouple.methods.objectives.base import (
 )
 from jdecouple.methods.objectives.cross_entropy import CrossEntropy, cross_entropy
 from jdecouple.methods.objectives.exits import Exits
+from jdecouple.methods.objectives.feature_reconstruction import FeatureReconstruction
 from jdecouple.methods.objectives.information_propagation import InformationPropagation, unit_range
 from jdecouple.methods.objectives.information_regularization import (
     InformationRegularization,
@@ -35,6 +36,7 @@ __all__ = [
     "CrossEntropy",
     "Descending",
     "Exits",
+    "FeatureReconstruction",
     "Head",
     "HeadOutput",
     "InformationPropagation",

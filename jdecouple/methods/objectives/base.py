@@ -29,6 +29,9 @@ class BlockInfo:
         is_embedding: Whether the block is one that only embeds tokens or patches, and says so by an
             attribute `is_embedding`.
         input: Shape and dtype of the model's input, the first block's `carry["x"]`.
+        embedding: What the block embeds its input by, where it begins with a module that does; a
+            head that holds it shares its weights.
+        received: Shape and dtype of what the block works on: its input, embedded where it does so.
         grown: Whether blocks were added behind those `num_blocks` later.
     """
 
@@ -41,6 +44,8 @@ class BlockInfo:
     param_dtype: Any = jnp.float32
     is_embedding: bool = False
     input: Any = None
+    embedding: nnx.Module | None = None
+    received: Any = None
     grown: bool = False
 
     @property
@@ -129,7 +134,7 @@ class Scaling(Protocol):
 
 @runtime_checkable
 class Objective(Protocol):
-    """What each block minimises; a subclass inherits the two defaults.
+    """What each block minimises; a subclass inherits the defaults.
 
     The objectives of this package are frozen dataclasses, which raise ValueError for an argument
     that is not allowed.
@@ -149,6 +154,13 @@ class Objective(Protocol):
 
     def head(self, info: BlockInfo, rngs: nnx.Rngs) -> nnx.Module | None:
         """Returns the `Head` for a block, or None if the block has no loss of its own."""
+
+    def whole_head(self, info: BlockInfo, rngs: nnx.Rngs) -> nnx.Module | None:
+        """Returns a `Head` that reads activations of positions, and their labels, as they are.
+
+        None, here always: `head` gets positions as examples.
+        """
+        return None
 
 
 def at_least_float32(x: jax.Array) -> jax.Array:

@@ -90,10 +90,10 @@ def token_head(objective: Objective, info: BlockInfo, rngs: nnx.Rngs) -> nnx.Mod
             f"the output of block {info.index} is {given}: labels of positions need [batch, "
             "length, width]"
         )
+    if (whole := objective.whole_head(info, rngs)) is not None:
+        return whole
     positions = getattr(objective, "positions", POSITIONS) if objective.tokens == "drawn" else 0
-    count = h.shape[0] * (min(positions, h.shape[1]) or h.shape[1])
-    rows = jax.ShapeDtypeStruct((count, h.shape[2]), h.dtype)
-    head = objective.head(dataclasses.replace(info, features=rows), rngs)
+    head = objective.head(by_positions(info, positions), rngs)
     if head is None:
         return None
     if any(isinstance(node, layers.BatchNorm) for _, node in nnx.iter_graph(head)):
@@ -102,3 +102,11 @@ def token_head(objective: Objective, info: BlockInfo, rngs: nnx.Rngs) -> nnx.Mod
             "later ones: choose one without (aux='norm' of dgl, batch_norm=False of deinforeg)"
         )
     return TokenHead(head, positions, rngs)
+
+
+def by_positions(info: BlockInfo, positions: int = 0) -> BlockInfo:
+    """Where a head is that reads positions as examples: all, or so many of every row."""
+    h = states(info.features)
+    count = h.shape[0] * (min(positions, h.shape[1]) or h.shape[1])
+    rows = jax.ShapeDtypeStruct((count, h.shape[2]), h.dtype)
+    return dataclasses.replace(info, features=rows)
