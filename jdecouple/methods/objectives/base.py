@@ -30,6 +30,9 @@ class BlockInfo:
             attribute `is_embedding`.
         input: Shape and dtype of the model's input, the first block's `carry["x"]`.
         grown: Whether blocks were added behind those `num_blocks` later.
+        above: Units behind it (see `jdecouple.models.cuts`), with their initial weights, of those
+            `num_blocks`, and shapes of what each gives; of an objective without a `front` ().
+        unit: Index of the block's last unit among those of all blocks.
     """
 
     index: int
@@ -42,6 +45,8 @@ class BlockInfo:
     is_embedding: bool = False
     input: Any = None
     grown: bool = False
+    above: tuple[tuple[nnx.Module, Any], ...] = ()
+    unit: int = 0
 
     @property
     def is_last(self) -> bool:
@@ -129,7 +134,7 @@ class Scaling(Protocol):
 
 @runtime_checkable
 class Objective(Protocol):
-    """What each block minimises; a subclass inherits the two defaults.
+    """What each block minimises; a subclass inherits the defaults, and may have a `front`.
 
     The objectives of this package are frozen dataclasses, which raise ValueError for an argument
     that is not allowed.
@@ -149,6 +154,17 @@ class Objective(Protocol):
 
     def head(self, info: BlockInfo, rngs: nnx.Rngs) -> nnx.Module | None:
         """Returns the `Head` for a block, or None if the block has no loss of its own."""
+
+
+@runtime_checkable
+class Fronted(Protocol):
+    """An objective whose heads do not read a block's output, but what layers make of it.
+
+    The layers get whole sequences, where a head has their positions or their summary.
+    """
+
+    def front(self, info: BlockInfo, rngs: nnx.Rngs) -> nnx.Module | None:
+        """Layers between a block and its head, or None."""
 
 
 def at_least_float32(x: jax.Array) -> jax.Array:
