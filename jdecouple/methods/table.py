@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from jdecouple._errors import choices, require_one_of
 from jdecouple.methods.objectives import (
     AssociatedLearning,
+    AugmentedNet,
     AuxiliaryNet,
     CrossEntropy,
     Exits,
@@ -63,6 +64,7 @@ _METHODS: dict[str, MethodSpec] = {
     "al": MethodSpec(AssociatedLearning, Local, "arXiv:1906.05560"),
     "dgl": MethodSpec(AuxiliaryNet, Local, "arXiv:1901.08164"),
     "predsim": MethodSpec(PredictionSimilarity, Local, "arXiv:1901.06656"),
+    "auglocal": MethodSpec(AugmentedNet, Local, "arXiv:2402.17318"),
     "infopro": MethodSpec(InformationPropagation, Local, "arXiv:2101.10832"),
     "lopt": MethodSpec(FeatureReconstruction, Local, "arXiv:2605.04913"),
     "ddg": MethodSpec(

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +52,72 @@ class Pad(nnx.Module):
         x = x[:, :: self.strides, :: self.strides]
         before = self.extra // 2
         return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (before, self.extra - before)))
+
+
+class UnitKind(NamedTuple):
+    """What the units of a net have alike.
+
+    Attributes:
+        bottleneck: Whether they are of 1x1, 3x3 and 1x1 convolutions, or of two 3x3 ones.
+        shortcut: Past one that changes the shape, see `resnet`.
+        projection: Kernel size of shortcuts that are projections.
+        activation: Between convolutions, and at the end.
+    """
+
+    bottleneck: bool
+    shortcut: str
+    projection: int
+    activation: Callable[..., jax.Array]
+
+
+class ResidualUnit(nnx.Sequential):
+    """Convolutions with BatchNorm past a shortcut, and the activation.
+
+    Args:
+        channels: Of what it gets.
+        features: Channels of what it gives.
+        strides: 1, or 2 to halve the sides.
+        kind: What else it is.
+        ends: Whether it ends in the global average pooling.
+        **options: `init`, `param_dtype` and `rngs`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        features: int,
+        strides: int,
+        kind: UnitKind,
+        *,
+        ends: bool = False,
+        **options: Any,
+    ):
+        inner = features // 4 if kind.bottleneck else features
+        # Kernel size, stride and channels of every convolution.
+        plan = [(3, strides, inner), (3, 1, inner)]
+        if kind.bottleneck:
+            plan = [(1, 1, inner), (3, strides, inner), (1, 1, features)]
+        branch = _branch(channels, plan, kind.activation, **options)
+        bypass = _shortcut(channels, features, strides, kind.shortcut, kind.projection, **options)
+        pool = [layers.GlobalAveragePool()] if ends else []
+        super().__init__(layers.Residual(branch, bypass), kind.activation, *pool)
+        self.kind, self.ends = kind, ends
+
+    def anew(self, received: Any, output: Any, **options: Any) -> "ResidualUnit":
+        """A fresh unit, which halves the sides that are larger than those of `output`."""
+        strides = halving(received, output)
+        channels, features = received.shape[-1], output.shape[-1]
+        return ResidualUnit(channels, features, strides, self.kind, ends=self.ends, **options)
+
+
+def halving(received: Any, output: Any) -> int:
+    """Stride of a unit to what is as `output`: 2 if it gets more pixels, else 1.
+
+    Where the output is no map, fewer channels than it has stand for more pixels.
+    """
+    if len(output.shape) == 4:
+        return 2 if received.shape[1] > output.shape[1] else 1
+    return 2 if received.shape[-1] < output.shape[-1] else 1
 
 
 @cuttable
@@ -154,6 +220,7 @@ def resnet_of_groups(
     require_one_of(("pad", "projection"), shortcut=shortcut)
     require_one_of(_VARIANTS, variant=variant)
     activation, projection, pooled = _VARIANTS[variant]
+    kind = UnitKind(bottleneck, shortcut, projection, activation)
     layers.require_pixels(image_size, len(groups) - 1, "halvings")
     options = {"init": init, "param_dtype": param_dtype, "rngs": rngs}
     stem = layers.scaled(groups[0][0], width)
@@ -164,18 +231,11 @@ def resnet_of_groups(
         outer = 4 * inner if bottleneck else inner
         for index in range(count):
             strides = 2 if group > 0 and index == 0 else 1
-            # Kernel size, stride and channels of every convolution.
-            plan = [(3, strides, inner), (3, 1, inner)]
-            if bottleneck:
-                plan = [(1, 1, inner), (3, strides, inner), (1, 1, outer)]
-            branch = _branch(channels, plan, activation, **options)
-            bypass = _shortcut(channels, outer, strides, shortcut, projection, **options)
-            blocks.append(nnx.Sequential(layers.Residual(branch, bypass), activation))
+            ends = pooled and (group, index) == (len(groups) - 1, count - 1)
+            unit = ResidualUnit(channels, outer, strides, kind, ends=ends, **options)
+            blocks.append(unit)
             channels = outer
-    pool: nnx.Module = layers.GlobalAveragePool()
-    if pooled:
-        blocks[-1] = nnx.Sequential(*blocks[-1].layers, pool)
-        pool = layers.Flatten()
+    pool = layers.Flatten() if pooled else layers.GlobalAveragePool()
     classifier = nnx.Sequential(pool, layers.linear(channels, num_classes, **options))
     return Model(blocks, classifier, splits)
 

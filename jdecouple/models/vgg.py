@@ -28,6 +28,31 @@ CLASSIFIERS: dict[str, tuple[tuple[int, ...], str]] = {
 Blocks = Sequence[Sequence[int | str]]
 
 
+class VggBlock(nnx.Sequential):
+    """Convolutions with BatchNorm and ReLU, and poolings.
+
+    Args:
+        channels: Of what it gets.
+        plan: Channels of every convolution, and "M" for 2x2 maximum pooling, in order.
+        **options: `init`, `param_dtype` and `rngs`.
+    """
+
+    def __init__(self, channels: int, plan: tuple[int | str, ...], **options: Any):
+        stack: list[Callable[..., jax.Array]] = []
+        for item in plan:
+            if isinstance(item, str):
+                stack.append(layers.MaxPool())
+            else:
+                stack += [*layers.conv_norm(channels, item, **options), nnx.relu]
+                channels = item
+        super().__init__(*stack)
+        self.plan = plan
+
+    def anew(self, received: Any, output: Any, **options: Any) -> "VggBlock":
+        """A fresh block for maps of any number of channels."""
+        return VggBlock(received.shape[-1], self.plan, **options)
+
+
 @cuttable
 def vgg(
     num_classes: int,
@@ -73,15 +98,9 @@ def vgg(
     options: dict[str, Any] = {"init": init, "param_dtype": param_dtype, "rngs": rngs}
     modules = []
     for block in layout:
-        stack: list[Callable[..., jax.Array]] = []
-        for item in block:
-            if isinstance(item, str):
-                stack.append(layers.MaxPool())
-            else:
-                features = layers.scaled(item, width)
-                stack += [*layers.conv_norm(channels, features, **options), nnx.relu]
-                channels = features
-        modules.append(nnx.Sequential(*stack))
+        plan = tuple(x if isinstance(x, str) else layers.scaled(x, width) for x in block)
+        modules.append(VggBlock(channels, plan, **options))
+        channels = next((x for x in reversed(plan) if not isinstance(x, str)), channels)
     features = channels * (image_size >> pools) ** 2
     hidden, activation = CLASSIFIERS[classifier]
     widths = [*(layers.scaled(size, width) for size in hidden), num_classes]

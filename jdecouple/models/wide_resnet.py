@@ -11,10 +11,54 @@ from jdecouple._errors import require_int, require_number
 from jdecouple.models import layers
 from jdecouple.models.base import Model, bind
 from jdecouple.models.cuts import cuttable
-from jdecouple.models.resnet import equal_parts, units_per_group
+from jdecouple.models.resnet import equal_parts, halving, units_per_group
 
 # By depth and K: blocks at which parts 1 to K - 1 begin in the code of FDG (arXiv 1906.09108).
 _FDG = {28: {2: (7,), 3: (5, 9), 4: (4, 7, 10)}}
+
+
+class WideUnit(layers.Residual):
+    """BatchNorm, ReLU, 3x3 convolution, twice, past a shortcut.
+
+    Args:
+        channels: Of what it gets.
+        features: Channels of what it gives.
+        strides: 1, or 2 to halve the sides.
+        dropout: Share of activations dropped between the convolutions.
+        **options: `init`, `param_dtype` and `rngs`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        features: int,
+        strides: int,
+        dropout: float,
+        *,
+        init: str = "flax",
+        **norm: Any,
+    ):
+        conv = {"init": init, "use_bias": True, **norm}
+        stack: list[Callable[..., jax.Array]] = [
+            layers.BatchNorm(channels, **norm),
+            nnx.relu,
+            layers.conv(channels, features, **conv),
+            layers.BatchNorm(features, **norm),
+            nnx.relu,
+        ]
+        if dropout > 0:
+            stack.append(nnx.Dropout(dropout, rngs=norm["rngs"]))
+        stack.append(layers.conv(features, features, strides=strides, **conv))
+        same = strides == 1 and channels == features
+        shortcut = None if same else layers.conv(channels, features, 1, strides=strides, **conv)
+        super().__init__(nnx.Sequential(*stack), shortcut)
+        self.dropout = dropout
+
+    def anew(self, received: Any, output: Any, **options: Any) -> "WideUnit":
+        """A fresh unit, which halves the sides that are larger than those of `output`."""
+        strides = halving(received, output)
+        channels, features = received.shape[-1], output.shape[-1]
+        return WideUnit(channels, features, strides, self.dropout, **options)
 
 
 @cuttable
@@ -63,7 +107,7 @@ def wide_resnet(
         features = 16 * 2**group * widen
         for index in range(count):
             strides = 2 if group > 0 and index == 0 else 1
-            blocks.append(_unit(channels, features, strides, dropout, **options))
+            blocks.append(WideUnit(channels, features, strides, dropout, **options))
             channels = features
     classifier = nnx.Sequential(
         layers.BatchNorm(channels, **norm),
@@ -73,25 +117,6 @@ def wide_resnet(
     )
     fdg = {"fdg": _FDG[depth]} if depth in _FDG else {}
     return Model(blocks, classifier, {"infopro": equal_parts(3 * count), **fdg})
-
-
-def _unit(
-    channels: int, features: int, strides: int, dropout: float, *, init: str, **norm: Any
-) -> layers.Residual:
-    conv = {"init": init, "use_bias": True, **norm}
-    stack: list[Callable[..., jax.Array]] = [
-        layers.BatchNorm(channels, **norm),
-        nnx.relu,
-        layers.conv(channels, features, **conv),
-        layers.BatchNorm(features, **norm),
-        nnx.relu,
-    ]
-    if dropout > 0:
-        stack.append(nnx.Dropout(dropout, rngs=norm["rngs"]))
-    stack.append(layers.conv(features, features, strides=strides, **conv))
-    same = strides == 1 and channels == features
-    shortcut = None if same else layers.conv(channels, features, 1, strides=strides, **conv)
-    return layers.Residual(nnx.Sequential(*stack), shortcut)
 
 
 wrn28_10 = bind(wide_resnet, "wrn28_10", "WRN-28-10", depth=28, widen=10)

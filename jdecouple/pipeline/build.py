@@ -20,8 +20,8 @@ from jdecouple._errors import (
     require_type,
 )
 from jdecouple.methods import Method
-from jdecouple.methods.objectives import BlockInfo
-from jdecouple.methods.objectives.tokens import token_head
+from jdecouple.methods.objectives import BlockInfo, Fronted
+from jdecouple.methods.objectives.front import build_head
 from jdecouple.methods.routes import (
     REMATS,
     Carry,
@@ -36,6 +36,7 @@ from jdecouple.methods.routes.stage import Transform
 from jdecouple.methods.routes.unit import share_traces
 from jdecouple.models import Model
 from jdecouple.models.cuts import first_embedding
+from jdecouple.models.renewal import outputs_of, units_of
 from jdecouple.pipeline.partition import balance, check_boundaries, check_num_stages
 from jdecouple.pipeline.wire import WIRES
 
@@ -100,6 +101,10 @@ def build_units(
     num_classes = _num_classes(model, method, num_classes, {**carry, "x": outputs[-1]}, dtype)
     # The last key of the 32-bit range: steps count up from 0 and never reach it.
     root = jax.random.fold_in(jax.random.key(seed), np.uint32(2**32 - 1))
+    above: tuple = ()
+    if isinstance(objective, Fronted):
+        shapes = outputs_of(model.blocks, outputs, carry["x"])
+        above = tuple(zip(units_of(model.blocks), shapes, strict=True))
     inputs, units = carry["x"], []
     carries: list[Carry] = []
     for index, (block, features) in enumerate(zip(model.blocks, outputs, strict=True)):
@@ -107,6 +112,7 @@ def build_units(
         received = carry["x"]
         if embedding is not None:
             received = _block_output(index, embedding, carry, dtype)
+        number = len(units_of(model.blocks[: index + 1])) - 1
         info = BlockInfo(
             index=index,
             num_blocks=len(own.blocks),
@@ -120,10 +126,12 @@ def build_units(
             embedding=embedding,
             received=received,
             grown=own is not model,
+            above=above[number + 1 : len(units_of(own.blocks))],
+            unit=number,
         )
         rngs = nnx.Rngs(jax.random.fold_in(root, index))
         of_positions = len(carry["label"].shape) > 1
-        head = token_head(objective, info, rngs) if of_positions else objective.head(info, rngs)
+        head = build_head(objective, info, rngs, of_positions)
         if head is None and method.route.local:
             raise ValueError(f"method {method.name} gives block {index} no loss of its own")
         unit = Unit.build(index, block, head, dtype)

@@ -5,10 +5,12 @@ inside itself.
 """
 
 from jdecouple.methods.objectives.associated_learning import AssociatedLearning, associated_learning
+from jdecouple.methods.objectives.augmented_net import AugmentedNet
 from jdecouple.methods.objectives.auxiliary_net import AuxiliaryNet
 from jdecouple.methods.objectives.base import (
     BlockInfo,
     Descending,
+    Fronted,
     Head,
     HeadOutput,
     Objective,
@@ -31,12 +33,14 @@ from jdecouple.methods.objectives.supervised_contrastive import (
 
 __all__ = [
     "AssociatedLearning",
+    "AugmentedNet",
     "AuxiliaryNet",
     "BlockInfo",
     "CrossEntropy",
     "Descending",
     "Exits",
     "FeatureReconstruction",
+    "Fronted",
     "Head",
     "HeadOutput",
     "InformationPropagation",

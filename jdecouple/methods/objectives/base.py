@@ -33,6 +33,9 @@ class BlockInfo:
             head that holds it shares its weights.
         received: Shape and dtype of what the block works on: its input, embedded where it does so.
         grown: Whether blocks were added behind those `num_blocks` later.
+        above: Units behind it (see `jdecouple.models.cuts`), with their initial weights, of those
+            `num_blocks`, and shapes of what each gives; of an objective without a `front` ().
+        unit: Index of the block's last unit among those of all blocks.
     """
 
     index: int
@@ -47,6 +50,8 @@ class BlockInfo:
     embedding: nnx.Module | None = None
     received: Any = None
     grown: bool = False
+    above: tuple[tuple[nnx.Module, Any], ...] = ()
+    unit: int = 0
 
     @property
     def is_last(self) -> bool:
@@ -134,7 +139,7 @@ class Scaling(Protocol):
 
 @runtime_checkable
 class Objective(Protocol):
-    """What each block minimises; a subclass inherits the defaults.
+    """What each block minimises; a subclass inherits the defaults, and may have a `front`.
 
     The objectives of this package are frozen dataclasses, which raise ValueError for an argument
     that is not allowed.
@@ -161,6 +166,17 @@ class Objective(Protocol):
         None, here always: `head` gets positions as examples.
         """
         return None
+
+
+@runtime_checkable
+class Fronted(Protocol):
+    """An objective whose heads do not read a block's output, but what layers make of it.
+
+    The layers get whole sequences, where a head has their positions or their summary.
+    """
+
+    def front(self, info: BlockInfo, rngs: nnx.Rngs) -> nnx.Module | None:
+        """Layers between a block and its head, or None."""
 
 
 def at_least_float32(x: jax.Array) -> jax.Array:

@@ -1,0 +1,48 @@
+"""Heads as a training builds them: over positions of sequences, behind layers of their own."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jdecouple.methods.objectives.base import BlockInfo, Fronted, HeadOutput, Objective
+from jdecouple.methods.objectives.tokens import token_head
+from jdecouple.models.renewal import output_of
+
+
+class FrontedHead(nnx.Module):
+    """A head that reads what `front` makes of a block's output."""
+
+    def __init__(self, front: Any, head: Any):
+        self.front, self.head = front, head
+
+    def __call__(self, features: Any, carry: Mapping[str, Any]) -> HeadOutput:
+        """Loss of `features`."""
+        return self.head(self.front(features), carry)
+
+    def logits(self, features: Any) -> jax.Array | None:
+        """Logits for evaluation; None if the head is no exit."""
+        return self.head.logits(self.front(features))
+
+
+def build_head(
+    objective: Objective, info: BlockInfo, rngs: nnx.Rngs, of_positions: bool
+) -> nnx.Module | None:
+    """The objective's head for a block, behind its front; None if the block has no loss of its own.
+
+    Args:
+        objective: what the block minimises.
+        info: where the head is attached.
+        rngs: source of its initial weights.
+        of_positions: whether labels are those of positions.
+
+    Raises:
+        ValueError: they do not fit one another.
+    """
+    front = objective.front(info, rngs) if isinstance(objective, Fronted) else None
+    if front is not None:
+        info = dataclasses.replace(info, features=output_of(front, info.features))
+    head = token_head(objective, info, rngs) if of_positions else objective.head(info, rngs)
+    return head if front is None or head is None else FrontedHead(front, head)
