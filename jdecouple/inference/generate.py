@@ -79,6 +79,8 @@ class Generator:
     """
 
     def __init__(self, blocks: list[nnx.Module], head: Any, context: int):
+        if (front := getattr(head, "front", None)) is not None:
+            blocks, head = [*blocks, front], head.head
         units = [unit for block in blocks for unit in getattr(block, "layers", (block,))]
         for unit in units:
             if not (hasattr(unit, "begin") and hasattr(unit, "advance")):

@@ -15,15 +15,20 @@ from jdecouple.inference.generate import Generator, Sampling
 
 SIZE = token_nets.CONTEXT
 PROMPT = np.array([0, 3, 4], np.int32)
+EXITS = {  # method, and its arguments
+    "gpt": ("greedy_exit", {}),
+    "learned": ("greedy_exit", {}),
+    "lstm_lm": ("dgl", {"aux": "transformer"}),  # which has to see the positions before as well
+}
 
 
 @functools.cache
 def trained(kind: str) -> tuple[jd.Trainer, list, list]:
     """Blocks and heads of three exits, with weights far from the initial ones."""
     net = token_nets.model(kind, depth=2, init="torch", dropout=0.5)
-    trainer = token_nets.trainer(
-        "greedy_exit", model=net, optimizer=jd.optim.sgd(0.5), num_stages=1
-    )
+    name, arguments = EXITS[kind]
+    options = {"model": net, "arguments": arguments, "num_stages": 1}
+    trainer = token_nets.trainer(name, optimizer=jd.optim.sgd(0.5), **options)
     state = trainer.init()
     for batch in token_nets.batches(3):
         state, _ = trainer.step(state, batch)

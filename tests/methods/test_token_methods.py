@@ -94,7 +94,8 @@ def test_padding_and_packing_change_no_loss(name):
     found = []
     for batch in (packed, alone, padded):
         batch = {key: np.array(rows, np.int32) for key, rows in batch.items()}
-        each = token_nets.trainer(name, example=batch, num_stages=1)
+        arguments = {"aux": "transformer"} if name == "dgl" else {}
+        each = token_nets.trainer(name, arguments=arguments, example=batch, num_stages=1)
         state, metrics = nets.trained(each, [batch], 2)
         found.append((nets.to_arrays(each, state), metrics, each.evaluate(state, batch)))
     for other in found[1:]:
@@ -167,6 +168,13 @@ def test_features_and_labels_that_do_not_fit():
     }
     with pytest.raises(ValueError, match=r"the output of block 0 is \(4, 24\): labels of pos"):
         jd.Trainer(nets.mlp(), jd.methods.get("bp"), jd.optim.sgd(0.1), example=batch)
+    with pytest.raises(ValueError, match="aux is 'transformer', which is for labels of positions"):
+        jd.Trainer(
+            nets.mlp(),
+            jd.methods.get("dgl", aux="transformer"),
+            jd.optim.sgd(0.1),
+            example=nets.batches(1)[0],
+        )
     each, batch = trainer("dgl"), dict(token_nets.batches(1)[0])
     for wrong, words in ((-2, "label -2 is out of range: -1 to 10"), (11, "label 11 is out")):
         labels = batch["label"].copy()

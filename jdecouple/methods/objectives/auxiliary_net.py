@@ -1,7 +1,8 @@
 """DGL's objective: cross-entropy of an auxiliary net at every block (arXiv 1901.08164)."""
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -11,9 +12,13 @@ from jdecouple._errors import require_int, require_one_of
 from jdecouple.methods.objectives.base import BlockInfo, Objective
 from jdecouple.methods.objectives.cross_entropy import CrossEntropy, CrossEntropyHead
 from jdecouple.methods.objectives.exits import normed
+from jdecouple.methods.objectives.front import FrontedHead
 from jdecouple.methods.objectives.maps import is_map, pool_maps, pooled_info
+from jdecouple.methods.objectives.tokens import TokenHead, by_positions
 from jdecouple.models import layers
+from jdecouple.models.gpt import DecoderBlock
 from jdecouple.models.resampling import adaptive_average_pool
+from jdecouple.models.tokens import states
 
 
 class Layout(NamedTuple):
@@ -88,6 +93,19 @@ class AuxiliaryNetHead(CrossEntropyHead):
         return self.readout(self.reduction(pool_maps(features, self.head_pool)))
 
 
+def _causal_layer(hidden: int, info: BlockInfo, rngs: nnx.Rngs) -> DecoderBlock:
+    """A layer of up to four heads; rotary positions need numbers in pairs."""
+    if not isinstance(info.features, Mapping) or "begins" not in info.features:
+        raise ValueError(
+            f"the output of block {info.index} does not say where documents begin: aux is "
+            "'transformer', which needs a dict with 'h' and 'begins', as the blocks of gpt give"
+        )
+    width = states(info.features).shape[-1]
+    rotary = width % 2 == 0
+    heads = math.gcd(4, width // 2) if rotary else 1
+    return DecoderBlock(width, heads, hidden or width, rotary=rotary, **info.options(rngs))
+
+
 @dataclasses.dataclass(frozen=True)
 class AuxiliaryNet(Objective):
     """Cross-entropy of an auxiliary net at every block but the last, which has the model's end.
@@ -101,8 +119,10 @@ class AuxiliaryNet(Objective):
             and ReLU, dense. Or "mlp": the same without convolutions. "cnn": two 3x3 convolutions
             with BatchNorm and ReLU, means over 2 x 2 bins, BatchNorm, dense. "linear": flatten,
             dense. "norm": flatten, LayerNorm, dense. Features that are no maps go to the dense
-            layers at once.
-        hidden: Width of the hidden dense layers; 0: that of their input, as in the paper.
+            layers at once. "transformer", of language models: a causal layer of up to four heads,
+            and "norm" at every position.
+        hidden: Width of the hidden dense layers, or inside the causal layer; 0: that of their
+            input, as in the paper.
         head_pool: Average maps over this many bins a side before the net; 0: do not.
     """
 
@@ -111,15 +131,33 @@ class AuxiliaryNet(Objective):
     head_pool: int = 0
 
     def __post_init__(self):
-        require_one_of((*LAYOUTS, "linear", "norm"), aux=self.aux)
+        require_one_of((*LAYOUTS, "linear", "norm", "transformer"), aux=self.aux)
         require_int(0, hidden=self.hidden, head_pool=self.head_pool)
 
     def head(self, info: BlockInfo, rngs: nnx.Rngs) -> nnx.Module | None:
         """Head for any block.
 
         Raises:
-            ValueError: There is no classifier and the last block's output is no logits.
+            ValueError: There is no classifier and the last block's output is no logits, or "aux" is
+                "transformer" and the labels are not those of positions.
         """
         if info.is_last:
             return CrossEntropy().head(info, rngs)
+        if self.aux == "transformer":
+            raise ValueError(
+                "aux is 'transformer', which is for labels of positions, as language models have: "
+                "the batch has labels of whole examples"
+            )
         return AuxiliaryNetHead(self, info, rngs)
+
+    def whole_head(self, info: BlockInfo, rngs: nnx.Rngs) -> nnx.Module | None:
+        """The "transformer" of any block but the last.
+
+        Raises:
+            ValueError: The block does not say where documents begin.
+        """
+        if self.aux != "transformer" or info.is_last:
+            return None
+        layer = _causal_layer(self.hidden, info, rngs)
+        readout = AuxiliaryNetHead(AuxiliaryNet("norm"), by_positions(info), rngs)
+        return FrontedHead(layer, TokenHead(readout, 0, rngs))
