@@ -14,6 +14,7 @@ from jdecouple.methods.objectives import (
     Exits,
     InformationPropagation,
     InformationRegularization,
+    MomentumNet,
     Objective,
     PredictionSimilarity,
     SupervisedContrastive,
@@ -64,6 +65,7 @@ _METHODS: dict[str, MethodSpec] = {
     "dgl": MethodSpec(AuxiliaryNet, Local, "arXiv:1901.08164"),
     "predsim": MethodSpec(PredictionSimilarity, Local, "arXiv:1901.06656"),
     "auglocal": MethodSpec(AugmentedNet, Local, "arXiv:2402.17318"),
+    "man": MethodSpec(MomentumNet, Local, "arXiv:2407.05623"),
     "infopro": MethodSpec(InformationPropagation, Local, "arXiv:2101.10832"),
     "ddg": MethodSpec(
         CrossEntropy,
