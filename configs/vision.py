@@ -12,8 +12,8 @@ resnet18 to resnet101 in 4 modules (deinforeg, scpl, and what has no settings of
 and resnet32 in 4 (al), the CIFAR ResNets in K (dgl: 2, 3, and 4 but for resnet20; infopro: 2, 3, 4,
 8, 16; 2 if left out), and so in equal parts wrn28_10. For auglocal and man they are those of
 infopro, and two of single units: of resnet32 13 and 15, of resnet110 52 and 54, where auglocal has
-the smaller number by itself and man the larger one. Any other net has a head on every block or, with
-a K, the cut into K modules that it is known to have. --config.model.cut says it otherwise.
+the smaller number by itself and man the larger one. Any other net has a head on every block or,
+with a K, the cut into K modules that it is known to have. --config.model.cut says it otherwise.
 
 The papers train on all training images and report the last epoch: nothing is held out for
 validation (--config.data.validation=0.1 does).
