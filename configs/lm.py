@@ -27,6 +27,7 @@ _METHODS = {
     "early_exit": {"branch": "norm"},
     "greedy_exit": {"branch": "norm"},
     "dgl": {"aux": "norm"},
+    "man": {"aux": "norm"},
     "deinforeg": {"projector": "identity", "activation": "gelu", "batch_norm": False},
     "scpl": {"projector": "identity"},
 }

@@ -4,13 +4,15 @@ Data sets: digits, synthetic, or a prepared TFDS image set (cifar10, cifar100, f
 --config.data.data_dir=FOLDER) or folder:PATH. Models: any of jdecouple.models for images. Methods:
 any, in the settings of its own paper or, with `@paper`, of another: `bp@scpl` is the
 backpropagation that SCPL compares with, `greedy_exit@scpl` its early exit. Papers are deinforeg,
-scpl, al, dgl, predsim and infopro. Methods that are none of these have by themselves DeInfoReg's
-batch and augmentation with SCPL's optimiser.
+scpl, al, dgl, predsim, auglocal, man and infopro. Methods that are none of these have by themselves
+DeInfoReg's batch and augmentation with SCPL's optimiser.
 
 A local method trains modules, each with one head. The nets of a paper are cut as it cut them:
 resnet18 to resnet101 in 4 modules (deinforeg, scpl, and what has no settings of its own), resnet20
 and resnet32 in 4 (al), the CIFAR ResNets in K (dgl: 2, 3, and 4 but for resnet20; infopro: 2, 3, 4,
-8, 16; 2 if left out), and so in equal parts wrn28_10. Any other net has a head on every block or,
+8, 16; 2 if left out), and so in equal parts wrn28_10. For auglocal and man they are those of
+infopro, and two of single units: of resnet32 13 and 15, of resnet110 52 and 54, where auglocal has
+the smaller number by itself and man the larger one. Any other net has a head on every block or,
 with a K, the cut into K modules that it is known to have. --config.model.cut says it otherwise.
 
 The papers train on all training images and report the last epoch: nothing is held out for
@@ -21,7 +23,8 @@ Command:   jdecouple train --config vision:cifar10,vgg8,deinforeg --workdir runs
 Hardware:  a GPU for the papers' epochs at full width (not measured yet); a CPU for less.
 Expected:  the papers' figures were not reproduced yet: no run here was as long. What small nets
            reach in few epochs on CPU cores stands in bench/RESULTS.md.
-Differs:   rates move at every step (--config.optimizer.per_epoch=True: once an epoch); infopro's
+Differs:   man has dgl's auxiliary nets, where the paper's tables have them behind three methods;
+           rates move at every step (--config.optimizer.per_epoch=True: once an epoch); infopro's
            weights of the losses are those for CIFAR-10, and at another model.width its
            method.max_channels=64 needs the same factor; al has no decay of weights, its nets ReLU
            and its VGG BatchNorm. What else differs is in the table of docs/methods.md.
@@ -64,6 +67,41 @@ def _parts(name, *counts):
 
 
 _IN_GROUPS = _alike({4: "paper"}, "resnet18", "resnet34", "resnet50", "resnet101")
+_INFOPRO = {
+    "model.shortcut": "projection",
+    "model.init": "he_out",
+    "method.init": "he_out",
+    "data.augment": "basic",
+    "data.crop_mode": "reflect",
+    "batch_size": 1024,
+    "epochs": 160,
+    "optimizer.name": "sgd",
+    "optimizer.momentum": 0.9,
+    "optimizer.nesterov": True,
+    "optimizer.weight_decay": 1e-4,
+    "optimizer.learning_rate": 0.8,
+    "optimizer.warmup_epochs": 10.0,
+    "optimizer.warmup_start": 0.0125,
+}
+_INFOPRO_CUTS = {
+    **_alike(_parts("infopro", 2, 3, 4, 8, 16), *_CIFAR_NETS),
+    "wrn28_10": _parts("infopro", 2, 3, 4, 8),
+}
+
+
+def _unit_cuts(first):
+    """InfoPro's cuts, and two into single units; `first` is the one of these that comes first.
+
+    AugLocal's last module holds three units more, as many as its nets have, and MAN's first one the
+    stem and a unit.
+    """
+    cuts = dict(_INFOPRO_CUTS)
+    for net, units in (("resnet32", 16), ("resnet110", 55)):
+        own = {units - 3: tuple(range(units - 3)), units - 1: (0, *range(2, units))}
+        cuts[net] = {first(own): own[first(own)], **own, **cuts[net]}
+    return cuts
+
+
 _ADAM = {
     "optimizer.name": "adam",
     "optimizer.learning_rate": 1e-3,
@@ -154,28 +192,12 @@ PAPERS = {
             "cifar100": {"mean": (0.438, 0.418, 0.377), "std": (0.300, 0.287, 0.294)},
         },
     ),
+    "auglocal": Paper({**_INFOPRO, "epochs": 400}, cuts=_unit_cuts(min)),  # arXiv:2402.17318
+    "man": Paper({**_INFOPRO, "epochs": 400}, cuts=_unit_cuts(max)),  # arXiv:2407.05623
     "infopro": Paper(  # arXiv:2101.10832, with the contrastive loss
-        {
-            "model.shortcut": "projection",
-            "model.init": "he_out",
-            "method.init": "he_out",
-            "data.augment": "basic",
-            "data.crop_mode": "reflect",
-            "batch_size": 1024,
-            "epochs": 160,
-            "optimizer.name": "sgd",
-            "optimizer.momentum": 0.9,
-            "optimizer.nesterov": True,
-            "optimizer.weight_decay": 1e-4,
-            "optimizer.learning_rate": 0.8,
-            "optimizer.warmup_epochs": 10.0,
-            "optimizer.warmup_start": 0.0125,
-        },
+        _INFOPRO,
         methods={"infopro": {"count_self": False, "max_channels": 64}},
-        cuts={
-            **_alike(_parts("infopro", 2, 3, 4, 8, 16), *_CIFAR_NETS),
-            "wrn28_10": _parts("infopro", 2, 3, 4, 8),
-        },
+        cuts=_INFOPRO_CUTS,
     ),
 }
 # Weights of InfoPro's reconstruction and task, in the first and the last but one of K modules.

@@ -22,6 +22,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "scpl": {"positions": 3},
     "predsim": {"positions": 3},
     "dgl": {"aux": "norm"},
+    "man": {"aux": "norm"},
 }
 
 

@@ -15,6 +15,7 @@ from jdecouple.methods.objectives import (
     FeatureReconstruction,
     InformationPropagation,
     InformationRegularization,
+    MomentumNet,
     Objective,
     PredictionSimilarity,
     SupervisedContrastive,
@@ -65,6 +66,7 @@ _METHODS: dict[str, MethodSpec] = {
     "dgl": MethodSpec(AuxiliaryNet, Local, "arXiv:1901.08164"),
     "predsim": MethodSpec(PredictionSimilarity, Local, "arXiv:1901.06656"),
     "auglocal": MethodSpec(AugmentedNet, Local, "arXiv:2402.17318"),
+    "man": MethodSpec(MomentumNet, Local, "arXiv:2407.05623"),
     "infopro": MethodSpec(InformationPropagation, Local, "arXiv:2101.10832"),
     "lopt": MethodSpec(FeatureReconstruction, Local, "arXiv:2605.04913"),
     "ddg": MethodSpec(

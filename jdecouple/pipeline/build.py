@@ -35,7 +35,7 @@ from jdecouple.methods.routes import (
 from jdecouple.methods.routes.stage import Transform
 from jdecouple.methods.routes.unit import share_traces
 from jdecouple.models import Model
-from jdecouple.models.cuts import first_embedding
+from jdecouple.models.cuts import Chain, first_embedding
 from jdecouple.models.renewal import outputs_of, units_of
 from jdecouple.pipeline.partition import balance, check_boundaries, check_num_stages
 from jdecouple.pipeline.wire import WIRES
@@ -141,7 +141,19 @@ def build_units(
         units.append(unit)
         carries.append(carry)
         carry = {**carry, **handed, "x": features}
+    units = [*map(_linked, units, units[1:], model.blocks[1:]), units[-1]]
     return BuiltModel(share_traces(units), tuple(carries), tuple(outputs), num_classes)
+
+
+def _linked(unit: Unit, above: Unit, block: nnx.Module) -> Unit:
+    """A unit whose averages know the parameters of the block above by their names there."""
+    prefix = "block/layers/0/" if isinstance(block, Chain) else "block/"
+    follows = {
+        name: source._replace(name=prefix + source.name) for name, source in unit.follows.items()
+    }
+    for name, (source, _) in follows.items():
+        assert above.params[source].shape == unit.stats[name].shape, source
+    return dataclasses.replace(unit, follows=follows)
 
 
 def _check_growth(model: Model, method: Method, frozen: Collection[int]) -> None:

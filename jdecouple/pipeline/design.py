@@ -75,7 +75,8 @@ class Design:
     def check_steps(self, count: int) -> None:
         """Raises ValueError unless so many batches can be one dispatch."""
         require_int(1, chunk=count)
-        alone = self.method.route.local and not self.schedule.sums_late
+        follows = any(stage.follows_above for stage in self.stages)
+        alone = self.method.route.local and not (self.schedule.sums_late or follows)
         in_one_call = self.engine.fuse or self.engine.name == "spmd" or len(self.stages) == 1
         if count > 1 and not (alone or in_one_call):
             raise ValueError(

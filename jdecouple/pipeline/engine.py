@@ -154,6 +154,11 @@ def design_engine(
     elif schedule == "auto":
         schedule = route.schedules[0]
     table = schedules.build(schedule, num_stages, stages[0].num_microbatches)
+    if table.overlapping and any(stage.follows_above for stage in stages):
+        raise ValueError(
+            f"schedule {schedule!r} has stages at different batches, but method {method.name} "
+            "follows the weights of the stage above batch by batch: allowed is 'local'"
+        )
     groups = device_groups(table, mesh)
     together = all(devices == groups[0] for devices in groups)
     if fuse and not together:

@@ -62,6 +62,8 @@ RUNS: dict[str, dict[str, Any]] = {
         "trainer": {"max_in_flight": 2},
     },
     "chunk": {"method": "scpl", "model": "four_blocks", "stages": 4, "steps": 8, "chunk": 4},
+    # Weights travel down, to averages that follow them.
+    "man": {"method": "man", "model": "four_blocks", "stages": 4, "steps": 8},
     # Codes of the labels travel up with the message; in evaluation the answer comes down.
     "al": {"method": "al", "model": "four_blocks", "stages": 4, "steps": 8},
     "al_chunk": {"method": "al", "model": "two_blocks", "stages": 2, "steps": 8, "chunk": 4},

@@ -17,7 +17,7 @@ from jdecouple.train.loop import build, train_and_evaluate
 FOLDER = runs.REPOSITORY / "configs"
 # Arguments to call the files with that take one.
 UNDELAYED = [name for name in methods.names() if name not in nets.DELAYED]
-PAPERS = ("deinforeg", "scpl", "al", "dgl", "predsim", "infopro")
+PAPERS = ("deinforeg", "scpl", "al", "dgl", "predsim", "auglocal", "man", "infopro")
 VISION = [f"cifar10,mlp,{name}" for name in UNDELAYED]
 VISION += [f"cifar10,mlp,bp@{name}" for name in PAPERS]
 VISION += [f"cifar10,vgg8,{name}" for name in ("bp", "deinforeg", "scpl", "bp@predsim")]

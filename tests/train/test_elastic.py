@@ -153,6 +153,7 @@ def test_lost_stage_stops_only_itself(tmp_path):
     [
         ({"method__name": "bp"}, ("method 'bp' is not local",)),
         ({"method__name": "fdg"}, ("method 'fdg' is not local",)),
+        ({"method__name": "man"}, ("method 'man' follows the weights of the stage above",)),
         ({"schedule": "interleaved"}, ("config.schedule is interleaved", "leave it at auto")),
         ({"mesh__stages": 2}, ("config.mesh.stages is 2", "3 processes")),
         ({"chunk": 2}, ("config.mesh.elastic is 'wait'", "config.chunk is 2", "leave it at 1")),

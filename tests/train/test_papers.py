@@ -15,7 +15,7 @@ from jdecouple.train.config import chosen
 from jdecouple.train.errors import ConfigError
 
 STD = "(0.2023,0.1994,0.201)"
-IMAGE_PAPERS = ("deinforeg", "scpl", "al", "dgl", "predsim", "infopro")
+IMAGE_PAPERS = ("deinforeg", "scpl", "al", "dgl", "predsim", "auglocal", "man", "infopro")
 
 
 def load(preset, arguments):
@@ -83,6 +83,16 @@ VISION = {
         optimizer.warmup_start=0.0125 model.shortcut=projection model.init=he_out method.init=he_out
         method.count_self=False method.max_channels=64
     """,
+    **{
+        f"cifar10,resnet32,{method}": """
+            data.augment=basic data.crop_mode=reflect data.std=None batch_size=1024 epochs=400
+            optimizer.name=sgd optimizer.learning_rate=0.8 optimizer.momentum=0.9
+            optimizer.nesterov=True optimizer.weight_decay=0.0001 optimizer.schedule=cosine
+            optimizer.warmup_epochs=10.0 optimizer.warmup_start=0.0125 model.shortcut=projection
+            model.init=he_out method.init=he_out method.depth=None method.momentum=None
+        """
+        for method in ("auglocal", "man")
+    },
 }
 
 
@@ -128,6 +138,14 @@ CUTS = {
     "resnet32,infopro,4": (0, 4, 8, 12),
     "resnet32,infopro,8": (0, 2, 4, 6, 8, 10, 12, 14),
     "resnet32,infopro,16": tuple(range(16)),
+    "resnet32,auglocal": tuple(range(13)),
+    "resnet32,auglocal,4": (0, 4, 8, 12),
+    "resnet32,man": (0, *range(2, 16)),
+    "resnet32,man,13": tuple(range(13)),
+    "resnet32,dgl@man,15": (0, *range(2, 16)),
+    "resnet110,auglocal": tuple(range(52)),
+    "resnet110,man": (0, *range(2, 55)),
+    "resnet56,man": (0, 14),
     "resnet110,dgl": (0, 27),
     "resnet110,dgl,3": (0, 18, 38),
     "resnet110,dgl,4": (0, 13, 28, 43),
@@ -288,7 +306,7 @@ def test_the_papers_settings_for_texts(arguments):
     [
         (
             *("vision", "cifar10,vgg8,bp@scp"),
-            "paper is 'scp': allowed are deinforeg, scpl, al, dgl, predsim, infopro; did you mean",
+            "paper is 'scp': allowed are deinforeg, scpl, al, dgl, predsim, auglocal, man, infopro",
         ),
         ("vision", "cifar10,vgg8,bp@", "paper is '': allowed are deinforeg"),
         ("vision", "cifar10,resnet110,dgl,0", "K is 0: a whole number of at least 1"),

@@ -24,6 +24,7 @@ from jdecouple.methods.objectives.information_regularization import (
     InformationRegularization,
     information_regularization,
 )
+from jdecouple.methods.objectives.momentum_net import MomentumNet
 from jdecouple.methods.objectives.prediction_similarity import PredictionSimilarity
 from jdecouple.methods.objectives.similarity_matching import similarity_matching, similarity_matrix
 from jdecouple.methods.objectives.supervised_contrastive import (
@@ -45,6 +46,7 @@ __all__ = [
     "HeadOutput",
     "InformationPropagation",
     "InformationRegularization",
+    "MomentumNet",
     "Objective",
     "PredictionSimilarity",
     "Scaling",

@@ -151,11 +151,14 @@ class Objective(Protocol):
         tokens: What labels of positions, as those of language models, are to it, see
             `jdecouple.methods.objectives.tokens`: "all" are examples, or some that are "drawn" (as
             many of a row as the objective's `positions` says), or it has "none".
+        follows_above: Heads have averages of weights of the block above, see
+            `jdecouple.methods.objectives.following`.
     """
 
     needs_classifier: ClassVar[bool] = False
     trains_classifier: ClassVar[bool] = True
     tokens: ClassVar[str] = "all"
+    follows_above: ClassVar[bool] = False
 
     def head(self, info: BlockInfo, rngs: nnx.Rngs) -> nnx.Module | None:
         """Returns the `Head` for a block, or None if the block has no loss of its own."""

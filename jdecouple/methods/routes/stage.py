@@ -132,6 +132,20 @@ class Stage:
         return np.uint32(unit.index)
 
     @property
+    def follows_above(self) -> bool:
+        """Whether the last unit has averages of parameters of the stage above."""
+        return not self.is_last and bool(self.units[-1].follows) and not self.units[-1].frozen
+
+    def following(self, stats: Any, params: Any) -> tuple[Any, ...]:
+        """Statistics behind a batch, in which the units had these parameters.
+
+        Averages of parameters that other stages have stay as they are.
+        """
+        pairs = zip(self.units, stats, params[1:], strict=False)
+        moved = tuple(unit.following(own, above) for unit, own, above in pairs)
+        return (*moved, *stats[len(moved) :])
+
+    @property
     def needs_norm(self) -> bool:
         """Whether a step waits for the norm of the gradient of all stages."""
         return self.clip_norm is not None or self.scaling == "model"

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jdecouple.methods.objectives import Descending, HeadOutput, Scaling
+from jdecouple.methods.objectives.following import Source
 from jdecouple.methods.routes import loss_scale
 from jdecouple.models.cuts import read_entries
 
@@ -45,6 +46,8 @@ class Unit:
         frozen: whether nothing of the block and its head is trained.
         hands_on: whether the head writes into the carry.
         scales: factors on an optimiser's updates by the names of parameters; 1 for all others.
+        follows: parameters of the block above that moving averages follow, by the averages' names
+            in the statistics.
     """
 
     index: int
@@ -60,6 +63,7 @@ class Unit:
     frozen: bool = False
     hands_on: bool = False
     scales: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    follows: Mapping[str, Source] = dataclasses.field(default_factory=dict)
     _shared: Train | None = None
 
     @classmethod
@@ -82,11 +86,12 @@ class Unit:
                 named[name] = variable
             return named
 
-        trained = flat(params)
+        trained, others = flat(params), flat(stats)
+        sources = {name: Source.of(variable) for name, variable in others.items()}
         return cls(
             index=index,
             params=trained,
-            stats=flat(stats),
+            stats=others,
             has_loss=head is not None,
             descends=isinstance(head, Descending),
             dtype=dtype,
@@ -95,6 +100,7 @@ class Unit:
             _definitions=definitions,
             inputs=side_inputs(index, block),
             scales=_scales(index, head, trained),
+            follows={name: source for name, source in sources.items() if source},
         )
 
     def same_definition(self, other: "Unit") -> bool:
@@ -146,6 +152,7 @@ class Unit:
             name: values[self._paths[name]].astype(variable.get_value().dtype)
             for name, variable in self.stats.items()
         }
+        new_stats |= {name: stats[name] for name in self.follows}
         if loss_scale.is_for(self.dtype):  # no step undoes what an activation's overflow leaves
             new_stats = {
                 name: jnp.where(jnp.isfinite(new), new, stats[name])
@@ -204,6 +211,16 @@ class Unit:
         """What the block below gets for what came down."""
         return self._module(False, params, stats, jax.random.key(0)).head.descend(target)
 
+    def following(self, stats: Arrays, above: Arrays) -> Arrays:
+        """Statistics behind a batch, from parameters that the block above had in it."""
+        if self.frozen or not self.follows:
+            return stats
+        moved = {}
+        for name, (source, momentum) in self.follows.items():
+            now = above[source].astype(stats[name].dtype)
+            moved[name] = momentum * stats[name] + (1 - momentum) * now
+        return {**stats, **moved}
+
     def scaled(self, updates: Arrays) -> Arrays:
         """An optimiser's updates by the names of parameters, times the factors."""
         if not self.scales:
@@ -226,6 +243,8 @@ class Unit:
             is_key, old = isinstance(variable, nnx.RngKey), variable.get_value()
             new = jax.random.fold_in(key, number) if is_key else jnp.zeros_like(old)
             streams[path] = variable.replace(new)
+        averages = {name: stats[name] for name in self.follows}
+        stats = {**stats, **_cast(averages, self.dtype)}
         return self._merge(train, _cast(params, self.dtype), stats, streams)
 
     def _merge(

@@ -17,6 +17,7 @@ from jdecouple.methods.routes.stage import error_shapes
 from jdecouple.pipeline.memory import Meter
 from jdecouple.pipeline.mesh import StageDevices, jit, require_one_process
 from jdecouple.pipeline.mpmd.flat_state import FlatLayout
+from jdecouple.pipeline.mpmd.following import Following, followings
 from jdecouple.pipeline.mpmd.stage_fns import (
     calls_of,
     compile_stage_fn,
@@ -33,8 +34,11 @@ from jdecouple.pipeline.step_metrics import JoinedMetrics
 from jdecouple.pipeline.transfer import crosses, transfer
 from jdecouple.schedules import Call, Kind, Schedule
 
-Calls = dict[tuple[int, tuple[Kind, ...]], Callable]
-"""The function of every (stage, kinds) that a schedule contains; kinds are () for a norm."""
+Calls = dict[tuple[int, Any], Callable]
+"""The function of every (stage, kinds) that a schedule contains; kinds are () for a norm.
+
+Others are those of `jdecouple.pipeline.mpmd.following`.
+"""
 
 
 _BATCH = np.array([1, 0], np.int32)
@@ -115,7 +119,10 @@ class Executor:
 
             return call
 
-        functions = {key: timed(call) if key[1] else call for key, call in self._compiled.items()}
+        timed_calls = {(call.stage, call.kinds) for call in self.calls}
+        functions = {
+            key: timed(call) if key in timed_calls else call for key, call in self._compiled.items()
+        }
         dispatch = functools.partial(self.dispatch, self.calls, functions)
         states, _ = self.iterate(dispatch, states, parts, step)
         return states, seconds
@@ -175,6 +182,7 @@ class Executor:
         )
         carries |= {(0, microbatch): part for microbatch, part in enumerate(parts)}
         norms: list[Any] | None = None
+        given = [each.give(functions, states) for each in self._followings]
         first = 0
         for stage, kinds, microbatches in calls:
             forward, backward, takes, leaves = microbatches_of(kinds, microbatches)
@@ -203,6 +211,8 @@ class Executor:
                 carries[stage + 1, forward] = self._send(stage, stage + 1, out.get("carry"))
             if backward is not None and stage > 0 and not self.route.local:
                 errors[stage - 1, backward] = self._send(stage, stage - 1, out.get("cotangent"))
+        for following, arrays in zip(self._followings, given, strict=True):
+            following.follow(functions, arrays, new_states)
         # Calls of a device wait for one another: nothing that is still on its way may come between.
         carries, errors = ({x: _opened(y) for x, y in held.items()} for held in (carries, errors))
         left = {"carries": carries, "residuals": residuals, "errors": errors}
@@ -243,9 +253,16 @@ class Executor:
         return FlatLayout(self.stages, self.placements, last_first=not self.route.local)
 
     @cached_property
+    def _followings(self) -> tuple[Following, ...]:
+        return followings(self.stages, self.placements, self.fuse)
+
+    @cached_property
     def functions(self) -> Calls:
         """Pure functions of the calls, which take and give carries and errors as they are."""
-        return {key: self._with_messages(key, x) for key, x in self._stage_functions.items()}
+        calls = {key: self._with_messages(key, x) for key, x in self._stage_functions.items()}
+        for following in self._followings:
+            calls |= following.functions
+        return calls
 
     @cached_property
     def message_functions(self) -> Calls:
@@ -292,6 +309,8 @@ class Executor:
                 compiled[stage, kinds] = compile_stage_fn(
                     function, placement, kinds, queued, single
                 )
+        for following in self._followings:
+            compiled |= following.compiled(self.layout)
         return compiled
 
     @cached_property

@@ -91,6 +91,7 @@ def stage_step(
                 gradients = add(gradients, residuals())
         else:
             updated, scaling = stage.step(state, gradients, squared_norm)
+            updated["stats"] = stage.following(updated["stats"], state["params"])
             none = {name: x if name.endswith("loss_scale") else 0 for name, x in scaling.items()}
             scaling = _if_exists(step_id, state, scaling, none)
             state = out["state"] = _if_exists(step_id, state, updated, state)
@@ -163,6 +164,10 @@ def _in_turn(
         out = stage_step(
             part, route, TRAINING, {**shared, **own}, None, None, carry, None, step_ids
         )
+        if number + 1 < len(stage.units):
+            (stats,) = out["state"]["stats"]
+            above = state["params"][number + 1]
+            out["state"]["stats"] = (stage.units[number].following(stats, above),)
         for name in units:
             changed[name] += out["state"][name]
         metrics |= out["metrics"]

@@ -62,6 +62,8 @@ def _misfit(
         return f"is always one call: given fuse={fuse}"
     if frozen := [unit.index for stage in stages for unit in stage.units if unit.frozen]:
         return f"trains all blocks: given frozen ones, {', '.join(map(str, frozen))}"
+    if any(unit.follows for stage in stages for unit in stage.units):
+        return "keeps the weights of blocks apart: given heads that follow those of the block above"
     remat = [stage.remat for stage in stages]
     if not route.local and len(set(remat)) > 1:
         return f"keeps the same of all stages of {schedule_of(route)}: given remat {remat}"

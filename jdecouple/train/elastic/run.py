@@ -100,8 +100,12 @@ def _checked(config: ConfigDict, spec: hosts.ProcessSpec) -> ConfigDict:
         if value not in (None, spec.count):
             reason = f"with config.mesh.elastic each of {spec.count} processes has one stage"
             raise ConfigError(f"config.{key} is {value}: {reason}")
-    if not methods.get(config.method.name).route.local:
+    method, reason = methods.get(config.method.name), ""
+    if not method.route.local:
         reason = "is not local: its stages need the error of those above"
+    elif getattr(method.objective, "follows_above", False):
+        reason = "follows the weights of the stage above, which may be lost"
+    if reason:
         raise ConfigError(
             f"config.mesh.elastic is {config.mesh.elastic!r}, but method {config.method.name!r} "
             f"{reason}"
