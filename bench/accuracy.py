@@ -238,6 +238,8 @@ def draw_panel(
         for key, name, marker, fill, line in looks:
             means = {places[x]: mean_and_deviation(group, key) for x, group in groups.items()}
             points = [(place, *mean) for place, mean in means.items() if mean]
+            if not joined:  # else a line would lack points
+                points = [point for point in points if point not in last]
             if not points or set(points) <= set(last):
                 continue
             x, y, deviations = zip(*points, strict=True)
