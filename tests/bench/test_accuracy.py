@@ -125,13 +125,12 @@ def test_label_noise(bench, tmp_path):
 def test_language_models(bench, tmp_path):
     """The matrix of bench/lm.txt: K is a part of --config, and bp has one of its values."""
     accuracy = bench("accuracy")
-    variant = ("--variant", "layer", "dgl", "method.aux=transformer")
-    given = [f"@{BENCH / 'lm.txt'}", *variant, "--seeds", "0", "--output", str(tmp_path)]
+    given = [f"@{BENCH / 'lm.txt'}", "--seeds", "0", "--output", str(tmp_path)]
     options = accuracy.parser().parse_args(given)
     cells = {cell.title: cell for cell in accuracy.cells_of(options)}
     assert "stdlib gpt K=2 bp seed=0" in cells
     assert "stdlib gpt K=4 bp seed=0" not in cells
-    cell = cells["stdlib gpt K=4 layer seed=0"]
+    cell = cells["stdlib gpt K=4 dgl_layer seed=0"]
     assert cell.arguments[1].endswith("lm.py:stdlib,gpt,dgl,4")
     assert "--config.method.name=dgl" in cell.arguments
     assert not any(text.startswith("--config.K") for text in cell.arguments)
