@@ -50,6 +50,9 @@ METHODS = pytest.mark.parametrize("name", marked(jd.methods.names()))
 DELAYED = [name for name in jd.methods.names() if isinstance(method(name).route, Delayed)]
 EXACT = [name for name in jd.methods.names() if name not in DELAYED]
 """Methods whose result does not depend on the number of stages."""
+LOCAL = [name for name in jd.methods.names() if method(name).route.local]
+FOLLOWING = [name for name in LOCAL if method(name).objective.follows_above]
+"""Local methods whose heads follow the weights of the block above."""
 
 
 def batches(count: int = 4, size: int = 16, *, dtype: Any = np.float32) -> list[dict]:

@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from jdecouple._errors import choices, require_one_of
+from jdecouple._errors import choices, require_int, require_one_of
 from jdecouple.methods.objectives import (
     AssociatedLearning,
     AugmentedNet,
@@ -13,6 +13,7 @@ from jdecouple.methods.objectives import (
     CrossEntropy,
     Exits,
     FeatureReconstruction,
+    Fronted,
     InformationPropagation,
     InformationRegularization,
     MomentumNet,
@@ -33,15 +34,32 @@ class Method:
         objective: what each block minimises.
         route: how error reaches a block.
         init: initial weights of the heads, see `jdecouple.models.layers`.
+        attached: how many of the model's last units stand between every block and its head, see
+            `jdecouple.methods.objectives.attached_top`; for local routes.
     """
 
     name: str
     objective: Objective
     route: Route
     init: str = "flax"
+    attached: int = 0
 
     def __post_init__(self) -> None:
         require_one_of(layers.INITS, init=self.init)
+        require_int(0, attached=self.attached)
+        if not self.attached:
+            return
+        if not self.route.local:
+            raise ValueError(f"attached is {self.attached}: method {self.name} is not local")
+        if isinstance(self.objective, Fronted):
+            raise ValueError(
+                f"attached is {self.attached}: method {self.name} has auxiliary nets of its own"
+            )
+
+    @property
+    def follows_above(self) -> bool:
+        """Whether heads follow the weights of the block above."""
+        return self.attached > 0 or getattr(self.objective, "follows_above", False)
 
 
 class MethodSpec(NamedTuple):
@@ -141,7 +159,9 @@ def register(
     if not (isinstance(route, type) and issubclass(route, Route)):
         raise TypeError(f"the route of method {name!r} must be a Route class, got {route!r}")
     fields = {field.name for field in dataclasses.fields(objective)}
-    if taken := sorted(fields & {"name", "init", *fixed, *options} | {*fixed} & {*options}):
+    if taken := sorted(
+        fields & {"name", "init", "attached", *fixed, *options} | {*fixed} & {*options}
+    ):
         raise ValueError(f"method {name!r} has two arguments called {taken[0]!r}")
     _METHODS[name] = MethodSpec(objective, route, source, fixed, options)
 
@@ -170,6 +190,8 @@ def source(name: str) -> str:
 def arguments(name: str) -> dict[str, Any]:
     """Arguments of a method with their defaults: the objective's, the route's, `init`.
 
+    Local methods whose heads have no layers of their own in front have `attached`, too.
+
     >>> arguments("fdg")
     {'beta': 1.0, 'current_weights': False, 'init': 'flax'}
 
@@ -179,10 +201,13 @@ def arguments(name: str) -> dict[str, Any]:
     method = spec(name)
     parameters = inspect.signature(method.objective).parameters.values()
     own = {parameter.name: parameter.default for parameter in parameters}
-    return {**own, **method.options, "init": Method.init}
+    shared: dict[str, Any] = {"init": Method.init}
+    if method.route.local and not hasattr(method.objective, "front"):
+        shared["attached"] = Method.attached
+    return {**own, **method.options, **shared}
 
 
-def get(name: str, *, init: str = "flax", **arguments: Any) -> Method:
+def get(name: str, *, init: str = "flax", attached: int = 0, **arguments: Any) -> Method:
     """Builds a method.
 
     >>> method = get("adl", accumulate=2)
@@ -192,6 +217,9 @@ def get(name: str, *, init: str = "flax", **arguments: Any) -> Method:
     Args:
         name: one of `names()`.
         init: initial weights of the heads, see `jdecouple.models.layers`.
+        attached: Last units of the model that stand between every block and its head, for local
+            methods; 0 for none. Their weights follow the model's, a batch late for every block
+            between.
         **arguments: arguments of its objective and its route, see `arguments(name)`.
 
     Raises:
@@ -201,8 +229,9 @@ def get(name: str, *, init: str = "flax", **arguments: Any) -> Method:
     method = spec(name)
     own = [field.name for field in dataclasses.fields(method.objective)]
     for key in arguments:
-        if key not in (known := [*own, *method.options, "init"]):
+        if key not in (known := [*own, *method.options, "init", "attached"]):
             raise TypeError(f"method {name} takes no argument {key!r}: {choices(key, known)}")
     objective = {key: arguments[key] for key in own if key in arguments}
     route = {key: arguments.get(key, default) for key, default in method.options.items()}
-    return Method(name, method.objective(**objective), method.route(**method.fixed, **route), init)
+    built = method.objective(**objective), method.route(**method.fixed, **route)
+    return Method(name, *built, init, attached)

@@ -21,6 +21,7 @@ from jdecouple._errors import (
 )
 from jdecouple.methods import Method
 from jdecouple.methods.objectives import BlockInfo, Fronted
+from jdecouple.methods.objectives.following import linked
 from jdecouple.methods.objectives.front import build_head
 from jdecouple.methods.routes import (
     REMATS,
@@ -102,7 +103,7 @@ def build_units(
     # The last key of the 32-bit range: steps count up from 0 and never reach it.
     root = jax.random.fold_in(jax.random.key(seed), np.uint32(2**32 - 1))
     above: tuple = ()
-    if isinstance(objective, Fronted):
+    if isinstance(objective, Fronted) or method.attached:
         shapes = outputs_of(model.blocks, outputs, carry["x"])
         above = tuple(zip(units_of(model.blocks), shapes, strict=True))
     inputs, units = carry["x"], []
@@ -131,7 +132,7 @@ def build_units(
         )
         rngs = nnx.Rngs(jax.random.fold_in(root, index))
         of_positions = len(carry["label"].shape) > 1
-        head = build_head(objective, info, rngs, of_positions)
+        head = build_head(objective, info, rngs, of_positions, method.attached)
         if head is None and method.route.local:
             raise ValueError(f"method {method.name} gives block {index} no loss of its own")
         unit = Unit.build(index, block, head, dtype)
@@ -141,19 +142,20 @@ def build_units(
         units.append(unit)
         carries.append(carry)
         carry = {**carry, **handed, "x": features}
-    units = [*map(_linked, units, units[1:], model.blocks[1:]), units[-1]]
+    units = _linked(units, model.blocks)
     return BuiltModel(share_traces(units), tuple(carries), tuple(outputs), num_classes)
 
 
-def _linked(unit: Unit, above: Unit, block: nnx.Module) -> Unit:
-    """A unit whose averages know the parameters of the block above by their names there."""
-    prefix = "block/layers/0/" if isinstance(block, Chain) else "block/"
-    follows = {
-        name: source._replace(name=prefix + source.name) for name, source in unit.follows.items()
-    }
-    for name, (source, _) in follows.items():
-        assert above.params[source].shape == unit.stats[name].shape, source
-    return dataclasses.replace(unit, follows=follows)
+def _linked(units: Sequence[Unit], blocks: Sequence[nnx.Module]) -> list[Unit]:
+    """Units whose averages know what they follow by its names in the block above."""
+    ends = [*itertools.accumulate(len(units_of([block])) for block in blocks)]
+    found = list(units)
+    for k, (unit, above) in enumerate(itertools.pairwise(units)):
+        of_above = range(ends[k], ends[k + 1])
+        is_chain = isinstance(blocks[k + 1], Chain)
+        follows = linked(unit.follows, above.follows, of_above, is_chain)
+        found[k] = dataclasses.replace(unit, follows=follows)
+    return found
 
 
 def _check_growth(model: Model, method: Method, frozen: Collection[int]) -> None:
@@ -165,6 +167,11 @@ def _check_growth(model: Model, method: Method, frozen: Collection[int]) -> None
         raise ValueError(f"{what} needs a local method: given {method.name}")
     for index in frozen:
         require_int(0, count - 1, frozen=index)
+    if method.attached and len(frozen):
+        raise ValueError(
+            f"attached is {method.attached}, whose weights frozen blocks would not hand on: given "
+            f"frozen {', '.join(map(str, frozen))}"
+        )
     if len(set(frozen)) == count:
         raise ValueError(f"frozen are all {count} blocks: at least one must be trained")
 

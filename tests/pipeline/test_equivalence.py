@@ -23,7 +23,8 @@ METHODS = nets.METHODS
 DROPPING = pytest.mark.parametrize(  # fr draws again where it replays
     "name", nets.marked(jd.methods.names(), ("bp", "deinforeg", "fr"))
 )
-LOCAL = [name for name in jd.methods.names() if nets.method(name).route.local]
+LOCAL = nets.LOCAL
+ALONE = [name for name in LOCAL if name not in nets.FOLLOWING]
 
 
 def setting(net: str) -> tuple[jd.Model, list[dict], Any]:
@@ -293,7 +294,7 @@ def test_only_local_methods_ignore_the_block_above(name, stages):
         state, _ = nets.trained(trainer, batches, 5, state)
         arrays = nets.weights(trainer, state)
         ends.append({key: leaf for key, leaf in arrays.items() if not key.startswith("block_3/")})
-    assert nets.same_bits(*ends) == (name in LOCAL)
+    assert nets.same_bits(*ends) == (name in ALONE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -347,4 +348,4 @@ def test_only_local_methods_ignore_the_loss_above(name):
     same = nets.same_bits(
         with_louder_last_head(name, louder=True), with_louder_last_head(name, louder=False)
     )
-    assert same == (name in LOCAL)
+    assert same == (name in ALONE)

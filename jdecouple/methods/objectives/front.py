@@ -7,7 +7,14 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jdecouple.methods.objectives.base import BlockInfo, Fronted, HeadOutput, Objective
+from jdecouple.methods.objectives.attached_top import attached_top
+from jdecouple.methods.objectives.base import (
+    BlockInfo,
+    Descending,
+    Fronted,
+    HeadOutput,
+    Objective,
+)
 from jdecouple.methods.objectives.tokens import token_head
 from jdecouple.models.renewal import output_of
 
@@ -28,7 +35,7 @@ class FrontedHead(nnx.Module):
 
 
 def build_head(
-    objective: Objective, info: BlockInfo, rngs: nnx.Rngs, of_positions: bool
+    objective: Objective, info: BlockInfo, rngs: nnx.Rngs, of_positions: bool, attached: int = 0
 ) -> nnx.Module | None:
     """The objective's head for a block, behind its front; None if the block has no loss of its own.
 
@@ -37,12 +44,23 @@ def build_head(
         info: where the head is attached.
         rngs: source of its initial weights.
         of_positions: whether labels are those of positions.
+        attached: how many of the model's last units are the front, for an objective without one.
 
     Raises:
         ValueError: they do not fit one another.
     """
-    front = objective.front(info, rngs) if isinstance(objective, Fronted) else None
+    if attached:
+        front = attached_top(info, attached)
+    else:
+        front = objective.front(info, rngs) if isinstance(objective, Fronted) else None
     if front is not None:
         info = dataclasses.replace(info, features=output_of(front, info.features))
     head = token_head(objective, info, rngs) if of_positions else objective.head(info, rngs)
-    return head if front is None or head is None else FrontedHead(front, head)
+    if front is None or head is None:
+        return head
+    if isinstance(head, Descending):
+        raise ValueError(
+            f"{type(objective).__name__} has an answer that comes down from block to block: it "
+            "cannot have layers in front of its heads"
+        )
+    return FrontedHead(front, head)

@@ -80,5 +80,5 @@ class MomentumNet(AuxiliaryNet):
         learned, followed = (
             renewed(unit, info.features, output, **info.options(rngs)) for _ in range(2)
         )
-        follow(followed, self.momentum)
+        follow(followed, info.unit + 1, self.momentum)
         return MomentumFront(learned, followed, self.scaled, info.param_dtype)

@@ -133,16 +133,19 @@ class Stage:
 
     @property
     def follows_above(self) -> bool:
-        """Whether the last unit has averages of parameters of the stage above."""
+        """Whether the last unit has averages of what the stage above has."""
         return not self.is_last and bool(self.units[-1].follows) and not self.units[-1].frozen
 
     def following(self, stats: Any, params: Any) -> tuple[Any, ...]:
-        """Statistics behind a batch, in which the units had these parameters.
+        """Statistics behind a batch, from those that its forwards left and its parameters.
 
-        Averages of parameters that other stages have stay as they are.
+        Averages of what other stages have stay as they are.
         """
-        pairs = zip(self.units, stats, params[1:], strict=False)
-        moved = tuple(unit.following(own, above) for unit, own, above in pairs)
+        above = [
+            {**of_params, **of_stats} for of_params, of_stats in zip(params, stats, strict=True)
+        ]
+        pairs = zip(self.units, stats, above[1:], strict=False)
+        moved = tuple(unit.following(own, other) for unit, own, other in pairs)
         return (*moved, *stats[len(moved) :])
 
     @property

@@ -46,8 +46,7 @@ class Unit:
         frozen: whether nothing of the block and its head is trained.
         hands_on: whether the head writes into the carry.
         scales: factors on an optimiser's updates by the names of parameters; 1 for all others.
-        follows: parameters of the block above that moving averages follow, by the averages' names
-            in the statistics.
+        follows: what of the block above moving averages follow, by their names in the statistics.
     """
 
     index: int
@@ -212,13 +211,13 @@ class Unit:
         return self._module(False, params, stats, jax.random.key(0)).head.descend(target)
 
     def following(self, stats: Arrays, above: Arrays) -> Arrays:
-        """Statistics behind a batch, from parameters that the block above had in it."""
+        """Statistics behind a batch, from parameters and averages of the block above in it."""
         if self.frozen or not self.follows:
             return stats
         moved = {}
-        for name, (source, momentum) in self.follows.items():
-            now = above[source].astype(stats[name].dtype)
-            moved[name] = momentum * stats[name] + (1 - momentum) * now
+        for name, source in self.follows.items():
+            now = above[source.name].astype(stats[name].dtype)
+            moved[name] = source.momentum * stats[name] + (1 - source.momentum) * now
         return {**stats, **moved}
 
     def scaled(self, updates: Arrays) -> Arrays:

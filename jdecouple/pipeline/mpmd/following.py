@@ -1,4 +1,4 @@
-"""Parameters that a stage hands down to one whose averages follow them.
+"""Weights that a stage hands down to one whose averages follow them.
 
 What the stage above had in a batch is what the averages below move by behind that batch. It is
 copied before the batch goes up and arrives when the stage below has trained on it: so a stage
@@ -68,7 +68,8 @@ class Following:
         key = self.above.index, GIVE
         if key not in functions:
             return None
-        return functions[key]({"params": states[key[0]]["params"]})["given"]
+        state = states[self.above.index]
+        return functions[key]({part: state[part] for part in ("params", "stats")})["given"]
 
     def follow(self, functions: Functions, given: Any, states: list[Any]) -> None:
         """Sends down what was given, and puts the state that has followed in the place of the old.
@@ -96,8 +97,8 @@ class Following:
         return transfer(given, packed(self._rows), above, below)
 
     def _copy(self, state: StageState) -> dict[str, Any]:
-        params = state["params"][0]
-        arrays = {source: params[source] for source in self._shapes}
+        own = {**state["params"][0], **state["stats"][0]}
+        arrays = {name: own[name] for name in self._shapes}
         if self._crosses:
             count = self._replicas
             rows = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), arrays)
@@ -122,9 +123,9 @@ class Following:
 
     @property
     def _shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        params = jax.eval_shape(self.above.units[0].initial)[0]
-        sources = dict.fromkeys(source.name for source in self.stage.units[-1].follows.values())
-        return {name: params[name] for name in sources}
+        params, stats = jax.eval_shape(self.above.units[0].initial)
+        names = dict.fromkeys(source.name for source in self.stage.units[-1].follows.values())
+        return {name: {**params, **stats}[name] for name in names}
 
     @property
     def _rows(self) -> dict[str, jax.ShapeDtypeStruct]:

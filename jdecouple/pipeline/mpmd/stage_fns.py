@@ -166,7 +166,7 @@ def _in_turn(
         )
         if number + 1 < len(stage.units):
             (stats,) = out["state"]["stats"]
-            above = state["params"][number + 1]
+            above = {**state["params"][number + 1], **state["stats"][number + 1]}
             out["state"]["stats"] = (stage.units[number].following(stats, above),)
         for name in units:
             changed[name] += out["state"][name]

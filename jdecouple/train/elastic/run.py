@@ -103,7 +103,7 @@ def _checked(config: ConfigDict, spec: hosts.ProcessSpec) -> ConfigDict:
     method, reason = methods.get(config.method.name), ""
     if not method.route.local:
         reason = "is not local: its stages need the error of those above"
-    elif getattr(method.objective, "follows_above", False):
+    elif method.follows_above:
         reason = "follows the weights of the stage above, which may be lost"
     if reason:
         raise ConfigError(
