@@ -21,7 +21,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "scpl": {"hidden": 16, "features": 8},
     "al": {"features": 8, "expansion": 2, "activation": "tanh"},
     "dgl": {"hidden": 32},
-    "man": {"hidden": 32, "momentum": 0.6},
+    "man": {"hidden": 32, "ema_decay": 0.6},
     "infopro": {"hidden": 16, "features": 8, "reconstruction": (0.1, 0.1), "task": (1.0, 1.0)},
     "adl": {"accumulate": 2},
 }

@@ -30,7 +30,7 @@ def model(width: int = WIDTH, param_dtype: Any = jnp.float64) -> jd.Model:
 
 
 def trainer(net: Any = None, **options: Any) -> jd.Trainer:
-    arguments = {"aux": "linear", "momentum": MOMENTUM, **options.pop("arguments", {})}
+    arguments = {"aux": "linear", "ema_decay": MOMENTUM, **options.pop("arguments", {})}
     method = jd.methods.get("man", **arguments)
     options = {"example": nets.batches(1)[0], **options}
     return jd.Trainer(net or model(), method, jd.optim.sgd(RATE), **options)
@@ -239,8 +239,8 @@ def test_chunks_are_single_steps_where_stages_are_fused(x64):
 
 
 def test_refused():
-    with pytest.raises(ValueError, match=r"momentum is 1.0: a number in \[0, 1\)"):
-        MomentumNet(momentum=1.0)
+    with pytest.raises(ValueError, match=r"ema_decay is 1.0: a number in \[0, 1\)"):
+        MomentumNet(ema_decay=1.0)
     net = model(param_dtype=jnp.float32)
     apart = trainer(net, mesh=jd.make_mesh(3))
     words = "a chunk of 2 batches", "man has 3 stages apart"

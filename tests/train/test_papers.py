@@ -89,7 +89,7 @@ VISION = {
             optimizer.name=sgd optimizer.learning_rate=0.8 optimizer.momentum=0.9
             optimizer.nesterov=True optimizer.weight_decay=0.0001 optimizer.schedule=cosine
             optimizer.warmup_epochs=10.0 optimizer.warmup_start=0.0125 model.shortcut=projection
-            model.init=he_out method.init=he_out method.depth=None method.momentum=None
+            model.init=he_out method.init=he_out method.depth=None method.ema_decay=None
         """
         for method in ("auglocal", "man")
     },

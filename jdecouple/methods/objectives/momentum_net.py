@@ -54,18 +54,21 @@ class MomentumNet(AuxiliaryNet):
     `AuxiliaryNet`, whose arguments it has.
 
     Attributes:
-        momentum: Share of the moving average that stays after a batch.
+        aux: The auxiliary net, as of `AuxiliaryNet`.
+        hidden: Width of its hidden dense layers, as of `AuxiliaryNet`.
+        head_pool: Bins a side of maps before it, as of `AuxiliaryNet`.
+        ema_decay: Share of the moving average that stays after a batch.
         scaled: Whether the copies are weighed by s and 2 - s, where s is learned and begins at 1
             (MAN++, arXiv 2507.16279).
     """
 
-    momentum: float = 0.995
+    ema_decay: float = 0.995
     scaled: bool = False
     follows_above: ClassVar[bool] = True
 
     def __post_init__(self):
         super().__post_init__()
-        require_number(below=1, momentum=self.momentum)
+        require_number(below=1, ema_decay=self.ema_decay)
         require_bool(scaled=self.scaled)
 
     def front(self, info: BlockInfo, rngs: nnx.Rngs) -> nnx.Module | None:
@@ -80,5 +83,5 @@ class MomentumNet(AuxiliaryNet):
         learned, followed = (
             renewed(unit, info.features, output, **info.options(rngs)) for _ in range(2)
         )
-        follow(followed, info.unit + 1, self.momentum)
+        follow(followed, info.unit + 1, self.ema_decay)
         return MomentumFront(learned, followed, self.scaled, info.param_dtype)
