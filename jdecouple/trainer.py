@@ -43,6 +43,7 @@ class Trainer:
         design: what it is as shapes and tables alone, see `jdecouple.pipeline.design`.
         schedule: the actions of one batch; `calls` are its calls in the order of dispatch.
         latency: iterations by which metrics are late: those of step t are of batch t - latency.
+        waits: whether something of a batch waits in the stages for the next one.
         predictor: the evaluation forward of all stages.
 
     >>> import jdecouple as jd
@@ -155,6 +156,7 @@ class Trainer:
         self._evaluate = Evaluator(self.predictor)
         self._intake = Intake(self._spec, self.num_classes, self._engine)
         self._states = states.OwnStates(self.stages, self._engine, method.route)
+        self.waits = self._states.waits
 
     def init(self) -> State:
         """Initial state: step 0, weights of the model's blocks and of the heads, empty queues."""
@@ -339,6 +341,20 @@ class Trainer:
         for late in range(self.schedule.depth):
             stages, _ = self._engine.run(stages, nothing, state.step + late, end=state.step)
         return self._states.restart(state.step, stages)
+
+    def take_over(self, other: "Trainer", state: State) -> State:
+        """The state of a trainer that differs in the shape of its examples alone; donated.
+
+        What waits in the stages has that shape: a delayed schedule applies what is queued
+        (`finish`) and begins empty, and what rounding took from errors is dropped.
+
+        Raises:
+            ValueError: weights of other shapes.
+        """
+        if other is self or not self.waits:
+            return state
+        state = other.finish(state)
+        return self._states.empty(state.step, other._states.take(state))
 
     def wait(self, state: State) -> None:
         """Blocks until everything that was dispatched has run."""

@@ -43,6 +43,7 @@ def train_batches(
     threads: int = 2,
     share: np.ndarray | None = None,
     buckets: Sequence[int] = (),
+    in_a_row: int = 1,
 ) -> grain.DatasetIterator[Batch]:
     """Batches without end, the examples in a new order in each epoch.
 
@@ -68,6 +69,8 @@ def train_batches(
             all.
         buckets: rising lengths, the last that of the longest text. Texts of about the same length
             then make a batch, which is padded to the first of these lengths that holds them.
+        in_a_row: batches of one bucket that follow one another; the last ones of a bucket are
+            fewer.
 
     Returns:
         A grain iterator over `{"x": [batch_size, H, W, C], "label": int32 [batch_size]}`, of texts
@@ -75,11 +78,12 @@ def train_batches(
         (JSON-serialisable) and `close()`.
 
     Raises:
-        ValueError: `batch_size` does not fit the split, `start` is negative, or the buckets do not
-            hold all examples.
+        ValueError: `batch_size` does not fit the split, `start` is negative, `in_a_row` is not
+            positive, or the buckets do not hold all examples.
     """
     steps = steps_per_epoch(split, batch_size)
     require_int(0, start=start)
+    require_int(1, in_a_row=in_a_row)
     if buckets and (longest := split.lengths.max()) > buckets[-1]:
         raise ValueError(f"buckets is {tuple(buckets)}: the longest example has {longest} words")
 
@@ -89,7 +93,7 @@ def train_batches(
         order = generator.permutation(len(split))
         if not buckets:
             return order[: steps * batch_size].reshape(steps, batch_size), None
-        return _bucketed(order, split.lengths, buckets, batch_size, generator)
+        return _bucketed(order, split.lengths, buckets, batch_size, in_a_row, generator)
 
     def read(number: int) -> Batch:
         epoch, step = divmod(number, steps)
@@ -110,22 +114,26 @@ def _bucketed(
     text_lengths: np.ndarray,
     buckets: Sequence[int],
     batch_size: int,
+    in_a_row: int,
     generator: np.random.Generator,
 ) -> Plan:
-    """Cuts an epoch into batches of one bucket each, in random order.
+    """Cuts an epoch into batches of one bucket each, so many `in_a_row`, else in random order.
 
     What fills no batch of a bucket goes up into the next, so that an epoch has as many batches as
     without buckets.
     """
-    rows, lengths = [], []
+    rows, lengths, runs, start = [], [], [], 0
     rest, bucket_of = order[:0], np.searchsorted(buckets, text_lengths[order])
     for number, length in enumerate(buckets):
         rest = np.concatenate([rest, order[bucket_of == number]])
         full = len(rest) // batch_size
         rows.append(rest[: full * batch_size].reshape(full, batch_size))
         lengths.append(np.full(full, length))
+        runs += np.split(np.arange(start, start + full), range(in_a_row, full, in_a_row))
+        start += full
         rest = rest[full * batch_size :]
-    shuffled = generator.permutation(sum(map(len, rows)))
+    runs = [run for run in runs if len(run)]
+    shuffled = np.concatenate([runs[number] for number in generator.permutation(len(runs))])
     return np.concatenate(rows)[shuffled], np.concatenate(lengths)[shuffled]
 
 

@@ -86,6 +86,11 @@ class OwnStates:
         """Names of the metrics of all stages, in order."""
         return [name for stage in self.stages for name in metric_names(stage, self.route)]
 
+    @cached_property
+    def waits(self) -> bool:
+        """Whether something of a batch waits in the stages for the next one."""
+        return any(map(self.queues, range(len(self.stages))))
+
     def queues(self, index: int) -> Any:
         """Shapes of what one stage adds to its state, see `queue_shapes`."""
         return queue_shapes(self.schedule, self.route, self.stages, index)
@@ -115,12 +120,25 @@ class OwnStates:
 
     def take(self, state: State) -> Any:
         """The states of the stages, for a call that consumes them."""
-        self.check(state)
+        self.check(state, queues=True)
         self._made.pop(id(state), None)
         return state.stages
 
-    def check(self, state: State, *, abstract: bool = False) -> None:
+    def empty(self, step: int, stages: Sequence[Any]) -> State:
+        """A state of what stages have trained so far, in which nothing waits."""
+
+        def values(k: int) -> Any:
+            queues = self.queues(k)
+            fresh = zeros(queues) | ({"since": np.int32(step)} if "since" in queues else {})
+            return {**stages[k], **fresh}
+
+        return self.load(step, values)
+
+    def check(self, state: State, *, abstract: bool = False, queues: bool = False) -> None:
         """Checks a state; with `abstract` its shapes are enough.
+
+        What waits in the stages may be another trainer's, of examples of other shapes, unless the
+        `queues` are looked at.
 
         Raises:
             TypeError: no State.
@@ -134,13 +152,13 @@ class OwnStates:
             raise TypeError(f"state is a {given}: what trainer.init or trainer.step gave is needed")
         if any(map(is_deleted, jax.tree.leaves(state.stages))):
             raise ValueError(USED_UP)
-        if difference := self._difference(state.stages, abstract):
+        if difference := self._difference(state.stages, abstract, queues):
             raise ValueError(
                 f"this is the state of another trainer: {difference}; from_arrays(state.step, "
                 "other.to_arrays(state)) takes it over where the nets are equal"
             )
 
-    def _difference(self, found: Any, abstract: bool) -> str | None:
+    def _difference(self, found: Any, abstract: bool, queues: bool) -> str | None:
         """Where a state differs from those that are made here, if anywhere."""
         count = len(self.placements)
         engine = found.layout.engine if isinstance(found, StageViews) else "mpmd"
@@ -153,7 +171,11 @@ class OwnStates:
             own = found[k]
             if own is None and (abstract or not placement.addressable):
                 continue
-            has, needs = _specs(own), _specs(shapes)
+            waits = () if queues else self.queues(k)
+            has, needs = (
+                _specs({name: x for name, x in tree.items() if name not in waits})
+                for tree in (own, shapes)
+            )
             for name in [*needs, *has]:
                 one, other = has.get(name, "nothing"), needs.get(name, "nothing")
                 if one != other:

@@ -3,6 +3,7 @@
 import dataclasses
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -43,16 +44,23 @@ class StepMetrics(Mapping[str, jax.Array]):
     """Metrics of a step by their names, as futures: reading one does not wait for the step."""
 
     def __init__(self, parts: Iterable["JoinedMetrics | Mapping[str, jax.Array]"]):
-        self._places: dict[str, tuple[jax.Array, int | None]] = {}
-        for part in parts:
+        self._parts = tuple(parts)
+
+    @cached_property
+    def _places(self) -> dict[str, tuple[jax.Array, int | None]]:
+        """Found when a metric is read: most steps' never are."""
+        places: dict[str, tuple[jax.Array, int | None]] = {}
+        for part in self._parts:
             if isinstance(part, StepMetrics):
-                self._places |= part.places()
+                places |= part.places()
             elif isinstance(part, JoinedMetrics):
                 for array, names in zip(part.arrays, part.names, strict=True):
-                    self._places |= {name: (array, i) for i, name in enumerate(names)}
-                self._places |= {name: (value, None) for name, value in part.single.items()}
+                    places |= {name: (array, i) for i, name in enumerate(names)}
+                places |= {name: (value, None) for name, value in part.single.items()}
             else:
-                self._places |= {name: (value, None) for name, value in part.items()}
+                places |= {name: (value, None) for name, value in part.items()}
+        self._parts = ()
+        return places
 
     def __getitem__(self, name: str) -> jax.Array:
         array, index = self._places[name]

@@ -42,6 +42,9 @@ from jdecouple.train.tracking.table import check_installed
 from jdecouple.train.tracking.writers import Writers, open_writers
 from jdecouple.trainer import State, Trainer
 
+IN_A_ROW = 32
+"""Batches of one bucket in a row where something waits in the stages, which ends at another's."""
+
 
 class NonFiniteError(OneLine, RuntimeError):
     """The loss or a parameter became infinite or NaN; the message names step and block."""
@@ -170,6 +173,7 @@ class Loop:
             seed=config.seed,
             share=run.trainer.local_indices(config.batch_size, config.microbatches),
             buckets=config.data.buckets or (),
+            in_a_row=IN_A_ROW if run.trainer.waits else 1,
         )
         progress = Progress(run.total_steps, first, config.batch_size, self.processes.first)
         self.stopping = stopping(run, start)
@@ -183,7 +187,7 @@ class Loop:
         pairs = itertools.pairwise((first, *limits, run.total_steps))
         sizes = (data.group_sizes(*pair, config.chunk, *ends) for pair in pairs)
         groups = data.Groups(batches, itertools.chain.from_iterable(sizes))
-        self._placed = first
+        self._placed, self._trainer = first, run.trainer_for(start)
         self._saved = first if start else -1
         self._origin = origin(run) | {"inference": describe(run)}
         self._interval = Interval(first, clock(0.0), start and start["means"])
@@ -192,7 +196,7 @@ class Loop:
             self._warn(f"checkpoint {first} is suspect")
         if start is None:
             self._weigh(state)
-        self._pending: list[tuple[range, StepMetrics]] = []  # metrics on devices
+        self._pending: list[tuple[range, int, StepMetrics]] = []  # metrics on devices
         with (
             data.Prefetcher(groups, self._put) as prefetcher,
             contextlib.closing(progress),
@@ -208,13 +212,14 @@ class Loop:
                 with one_line():
                     trainer, placed = next(prefetcher)
                 profile.before(since + 1, state)
+                state, self._trainer = trainer.take_over(self._trainer, state), trainer
                 train = trainer.step if placed.count is None else trainer.steps
                 state, metrics = train(state, placed)
                 step = state.step
                 if news := profile.after(step, state):
                     progress.print(news)
                 steps = range(since + 1, step + 1)
-                self._pending.append((steps, metrics))
+                self._pending.append((steps, state.since, metrics))
                 stop = self.processes.stops(step, self.interrupt.requested)
                 ends_phase = step == run.total_steps or step in run.grows
                 evaluate = ends_phase or step % run.eval_every == 0
@@ -255,6 +260,7 @@ class Loop:
         self.run = self.run.at(state.step + 1)
         self._origin = origin(self.run) | {"inference": describe(self.run)}
         trainer, count = self.run.trainer, len(before.model.blocks)
+        self._trainer = trainer
         names = [
             name
             for name in trainer.to_arrays(trainer.abstract(addressable=True))
@@ -289,21 +295,26 @@ class Loop:
         return not rest or (last and (2 * rest >= every or step < every))
 
     def _collect(self) -> list[tuple[int, Mapping[str, Any]]]:
-        """Waits for the steps since the last call; gives the first process each one's metrics."""
-        numbers = [step for steps, _ in self._pending for step in steps]
-        found = on_host([metrics for _, metrics in self._pending])
+        """Waits for the steps since the last call; gives the first process each one's metrics.
+
+        They are {} where no batch has reached the loss yet.
+        """
+        latency = self.run.trainer.latency
+        numbers = [(step, since) for steps, since, _ in self._pending for step in steps]
+        found = on_host([metrics for *_, metrics in self._pending])
         rows: list[dict[str, Any]] = []
-        for (steps, _), metrics in zip(self._pending, found, strict=True):
+        for (steps, *_), metrics in zip(self._pending, found, strict=True):
             columns = {name: np.atleast_1d(values).tolist() for name, values in metrics.items()}
             rows += [{name: columns[name][i] for name in columns} for i in range(len(steps))]
         self._pending = []
         summed = not self.run.trainer.schedule.sums_late
         merged = hosts.merge_metrics(self.processes, rows, summed=summed)
-        return list(zip(numbers, merged, strict=self.processes.first))
+        pairs = zip(numbers, merged, strict=self.processes.first)
+        return [(step, row if step > since + latency else {}) for (step, since), row in pairs]
 
     def _count(self, step: int, row: Mapping[str, Any]) -> None:
         """Adds the metrics of a step to the means; stops at a loss that is not finite."""
-        if step <= self.run.trainer.latency:  # no batch has reached the loss yet
+        if not row:
             return
         if (reason := fault(row)) is not None:
             raise NonFiniteError(f"{reason} at step {step}; {self._last_good()}")
@@ -384,6 +395,8 @@ class Loop:
         self._warn(self._range.weigh(state.step, max(largest)))
         self._extra = {"iterator": iterator, "means": self._interval.means, **self._origin}
         self._extra |= {"range": self._range.values, **self._counts()}
+        if self._trainer.waits and self._trainer is not trainer:
+            self._extra["length"] = self._trainer.options["example"]["x"].shape[1]
         due = {"evaluate": True} if evaluate else {}
         spare = self._range.suspect
         self.checkpoints.save(state.step, parts, self._extra | due, spare=spare)

@@ -61,7 +61,7 @@ def restore(
         own = sharing.read_what_is_asked(processes, together.directory, names)
     position = processes.broadcast(restored and [restored.step, restored.extra])
     step, extra = position or (0, None)
-    trainer = run.at(step).trainer
+    trainer = run.at(step).trainer_for(extra)
     if position is None:
         return begin(run, trainer, processes), None
     arrays = restored.arrays if restored else own
@@ -88,7 +88,7 @@ def _read(
 
     def template(step: int) -> dict[str, Any]:
         """The arrays of a checkpoint; of another dtype, it may have scales of losses or none."""
-        trainer = run.at(step).trainer
+        trainer = run.at(step).trainer_for(extras.get(step))
         arrays = trainer.to_arrays(trainer.abstract())
         before = extras.get(step, {}).get("settings", {}).get("dtype", "float32")
         if before == run.config.dtype:

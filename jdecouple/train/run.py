@@ -45,6 +45,11 @@ class Run:
     proposal: Proposal | None = None
     """What `mesh.propose` chose."""
 
+    def trainer_for(self, start: Mapping[str, Any] | None) -> Trainer:
+        """The trainer of the state of a checkpoint, which says `start` beside its arrays."""
+        length = (start or {}).get("length")
+        return self.trainer if length is None else self.trainer_of({"x": np.empty((0, length))})
+
     @property
     def grows(self) -> tuple[int, ...]:
         """Steps after which blocks are added."""
@@ -101,8 +106,6 @@ def build(config: ConfigDict | Mapping) -> Run:
         diagnose = SufficientDirection(trainer) if config.sufficient_direction else None
         placements = [phases.fewer(placed, trainer, len(p.blocks)) for p, _ in parts[:-1]]
         all_phases = (*map(phase, range(len(placements)), placements), last)
-    if config.data.buckets:
-        check_buckets(trainer)
     for each in all_phases:
         check_processes(each.trainer, config)
     return Run(
@@ -184,26 +187,13 @@ def placement(
     return {"boundaries": proposal.boundaries, "mesh": mesh, "proposal": proposal}
 
 
-def check_buckets(trainer: Trainer) -> None:
-    """Raises ConfigError for a run that needs all its batches to have one shape."""
-    if trainer.schedule.overlapping:
-        late = trainer.schedule.sums_late
-        whose = "schedule interleaved" if late else f"method {trainer.method.name}"
-        reason = f"batches of one length must wait in the queues of {whose}"
-    elif any("feedback" in values for values in trainer.abstract().stages):
-        reason = "errors of one length must follow one another where config.wire rounds them"
-    else:
-        return
-    raise ConfigError(f"config.data.buckets is set, but {reason}: leave it at None")
-
-
 def by_length(
     trainer: Trainer, example: Mapping[str, Any], make: Callable[..., Trainer]
 ) -> Callable[[Mapping[str, Any]], Trainer]:
     """Finds the trainer of a batch {"x": [batch, length], ...} by the length of its texts.
 
-    Weights and the optimiser's state have the same shapes for any length, so that the state of one
-    trainer is one of the others; the returned function raises ValueError where they have not.
+    Weights and the optimiser's state have the same shapes for any length, so that a trainer can
+    take over the state of another; the returned function raises ValueError where they have not.
 
     Args:
         trainer: that of `example`, a batch of the longest texts.
@@ -230,7 +220,8 @@ def by_length(
 
 def _shapes(trainer: Trainer) -> dict[str, Any]:
     leaves = trainer.to_arrays(trainer.abstract())
-    return {name: (leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
+    own = {name: leaf for name, leaf in leaves.items() if not name.startswith("stage_")}
+    return {name: (leaf.shape, leaf.dtype) for name, leaf in own.items()}
 
 
 def check_processes(trainer: Trainer, config: ConfigDict) -> None:

@@ -2,7 +2,8 @@
 
 import functools
 import json
-from itertools import islice
+from collections import Counter
+from itertools import groupby, islice
 
 import chex
 import jax
@@ -14,6 +15,8 @@ from text_sets import csv_set, tiny
 
 import jdecouple as jd
 from jdecouple import data
+from jdecouple.checkpoint import Checkpointer
+from jdecouple.train import loop
 from jdecouple.train.config import ConfigError, validate
 from jdecouple.train.loop import build, train_and_evaluate
 from jdecouple.train.run import by_length
@@ -58,6 +61,23 @@ class TestBatches:
         for each in seen:
             left.remove(each)
         assert len(left) == 100 - 12 * SIZE
+
+    def test_some_in_a_row(self, split):
+        """The same batches, of which three of a bucket follow one another."""
+
+        def epoch(**options):
+            return [
+                (len(x["x"][0]), x["label"].tolist()) for x in islice(stream(split, **options), 12)
+            ]
+
+        batches = epoch(in_a_row=3)
+        assert sorted(batches) == sorted(epoch())
+        assert epoch(in_a_row=1) == epoch()
+        counts = [len([*group]) for _, group in groupby(length for length, _ in batches)]
+        numbers = Counter(length for length, _ in batches).values()
+        assert len(counts) <= sum(-(-number // 3) for number in numbers) < 12
+        with pytest.raises(ValueError, match="in_a_row is 0"):
+            stream(split, in_a_row=0)
 
     def test_most_batches_are_of_one_bucket(self, split):
         mixed = 0
@@ -106,14 +126,14 @@ def _padded(batch):
     return np.pad(batch["x"], ((0, 0), (0, 12 - batch["x"].shape[1]))).tolist()
 
 
-def trainer(example, kind="lstm", method="bp", stages=1, **options):
+def trainer(example, kind="lstm", method="bp", stages=1, depth=1, **options):
     """Options as `by_length` gives them."""
     model = jd.models.get(kind)(
         2,
         vocabulary_size=40,
         max_length=12,
         hidden=6,
-        depth=1,
+        depth=depth,
         **({"heads": 2} if kind == "transformer" else {}),
         param_dtype=np.float64,
         rngs=nnx.Rngs(0),
@@ -159,6 +179,37 @@ def test_equal_to_training_on_padded_batches(x64, split, arguments):
     chex.assert_trees_all_close(found, wanted, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "method", ["fdg", *(pytest.param(x, marks=pytest.mark.slow) for x in ("ddg", "fr"))]
+)
+def test_a_delayed_method_applies_what_waits_where_the_length_changes(x64, split, method):
+    """Equal to padded batches, with an end of the queues before each change."""
+    example = split.gather(np.arange(SIZE))
+    make = functools.partial(trainer, method=method, stages=2, depth=2)
+    now = whole = make(example)
+    trainer_of = by_length(whole, example, make)
+    state, other = whole.init(), whole.init()
+    changes = 0
+    for batch in islice(stream(split, in_a_row=2), 5):
+        new = trainer_of(batch)
+        if new is not now:
+            changes += 1
+            other = whole.finish(other)
+        state, now = new.take_over(now, state), new
+        state, _ = now.step(state, batch)
+        other, _ = whole.step(other, {**batch, "x": np.array(_padded(batch), np.int32)})
+    assert 2 <= changes < 5
+    assert now is not whole
+    with pytest.raises(ValueError, match="this is the state of another trainer: queues/"):
+        whole.step(state, example)
+    found, wanted = (
+        {k: x for k, x in each.to_arrays(one).items() if not k.startswith("stage_")}
+        for each, one in ((now, state), (whole, other))
+    )
+    chex.assert_trees_all_close(found, wanted, rtol=1e-9, atol=1e-12)
+    assert whole.evaluate(state, example) == pytest.approx(whole.evaluate(other, example))
+
+
 def test_weights_that_depend_on_the_length_are_refused(split):
     example = split.gather(np.arange(SIZE))
 
@@ -175,12 +226,26 @@ def test_weights_that_depend_on_the_length_are_refused(split):
 
 class TestRuns:
     @pytest.mark.slow
-    def test_a_resumed_run_is_equal_to_the_last_bit(self, name, tmp_path):
+    @pytest.mark.parametrize(
+        "values",
+        [
+            {},
+            {"method__name": "fdg", "mesh__stages": 2, "model__depth": 2},
+            {"schedule": "1f1b", "microbatches": 2, "wire": "bfloat16"}
+            | {"mesh__stages": 2, "model__depth": 2},
+        ],
+    )
+    def test_a_resumed_run_is_equal_to_the_last_bit(self, name, tmp_path, monkeypatch, values):
+        """Also where batches of a shorter length wait in the checkpoint."""
+        monkeypatch.setattr(loop, "IN_A_ROW", 2)
         whole, parts = tmp_path / "whole", tmp_path / "parts"
-        result = train_and_evaluate(tiny(name), whole)
+        result = train_and_evaluate(tiny(name, **values), whole)
         assert result["finished"]
-        train_and_evaluate(tiny(name, steps=4), parts)
-        train_and_evaluate(tiny(name), parts)
+        train_and_evaluate(tiny(name, steps=4, **values), parts)
+        extras = Checkpointer(parts / "checkpoints", read_only=True).extras()
+        waits = "method__name" in values or "wire" in values
+        assert extras[4].get("length") == (4 if waits else None)
+        train_and_evaluate(tiny(name, **values), parts)
         runs.assert_same_run(parts, whole)
 
     def test_buckets_are_part_of_what_a_run_is(self, name, tmp_path):
@@ -210,11 +275,6 @@ class TestRefused:
     def test_values(self, name, values, said):
         with pytest.raises(ConfigError, match=said) as error:
             validate(tiny(name, **values))
-        assert "\n" not in str(error.value)
-
-    def test_delayed_methods(self, name):
-        with pytest.raises(ConfigError, match="must wait in the queues of method fdg") as error:
-            build(tiny(name, method__name="fdg", num_stages=2))
         assert "\n" not in str(error.value)
 
     def test_images(self, name):

@@ -145,6 +145,7 @@ class TestResults:
         [
             ("deinforeg", {"method__projector": "8-4"}),
             ("bp", {"schedule": "1f1b", "microbatches": 2}),
+            ("fdg", {}),
         ],
     )
     def test_two_processes_with_batches_of_several_lengths(self, tmp_path, method, values):

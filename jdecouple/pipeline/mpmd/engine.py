@@ -92,8 +92,7 @@ class MpmdEngine:
                 continue
             joined = self._stacked(joined) if batch.count == 1 else joined
             parts.append(joined)
-            late = [step - delay < since for delay in self._delays[k]]
-            if not any(late):
+            if step - max(self._delays[k]) >= since:
                 continue
             metrics = dict(StepMetrics([joined]))
             norms = {name: metrics.pop(name) for name in self._norm_names[k]}
