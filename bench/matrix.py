@@ -71,8 +71,8 @@ def cells(
     In `config`, an argument of --config, {data}, {model}, {method} and other axes are replaced; one
     that stands there is no key of the configuration. `settings` are "KEY=VALUE" for all cells,
     those of `settings_for` for the cells that have all of its names. `variants` are names of
-    methods with other settings, and which methods they are. Cells that have all values of an entry
-    of `without` are left out.
+    methods with other settings, and which methods they are. Cells that have all that an entry of
+    `without` says, names and KEY=VALUE of other axes, are left out.
 
     Raises:
         ValueError: in one line: something is given twice, unknown, or no setting.
@@ -90,13 +90,13 @@ def cells(
             raise ValueError(f"setting {setting!r}: KEY=VALUE is needed")
         if key in {*axes, *(f"{name}.name" for name in NAMES)}:
             raise ValueError(f"setting {setting!r}: {key} is an axis of the matrix")
-    everything = {value for values in axes.values() for value in values}
-    if strangers := [value for values in without for value in values if value not in everything]:
+    marks = {_mark(key, value) for key, values in axes.items() for value in values}
+    if strangers := [mark for left_out in without for mark in left_out if mark not in marks]:
         raise ValueError(f"cells without {strangers[0]!r}: no axis has it")
     by_label: dict[str, Cell] = {}
     for values in itertools.product(*axes.values()):
         chosen = dict(zip(axes, values, strict=True))
-        if any({*left_out} <= {*values} for left_out in without):
+        if any({*left_out} <= {_mark(*item) for item in chosen.items()} for left_out in without):
             continue
         real = {**chosen, "method": variants.get(chosen["method"], chosen["method"])}
         pairs = [f"{name}.name={real[name]}" for name in NAMES] + [*settings]
@@ -115,6 +115,10 @@ def cells(
             raise ValueError(f"{cell.title!r} and {by_label[label].title!r} have one name: {label}")
         by_label[label] = cell._replace(folder=folder / label)
     return list(by_label.values())
+
+
+def _mark(key: str, value: str) -> str:
+    return value if key in NAMES else f"{key}={value}"
 
 
 def is_finished(cell: Cell) -> bool:

@@ -377,7 +377,7 @@ GOOD = {"--methods": ["bp"], "--data": ["digits"], "--models": ["mlp"]}
         ),
         ({"--jobs": ["0"]}, "--jobs is 0"),
         ({"--variant": ["top"]}, "--variant top: a method, and KEY=VALUE for it, are needed"),
-        ({"--without": ["bp,4"]}, "cells without '4': no axis has it"),
+        ({"--without": ["bp,0"]}, "cells without '0': no axis has it"),
         ({"--along": ["depth"]}, "--along depth: data, model, method are the axes"),
         ({"--config": ["nowhere.py"]}, "there is no file 'nowhere.py'"),
         ({"--models": []}, "--models: expected at least one argument"),
