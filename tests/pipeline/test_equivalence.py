@@ -309,6 +309,9 @@ class Louder:
         head = self.inner.head(site, rngs)
         return Scaled(head) if site.is_last else head
 
+    def front(self, site: Any, rngs: Any) -> Any:
+        return self.inner.front(site, rngs) if hasattr(self.inner, "front") else None
+
 
 class Scaled(nnx.Module):
     def __init__(self, head: Any):
