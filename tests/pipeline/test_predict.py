@@ -17,7 +17,7 @@ from jdecouple.pipeline.predict import Predictor
 DATA = nets.batches()
 STAGES = pytest.mark.parametrize("stages", [1, 3])
 METHODS = pytest.mark.parametrize(
-    "name", nets.marked(jd.methods.names(), fast=("early_exit", "deinforeg", "al", "fr"))
+    "name", nets.marked(jd.methods.names(), fast=("early_exit", "al", "fr"))
 )
 
 
