@@ -21,7 +21,7 @@ from jdecouple.methods.objectives import (
 )
 from jdecouple.models import layers
 
-BITS = pytest.mark.parametrize("bits", [64, 32])
+BITS = pytest.mark.parametrize("bits", [64, pytest.param(32, marks=pytest.mark.slow)])
 
 
 def site(features=(8, 6), index=0, num_blocks=2, classifier=None, dtype=jnp.float32):

@@ -12,7 +12,7 @@ from absl.testing import parameterized
 
 from jdecouple.methods import objectives
 
-BITS = pytest.mark.parametrize("bits", [64, 32])
+BITS = pytest.mark.parametrize("bits", [64, pytest.param(32, marks=pytest.mark.slow)])
 
 
 def tolerance(bits, golden, key):
@@ -136,7 +136,9 @@ class TestVariants(chex.TestCase):
             assert_golden(found[1], 64, golden, f"grad64.{gradient}", scale)
 
 
-@pytest.mark.parametrize("batch", [4, 6, 20])
+@pytest.mark.parametrize(
+    "batch", [pytest.param(4, marks=pytest.mark.slow), 6, pytest.param(20, marks=pytest.mark.slow)]
+)
 def test_covariance_by_its_definition(batch, x64):
     z = np.random.default_rng(batch).normal(size=(batch, 6))
     covariance = np.cov(z.T, bias=True)
