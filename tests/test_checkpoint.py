@@ -274,6 +274,7 @@ def test_the_console_stays_empty_in_normal_use(tmp_path):
     assert lines[1].endswith("; trying 0")
 
 
+@pytest.mark.slow
 def test_one_process_of_two_writes_and_both_read(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -111,7 +111,7 @@ def norm_of(loss: Any, module: Any) -> float:
     return float(optax.tree.norm(gradient(params)))
 
 
-@pytest.mark.parametrize("name", ["bp", "greedy_exit", "fr"])
+@pytest.mark.parametrize("name", nets.marked(["bp", "greedy_exit", "fr"], ["bp", "fr"]))
 def test_norms_are_those_of_jax_grad(name):
     """Of backpropagation, of each block's own loss, and of a late error on current weights."""
     trainer = build(name, **APART)

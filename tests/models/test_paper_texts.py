@@ -99,6 +99,7 @@ def test_passed_states_equal_those_of_scpl(x64):
     np.testing.assert_allclose(second["state"][:, 0].mean(1), second["summary"], **EXACT)
 
 
+@pytest.mark.slow
 def test_gradients_flow_through_passed_states(x64):
     rng = np.random.default_rng(0)
     h, state = rng.normal(size=(2, 3, 4)), rng.normal(size=(2, 2, 2, 3))

@@ -60,10 +60,10 @@ def weighted(modules):
     [
         ("resnet20", 9),
         ("resnet32", 15),
-        ("resnet56", 27),
+        pytest.param("resnet56", 27, marks=pytest.mark.slow),
         pytest.param("resnet110", 54, marks=pytest.mark.slow),
         ("resnet18", 8),
-        ("resnet34", 16),
+        pytest.param("resnet34", 16, marks=pytest.mark.slow),
         ("resnet50", 16),
         pytest.param("resnet101", 33, marks=pytest.mark.slow),
         ("wrn28_10", 12),
@@ -370,11 +370,12 @@ def test_bound_arguments_are_no_arguments():
             lambda **sizes: models.resnet(nets.CLASSES, depth=8, width=0.25, **sizes),
             lambda model: model.boundaries("fr", 2),
         ),
-        (
+        pytest.param(
             lambda **sizes: models.wide_resnet(
                 nets.CLASSES, depth=10, widen=1, dropout=0.1, **sizes
             ),
             lambda model: (2,),
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["resnet", "wide_resnet"],

@@ -183,6 +183,7 @@ class TestRuns:
         train_and_evaluate(tiny(name), parts)
         runs.assert_same_run(parts, whole)
 
+    @pytest.mark.slow
     def test_buckets_are_part_of_what_a_run_is(self, name, tmp_path):
         train_and_evaluate(tiny(name, steps=1), tmp_path)
         with pytest.raises(

@@ -119,6 +119,7 @@ def test_a_run_that_is_stopped_ends_at_the_same_step(ended, tmp_path, monkeypatc
     runs.assert_same_run(tmp_path, ended)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", nets.marked((12, ENDS), (ENDS,)))
 def test_a_run_that_fails_while_it_evaluates_ends_at_the_same_step(
     ended, tmp_path, monkeypatch, step
@@ -137,12 +138,14 @@ def test_a_run_that_fails_while_it_evaluates_ends_at_the_same_step(
     runs.assert_same_run(tmp_path, ended)
 
 
+@pytest.mark.slow
 def test_the_least_improvement(tmp_path):
     result = train(tmp_path, early_stopping__min_delta=0.35)
     assert result["step"] == 8
     assert result["reason"].endswith("accuracy of step 2, 30.00%, by more than 0.35")
 
 
+@pytest.mark.slow
 def test_a_growing_run_counts_once_it_has_all_blocks(tmp_path):
     values = {key: value for key, value in VALUES.items() if key != "data__validation"}
     values |= {"growth__blocks": (1, 2), "growth__steps": (0, 10), "early_stopping__patience": 1}

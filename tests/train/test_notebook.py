@@ -90,6 +90,7 @@ class TestStop:
         assert train_and_evaluate(cheap(**SHORT), tmp_path)["finished"]
         runs.assert_same_run(tmp_path, whole)
 
+    @pytest.mark.slow
     def test_pressed_twice(self, shown, tmp_path, monkeypatch):
         def twice():
             for _ in range(2):

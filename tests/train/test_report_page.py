@@ -143,6 +143,7 @@ def test_the_command_writes_the_page_and_nothing_else(workdir, capsys):
     assert not found.notes
 
 
+@pytest.mark.slow
 def test_what_was_measured_before_is_taken(workdir, monkeypatch):
     main(["jdecouple", "evaluate", str(workdir), "--exit=0"])
     main(["jdecouple", "calibrate", str(workdir), "--split=test", "--cost=0.9"])

@@ -200,6 +200,7 @@ class TestDelayed:
         ]
         assert fingerprint(folder) == before
 
+    @pytest.mark.slow
     def test_by_another_version_of_jax(self, tmp_path, monkeypatch):
         folder = copy(finished(epochs=1, **FDG), tmp_path)
         before = fingerprint(folder)

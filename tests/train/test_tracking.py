@@ -190,6 +190,7 @@ def test_of_several_processes_the_first_alone_writes(tmp_path):
         assert written["train/gradient_norm", step] == pytest.approx(math.hypot(*parts))
 
 
+@pytest.mark.slow
 def test_the_callback_of_the_documents(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     page = (runs.REPOSITORY / "docs" / "tracking.md").read_text()
