@@ -153,6 +153,7 @@ def config(**values):
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("drawn")
 def test_run_draws_the_steps_after_the_first_ten(tmp_path, capsys, monkeypatch):
     drawn = []
