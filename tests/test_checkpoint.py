@@ -242,6 +242,7 @@ def test_sigkill_leaves_whole_checkpoints_only(tmp_path):
     assert not [name for name in os.listdir(tmp_path) if not name.isdecimal()]
 
 
+@pytest.mark.slow
 def test_the_console_stays_empty_in_normal_use(tmp_path):
     process = python(
         """

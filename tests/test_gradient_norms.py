@@ -67,13 +67,13 @@ FUSED = {"num_stages": 2, "mesh": jd.make_mesh(1)}
 SPMD = {"mesh": jd.make_mesh(2), "engine": "spmd", "microbatches": 2}
 FAST = [
     ("bp", {**APART, "microbatches": 4, "schedule": "1f1b"}),
-    ("bp", SPMD),
-    ("greedy_exit", FUSED),
     ("greedy_exit", {**APART, "frozen": [0]}),
-    ("fr", APART),
     ("fdg", FUSED),
 ]
 SLOW = [
+    ("bp", SPMD),
+    ("greedy_exit", FUSED),
+    ("fr", APART),
     ("greedy_exit", SPMD),
     ("bp", {**APART, "microbatches": 2, "schedule": "gpipe"}),
     ("bp", {"mesh": jd.make_mesh(2, 2), "microbatches": 2}),

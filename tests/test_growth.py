@@ -174,7 +174,7 @@ def flops(function, *arguments) -> float:
     return jax.jit(function).lower(*arguments).compile().cost_analysis()["flops"]
 
 
-@pytest.mark.parametrize("name", nets.marked(LOCAL, ("deinforeg",)))
+@pytest.mark.parametrize("name", nets.marked(LOCAL, ()))
 def test_frozen_stages_cost_a_forward(name):
     trainer, state = trained(name)
     trainer, _ = grown(trainer, state, num_stages=2, boundaries=(0, 2))

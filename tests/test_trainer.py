@@ -73,7 +73,7 @@ def test_metrics(name):
     )
 
 
-@METHODS
+@pytest.mark.parametrize("name", nets.marked(jd.methods.names(), ("deinforeg",)))
 def test_metrics_are_those_of_the_forward_by_hand(name):
     """Loss and accuracy are of the weights before the update, in training mode."""
     trainer = shared(name)

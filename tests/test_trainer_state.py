@@ -151,7 +151,7 @@ def test_shapes_are_no_state():
     nets.assert_clear(ValueError, words, lambda: trainer.step(trainer.abstract(), DATA[0]))
 
 
-@pytest.mark.parametrize("engine", ["apart", "spmd"])
+@pytest.mark.parametrize("engine", ["apart", pytest.param("spmd", marks=SLOW)])
 def test_a_trainer_that_is_built_again_goes_on(engine):
     first, second = shared(engine), build(engine)
     state, _ = first.step(first.init(), DATA[0])

@@ -53,7 +53,7 @@ def backpropagated() -> tuple:
 # --- Where nothing is late, it is backpropagation ------------------------------------------------
 
 
-@DELAYED
+@pytest.mark.parametrize("name", nets.marked(nets.DELAYED, ()))  # test_delayed_golden.py has one
 def test_one_stage_is_backpropagation_to_the_bit(name):
     method = nets.method(name, **({"accumulate": 1} if name == "adl" else {}))
     arrays, metrics = trained(method, 1)

@@ -305,6 +305,7 @@ def test_the_divisor_of_the_contrastive_loss_is_passed_on():
     assert float(output.loss) == pytest.approx(float(expected), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_heads_compute_in_bfloat16_but_lose_in_float32():
     for objective in OBJECTIVES[:-1]:
         head = objective.head(site(dtype=jnp.bfloat16), nnx.Rngs(0))

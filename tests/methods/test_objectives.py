@@ -121,7 +121,7 @@ def similarity(x, labels, golden):
 class TestVariants(chex.TestCase):
     """Compiled or operation by operation, of arrays on a device or of NumPy's: the same loss."""
 
-    @chex.variants(with_jit=True, without_jit=True, with_device=True, without_device=True)
+    @chex.variants(with_jit=True, without_jit=True)
     @parameterized.named_parameters(
         ("total", total, "deinforeg_loss", "loss_total", "x_of_total", 1.0),
         ("contrastive", contrastive, "contrastive", "loss_deinforeg_repo", "x_deinforeg_repo", 1.0),

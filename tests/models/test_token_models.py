@@ -16,7 +16,7 @@ from jdecouple.models import tokens
 from jdecouple.models.gpt import rotated
 
 pytestmark = pytest.mark.usefixtures("module_x64")
-KINDS = pytest.mark.parametrize("kind", nets.marked(token_nets.NETS, ("gpt", "lstm_lm")))
+KINDS = pytest.mark.parametrize("kind", nets.marked(token_nets.NETS, ("gpt",)))
 DOCUMENTS = [0, 3, 4, 5, 0, 6, 7, 0]
 """Two of them, and padding."""
 

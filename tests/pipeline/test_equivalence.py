@@ -144,7 +144,7 @@ def test_stages_apart_on_one_device_are_the_same_to_the_bit(name):
     assert_same(run(name, "dropout", 2, devices=1, fuse=False), run(name, "dropout", 2))
 
 
-@pytest.mark.parametrize("name", nets.marked(jd.methods.names(), ("bp",)))
+@pytest.mark.parametrize("name", nets.marked(jd.methods.names(), ()))
 def test_more_stages_than_devices_are_the_same_to_the_bit(name):
     found = run(name, "deep", 4, devices=2)
     assert_same(found, run(name, "deep", 4))
@@ -349,7 +349,7 @@ def with_louder_last_head(name: str, *, louder: bool) -> dict[str, np.ndarray]:
     return {key: value for key, value in arrays.items() if key.startswith("block_0/")}
 
 
-@pytest.mark.parametrize("name", nets.marked(jd.methods.names(), ("bp", "greedy_exit")))
+@pytest.mark.parametrize("name", nets.marked(jd.methods.names(), ()))
 def test_only_local_methods_ignore_the_loss_above(name):
     same = nets.same_bits(
         with_louder_last_head(name, louder=True), with_louder_last_head(name, louder=False)

@@ -56,7 +56,7 @@ def analyses(trainer: jd.Trainer, batch: Any) -> list[Any]:
 EMPTY: dict[str, dict] = {"carries": {}, "residuals": {}, "errors": {}}
 
 
-@pytest.mark.parametrize("name", nets.marked(("greedy_exit", "deinforeg", "dgl"), ("greedy_exit",)))
+@pytest.mark.parametrize("name", nets.marked(("greedy_exit", "deinforeg", "dgl"), ()))
 @pytest.mark.parametrize("stages", nets.marked((1, 4), (1,)))
 def test_a_local_program_needs_what_its_largest_block_does(name, stages):
     apart = temporaries(name, num_stages=4, fuse=False)

@@ -27,7 +27,7 @@ MODELS = {
 }
 SMALL = [
     pytest.param("bp", "small", 1, {"remat": "blocks"}, marks=pytest.mark.slow),
-    ("fr", "small", 2, {}),
+    pytest.param("fr", "small", 2, {}, marks=pytest.mark.slow),
 ]
 SETUPS = [
     ("bp", "vgg", 1, {"remat": "none"}),

@@ -52,7 +52,7 @@ CASES = {
     "half": Case("bp", ADAM, (2, 2), {"dtype": jnp.float16, "gradient_norms": True}, steps=16),
     "spmd-bp": Case("bp", LARS, (2, 2), {"engine": "spmd", "microbatches": 2, "clip_norm": 0.1}),
 }
-FAST = ("deinforeg", "four")
+FAST = ("deinforeg",)
 EVERY = pytest.mark.parametrize("name", nets.marked(CASES, FAST))
 
 

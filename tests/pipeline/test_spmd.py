@@ -130,7 +130,7 @@ def test_rematerialised_stages_of_a_local_route():
 @pytest.mark.parametrize(
     ("first", "second", "name", "net"),
     [
-        ("spmd", "mpmd", "bp", "ends"),
+        pytest.param("spmd", "mpmd", "bp", "ends", marks=pytest.mark.slow),
         pytest.param("mpmd", "spmd", "deinforeg", "dropout", marks=pytest.mark.slow),
     ],
 )
@@ -266,6 +266,7 @@ def test_metrics_are_scalars_of_a_step_and_arrays_of_a_list():
         chex.assert_trees_all_close(first, dict(single), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_weights_are_kept_once_for_all_ticks():
     """And with `remat` activations inside a stage not at all."""
     kept = []

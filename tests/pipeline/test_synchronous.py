@@ -75,7 +75,7 @@ def with_batch_norm(stages: int, schedule: str) -> dict[str, np.ndarray]:
     return nets.to_arrays(trainer, state)
 
 
-@pytest.mark.parametrize("schedule", nets.marked(SCHEDULES, ("1f1b",)))
+@pytest.mark.parametrize("schedule", nets.marked(SCHEDULES, ()))
 def test_batch_statistics_are_those_of_the_microbatches(schedule):
     """Running statistics move once for every microbatch, in order, whatever the schedule."""
     found = with_batch_norm(2, schedule)
@@ -121,7 +121,9 @@ def test_clipping_is_that_of_optax_on_the_whole_gradient():
 
 @pytest.mark.parametrize(
     "name",
-    [each for each in jd.methods.names() if not isinstance(nets.method(each).route, Synchronous)],
+    nets.marked(
+        each for each in jd.methods.names() if not isinstance(nets.method(each).route, Synchronous)
+    ),
 )
 def test_stages_that_do_not_wait_cannot_be_clipped_together(name):
     nets.assert_clear(

@@ -114,6 +114,7 @@ def steps(folder):
     return Checkpointer(folder / "checkpoints", read_only=True).steps()
 
 
+@pytest.mark.slow
 def test_a_run_that_explodes_goes_back_by_itself(tmp_path, caplog, capsys):
     train_and_evaluate(cheap(**SANE, steps=30), tmp_path)
     assert caplog.messages == []

@@ -114,6 +114,7 @@ def settings() -> dict[str, Any]:
 # --- A run, and one that goes on from an earlier checkpoint ----------------------------------
 
 
+@pytest.mark.slow
 def test_trackers_hold_what_metrics_jsonl_holds(tmp_path):
     """Of a run, then of one that goes on, otherwise, from before its end, in the same W&B run."""
     workdir, recorder, calls = tmp_path / "run", Recorder(), []

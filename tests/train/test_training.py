@@ -151,6 +151,7 @@ def test_steps_win_over_epochs_and_intervals_are_kept(tmp_path):
     assert saved == [3, 4, 6, 8, 9, 11]
 
 
+@pytest.mark.slow
 def test_train_lines_are_means_since_the_line_before(tmp_path):
     train_and_evaluate(cheap(epochs=1, checkpoint__every=9, log_every=9), tmp_path / "one")
     train_and_evaluate(cheap(epochs=1, checkpoint__every=9), tmp_path / "nine")

@@ -84,6 +84,7 @@ class TestADelayedRun:
         assert "the loss of block_2 is" in str(error.value)
         assert "at step 4; no checkpoint was saved" in str(error.value)
 
+    @pytest.mark.slow
     def test_what_waits_and_is_not_finite_is_not_saved(self, tmp_path, monkeypatch):
         step = Trainer.step
 
