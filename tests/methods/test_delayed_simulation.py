@@ -333,7 +333,7 @@ def with_frozen_weights(name: str, num_stages: int, arguments: tuple) -> dict[st
     ("name", "arguments"),
     [
         pytest.param(*variant("ddg"), marks=pytest.mark.slow),
-        variant("fr"),
+        pytest.param(*variant("fr"), marks=pytest.mark.slow),
         pytest.param(*variant("fdg"), marks=pytest.mark.slow),
         pytest.param(*variant("fdg", current_weights=True), marks=pytest.mark.slow),
         pytest.param(*variant("adl", accumulate=1), marks=pytest.mark.slow),

@@ -366,6 +366,7 @@ def test_bound_arguments_are_no_arguments():
         models.resnet20(10, depth=56, rngs=nnx.Rngs(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("build", "boundaries"),
     [

@@ -122,6 +122,7 @@ def test_chunks(stages):
     assert_equal(trained("local", stages, chunk=3), trained("local"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", nets.marked(METHODS, ("synchronous",)))
 def test_no_gradient_flows_back_through_what_a_head_writes(name):
     _, before, after, _ = trained(name, 2)

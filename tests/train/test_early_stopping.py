@@ -93,6 +93,7 @@ class TestEnded:
         told = "config.early_stopping.patience is 4 from step 14 on, 3 before"
         assert told in capsys.readouterr().out
 
+    @pytest.mark.slow
     def test_at_the_last_step_it_is_a_run_like_any_other(self, tmp_path, capsys):
         result = train(tmp_path, steps=ENDS)
         assert (result["step"], result["finished"]) == (ENDS, True)
@@ -154,6 +155,7 @@ def test_a_growing_run_counts_once_it_has_all_blocks(tmp_path):
     assert (result["step"], "of step 12," in result["reason"]) == (14, True)
 
 
+@pytest.mark.slow
 def test_without_it_checkpoints_say_nothing_of_it(tmp_path):
     train(tmp_path, early_stopping__patience=None, steps=2)
     (extra,) = Checkpointer(tmp_path / "checkpoints", read_only=True).extras().values()

@@ -39,7 +39,7 @@ def traced(trainer: jd.Trainer, folder, steps: int) -> None:
     [
         ("bp", {"schedule": "1f1b", "microbatches": 2, "clip_norm": 1.0}),
         pytest.param("deinforeg", {"microbatches": 2, "replicas": 2}, marks=pytest.mark.slow),
-        ("fdg", {}),
+        pytest.param("fdg", {}, marks=pytest.mark.slow),
     ],
 )
 def test_calls_of_every_stage(tmp_path, name, options):
