@@ -262,6 +262,7 @@ def test_basic_draws_shifts_and_flips_uniformly():
         np.testing.assert_allclose(share, 1 / 3, atol=0.05)
 
 
+@pytest.mark.slow
 def test_strong_jitters_and_greys_at_the_stated_rates():
     count = 2000
     x = np.full((count, 8, 8, 3), (200, 100, 50), np.uint8)

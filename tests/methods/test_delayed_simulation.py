@@ -80,14 +80,12 @@ CASES = [
     Case("ddg", 3, nesterov=True),
     *(Case(name, 3, arguments, lr=fading) for name, arguments in MAIN),
 ]
-# Each method on four stages in one call; of what may differ else, each once.
+# Each method on four stages in one call; of what may differ else, some.
 FAST = [
     *(Case(name, 4, arguments) for name, arguments in MAIN),
     *(Case(name, 3, arguments) for name, arguments in (*OTHERS[:2], OTHERS[6])),
     Case("fdg", 4, placed="spread"),
-    Case("fr", 4, placed="apart"),
     Case("fdg", 2, placed="data"),
-    Case("ddg", 3, nesterov=True),
     Case("adl", 3, MAIN[3][1], lr=fading),
 ]
 EVERY_CASE = pytest.mark.parametrize("case", nets.marked(CASES, FAST), ids=str)

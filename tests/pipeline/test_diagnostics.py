@@ -46,7 +46,7 @@ def flat(tree) -> np.ndarray:
     return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
 
 
-@pytest.mark.parametrize("apart", nets.marked([False, True], [False]))
+@pytest.mark.parametrize("apart", nets.marked([False, True], []))
 def test_it_is_that_of_gradients_taken_by_hand(x64, apart):
     """The gradient that is used is read off the weights: the rate is 1."""
     trained = trainer(1.0, jd.make_mesh(STAGES if apart else 1))

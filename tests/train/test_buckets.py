@@ -132,7 +132,7 @@ def trainer(example, kind="lstm", method="bp", stages=1, **options):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("lstm", "bp", 1),
+        pytest.param(("lstm", "bp", 1), marks=pytest.mark.slow),
         pytest.param(("lstm", "deinforeg", 2), marks=pytest.mark.slow),
         pytest.param(("transformer", "deinforeg", 2), marks=pytest.mark.slow),
     ],

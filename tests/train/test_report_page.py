@@ -114,6 +114,7 @@ def edited(workdir, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+@pytest.mark.slow
 def test_the_command_writes_the_page_and_nothing_else(workdir, capsys):
     before = runs.fingerprint(workdir)
     main(["jdecouple", "report", str(workdir)])

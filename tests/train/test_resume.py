@@ -174,6 +174,7 @@ class TestDelayed:
         assert len(found) == 17 + 2 * 2
         assert found == pytest.approx({key: wanted[key] for key in found}, rel=1e-3)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("values", "said"),
         [
