@@ -41,7 +41,6 @@ def inside(folder) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-@pytest.mark.slow
 def test_it_is_the_run_that_it_would_be_here(workdir):
     assert inside(workdir) == FILES
     assert_same_run(workdir, finished_here(**VALUES))
