@@ -58,6 +58,22 @@ def optimized():
     jax.config.update("jax_disable_most_optimizations", before)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _pictures_stay_blank():
+    """See `blank`."""
+    import blank
+
+    blank.install()
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Pictures as users have them."""
+    import blank
+
+    monkeypatch.setattr(blank.pictures, "save", blank.DRAWN)
+
+
 @pytest.fixture
 def tfds_dir() -> Path:
     """Folder of prepared TFDS data sets; tests that need it are skipped without it."""

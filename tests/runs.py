@@ -330,6 +330,7 @@ def connected(port: int) -> socket.socket:
 
 def _serve() -> None:
     # Everything that a run needs, except JAX's devices: those must not exist before a fork.
+    import blank
     import grain  # noqa: F401
     import matplotlib.figure  # noqa: F401
     import orbax.checkpoint  # noqa: F401
@@ -337,6 +338,8 @@ def _serve() -> None:
 
     import jdecouple.train.cli
     import jdecouple.train.loop  # noqa: F401
+
+    blank.install()
 
     while request := sys.stdin.readline():
         request = json.loads(request)

@@ -242,6 +242,7 @@ def test_sigkill_leaves_whole_checkpoints_only(tmp_path):
     assert not [name for name in os.listdir(tmp_path) if not name.isdecimal()]
 
 
+@pytest.mark.slow
 def test_the_console_stays_empty_in_normal_use(tmp_path):
     process = python(
         """
@@ -274,6 +275,7 @@ def test_the_console_stays_empty_in_normal_use(tmp_path):
     assert lines[1].endswith("; trying 0")
 
 
+@pytest.mark.slow
 def test_one_process_of_two_writes_and_both_read(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

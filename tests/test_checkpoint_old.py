@@ -71,7 +71,7 @@ def test_queues_hold_what_remat_says(tmp_path):
         train_and_evaluate(config, tmp_path / "old")
 
 
-@pytest.mark.parametrize("method", nets.marked(METHODS, ("fdg",)))
+@pytest.mark.parametrize("method", nets.marked(METHODS, ()))
 def test_training_goes_on(method, tmp_path):
     """A run of today, stopped and continued at the same step, comes to the same weights."""
     shutil.copytree(OLD / method, tmp_path / "old")

@@ -18,7 +18,17 @@ MODULES = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name, examples in MODULES.items() if examples])
+SLOW = ("data.augment", "growth", "models.vgg", "train.plan")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name.partition(".")[2] in SLOW else [])
+        for name, examples in MODULES.items()
+        if examples
+    ],
+)
 def test_examples(name):
     runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
     for example in MODULES[name]:

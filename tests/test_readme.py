@@ -9,8 +9,6 @@ from fences import fences, run
 
 import jdecouple as jd
 
-pytestmark = pytest.mark.usefixtures("optimized")
-
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 METHODS = (ROOT / "docs" / "methods.md").read_text()
@@ -60,6 +58,7 @@ def test_method_of_ones_own_trains(library):
     assert accuracy(library, jd.methods.get("my_method", weight=2.0)) > 0.7
 
 
+@pytest.mark.slow
 def test_the_objective_of_contributing_trains(library):
     [snippet] = snippets(ROOT / "CONTRIBUTING.md")
     objective = run(snippet)["SquaredError"](weight=2.0)

@@ -73,7 +73,7 @@ def test_metrics(name):
     )
 
 
-@METHODS
+@pytest.mark.parametrize("name", nets.marked(jd.methods.names(), ("deinforeg",)))
 def test_metrics_are_those_of_the_forward_by_hand(name):
     """Loss and accuracy are of the weights before the update, in training mode."""
     trainer = shared(name)
@@ -129,7 +129,7 @@ def test_arrays_on_a_device_are_a_batch():
 
 
 @METHODS
-@pytest.mark.parametrize("how", [shared, fused])
+@pytest.mark.parametrize("how", nets.marked([shared, fused], [shared]))
 def test_nothing_is_compiled_after_the_first_step(name, how, monkeypatch, caplog):
     trainer = how(name)
     state, _ = trainer.step(trainer.init(), DATA[0])
@@ -193,7 +193,7 @@ def warm_up(trainer: jd.Trainer) -> Any:
     return state
 
 
-@METHODS
+@pytest.mark.parametrize("name", nets.marked(jd.methods.names(), ("bp", "fdg")))
 def test_step_returns_before_the_work_is_done(name):
     trainer = shared(name)
     state, batch = warm_up(trainer), late(DATA[0])
@@ -205,7 +205,9 @@ def test_step_returns_before_the_work_is_done(name):
     assert batch["x"].is_ready()
 
 
-@pytest.mark.parametrize(("name", "limit"), [("bp", 3), ("deinforeg", 1)])
+@pytest.mark.parametrize(
+    ("name", "limit"), [("bp", 3), pytest.param("deinforeg", 1, marks=pytest.mark.slow)]
+)
 def test_max_in_flight_bounds_what_is_dispatched(name, limit):
     trainer = nets.build(name, num_stages=2, max_in_flight=limit)
     state, batch = warm_up(trainer), late(DATA[0])
@@ -220,7 +222,7 @@ def test_max_in_flight_bounds_what_is_dispatched(name, limit):
 # --- State and modules ----------------------------------------------------------------------
 
 
-@METHODS
+@pytest.mark.parametrize("name", nets.marked(jd.methods.names(), ("deinforeg",)))
 def test_training_leaves_the_model_alone(name):
     model = nets.mlp(depth=2, batch_norm=True)
     modules = (*model.blocks, model.classifier)
@@ -235,6 +237,7 @@ def test_training_leaves_the_model_alone(name):
     assert not nets.same_bits(nets.to_arrays(trainer, state), first)
 
 
+@pytest.mark.slow
 def test_replicas_have_weights_of_their_own():
     """A step donates the state; what it came from may be placed again."""
     trainer = nets.build("scpl", mesh=jd.make_mesh(1, 2))
@@ -368,8 +371,7 @@ def test_evaluation_counts_every_example_once(name):
 
 
 OTHER_MESHES = [{}, {"mesh": (1, 3), "batch": 15}, {"mesh": (2, 2)}]
-FAST = [(name, {}) for name in nets.REPRESENTATIVES]
-FAST += [("early_exit", OTHER_MESHES[1]), ("al", OTHER_MESHES[1])]
+FAST = [(name, {}) for name in ("bp", "al")] + [("early_exit", OTHER_MESHES[1])]
 
 
 @pytest.mark.parametrize(
@@ -410,7 +412,7 @@ def test_evaluation_changes_nothing():
 # --- Compute dtype --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", nets.marked(jd.methods.names(), ("bp", "deinforeg", "fdg")))
+@pytest.mark.parametrize("name", nets.marked(jd.methods.names(), ("deinforeg",)))
 def test_bfloat16_computes_and_float32_keeps(name):
     trainer = nets.build(name, dtype=jnp.bfloat16, num_stages=2)
     state, metrics = nets.trained(trainer, DATA[:1], 40)
@@ -429,7 +431,7 @@ def test_bfloat16_computes_and_float32_keeps(name):
 # --- Models without a classifier, odd blocks -------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["bp", "deinforeg"])
+@pytest.mark.parametrize("name", nets.marked(["bp", "deinforeg"], ["deinforeg"]))
 def test_a_model_without_a_classifier(name):
     options = {} if name == "bp" else {"num_classes": nets.CLASSES}
     trainer = nets.build(name, model=nets.logits_model(), **options)

@@ -13,7 +13,8 @@ import jdecouple as jd
 from jdecouple.checkpoint import Checkpointer
 
 DATA = nets.batches()
-ENGINES = pytest.mark.parametrize("engine", ["fused", "apart", "spmd"])
+SLOW = pytest.mark.slow
+ENGINES = pytest.mark.parametrize("engine", [pytest.param("fused", marks=SLOW), "apart", "spmd"])
 
 
 def build(engine: str, name: str = "bp", **options) -> jd.Trainer:
@@ -60,6 +61,7 @@ def test_a_state_that_was_used_up_says_so(engine):
     trainer.step(state, DATA[1])  # what was returned is as good as before
 
 
+@pytest.mark.slow
 def test_a_state_that_finish_used_up_says_so():
     trainer = shared("apart", "fdg")
     state, _ = trainer.step(trainer.init(), DATA[0])
@@ -149,7 +151,7 @@ def test_shapes_are_no_state():
     nets.assert_clear(ValueError, words, lambda: trainer.step(trainer.abstract(), DATA[0]))
 
 
-@pytest.mark.parametrize("engine", ["apart", "spmd"])
+@pytest.mark.parametrize("engine", ["apart", pytest.param("spmd", marks=SLOW)])
 def test_a_trainer_that_is_built_again_goes_on(engine):
     first, second = shared(engine), build(engine)
     state, _ = first.step(first.init(), DATA[0])

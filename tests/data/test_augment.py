@@ -43,7 +43,7 @@ def pixels_of(out):
 
 
 # "two_views" is a "basic" one and a "strong" one.
-@pytest.mark.parametrize("name", nets.marked(augment.names(), ("none", "basic", "strong")))
+@pytest.mark.parametrize("name", nets.marked(augment.names(), ("none", "strong")))
 class TestEveryAugmentation:
     def test_shape_and_dtype(self, name):
         x = images(6)
@@ -149,6 +149,7 @@ def test_basic_is_a_shifted_window_flipped_or_not(size, padding):
         assert len(matches) == 1
 
 
+@pytest.mark.slow
 def test_crop_is_basic_without_the_flip():
     x = images(40, 8)
     cropped, flipped = (pixels_of(augmented(name, x, keys(40))) for name in ("crop", "basic"))
@@ -178,6 +179,7 @@ def test_padding_is_that_of_numpy(padding, mode, numpy_mode):
     assert {max(place[:2]) for place in found} - {*range(padding)}, "never beyond the middle"
 
 
+@pytest.mark.slow
 def test_a_given_padding_holds_for_every_view():
     """Also of an eighth of the size, as without one."""
     x = np.repeat(images(6, 1), 8 * 8, axis=1).reshape(6, 8, 8, 3)  # each of one colour
@@ -212,6 +214,7 @@ def test_cutout_is_a_square_around_any_pixel_clipped_at_the_borders(side):
     assert wanted < side**2 / size**2
 
 
+@pytest.mark.slow
 def test_cutout_leaves_the_rest_of_a_view_as_it_is():
     x = images(8, 8)
     whole = augmented("basic", x, keys(8), mean=MEAN, std=STD)
@@ -259,6 +262,7 @@ def test_basic_draws_shifts_and_flips_uniformly():
         np.testing.assert_allclose(share, 1 / 3, atol=0.05)
 
 
+@pytest.mark.slow
 def test_strong_jitters_and_greys_at_the_stated_rates():
     count = 2000
     x = np.full((count, 8, 8, 3), (200, 100, 50), np.uint8)
@@ -305,6 +309,7 @@ def test_two_views_are_a_basic_and_then_a_strong_view():
     assert (np.abs(weak - strong).reshape(8, -1).max(1) > 0.01).all()
 
 
+@pytest.mark.slow
 def test_two_views_draw_separately():
     count = 200
     x = np.repeat(images(1, 8), count, axis=0)

@@ -381,6 +381,7 @@ def on(root):
     return {**values, "data__synthetic_size": 4096, "data__channels": 3}
 
 
+@pytest.mark.slow
 def test_a_run_on_a_folder(tmp_path):
     root = divided(tmp_path / "pets", mode="RGB")
     values = {**on(root), "steps": 2}

@@ -61,6 +61,7 @@ def test_examples_leave_where_a_plain_reading_says(stages, size):
         np.testing.assert_allclose(answers.logits, own, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stages", nets.marked((1, 3), fast=(3,)))
 def test_nothing_is_compiled_after_the_warm_up(stages, monkeypatch, caplog):
     early = predictor(stages, 7, "cosine", 1)

@@ -133,6 +133,7 @@ class TestPredict:
         refused(capsys, "broken.png", "predict", workdir, pictures, broken, "--output", path)
         assert path.read_text() == text
 
+    @pytest.mark.slow
     def test_texts(self, texts, tmp_path, capsys, monkeypatch):
         given = [text for _, text in text_sets.examples(30, seed=3)]
         found = jd.load(texts).predict(given)

@@ -61,11 +61,11 @@ def without_cache(kind: str, count: int, sampling: Sampling, exit: int = 2) -> l
     return found
 
 
-@pytest.mark.parametrize("kind", nets.marked(token_nets.NETS, ("gpt", "lstm_lm")))
+@pytest.mark.parametrize("kind", nets.marked(token_nets.NETS, ("gpt",)))
 def test_it_is_the_same_as_without_what_blocks_know(kind):
     """The likeliest tokens and drawn ones, over several rows, by two exits."""
     sampled = Sampling(temperature=1.5, top_k=9, seed=3)
-    for sampling, exit in ((Sampling(temperature=0), 2), (sampled, 2), (sampled, 1)):
+    for sampling, exit in ((Sampling(temperature=0), 1), (sampled, 2)):
         found = generator(kind, exit)(PROMPT, 20, sampling).tolist()
         assert found == without_cache(kind, 20, sampling, exit)
 

@@ -11,6 +11,8 @@ import pytest
 from jdecouple.inference import calibration, plots, reports, rules, tables
 from jdecouple.inference.rules import Rule
 
+pytestmark = pytest.mark.usefixtures("drawn")
+
 EXITS, COUNT, CLASSES = 3, 60, 4
 RNG = np.random.default_rng(0)
 LABELS = RNG.integers(0, CLASSES - 1, COUNT)  # there is none of the last class

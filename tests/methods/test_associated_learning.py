@@ -220,7 +220,7 @@ def adam_by_hand(trainer, data, rate, scale):
     return {key: weights[name] for key, name in names.items()}
 
 
-@pytest.mark.parametrize("scale", nets.marked((1.0, 2.0), (2.0,)))
+@pytest.mark.parametrize("scale", nets.marked((1.0, 2.0), ()))
 def test_two_steps_with_an_autoencoder_at_another_rate(scale, x64):
     """A factor on the gradients would leave Adam's steps as they are."""
     trainer, data = one_block(scale, jd.optim.adam(0.01))
@@ -278,7 +278,7 @@ def by_hand(trainer, state, data):
         pytest.param(1, 1, {"fuse": False}, marks=pytest.mark.slow),
         pytest.param(2, 1, {"max_in_flight": 1}, marks=pytest.mark.slow),
         pytest.param(4, 1, {}, marks=pytest.mark.slow),
-        (2, 2, {"boundaries": (1,)}),
+        pytest.param(2, 2, {"boundaries": (1,)}, marks=pytest.mark.slow),
         (4, 1, {"engine": "auto"}),
     ],
 )
@@ -304,6 +304,7 @@ def test_an_answer_from_nothing_is_refused(x64):
         built.evaluate(built.init(), [])
 
 
+@pytest.mark.slow
 def test_training_reports_losses_and_no_accuracy(x64):
     """Which would need the way down, too."""
     built = trainer(2)

@@ -32,13 +32,14 @@ def losses(trainer, steps: int = 3) -> list[float]:
     return found
 
 
-@nets.METHODS
+@pytest.mark.parametrize("name", nets.marked(jd.methods.names(), ("deinforeg", "fdg")))
 def test_every_method_trains(name):
     late = [np.nan] if name in ("fdg", "adl") else []
     found = losses(make(name))
     assert [np.isnan(loss) for loss in found] == [*map(np.isnan, late), *[False] * (3 - len(late))]
 
 
+@pytest.mark.slow
 def test_no_loss_is_known_while_the_stages_fill():
     """Apart, in one call, in one call of several batches, after `finish`, and from arrays."""
     trainer = make("fdg", fuse=False)

@@ -26,7 +26,7 @@ DELAYED = pytest.mark.parametrize("name", nets.marked(nets.DELAYED, ("fdg",)))
 
 def trainer(method: Any, stages: int, **options: Any) -> jd.Trainer:
     return jd.Trainer(
-        nets.user_model(param_dtype=jnp.float64),
+        nets.user_model(depth=3, param_dtype=jnp.float64),
         nets.method(method) if isinstance(method, str) else method,
         jd.optim.sgd(0.1, momentum=0.9, weight_decay=1e-3),
         **{"num_stages": stages, "example": DATA[0], **options},
@@ -53,7 +53,7 @@ def backpropagated() -> tuple:
 # --- Where nothing is late, it is backpropagation ------------------------------------------------
 
 
-@DELAYED
+@pytest.mark.parametrize("name", nets.marked(nets.DELAYED, ()))  # test_delayed_golden.py has one
 def test_one_stage_is_backpropagation_to_the_bit(name):
     method = nets.method(name, **({"accumulate": 1} if name == "adl" else {}))
     arrays, metrics = trained(method, 1)
@@ -61,6 +61,7 @@ def test_one_stage_is_backpropagation_to_the_bit(name):
     assert metrics == backpropagated()[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replay", nets.marked([False, True], [False]))
 @pytest.mark.parametrize("stages", nets.marked((2, 4), (2,)))
 def test_without_delay_it_is_backpropagation(replay, stages):
@@ -71,6 +72,7 @@ def test_without_delay_it_is_backpropagation(replay, stages):
         assert here == pytest.approx(there, rel=2e-6)
 
 
+@pytest.mark.slow
 @DELAYED
 def test_with_delay_it_is_not(name):
     arrays, _ = trained(name, 4)
@@ -88,6 +90,7 @@ def test_no_delay_is_no_staleness():
 # --- Around the queues ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @DELAYED
 def test_evaluation_in_the_middle_disturbs_nothing(name):
     run = shared(name)

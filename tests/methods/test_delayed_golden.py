@@ -18,16 +18,14 @@ BP = dn.recorded("bp_same_mlp")
 LABELLED = {"ids": lambda run: f"{run.case}-{run.variant}".rstrip("-")}
 FAST = {
     ("fdg__two_linear", "beta0.5.current_weights"),
-    ("fdg__two_linear", "beta1.0.forward_weights"),
     ("features_replay__two_linear", "main_py"),
-    ("features_replay__two_linear", "plain_momentum"),
     ("bp_same_mlp__two_linear", ""),
     *(("delayed__adl_ddg", variant) for variant in ("adl_M2_b0.5", "ddg")),
 }
 """Cases and variants that stand for the others, which are slow."""
 
 
-pytestmark = pytest.mark.usefixtures("x64", "optimized")
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def marked(runs: list[dn.Recorded]) -> list[Any]:
@@ -99,15 +97,14 @@ def test_adl_and_ddg(run):
     check(run, method(run), num_stages=run.num_stages)
 
 
-@pytest.mark.parametrize(
-    "run",
-    [
-        pick(FDG, "fdg__two_linear", "beta0.5.forward_weights"),
-        pick(FDG, "fdg__two_linear", "beta1.0.current_weights"),
-        pick(FEATURES_REPLAY, "features_replay__two_linear", "main_py"),
-    ],
-    **LABELLED,
-)
+APART = [
+    pick(FDG, "fdg__two_linear", "beta0.5.forward_weights"),
+    pick(FDG, "fdg__two_linear", "beta1.0.current_weights"),
+    pick(FEATURES_REPLAY, "features_replay__two_linear", "main_py"),
+]
+
+
+@pytest.mark.parametrize("run", nets.marked(APART, APART[:1]), **LABELLED)
 def test_stages_on_devices_of_their_own(run):
     check(run, method(run), num_stages=run.num_stages, devices=run.num_stages)
 
@@ -120,7 +117,7 @@ def test_backpropagation(run):
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
-        ("fr", {}),
+        pytest.param("fr", {}, marks=pytest.mark.slow),
         ("fdg", {}),
         pytest.param("ddg", {}, marks=pytest.mark.slow),
         pytest.param("adl", {"accumulate": 1}, marks=pytest.mark.slow),

@@ -69,6 +69,7 @@ def test_every_schedule_trains_alike(rows, schedule):
         assert found == pytest.approx(each, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", nets.marked(["early_exit", "greedy_exit"]))
 def test_one_program_for_all_stages(name):
     trainer, arrays, _ = trained(name, 4, engine="spmd")
@@ -93,6 +94,7 @@ def test_loss_is_the_weighted_sum():
         assert step["loss"] == pytest.approx(np.dot(WEIGHTS, terms), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_number_is_the_weight_of_all():
     for weights in (0.5, [0.5], (0.5,), (0.5,) * 4):
         assert methods.get("early_exit", weights=weights).objective.weights[-1] == 0.5

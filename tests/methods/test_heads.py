@@ -21,7 +21,7 @@ from jdecouple.methods.objectives import (
 )
 from jdecouple.models import layers
 
-BITS = pytest.mark.parametrize("bits", [64, 32])
+BITS = pytest.mark.parametrize("bits", [64, pytest.param(32, marks=pytest.mark.slow)])
 
 
 def site(features=(8, 6), index=0, num_blocks=2, classifier=None, dtype=jnp.float32):
@@ -305,6 +305,7 @@ def test_the_divisor_of_the_contrastive_loss_is_passed_on():
     assert float(output.loss) == pytest.approx(float(expected), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_heads_compute_in_bfloat16_but_lose_in_float32():
     for objective in OBJECTIVES[:-1]:
         head = objective.head(site(dtype=jnp.bfloat16), nnx.Rngs(0))

@@ -25,7 +25,9 @@ def test_weights_run_from_the_first_to_the_last_local_module():
     assert objective.weights(0, 2) == (5, 0)
 
 
-@pytest.mark.parametrize("task_loss", ["contrastive", "cross_entropy"])
+@pytest.mark.parametrize(
+    "task_loss", [pytest.param("contrastive", marks=pytest.mark.slow), "cross_entropy"]
+)
 def test_infopro_by_its_definition(task_loss, x64):
     objective = InformationPropagation((2, 1), (0.5, 3), task_loss, temperature=0.3)
     maps, images = MAPS.astype(jnp.float64), IMAGES.astype(jnp.float64)
@@ -53,6 +55,7 @@ def test_infopro_by_its_definition(task_loss, x64):
     assert float(output.loss) == pytest.approx(bce + 3 * float(task), abs=1e-10)
 
 
+@pytest.mark.slow
 def test_the_image_starts_at_the_first_block_where_one_above_reads_it():
     objective = InformationPropagation((1, 1), (1, 1), image_mean=(0.5, 0.2), image_std=(0.3, 0.4))
     output, _, _ = run(objective.head(site(index=0), nnx.Rngs(0)))
@@ -109,6 +112,7 @@ def test_unit_range():
     assert objectives.unit_range(pixels.astype(jnp.bfloat16)).dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_a_run_knows_how_its_images_were_normalised():
     config = {"method": {"name": "infopro"}, "model": {"name": "mlp", "hidden": 8, "depth": 2}}
     config |= {"data": {"name": "synthetic", "image_size": 4, "synthetic_size": 40}}

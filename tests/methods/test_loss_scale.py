@@ -16,7 +16,8 @@ from jdecouple.methods.routes import loss_scale
 
 DATA = nets.batches()
 ROUTES = ("bp", "greedy_exit", "fdg")
-EACH_ROUTE = pytest.mark.parametrize("name", ROUTES)
+FAST = ("greedy_exit",)
+EACH_ROUTE = pytest.mark.parametrize("name", nets.marked(ROUTES, FAST))
 
 
 @functools.cache
@@ -69,7 +70,7 @@ def test_the_rule_is_flax_s(monkeypatch):
 # --- Overflow --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", nets.marked((*ROUTES, "fr", "ddg", "adl"), ROUTES))
+@pytest.mark.parametrize("name", nets.marked((*ROUTES, "fr", "ddg", "adl"), FAST))
 def test_an_overflow_leaves_the_step_out_and_halves_the_scale(name):
     """Of the block, of the model, or of the stage and those that its error reaches."""
     trainer = half(name)
@@ -194,6 +195,7 @@ def test_an_error_with_its_scale_goes_to_replicas():
     assert nets.largest_error(*found) < 2e-3
 
 
+@pytest.mark.slow
 def test_stages_apart_leave_out_the_same_steps():
     """Each has a copy of the scale, and hears of the norm of all."""
     found = []

@@ -20,13 +20,18 @@ import jdecouple as jd
 BLOCKS = 3
 STEPS = 8  # enough for the late errors of delayed methods to reach the first stage
 BATCH = 8
-METHODS = pytest.mark.parametrize("name", jd.methods.names())
-# Local ones, as deinforeg; a new row is a fast one.
-SLOW = ("scpl", "dgl", "predsim", "infopro", "lopt")
-MOST = pytest.mark.parametrize(
-    "name", nets.marked(jd.methods.names(), {*jd.methods.names()} - {*SLOW})
-)
 
+
+def without(*slow: str) -> Any:
+    """All methods; others stand for the slow ones. A new row is a fast one."""
+    return pytest.mark.parametrize("name", nets.marked(METHODS, {*METHODS} - {*slow}))
+
+
+METHODS = jd.methods.names()
+EACH = without()
+SLOW = ("early_exit", "scpl", "dgl", "predsim", "auglocal", "infopro", "lopt", "ddg", "fr")
+MOST = without(*SLOW, "adl")
+FEW = without(*SLOW, "greedy_exit", "deinforeg", "fdg")  # test_equivalence.py has the last two
 
 pytestmark = pytest.mark.usefixtures("module_x64")
 
@@ -45,11 +50,13 @@ def batches(count: int = 4) -> list[dict]:
 
 @functools.cache
 def trainer(name: str, stages: int = 1, devices: int = 1) -> jd.Trainer:
-    model = jd.models.vgg(
+    model = jd.models.mlp(
         nets.CLASSES,
-        blocks="4|4,M|4",
         image_size=8,
         channels=1,
+        hidden=8,
+        depth=BLOCKS,
+        batch_norm=True,
         param_dtype=jnp.float64,
         rngs=nnx.Rngs(0),
     )
@@ -79,7 +86,7 @@ def blocks_with(ending: str, names: Any, prefix: str = "block") -> list[int]:
 # --- Metrics and exits ----------------------------------------------------------------------
 
 
-@METHODS
+@EACH
 def test_metrics(name):
     """A loss for every head, their sum, and the accuracy of the last exit that training sees."""
     each = trainer(name)
@@ -97,7 +104,7 @@ def test_metrics(name):
     assert each.gather_metrics(metrics) == pytest.approx(values, rel=1e-6)
 
 
-@METHODS
+@EACH
 def test_exits(name):
     """The last block is always one; an exit has logits, or its answer comes down to the first."""
     each = trainer(name)
@@ -190,7 +197,7 @@ def test_a_block_trains_on_the_losses_that_reach_it(name):
 # --- Training -------------------------------------------------------------------------------
 
 
-@MOST
+@FEW
 def test_pipelined_equals_sequential(name):
     """Three stages on three devices; where lateness depends on them, three stages on one."""
     found = trained(name, BLOCKS, BLOCKS)
@@ -201,7 +208,7 @@ def test_pipelined_equals_sequential(name):
     assert found[2] == pytest.approx(wanted[2], rel=1e-6)
 
 
-@METHODS
+@FEW
 def test_resumed_training_is_the_same_to_the_bit(name):
     """From the arrays of a checkpoint, on the host."""
     each, data = trainer(name, BLOCKS, BLOCKS), batches()
@@ -211,7 +218,7 @@ def test_resumed_training_is_the_same_to_the_bit(name):
     assert nets.same_bits(nets.to_arrays(each, state), trained(name, BLOCKS, BLOCKS)[0])
 
 
-@METHODS
+@EACH
 def test_a_step_lowers_the_loss(name):
     """On the batch that it was made on; as many passes as make a step."""
     each = trainer(name)

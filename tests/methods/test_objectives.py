@@ -12,7 +12,7 @@ from absl.testing import parameterized
 
 from jdecouple.methods import objectives
 
-BITS = pytest.mark.parametrize("bits", [64, 32])
+BITS = pytest.mark.parametrize("bits", [64, pytest.param(32, marks=pytest.mark.slow)])
 
 
 def tolerance(bits, golden, key):
@@ -121,7 +121,7 @@ def similarity(x, labels, golden):
 class TestVariants(chex.TestCase):
     """Compiled or operation by operation, of arrays on a device or of NumPy's: the same loss."""
 
-    @chex.variants(with_jit=True, without_jit=True, with_device=True, without_device=True)
+    @chex.variants(with_jit=True, without_jit=True)
     @parameterized.named_parameters(
         ("total", total, "deinforeg_loss", "loss_total", "x_of_total", 1.0),
         ("contrastive", contrastive, "contrastive", "loss_deinforeg_repo", "x_deinforeg_repo", 1.0),
@@ -136,7 +136,9 @@ class TestVariants(chex.TestCase):
             assert_golden(found[1], 64, golden, f"grad64.{gradient}", scale)
 
 
-@pytest.mark.parametrize("batch", [4, 6, 20])
+@pytest.mark.parametrize(
+    "batch", [pytest.param(4, marks=pytest.mark.slow), 6, pytest.param(20, marks=pytest.mark.slow)]
+)
 def test_covariance_by_its_definition(batch, x64):
     z = np.random.default_rng(batch).normal(size=(batch, 6))
     covariance = np.cov(z.T, bias=True)

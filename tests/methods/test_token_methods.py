@@ -37,7 +37,7 @@ def trained(name: str, stages: int, devices: int) -> tuple[dict, list[dict]]:
     return nets.to_arrays(each, state), metrics
 
 
-@pytest.mark.parametrize("name", nets.marked(token_nets.METHODS, ("dgl",)))
+@pytest.mark.parametrize("name", nets.marked(token_nets.METHODS, ("bp",)))
 def test_pipelined_equals_sequential(name):
     """Three stages on three devices; where lateness depends on them, three stages on one."""
     found, metrics = trained(name, 3, 3)
@@ -80,7 +80,7 @@ def test_evaluation_counts_every_label_once():
         assert found[f"exit_{exit}/accuracy"] == pytest.approx(hits, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", nets.marked(token_nets.METHODS, ("dgl",)))
+@pytest.mark.parametrize("name", nets.marked(token_nets.METHODS, ("bp",)))
 def test_padding_and_packing_change_no_loss(name):
     """Two documents in one row, in two, and with padding behind: losses and weights."""
     if token_nets.method(name).objective.tokens != "all":
@@ -130,6 +130,7 @@ def test_positions_are_drawn_of_those_with_a_label():
     assert len({each.tobytes() for each in seen}) == 20
 
 
+@pytest.mark.slow
 def test_drawn_positions_are_others_in_every_step_and_the_same_in_a_resumed_run():
     """The loss of the same weights on the same batch, at a rate of 0."""
     each = token_nets.trainer("deinforeg", optimizer=optax.sgd(0.0), num_stages=1)

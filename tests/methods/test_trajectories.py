@@ -14,8 +14,6 @@ from flax import nnx
 import jdecouple as jd
 from jdecouple.methods.objectives import InformationRegularization
 
-pytestmark = pytest.mark.usefixtures("optimized")
-
 TOLERANCE = 1e-10
 STAGES = pytest.mark.parametrize("stages", [pytest.param(1, marks=pytest.mark.slow), 2])
 

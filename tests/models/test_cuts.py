@@ -92,12 +92,14 @@ WRN28_10 = [
     ),
 ]
 LISTING = [
-    pytest.param(name, arguments, *row, id=f"{name}{arguments.get('depth', '')}-{row[0]}")
-    for name, arguments, rows in (
-        ("resnet18", {}, RESNET18),
-        ("resnet", {"depth": 32}, RESNET32),
-        ("resnet", {"depth": 110}, RESNET110),
-        ("wrn28_10", {}, WRN28_10),
+    pytest.param(
+        name, arguments, *row, id=f"{name}{arguments.get('depth', '')}-{row[0]}", marks=marks
+    )
+    for name, arguments, rows, marks in (
+        ("resnet18", {}, RESNET18, ()),
+        ("resnet", {"depth": 32}, RESNET32, ()),
+        ("resnet", {"depth": 110}, RESNET110, SLOW),
+        ("wrn28_10", {}, WRN28_10, ()),
     )
     for row in rows
 ]
@@ -212,6 +214,7 @@ def test_dgl_has_as_many_heads_as_modules(depth):
 # --- Units that embed, drop and read more ---------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_module_that_begins_with_the_embedding_is_a_block_like_others():
     """It does more than embed: its head has a classifier, and it is an exit."""
 

@@ -74,6 +74,7 @@ def test_width_multiplies_and_rounds(width, expected):
     assert widths(model.blocks[0]) == [*expected, "M"]
 
 
+@pytest.mark.slow
 def test_vgg_reads_text_and_sequences_alike():
     sizes = {"image_size": 8, "channels": 1}
     text = models.vgg(10, blocks="6, 8,M|10,M", **sizes, rngs=nnx.Rngs(3))
@@ -125,6 +126,7 @@ SMALL = {
     "vgg8": {"width": 1 / 16},
     "wide_resnet": {"depth": 10, "widen": 1},
 }
+FEW = nets.marked(SMALL, ("mlp", "vgg"))  # test_resnets.py has the others
 
 
 def build(name, init="flax", param_dtype=jnp.float32, seed=0):
@@ -139,7 +141,7 @@ def build(name, init="flax", param_dtype=jnp.float32, seed=0):
     )
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", FEW)
 def test_torch_init_is_uniform_in_the_root_of_fan_in(name):
     model = build(name, init="torch")
     seen = 0
@@ -158,7 +160,7 @@ def test_torch_init_is_uniform_in_the_root_of_fan_in(name):
     assert seen >= 5
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", FEW)
 def test_flax_init_has_zero_biases_and_depends_on_the_seed_alone(name):
     one, same, other = build(name), build(name), build(name, seed=1)
     for _, layer in nnx.iter_graph(one.blocks[0]):
@@ -170,7 +172,7 @@ def test_flax_init_has_zero_biases_and_depends_on_the_seed_alone(name):
     assert not all(different)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", FEW)
 def test_bfloat16_stays_bfloat16_and_statistics_float32(name):
     model = build(name)
     for block in (*model.blocks, model.classifier):
@@ -195,7 +197,7 @@ def test_float16_trains(name):
     assert all(np.isfinite(value).all() for value in nets.to_arrays(trainer, state).values())
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", FEW)
 def test_float64(name, x64):
     model = build(name, param_dtype=jnp.float64)
     _, logits = apply(model, jnp.ones((4, 16, 16, 3), jnp.float64))
@@ -217,7 +219,9 @@ def test_batch_norm_trains_on_the_batch_and_evaluates_on_running_statistics(x64)
     np.testing.assert_allclose(norm.mean[...], 0.1 * mean)
 
 
-@pytest.mark.parametrize("shape", [(2, 6, 4, 3), (2, 7, 5, 3), (1, 2, 2, 1)])
+@pytest.mark.parametrize(
+    "shape", nets.marked([(2, 6, 4, 3), (2, 7, 5, 3), (1, 2, 2, 1)], [(2, 7, 5, 3)])
+)
 def test_max_pool_equals_reduce_window(shape):
     x = jax.random.normal(jax.random.key(0), shape)
 

@@ -99,6 +99,7 @@ def test_passed_states_equal_those_of_scpl(x64):
     np.testing.assert_allclose(second["state"][:, 0].mean(1), second["summary"], **EXACT)
 
 
+@pytest.mark.slow
 def test_gradients_flow_through_passed_states(x64):
     rng = np.random.default_rng(0)
     h, state = rng.normal(size=(2, 3, 4)), rng.normal(size=(2, 2, 2, 3))
@@ -115,6 +116,7 @@ def test_gradients_flow_through_passed_states(x64):
     check_grads(run, (params, jnp.asarray(h), jnp.asarray(state)), order=1, modes=["rev"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask_padding", [True, False])
 def test_the_state_that_is_passed_stands_still_at_masked_padding_only(mask_padding, x64):
     options = {"pass_state": True, "mask_padding": mask_padding, "param_dtype": jnp.float64}
@@ -180,6 +182,7 @@ def test_the_encoder_layer_equals_the_papers_code(x64):
         assert_golden(found[1][layer][name][...], gradient, (layer, name))
 
 
+@pytest.mark.slow
 def test_xavier_is_for_the_dense_weights_of_encoder_layers():
     net = model("paper", init="xavier", hidden=64, depth=1, feed_forward=16)
     embedding, block = net.blocks

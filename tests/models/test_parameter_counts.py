@@ -70,7 +70,7 @@ def test_of_the_net_with_its_classifier(name, arguments, parameters):
         slow("deinforeg", {}, "resnet18", {"cut": "paper"}, 296_537_192),
         # Projectors 512-1024, and the net's classifier.
         ("scpl", {}, "vgg8", SCPL_VGG, 69_616_118),
-        ("scpl", {}, "resnet18", SCPL_RESNET, 73_635_914),
+        slow("scpl", {}, "resnet18", SCPL_RESNET, 73_635_914),
         # Classifiers of every LSTM, tanh and dense, instead of the net's own.
         ("deinforeg", MERGE, "lstm", LSTM, 8_244_016 - SECOND_BIASES),
     ],

@@ -101,6 +101,7 @@ def test_a_bottleneck_equals_numpy(x64):
     np.testing.assert_allclose(apply(unit, x), relu(y), atol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_wide_unit_and_the_classifier_equal_numpy(x64):
     model = models.wide_resnet(3, depth=10, widen=1, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
     unit, classifier = perturbed(model.blocks[2]), perturbed(model.classifier)
@@ -137,6 +138,7 @@ def test_the_last_block_of_scpl_and_the_classifier_equal_numpy(x64):
     np.testing.assert_allclose(apply(classifier, y), logits, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_dropout_drops_in_training_alone():
     model = models.wide_resnet(2, depth=10, widen=1, dropout=0.5, rngs=nnx.Rngs(0))
     unit, x = model.blocks[1], jnp.asarray(activations(16), jnp.float32)

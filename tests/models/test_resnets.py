@@ -60,10 +60,10 @@ def weighted(modules):
     [
         ("resnet20", 9),
         ("resnet32", 15),
-        ("resnet56", 27),
+        pytest.param("resnet56", 27, marks=pytest.mark.slow),
         pytest.param("resnet110", 54, marks=pytest.mark.slow),
         ("resnet18", 8),
-        ("resnet34", 16),
+        pytest.param("resnet34", 16, marks=pytest.mark.slow),
         ("resnet50", 16),
         pytest.param("resnet101", 33, marks=pytest.mark.slow),
         ("wrn28_10", 12),
@@ -97,13 +97,16 @@ def test_published_depths(name, units):
             (32, 32),
             [(32, 32)] * 2 + [(16, 64)] * 2 + [(8, 128)] * 2 + [(4, 256)] * 2,
         ),
-        (
-            "resnet50",
-            {},
-            (32, 64),
+        pytest.param(
+            *("resnet50", {}, (32, 64)),
             [(32, 256)] * 3 + [(16, 512)] * 4 + [(8, 1024)] * 6 + [(4, 2048)] * 3,
+            marks=pytest.mark.slow,
         ),
-        ("wrn28_10", {}, (32, 16), [(32, 160)] * 4 + [(16, 320)] * 4 + [(8, 640)] * 4),
+        pytest.param(
+            *("wrn28_10", {}, (32, 16)),
+            [(32, 160)] * 4 + [(16, 320)] * 4 + [(8, 640)] * 4,
+            marks=pytest.mark.slow,
+        ),
         ("wide_resnet", {"depth": 10, "widen": 1}, (32, 16), [(32, 16), (16, 32), (8, 64)]),
     ],
 )
@@ -363,6 +366,7 @@ def test_bound_arguments_are_no_arguments():
         models.resnet20(10, depth=56, rngs=nnx.Rngs(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("build", "boundaries"),
     [
@@ -370,11 +374,12 @@ def test_bound_arguments_are_no_arguments():
             lambda **sizes: models.resnet(nets.CLASSES, depth=8, width=0.25, **sizes),
             lambda model: model.boundaries("fr", 2),
         ),
-        (
+        pytest.param(
             lambda **sizes: models.wide_resnet(
                 nets.CLASSES, depth=10, widen=1, dropout=0.1, **sizes
             ),
             lambda model: (2,),
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["resnet", "wide_resnet"],

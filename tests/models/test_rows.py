@@ -18,7 +18,9 @@ def plain_batch_norm(x, scale, bias):
     return (x - mean) / jnp.sqrt(variance + 1e-5) * scale + bias, mean, variance
 
 
-@pytest.mark.parametrize("shape", [(7, 3), (5, 4, 4, 3), (1, 3)])
+@pytest.mark.parametrize(
+    "shape", [pytest.param((7, 3), marks=pytest.mark.slow), (5, 4, 4, 3), (1, 3)]
+)
 def test_batch_norm_and_its_gradient(shape, x64):
     x, error = (jnp.asarray(RNG.normal(1, 2, shape)) for _ in range(2))
     scale, bias = jnp.asarray(RNG.normal(1, 0.3, shape[-1])), jnp.asarray(RNG.normal(size=3))

@@ -189,6 +189,7 @@ def test_heads_equal_pytorch(x64):
     np.testing.assert_allclose(block._attend(x["h"], x["mask"]), wanted.numpy(), **EXACT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout):
     net = model("transformer", layout=layout)
@@ -266,7 +267,7 @@ def test_vit_shapes(pooling):
 # --- All ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", nets.marked(KINDS, ("lstm", "transformer")))
 def test_gradients_reach_every_parameter(kind):
     """Those of half of the encoder are missing in the authors' code."""
     leaves = gradients(model(kind), sequence_nets.inputs(kind, dtype=np.float32))
@@ -275,6 +276,7 @@ def test_gradients_reach_every_parameter(kind):
     chex.assert_tree_all_finite(leaves)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", nets.marked(["bfloat16", "float16"], ["bfloat16"]))
 @pytest.mark.parametrize("kind", nets.marked(KINDS, ("transformer",)))
 def test_half_precision_stays_half_precision(kind, dtype):
@@ -293,7 +295,7 @@ def test_half_precision_stays_half_precision(kind, dtype):
     assert {a.dtype for a in nets.weights(trainer, state).values()} == {np.dtype(np.float32)}
 
 
-@pytest.mark.parametrize("kind", nets.marked(KINDS, ("transformer",)))
+@pytest.mark.parametrize("kind", nets.marked(KINDS, ("lstm",)))
 def test_dropout_drops_anew_in_every_step_and_not_in_evaluation(kind):
     data = sequence_nets.batches(kind, 1, dtype=np.float32)
     rngs = nnx.Rngs(0)

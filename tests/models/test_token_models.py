@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import nets
 import numpy as np
 import pytest
 import token_nets
@@ -15,7 +16,7 @@ from jdecouple.models import tokens
 from jdecouple.models.gpt import rotated
 
 pytestmark = pytest.mark.usefixtures("module_x64")
-KINDS = pytest.mark.parametrize("kind", token_nets.NETS)
+KINDS = pytest.mark.parametrize("kind", nets.marked(token_nets.NETS, ("gpt",)))
 DOCUMENTS = [0, 3, 4, 5, 0, 6, 7, 0]
 """Two of them, and padding."""
 
@@ -99,6 +100,7 @@ def test_beginnings():
     np.testing.assert_array_equal(found, [[0, 0, 2, 2, 4, 5, 5], [0] * 7])
 
 
+@pytest.mark.slow
 def test_half_precision_and_cuts():
     model = token_nets.model("gpt", cut=2, depth=3, dropout=0.1)
     assert model.splits == {"even": {2: (1,)}}

@@ -89,7 +89,7 @@ def assert_equal(found: tuple, wanted: tuple) -> None:
     [
         ("local", 2, "none"),
         pytest.param("synchronous", 2, "none", marks=pytest.mark.slow),
-        ("synchronous", 4, "stages"),
+        pytest.param("synchronous", 4, "stages", marks=pytest.mark.slow),
         pytest.param("local", 4, "stages", marks=pytest.mark.slow),
         *(
             pytest.param(name, stages, remat, marks=pytest.mark.slow)
@@ -108,7 +108,7 @@ def test_stages_with_replicas_and_microbatches(name):
     assert_equal(trained(name, 2, 2, microbatches=2), trained(name, microbatches=2))
 
 
-@NAMES
+@pytest.mark.parametrize("name", nets.marked(METHODS, ("local",)))
 def test_one_program_for_all_stages(name):
     """The first block reads no trail, so it is of another kind than the others."""
     found = trained(name, 4, engine="spmd")
@@ -116,12 +116,14 @@ def test_one_program_for_all_stages(name):
     assert_equal(found, trained(name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stages", nets.marked((1, 2), (2,)))
 def test_chunks(stages):
     assert_equal(trained("local", stages, chunk=3), trained("local"))
 
 
-@NAMES
+@pytest.mark.slow
+@pytest.mark.parametrize("name", nets.marked(METHODS, ("synchronous",)))
 def test_no_gradient_flows_back_through_what_a_head_writes(name):
     _, before, after, _ = trained(name, 2)
     moved = {key for key in after if not np.array_equal(after[key], before[key])}
@@ -169,6 +171,7 @@ class Deaf(Trail):
         return super().__call__(features, heard)
 
 
+@pytest.mark.slow
 def test_the_trail_has_an_effect():
     """Else the tests above would compare nothing."""
     found = []

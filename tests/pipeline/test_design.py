@@ -21,6 +21,7 @@ def make(rngs: nnx.Rngs) -> jd.Model:
     return jd.Model([*model.blocks, nnx.Linear(12, 12, rngs=rngs)], model.classifier)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", nets.marked(jd.methods.names(), ("fdg",)))
 def test_a_design_without_arrays_is_the_trainers(name):
     """Of the same stages, the same state and the same calls."""

@@ -46,7 +46,7 @@ def flat(tree) -> np.ndarray:
     return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
 
 
-@pytest.mark.parametrize("apart", nets.marked([False, True], [False]))
+@pytest.mark.parametrize("apart", nets.marked([False, True], []))
 def test_it_is_that_of_gradients_taken_by_hand(x64, apart):
     """The gradient that is used is read off the weights: the rate is 1."""
     trained = trainer(1.0, jd.make_mesh(STAGES if apart else 1))
@@ -65,6 +65,7 @@ def test_it_is_that_of_gradients_taken_by_hand(x64, apart):
     assert 0.05 < wanted["stage_0/cosine"] < 0.999
 
 
+@pytest.mark.slow
 def test_without_movement_the_direction_is_exact(x64):
     trained = trainer(1e-12)
     state, _ = nets.trained(trained, DATA, 5)
@@ -74,6 +75,7 @@ def test_without_movement_the_direction_is_exact(x64):
     )
 
 
+@pytest.mark.slow
 def test_nothing_to_replay_yet(x64):
     trained = trainer(0.1)
     state, _ = nets.trained(trained, DATA, 1)
@@ -82,6 +84,7 @@ def test_nothing_to_replay_yet(x64):
     assert np.isfinite(found["stage_1/cosine"])
 
 
+@pytest.mark.slow
 def test_it_changes_nothing(x64):
     trained = trainer(0.1)
     state, _ = nets.trained(trained, DATA, 5)

@@ -25,7 +25,7 @@ def trainer() -> jd.Trainer:
     return nets.build("greedy_exit", model=nets.mlp(depth=2), num_stages=2, mesh=mesh)
 
 
-@pytest.mark.parametrize("name", nets.marked(("bp", "deinforeg", "fdg"), ("bp", "fdg")))
+@pytest.mark.parametrize("name", nets.marked(("bp", "deinforeg", "fdg"), ("fdg",)))
 def test_joined_or_not_a_training_is_the_same(name, monkeypatch, x64):
     data = nets.batches(dtype=np.float64)
     found, arrays = [], []

@@ -55,7 +55,13 @@ def rest(own: jd.Trainer, state: Any) -> tuple[Any, list[dict[str, float]]]:
 
 @pytest.mark.parametrize(
     ("name", "devices"),
-    [("dgl", 2), *(pytest.param("al", k, marks=pytest.mark.slow) for k in (1, 2))],
+    [
+        ("greedy_exit", 2),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("dgl", 2), ("al", 1), ("al", 2))
+        ),
+    ],
 )
 def test_drained_it_has_trained_as_local(name, devices):
     """With a checkpoint in the middle, from which one device goes on."""
@@ -79,10 +85,10 @@ def test_drained_it_has_trained_as_local(name, devices):
 
 
 def test_it_goes_on_after_it_was_drained():
-    own = trainer("dgl", 2)
+    own = trainer("greedy_exit", 2)
     state, _ = nets.trained(own, DATA, MIDDLE)
     state, metrics = rest(own, own.finish(state))
-    assert nets.largest_error(drained(own, state), by_local("dgl")[0]) < 1e-12
+    assert nets.largest_error(drained(own, state), by_local("greedy_exit")[0]) < 1e-12
     assert [np.isnan(row["loss"]) for row in metrics] == [True, True, True, False]
 
 
@@ -112,6 +118,7 @@ def test_what_it_does_not_take():
     nets.assert_clear(ValueError, words, lambda: growth.grow(own, own.init(), []))
 
 
+@pytest.mark.slow
 def test_a_device_with_little_memory_holds_few_blocks():
     """Two of eight, by boundaries: an early one, and a late one."""
     shapes = {"x": ((16, 64), "float32"), "label": ((16,), "int32")}

@@ -15,7 +15,7 @@ DATA = nets.batches(dtype=np.float64)
 @pytest.mark.parametrize(
     ("name", "schedule", "microbatches"),
     [
-        ("bp", "1f1b", 4),
+        pytest.param("bp", "1f1b", 4, marks=pytest.mark.slow),
         pytest.param("deinforeg", "auto", 2, marks=pytest.mark.slow),
         ("fdg", "auto", 1),
     ],

@@ -56,7 +56,7 @@ def analyses(trainer: jd.Trainer, batch: Any) -> list[Any]:
 EMPTY: dict[str, dict] = {"carries": {}, "residuals": {}, "errors": {}}
 
 
-@pytest.mark.parametrize("name", nets.marked(("greedy_exit", "deinforeg", "dgl"), ("greedy_exit",)))
+@pytest.mark.parametrize("name", nets.marked(("greedy_exit", "deinforeg", "dgl"), ()))
 @pytest.mark.parametrize("stages", nets.marked((1, 4), (1,)))
 def test_a_local_program_needs_what_its_largest_block_does(name, stages):
     apart = temporaries(name, num_stages=4, fuse=False)
@@ -66,6 +66,7 @@ def test_a_local_program_needs_what_its_largest_block_does(name, stages):
     assert together <= 1.1 * (apart[0] + message)
 
 
+@pytest.mark.slow
 def test_backpropagation_needs_more_unless_it_repeats():
     (bp,), (blocks,) = (temporaries("bp", remat=remat) for remat in ("none", "blocks"))
     (local,) = temporaries("greedy_exit", num_stages=1, fuse=True)
@@ -90,7 +91,8 @@ def held(trainer: jd.Trainer, batch: Any) -> list[int]:
     return [found[device] for device in sorted(found, key=lambda device: device.id)]
 
 
-@pytest.mark.parametrize(("devices", "calls"), [pytest.param(1, 1, marks=pytest.mark.slow), (2, 2)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("devices", "calls"), [(1, 1), (2, 2)])
 def test_devices_hold_what_their_calls_need(devices, calls):
     """Other arrays of the process do not count."""
     other = jax.numpy.ones((500, 500))
@@ -109,6 +111,7 @@ def test_devices_hold_what_their_calls_need(devices, calls):
     assert not other.is_deleted()
 
 
+@pytest.mark.slow
 def test_devices_hold_what_waits():
     """Activations of all microbatches until the first error comes, or of one."""
     data = nets.batches(1, size=256)[0]

@@ -111,7 +111,10 @@ def test_fused_stages_are_those_of_single_steps(name):
 @pytest.mark.parametrize(
     ("name", "stages", "options"),
     [
-        ("bp", 2, {"schedule": "gpipe", "microbatches": 2, "clip_norm": 0.5}),
+        pytest.param(
+            *("bp", 2, {"schedule": "gpipe", "microbatches": 2, "clip_norm": 0.5}),
+            marks=pytest.mark.slow,
+        ),
         pytest.param("bp", 1, {"fuse": False}, marks=pytest.mark.slow),
         pytest.param("fdg", 1, {"fuse": False}, marks=pytest.mark.slow),
         pytest.param("scpl", 2, {"fuse": False, "microbatches": 2}, marks=pytest.mark.slow),
@@ -123,7 +126,9 @@ def test_other_options(name, stages, options):
     assert_close(run(5, name, stages, **options), single(name, stages, **options))
 
 
-@pytest.mark.parametrize("options", [{"fuse": False}, {}], ids=["apart", "fused"])
+@pytest.mark.parametrize(
+    "options", nets.marked([{"fuse": False}, {}], [{}]), ids=["apart", "fused"]
+)
 def test_a_chunk_of_one_batch_is_a_step_to_the_bit(options):
     arrays, metrics = run(1, "scpl", 2, 1, **options)
     wanted, values = single("scpl", 2, 1, **options)
@@ -131,6 +136,7 @@ def test_a_chunk_of_one_batch_is_a_step_to_the_bit(options):
     assert metrics == values
 
 
+@pytest.mark.slow
 def test_chunks_and_steps_may_alternate(x64):
     engine = trainer("scpl", 4, 2)
     state = engine.init()
@@ -142,6 +148,7 @@ def test_chunks_and_steps_may_alternate(x64):
     assert nets.largest_error(nets.to_arrays(engine, state), wanted) < TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["placed", "device arrays", "mixed", "placed list"])
 def test_batches_may_lie_anywhere(kind, x64):
     engine = trainer("scpl", 2, 4, 2)
@@ -161,7 +168,7 @@ def test_batches_may_lie_anywhere(kind, x64):
 @pytest.mark.parametrize(
     ("name", "stages", "options", "calls"),
     [
-        ("scpl", 2, {"fuse": False}, 2),
+        pytest.param("scpl", 2, {"fuse": False}, 2, marks=pytest.mark.slow),
         pytest.param("scpl", 4, {"fuse": False}, 4, marks=pytest.mark.slow),
         pytest.param("scpl", 2, {"fuse": False, "microbatches": 2}, 2, marks=pytest.mark.slow),
         pytest.param("scpl", 4, {}, 1, marks=pytest.mark.slow),
@@ -183,7 +190,7 @@ def test_a_stage_is_called_once_for_all_batches(name, stages, options, calls, mo
 
 
 def test_state_is_donated(x64):
-    engine = trainer("scpl", 4, 2)
+    engine = trainer("scpl", 2, 1)
     before = engine.init()
     state, _ = engine.steps(before, groups(3)[0])
     engine.wait(state)
@@ -192,10 +199,15 @@ def test_state_is_donated(x64):
 
 
 @pytest.mark.parametrize(
-    ("devices", "count"), [pytest.param(1, 3, marks=pytest.mark.slow), (2, 3), (2, 1)]
+    ("devices", "count"),
+    [
+        (1, 3),
+        pytest.param(2, 3, marks=pytest.mark.slow),
+        pytest.param(2, 1, marks=pytest.mark.slow),
+    ],
 )
 def test_metrics_are_arrays(devices, count, x64):
-    engine = trainer("scpl", 4, devices)
+    engine = trainer("scpl", 2, devices)
     _, metrics = engine.steps(engine.init(), engine.put(groups(count)[0]))
     _, single = engine.step(engine.init(), groups(1)[0][0])
     assert list(metrics) == list(single)

@@ -92,7 +92,7 @@ def wide_first() -> jd.Model:
     return jd.Model(blocks, nnx.Linear(8, nets.CLASSES, rngs=rngs))
 
 
-@pytest.mark.parametrize("name", nets.marked(jd.methods.names(), ("bp", "deinforeg", "fdg")))
+@pytest.mark.parametrize("name", nets.marked(jd.methods.names(), ("bp",)))
 def test_trainer_balances_by_the_work_of_the_blocks(name):
     (batch,) = nets.batches(1)
     options = {"num_stages": 2, "example": batch}

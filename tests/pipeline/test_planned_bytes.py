@@ -27,7 +27,7 @@ MODELS = {
 }
 SMALL = [
     pytest.param("bp", "small", 1, {"remat": "blocks"}, marks=pytest.mark.slow),
-    ("fr", "small", 2, {}),
+    pytest.param("fr", "small", 2, {}, marks=pytest.mark.slow),
 ]
 SETUPS = [
     ("bp", "vgg", 1, {"remat": "none"}),
@@ -97,6 +97,7 @@ def planned(name: str, devices: int = 2, **options: Any) -> tuple[DeviceBytes, .
     return planned_bytes(design)
 
 
+@pytest.mark.slow
 def test_state_is_exact_and_queues_are_what_the_schedule_says():
     """The delayed route keeps inputs of as many batches as the schedule says, and an error."""
     first, _ = planned("greedy_exit")

@@ -164,7 +164,7 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "replicas": {"method": "bp", "model": "two_blocks", "data": 2, "steps": 8},
 }
-FAST = ("deinforeg", "bp", "fdg")
+FAST = ("deinforeg", "fdg")
 STAGED = pytest.mark.parametrize(
     "name", nets.marked([name for name in RUNS if "stages" in RUNS[name]], FAST)
 )

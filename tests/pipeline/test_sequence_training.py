@@ -17,16 +17,7 @@ KINDS = ("lstm", "transformer", "vit")
 SLOW = pytest.mark.slow
 NEEDS_IMAGES = ("infopro",)  # it reconstructs a picture from a feature map
 METHODS = [name for name in jd.methods.names() if name not in NEEDS_IMAGES]
-# All of these take long to compile; one of them stands for the rest.
-CASES = [
-    pytest.param(
-        name,
-        kind,
-        marks=[] if (name, kind) == ("deinforeg", "transformer") else [SLOW],
-    )
-    for name in METHODS
-    for kind in KINDS
-]
+CASES = [(name, kind) for name in METHODS for kind in KINDS]  # all of them take long to compile
 
 
 def build(name, kind, stages=1, **options):
@@ -61,6 +52,7 @@ def reference(name, kind, depth=2):
     return run(build(name, kind, model={"depth": depth}), kind)
 
 
+@SLOW
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_two_devices_train_as_one(name, kind):
     """An embedding block on one device, a layer on the other.

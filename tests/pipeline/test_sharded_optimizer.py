@@ -52,7 +52,7 @@ CASES = {
     "half": Case("bp", ADAM, (2, 2), {"dtype": jnp.float16, "gradient_norms": True}, steps=16),
     "spmd-bp": Case("bp", LARS, (2, 2), {"engine": "spmd", "microbatches": 2, "clip_norm": 0.1}),
 }
-FAST = ("bp", "deinforeg", "four")
+FAST = ("deinforeg",)
 EVERY = pytest.mark.parametrize("name", nets.marked(CASES, FAST))
 
 
@@ -114,6 +114,7 @@ def test_a_replica_holds_its_part_of_the_optimizer_and_all_weights(name):
             assert wanted[device] / count <= parts[device] < wanted[device] / count * 1.05
 
 
+@pytest.mark.slow
 def test_the_plan_knows_the_parts():
     for shard in (False, True):
         trainer, state = trained("bp", shard)
@@ -159,6 +160,7 @@ def test_a_run_goes_on_to_the_bit(name, tmp_path):
     assert nets.same_bits(*(nets.to_arrays(trainer, end) for end in ends))
 
 
+@pytest.mark.slow
 def test_a_saved_state_does_not_know_of_it(tmp_path):
     """It goes on without, and with other numbers of replicas, by the same numbers."""
     data = nets.batches(dtype=np.float64)

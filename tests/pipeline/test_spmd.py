@@ -62,7 +62,7 @@ def check(name: str, net: str, stages: int, data: int, group: int, **options: An
 @pytest.mark.parametrize(
     ("name", "net", "stages", "data", "group", "microbatches"),
     [
-        ("deinforeg", "dropout", 4, 1, 3, 1),
+        pytest.param("deinforeg", "dropout", 4, 1, 3, 1, marks=pytest.mark.slow),
         pytest.param("deinforeg", "dropout", 2, 2, 5, 1, marks=pytest.mark.slow),
         pytest.param("deinforeg", "dropout", 1, 2, 5, 1, marks=pytest.mark.slow),
         pytest.param("deinforeg", "vgg", 2, 2, 5, 1, marks=pytest.mark.slow),
@@ -105,7 +105,7 @@ def test_more_stages_than_device_groups():
 @pytest.mark.parametrize(
     ("net", "options"),
     [
-        ("mlp", {"clip_norm": 0.65}),
+        pytest.param("mlp", {"clip_norm": 0.65}, marks=pytest.mark.slow),
         pytest.param("dropout", {"clip_norm": 2.0}, marks=pytest.mark.slow),
         pytest.param("dropout", {"remat": "stages"}, marks=pytest.mark.slow),
     ],
@@ -130,7 +130,7 @@ def test_rematerialised_stages_of_a_local_route():
 @pytest.mark.parametrize(
     ("first", "second", "name", "net"),
     [
-        ("spmd", "mpmd", "bp", "ends"),
+        pytest.param("spmd", "mpmd", "bp", "ends", marks=pytest.mark.slow),
         pytest.param("mpmd", "spmd", "deinforeg", "dropout", marks=pytest.mark.slow),
     ],
 )
@@ -147,6 +147,7 @@ def test_what_one_engine_began_the_other_ends(first, second, name, net):
     assert_close((nets.to_arrays(ends, state), metrics + others), reference(name, net))
 
 
+@pytest.mark.slow
 def test_what_is_read_from_a_state_is_that_of_the_blocks():
     batches = setting("norm")[1]
     found = []
@@ -234,6 +235,7 @@ def test_dispatches(engine, count, tmp_path):
     assert dispatched(lambda: train(state).stages, tmp_path) == count
 
 
+@pytest.mark.slow
 def test_placed_batches_and_a_step_are_the_same_training():
     trainer = build("scpl", "mlp", 2)
     batches = setting("mlp")[1]
@@ -264,6 +266,7 @@ def test_metrics_are_scalars_of_a_step_and_arrays_of_a_list():
         chex.assert_trees_all_close(first, dict(single), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_weights_are_kept_once_for_all_ticks():
     """And with `remat` activations inside a stage not at all."""
     kept = []

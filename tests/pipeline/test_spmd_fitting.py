@@ -118,6 +118,7 @@ def test_what_does_not_fit_is_refused(options, words):
     refuse(words, **options)
 
 
+@pytest.mark.slow
 def test_other_functions_that_drew_the_weights_do_not_matter():
     """Every layer of init="torch" holds a function of its own, which no program sees."""
     assert build("deinforeg", "vgg", 4).engine == "spmd"
@@ -135,7 +136,7 @@ def test_auto(stages, options, engine):
     )
 
 
-@pytest.mark.parametrize("engine", ["mpmd", "spmd"])
+@pytest.mark.parametrize("engine", [pytest.param("mpmd", marks=pytest.mark.slow), "spmd"])
 def test_no_batches_are_refused(engine):
     trainer = build("bp", "dropout", 2, engine=engine)
     nets.assert_clear(ValueError, ("empty",), lambda: trainer.steps(trainer.init(), []))

@@ -19,6 +19,7 @@ def build_trainer(name: str, **options) -> jd.Trainer:
     return nets.build(name, model=model, num_stages=1, example=DATA[0], **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"),
     [

@@ -74,7 +74,13 @@ def convolutions() -> jd.Model:
 
 
 @pytest.mark.parametrize(
-    ("remat", "repeated"), [("none", 0), ("elementwise", 0), ("blocks", 3), ("stages", 3)]
+    ("remat", "repeated"),
+    [
+        ("none", 0),
+        pytest.param("elementwise", 0, marks=pytest.mark.slow),
+        ("blocks", 3),
+        pytest.param("stages", 3, marks=pytest.mark.slow),
+    ],
 )
 def test_no_product_is_computed_twice(remat, repeated):
     """Of two dense layers and a classifier each has an error and a gradient."""
@@ -85,7 +91,13 @@ def test_no_product_is_computed_twice(remat, repeated):
     assert now + later == whole
 
 
-@pytest.mark.parametrize(("remat", "repeated"), [("none", 0), ("elementwise", 0), ("blocks", 2)])
+REPEATED = (("elementwise", 0), ("blocks", 2))
+
+
+@pytest.mark.parametrize(
+    ("remat", "repeated"),
+    [("none", 0), *(pytest.param(*case, marks=pytest.mark.slow) for case in REPEATED)],
+)
 def test_convolutions_keep_their_inputs_and_the_errors_of_their_outputs(remat, repeated):
     trainer = nets.build("bp", model=convolutions(), num_stages=2, remat=remat, example=IMAGES)
     whole, now, later, _, kept = parts(trainer)
@@ -226,6 +238,7 @@ def six_steps(name: str) -> dict[str, np.ndarray]:
     return nets.to_arrays(trainer, nets.trained(trainer, DATA, 6)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", nets.marked(nets.DELAYED, ("fdg",)))
 def test_a_delayed_method_resumes_with_early_errors(name):
     """To the last bit, where all stages are one call."""

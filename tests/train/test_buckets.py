@@ -152,7 +152,7 @@ def trainer(example, kind="lstm", method="bp", stages=1, depth=1, **options):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("lstm", "bp", 1),
+        pytest.param(("lstm", "bp", 1), marks=pytest.mark.slow),
         pytest.param(("lstm", "deinforeg", 2), marks=pytest.mark.slow),
         pytest.param(("transformer", "deinforeg", 2), marks=pytest.mark.slow),
     ],
@@ -248,6 +248,7 @@ class TestRuns:
         train_and_evaluate(tiny(name, **values), parts)
         runs.assert_same_run(parts, whole)
 
+    @pytest.mark.slow
     def test_buckets_are_part_of_what_a_run_is(self, name, tmp_path):
         train_and_evaluate(tiny(name, steps=1), tmp_path)
         with pytest.raises(

@@ -10,8 +10,8 @@ from tfds_writer import png, write_image_set
 
 from jdecouple.train import cli as command_line
 
-VISION = "configs/vision.py"
-DELAYED = "configs/delayed.py"
+VISION, DELAYED = "configs/vision.py", "configs/delayed.py"
+NO_CUT = "split 'fdg' has no cut into {} stages: allowed are 2, 3"
 SIZES = {
     **dict.fromkeys(
         ("steps", "epochs", "log_every", "eval_every", "checkpoint__every", "checkpoint__keep"),
@@ -189,8 +189,8 @@ def test_bad_value_of_a_delayed_run(refused, workdir, values, said):
     ("values", "said"),
     [
         ({"split": "bogus"}, "the model has no split 'bogus': allowed are infopro, dgl, fr, fdg"),
-        ({"num_stages": 4}, "split 'fdg' has no cut into 4 stages: allowed are 2, 3"),
-        ({"num_stages": 1}, "split 'fdg' has no cut into 1 stages: allowed are 2, 3"),
+        pytest.param({"num_stages": 4}, NO_CUT.format(4), marks=pytest.mark.slow),
+        pytest.param({"num_stages": 1}, NO_CUT.format(1), marks=pytest.mark.slow),
         ({"boundaries": "(0,5)"}, "config.split and config.boundaries are both set"),
         ({"model__depth": 26}, "config.model.depth is set, but model 'resnet20' takes only: width"),
     ],
@@ -307,7 +307,7 @@ def test_bad_argument_of_a_config_file(refused, workdir, argument, said):
             "unknown method 'bogus': allowed are bp, early_exit, greedy_exit",
         ),
         ("cifar10,resnet21,fdg,2", "unknown model 'resnet21': allowed are gpt, lstm, lstm_"),
-        ("synthetic,resnet20,fdg,9", "split 'fdg' has no cut into 9 stages: allowed are 2, 3"),
+        pytest.param("synthetic,resnet20,fdg,9", NO_CUT.format(9), marks=pytest.mark.slow),
     ],
 )
 def test_bad_argument_of_the_delayed_config_file(refused, workdir, argument, said):

@@ -139,6 +139,7 @@ def test_the_cpu_is_meant_where_it_was_asked_for(monkeypatch, option, value, mea
     assert devices.cpu_is_meant()
 
 
+@pytest.mark.slow
 def test_the_first_comes_before_anything_is_built(tmp_path, capsys, monkeypatch):
     printed = []
 

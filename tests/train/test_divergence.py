@@ -114,6 +114,7 @@ def steps(folder):
     return Checkpointer(folder / "checkpoints", read_only=True).steps()
 
 
+@pytest.mark.slow
 def test_a_run_that_explodes_goes_back_by_itself(tmp_path, caplog, capsys):
     train_and_evaluate(cheap(**SANE, steps=30), tmp_path)
     assert caplog.messages == []
@@ -144,6 +145,7 @@ def test_a_run_that_explodes_goes_back_by_itself(tmp_path, caplog, capsys):
     assert fingerprint(tmp_path / "checkpoints" / "30") == before
 
 
+@pytest.mark.slow
 def test_weights_that_explode_at_once(tmp_path, caplog):
     """The first loss after the step is none, and nothing else tells of what was saved between."""
     train_and_evaluate(cheap(**SANE, steps=10), tmp_path)

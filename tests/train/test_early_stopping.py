@@ -93,6 +93,7 @@ class TestEnded:
         told = "config.early_stopping.patience is 4 from step 14 on, 3 before"
         assert told in capsys.readouterr().out
 
+    @pytest.mark.slow
     def test_at_the_last_step_it_is_a_run_like_any_other(self, tmp_path, capsys):
         result = train(tmp_path, steps=ENDS)
         assert (result["step"], result["finished"]) == (ENDS, True)
@@ -100,7 +101,7 @@ class TestEnded:
         assert "early stopping" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("step", nets.marked((5, 12, 13), (12,)))
+@pytest.mark.parametrize("step", nets.marked((5, 12, 13), ()))
 def test_a_run_that_is_stopped_ends_at_the_same_step(ended, tmp_path, monkeypatch, step):
     """Asked to stop between two evaluations, and at one."""
     train_step = Trainer.step
@@ -119,6 +120,7 @@ def test_a_run_that_is_stopped_ends_at_the_same_step(ended, tmp_path, monkeypatc
     runs.assert_same_run(tmp_path, ended)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", nets.marked((12, ENDS), (ENDS,)))
 def test_a_run_that_fails_while_it_evaluates_ends_at_the_same_step(
     ended, tmp_path, monkeypatch, step
@@ -137,12 +139,14 @@ def test_a_run_that_fails_while_it_evaluates_ends_at_the_same_step(
     runs.assert_same_run(tmp_path, ended)
 
 
+@pytest.mark.slow
 def test_the_least_improvement(tmp_path):
     result = train(tmp_path, early_stopping__min_delta=0.35)
     assert result["step"] == 8
     assert result["reason"].endswith("accuracy of step 2, 30.00%, by more than 0.35")
 
 
+@pytest.mark.slow
 def test_a_growing_run_counts_once_it_has_all_blocks(tmp_path):
     values = {key: value for key, value in VALUES.items() if key != "data__validation"}
     values |= {"growth__blocks": (1, 2), "growth__steps": (0, 10), "early_stopping__patience": 1}
@@ -151,6 +155,7 @@ def test_a_growing_run_counts_once_it_has_all_blocks(tmp_path):
     assert (result["step"], "of step 12," in result["reason"]) == (14, True)
 
 
+@pytest.mark.slow
 def test_without_it_checkpoints_say_nothing_of_it(tmp_path):
     train(tmp_path, early_stopping__patience=None, steps=2)
     (extra,) = Checkpointer(tmp_path / "checkpoints", read_only=True).extras().values()

@@ -111,6 +111,7 @@ def test_undisturbed_equals_the_ordinary_run(tmp_path):
     assert [run.stdout + run.stderr for run in others] == ["", ""]
 
 
+@pytest.mark.slow
 def test_lost_stage_stops_only_itself(tmp_path):
     """The first goes on to its end; the middle one rejoins with what is held for it."""
     run = Elastic(tmp_path / "run")

@@ -73,6 +73,7 @@ def test_stopped_on_the_way(tmp_path, whole, stops):
     assert runs.without_timing(last[0]) == runs.without_timing(last[1])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_says_stop(tmp_path, whole, monkeypatch):
     """A damaged newest checkpoint: the one before it may be of an earlier phase."""
     folder = runs.copy(whole, tmp_path)
@@ -230,7 +231,8 @@ def trained_in_parts(tmp_path_factory, texts) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("model", ["lstm", pytest.param("transformer", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["lstm", "transformer"])
 def test_texts_in_two_steps(tmp_path, texts, model, trained_in_parts):
     """Before the net grows its exits see the first part alone, and afterwards still do."""
     values, folder = {"steps": 8}, trained_in_parts
@@ -294,6 +296,7 @@ class TestLoaded:
         assert loaded.exits == (0, 1)
         assert loaded.predict(np.zeros((2, 8, 8, 1), np.uint8)).logits.shape == (2, 2, 10)
 
+    @pytest.mark.slow
     def test_texts_in_parts(self, tmp_path, texts, trained_in_parts):
         folder = trained_in_parts
         scored = {(line["split"], line["step"]): line for line in lines(folder)}["test", 8]

@@ -125,7 +125,7 @@ class TestResults:
     @pytest.mark.parametrize(
         "values",
         [
-            DEINFOREG,
+            pytest.param(DEINFOREG, marks=pytest.mark.slow),  # test_processes.py has fast ones
             pytest.param(FDG, marks=pytest.mark.slow),
             pytest.param(BP, marks=pytest.mark.slow),
             pytest.param(GROWING, marks=pytest.mark.slow),

@@ -86,6 +86,7 @@ class TestTaken:
         assert_equal(found, arrays_at(other, 18), taken)
         assert_equal(found, fresh, found.keys() - taken)
 
+    @pytest.mark.slow
     def test_averages(self, tmp_path, capsys):
         """Those of the other run are taken, and its own begin there."""
         values = {"method__name": "bp", "method__projector": None, "num_stages": 2, "ema": 0.5}
@@ -101,10 +102,12 @@ class TestTaken:
             np.testing.assert_array_equal(found[name.replace("/ema/", "/")], wanted[name])
         assert any((wanted[name] != wanted[name.replace("/ema/", "/")]).any() for name in averages)
 
+    @pytest.mark.slow
     def test_a_rate_is_found_for_these_weights(self, other, tmp_path, capsys):
         find_lr(tiny(init_from=f"{other}@18"), tmp_path, low=1e-6, high=1e-5, steps=10)
         assert f"begins with checkpoint 18 of {other}; taken: block 0-1" in capsys.readouterr().out
 
+    @pytest.mark.slow
     def test_what_version_0_1_has_saved(self, capsys):
         old = runs.REPOSITORY / "tests" / "checkpoints_0.1" / "deinforeg"
         config = json.loads((old / "config.json").read_text())["config"]
@@ -134,6 +137,7 @@ class TestRuns:
         assert after[0]["step"] == 1
         assert after[0]["loss"] < before[0]["loss"]
 
+    @pytest.mark.slow
     def test_goes_on_without_it(self, tuned, tmp_path, capsys):
         folder = tmp_path / "run"
         shutil.copytree(tuned / "run", folder)

@@ -286,6 +286,7 @@ def test_restarts_of_elastic_runs(words, count):
     assert launch.parse(f"-n 2 --restarts 7 train {words}".split()).restarts == 7
 
 
+@pytest.mark.slow
 def test_bad_input_of_the_run_is_told_in_one_line(tmp_path):
     values = arguments(tmp_path / "run", **TWO, method__name="bq")
     out, err = Launched(tmp_path, "train", *values).end(2)

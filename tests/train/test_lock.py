@@ -130,6 +130,7 @@ def test_a_platform_without_locks(tmp_path, monkeypatch, caplog):
     assert "is not locked, this platform has no locks" in caplog.messages[0]
 
 
+@pytest.mark.slow
 def test_the_second_run_touches_nothing(tmp_path):
     with only_run(tmp_path):
         with pytest.raises(ConfigError, match=IN_USE):

@@ -58,7 +58,7 @@ def test_a_range_ends_where_it_diverges():
     assert lr_finder._diverges([*falling, *5 * [4.0]])
 
 
-def test_it_trains_and_touches_nothing_but_its_picture(tmp_path, capsys):
+def test_it_trains_and_touches_nothing_but_its_picture(tmp_path, capsys, drawn):
     """Blocks have losses of their own; the schedule of the configuration is not used."""
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "kept").write_text("as it was")

@@ -58,6 +58,7 @@ def test_bad_cuts_get_one_clear_line(cut, said):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_loaded_run_has_the_modules(tmp_path):
     values = {"method__name": "greedy_exit", "model__depth": 3, "num_stages": 2, "epochs": 1}
     train_and_evaluate(runs.cheap(**values, model__cut=(0, 2)), tmp_path)

@@ -54,6 +54,7 @@ def whole(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_bar_and_the_curves(shown, whole, tmp_path, capsys):
     assert train_and_evaluate(cheap(**SHORT), tmp_path)["finished"]
     assert shown == [str(tmp_path / "curves.png")]
@@ -90,6 +91,7 @@ class TestStop:
         assert train_and_evaluate(cheap(**SHORT), tmp_path)["finished"]
         runs.assert_same_run(tmp_path, whole)
 
+    @pytest.mark.slow
     def test_pressed_twice(self, shown, tmp_path, monkeypatch):
         def twice():
             for _ in range(2):

@@ -47,6 +47,7 @@ def _in_this_process(monkeypatch):
     monkeypatch.setattr(programs, "keep", lambda: None)
 
 
+@pytest.mark.slow
 def test_an_imported_optimizer_with_averages_over_batches(module, tmp_path):
     """One command, and from its third step another; then it is loaded."""
     values = {"optimizer__name": "my_optimizers:scaled", "ema": 0.5, "accumulate": 2, **SHORT}

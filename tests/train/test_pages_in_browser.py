@@ -1,6 +1,8 @@
 """Pages as a browser shows them: nothing is asked for, all is drawn, and what is chosen is seen."""
 
+import functools
 import re
+from pathlib import Path
 
 import pytest
 import runs
@@ -100,7 +102,7 @@ def test_what_the_policy_blocks_is_a_fault(browser, tmp_path):
 
 @pytest.fixture(scope="module")
 def workdirs(tmp_path_factory):
-    """Short runs of three methods."""
+    """Gives a short run of one of three methods, which the first call trains."""
     folder = tmp_path_factory.mktemp("runs")
     given = {"epochs": 2, "log_every": 3, "checkpoint__every": 9}
     configs = {
@@ -108,23 +110,32 @@ def workdirs(tmp_path_factory):
         "deinforeg": runs.tiny(**given),
         "greedy_exit": runs.cheap(method__name="greedy_exit", **given),
     }
-    for name, config in configs.items():
-        train_and_evaluate(config, folder / name)
-    return [folder / name for name in configs]
+
+    @functools.cache
+    def run(name: str) -> Path:
+        train_and_evaluate(configs[name], folder / name)
+        return folder / name
+
+    return lambda number: run([*configs][number])
 
 
 @pytest.mark.parametrize(
     ("number", "options"),
-    [(0, ["--noevaluate"]), pytest.param(1, [], marks=pytest.mark.slow), (2, ["--noevaluate"])],
+    [
+        (0, ["--noevaluate"]),
+        pytest.param(1, [], marks=pytest.mark.slow),
+        pytest.param(2, ["--noevaluate"], marks=pytest.mark.slow),
+    ],
 )
 def test_report(browser, workdirs, number, options, tmp_path):
-    report.main([str(workdirs[number]), "--output", str(tmp_path / "report.html"), *options])
+    report.main([str(workdirs(number)), "--output", str(tmp_path / "report.html"), *options])
     check(browser, tmp_path / "report.html")
 
 
+@pytest.mark.slow
 def test_compare(browser, workdirs, tmp_path):
     path = tmp_path / "compare.html"
-    compare.main([*map(str, workdirs), "--output", str(path), "--by=examples"])
+    compare.main([*map(str, map(workdirs, range(3))), "--output", str(path), "--by=examples"])
     check(browser, path)
     with opened(browser, path) as shown:
 

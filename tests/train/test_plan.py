@@ -83,6 +83,7 @@ stage 2 | .  .  F0 B0 S0
 device    stages  weights  statistics  optimizer"""
 
 
+@pytest.mark.slow
 def test_the_quickstart(command):
     """The command, on devices that are described: a table for people is all of the JSON."""
     given = ["--config=quickstart", "--devices=4", "--memory=16GB", "--flops=8TFLOPS"]
@@ -98,6 +99,7 @@ def test_the_quickstart(command):
     assert "messages: 12 GB/s and 50 us each" in text
 
 
+@pytest.mark.slow
 def test_text_and_json_are_one(command):
     given = ["--config", runs.TINY, "--devices=1", "--flops=1GFLOPS", "--config.model.depth=1"]
     given += ["--config.method.name=bp", "--config.method.projector=None"]
@@ -156,6 +158,7 @@ class TestRefused:
         more = dataclasses.replace(devices, count=stages)
         planned(devices=more, **{**values, "mesh__stages": stages})
 
+    @pytest.mark.slow
     def test_where_nothing_fits(self):
         with pytest.raises(ConfigError, match="neither more stages nor"):
             planned(devices=Devices(2, memory=1e2, flops=1e9), mesh__stages=2)
@@ -252,6 +255,7 @@ class TestTimes:
             found = times.timing(placed(table, mesh), costs, 8)
             assert (found.seconds, found.bubble) == (12.0, bubble)
 
+    @pytest.mark.slow
     def test_from_measured_calls(self, monkeypatch):
         """What is not among the calls of one schedule is measured with another."""
         whole = {"F": 1.0, "FB": 2.0, "FBS": 3.0, "B": 4.0, "BS": 5.0, "S": 6.0}
@@ -305,6 +309,7 @@ class TestTimes:
 class TestSpeeds:
     """Devices of unequal speed."""
 
+    @pytest.mark.slow
     def test_a_slow_device_takes_longer(self):
         """As its speed says: in its stage's time, and in that of the batch."""
         values = {"method": "greedy_exit", "mesh__stages": 2, "model__hidden": 64}
@@ -330,6 +335,7 @@ class TestSpeeds:
         assert again.times[0]["seconds"] == pytest.approx(found.best["seconds"], rel=1e-9)
         assert again.times[0]["seconds"] < found.times[0]["seconds"]
 
+    @pytest.mark.slow
     def test_calls_that_were_measured(self, monkeypatch):
         def measured_costs(trainer, state, batches, repeats):
             return state, Costs(calls=dict.fromkeys((call[:2] for call in trainer.calls), 1.0))
@@ -361,6 +367,7 @@ class TestPlacements:
         assert [row["devices"] for row in found.stages] == [["cpu 0"], ["cpu 1"]]
         assert "memory of this machine, for all devices" in found.memory_limit
 
+    @pytest.mark.slow
     def test_the_best_is_faster_and_can_be_asked_for(self):
         found = planned(4, mesh__stages=1)
         assert found.best["seconds"] < found.times[0]["seconds"]
@@ -382,6 +389,7 @@ class TestPlacements:
         assert found.best is None or len(found.best["boundaries"]) != 2
 
 
+@pytest.mark.slow
 def test_a_growing_model_is_planned_as_it_is_at_last():
     values = {"method": "greedy_exit", "growth__blocks": (2, 3), "growth__steps": (0, 5)}
     found, whole = planned(**values), planned(method="greedy_exit")

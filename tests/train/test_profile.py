@@ -39,7 +39,7 @@ def traced(trainer: jd.Trainer, folder, steps: int) -> None:
     [
         ("bp", {"schedule": "1f1b", "microbatches": 2, "clip_norm": 1.0}),
         pytest.param("deinforeg", {"microbatches": 2, "replicas": 2}, marks=pytest.mark.slow),
-        ("fdg", {}),
+        pytest.param("fdg", {}, marks=pytest.mark.slow),
     ],
 )
 def test_calls_of_every_stage(tmp_path, name, options):
@@ -76,6 +76,7 @@ def test_calls_of_every_stage(tmp_path, name, options):
             assert sent[microbatch + span.batch, span.batch - late] <= span.start
 
 
+@pytest.mark.slow
 def test_another_number_of_calls_is_refused(tmp_path):
     trainer = build("deinforeg")
     with pytest.raises(ValueError, match=r"no \*\.trace\.json\.gz in "):
@@ -152,6 +153,8 @@ def config(**values):
     return made
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("drawn")
 def test_run_draws_the_steps_after_the_first_ten(tmp_path, capsys, monkeypatch):
     drawn = []
     draw = timeline.draw
@@ -183,6 +186,7 @@ def test_run_that_goes_on_and_ends_before_its_profile(tmp_path, steps):
     jax.profiler.stop_trace()
 
 
+@pytest.mark.slow
 def test_trace_without_the_calls_does_not_end_the_run(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(profile, "_events", lambda folder: [])
     assert train_and_evaluate(config(profile=1, steps=12), tmp_path)["finished"]

@@ -10,6 +10,8 @@ from test_metrics import write_run
 from jdecouple.train.metrics import MetricsWriter
 from jdecouple.train.report import plot_curves
 
+pytestmark = pytest.mark.usefixtures("drawn")
+
 
 def axes_of(monkeypatch, workdir, **kwargs):
     """The axes of the figure that `plot_curves` saves."""

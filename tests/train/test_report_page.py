@@ -114,6 +114,7 @@ def edited(workdir, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+@pytest.mark.slow
 def test_the_command_writes_the_page_and_nothing_else(workdir, capsys):
     before = runs.fingerprint(workdir)
     main(["jdecouple", "report", str(workdir)])
@@ -143,6 +144,7 @@ def test_the_command_writes_the_page_and_nothing_else(workdir, capsys):
     assert not found.notes
 
 
+@pytest.mark.slow
 def test_what_was_measured_before_is_taken(workdir, monkeypatch):
     main(["jdecouple", "evaluate", str(workdir), "--exit=0"])
     main(["jdecouple", "calibrate", str(workdir), "--split=test", "--cost=0.9"])

@@ -174,6 +174,7 @@ class TestDelayed:
         assert len(found) == 17 + 2 * 2
         assert found == pytest.approx({key: wanted[key] for key in found}, rel=1e-3)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("values", "said"),
         [
@@ -200,6 +201,7 @@ class TestDelayed:
         ]
         assert fingerprint(folder) == before
 
+    @pytest.mark.slow
     def test_by_another_version_of_jax(self, tmp_path, monkeypatch):
         folder = copy(finished(epochs=1, **FDG), tmp_path)
         before = fingerprint(folder)

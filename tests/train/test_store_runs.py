@@ -47,6 +47,7 @@ def test_it_is_the_run_that_it_would_be_here(workdir):
     assert json.loads((workdir / "config.json").read_text())["history"]
 
 
+@pytest.mark.slow
 def test_what_uses_it(workdir, tmp_path, capsys):
     here = finished_here(**VALUES)
     evaluation.evaluate([WORKDIR])
@@ -72,6 +73,7 @@ def test_what_else_uses_it(workdir, tmp_path):
     assert (tmp_path / "model" / "model.safetensors").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_another_run_refuses_it_and_another_begins_with_it(workdir, capsys):
     with pytest.raises(ConfigError, match="the workdir holds a run with"):
         train_and_evaluate(runs.tiny(**VALUES, model__hidden=8), WORKDIR)

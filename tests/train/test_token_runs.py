@@ -78,6 +78,7 @@ def test_metrics_are_in_bits_a_byte(finished, corpus):
     assert bits.units({"loss": 1.0}, jd.data.load("digits"), "test") == {}
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_same_to_the_bit_and_other_documents_are_refused(
     finished, corpus, tmp_path
 ):
@@ -100,6 +101,7 @@ def test_a_resumed_run_is_the_same_to_the_bit_and_other_documents_are_refused(
         train_and_evaluate(tiny(tmp_path / "place", steps=2), tmp_path / "c")
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_the_weights_of_another_of_the_same_tokenizer(
     finished, corpus, tmp_path, capsys
 ):
@@ -152,7 +154,7 @@ def test_what_is_no_use_ends_in_one_line(finished, arguments, words, capsys, mon
     assert words in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", nets.marked(METHODS, ("bp", "dgl", "scpl")))
 @pytest.mark.parametrize("model", nets.marked(("gpt", "lstm_lm"), ("gpt",)))
 def test_the_configuration_builds_for_every_method(corpus, model, method):
     """With modules or stages as it is asked for."""

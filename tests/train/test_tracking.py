@@ -114,6 +114,7 @@ def settings() -> dict[str, Any]:
 # --- A run, and one that goes on from an earlier checkpoint ----------------------------------
 
 
+@pytest.mark.slow
 def test_trackers_hold_what_metrics_jsonl_holds(tmp_path):
     """Of a run, then of one that goes on, otherwise, from before its end, in the same W&B run."""
     workdir, recorder, calls = tmp_path / "run", Recorder(), []
@@ -190,6 +191,7 @@ def test_of_several_processes_the_first_alone_writes(tmp_path):
         assert written["train/gradient_norm", step] == pytest.approx(math.hypot(*parts))
 
 
+@pytest.mark.slow
 def test_the_callback_of_the_documents(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     page = (runs.REPOSITORY / "docs" / "tracking.md").read_text()

@@ -81,7 +81,14 @@ def test_train_py(tmp_path):
     assert all(line.startswith("step ") for line in done.stderr.splitlines())
     config = json.loads((tmp_path / "new" / "folder" / "config.json").read_text())
     assert config["config"]["model"]["hidden"] == 16
-    runs.assert_same_run(tmp_path / "new" / "folder", finished())
+    assert runs.final_arrays(tmp_path / "new" / "folder")[0] == 27
+
+
+@pytest.mark.slow
+def test_train_py_trains_as_a_fork_does(tmp_path):
+    done = python("train.py", *arguments(tmp_path))
+    assert done.returncode == 0, done.stderr
+    runs.assert_same_run(tmp_path, finished())
 
 
 @pytest.mark.slow

@@ -151,6 +151,7 @@ def test_steps_win_over_epochs_and_intervals_are_kept(tmp_path):
     assert saved == [3, 4, 6, 8, 9, 11]
 
 
+@pytest.mark.slow
 def test_train_lines_are_means_since_the_line_before(tmp_path):
     train_and_evaluate(cheap(epochs=1, checkpoint__every=9, log_every=9), tmp_path / "one")
     train_and_evaluate(cheap(epochs=1, checkpoint__every=9), tmp_path / "nine")
@@ -159,6 +160,7 @@ def test_train_lines_are_means_since_the_line_before(tmp_path):
     assert mean["loss"] == pytest.approx(np.mean(each), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_slow_input_shows_as_waiting(tmp_path, monkeypatch):
     gather, pause = data.Split.gather, 0.1
 
@@ -203,6 +205,7 @@ class TestNonFinite:
             command_line.main(["train.py", *arguments(tmp_path, **given, epochs=2)])
             assert runs.final_arrays(tmp_path)[0] == 18
 
+    @pytest.mark.slow
     def test_names_the_block_of_a_bad_loss(self, tmp_path, monkeypatch):
         """A local loss that is not finite, though the weights still are."""
         step = Trainer.step
@@ -289,6 +292,7 @@ def test_from_several_devices_back_to_one(tmp_path):
     assert_same_numbers(tmp_path, finished(**SGD))
 
 
+@pytest.mark.slow
 def test_bfloat16(tmp_path, notebook_run):
     result = train_and_evaluate(tiny(dtype="bfloat16", epochs=1), tmp_path)
     assert np.isfinite(result["test"]["loss"])

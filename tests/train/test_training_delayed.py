@@ -54,6 +54,7 @@ class TestADelayedRun:
     def test_config(self, delayed_run):
         assert json.loads((delayed_run[0] / "config.json").read_text())["boundaries"] == [0, 1, 2]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("every", nets.marked((2, 3, 5), (3,)))
     def test_means_are_of_the_steps_that_have_a_loss(self, delayed_run, tmp_path, every):
         train_and_evaluate(delayed(steps=9, checkpoint__every=4, log_every=every), tmp_path)
@@ -65,6 +66,7 @@ class TestADelayedRun:
             known = [each[step] for step in steps if each[step] is not None]
             assert line.get("loss") == (pytest.approx(np.mean(known)) if known else None)
 
+    @pytest.mark.slow
     def test_shorter_than_the_way_through_the_stages(self, tmp_path, capfd):
         result = train_and_evaluate(delayed(steps=2), tmp_path)
         assert result["finished"]
@@ -82,6 +84,7 @@ class TestADelayedRun:
         assert "the loss of block_2 is" in str(error.value)
         assert "at step 4; no checkpoint was saved" in str(error.value)
 
+    @pytest.mark.slow
     def test_what_waits_and_is_not_finite_is_not_saved(self, tmp_path, monkeypatch):
         step = Trainer.step
 
@@ -99,6 +102,7 @@ class TestADelayedRun:
         said = "stage_1/waiting/errors/0 is not finite after step 8; the last good checkpoint is 4"
         assert said in str(error.value)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", nets.marked(("ddg", "fr", "adl"), ("adl",)))
     def test_the_other_methods(self, tmp_path, name):
         own = {"method__accumulate": 2} if name == "adl" else {}

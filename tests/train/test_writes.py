@@ -200,7 +200,8 @@ def test_metrics_do_not_follow_a_link(tmp_path):
 # --- The evaluation comes after the save ---------------------------------------------------------
 
 
-@pytest.mark.parametrize("calls", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("calls", [0, 1])
 def test_an_evaluation_that_fails_costs_no_step(finished, tmp_path, monkeypatch, calls):
     """The run goes on with it, and ends as one in which nothing has failed."""
     evaluate = Trainer.evaluate
@@ -254,7 +255,7 @@ def test_neither_a_picture_nor_a_lost_console_costs_the_results(
     assert f"no curves.png: cannot write {folder / 'curves.png'}: Is a directory" in caplog.messages
 
 
-def test_the_table_is_shown_without_the_picture(finished, tmp_path, capsys, monkeypatch):
+def test_the_table_is_shown_without_the_picture(finished, tmp_path, capsys, monkeypatch, drawn):
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
     folder = copy(finished, tmp_path)
     result = train_and_evaluate(cheap(epochs=2), folder)
