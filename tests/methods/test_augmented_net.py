@@ -127,7 +127,7 @@ def test_copies_have_weights_of_their_own():
         assert np.array_equal(np.sort(old, 0), np.sort(new, 0)), path
 
 
-@pytest.mark.parametrize("kind", ["gpt", "lstm_lm"])
+@pytest.mark.parametrize("kind", nets.marked(("gpt", "lstm_lm"), ("gpt",)))
 def test_nets_of_tokens_are_whole_layers(kind):
     """A net of the first of four modules reads sequences; copies differ from what they copy."""
     model = token_nets.model(kind, depth=4)

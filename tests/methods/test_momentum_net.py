@@ -98,11 +98,16 @@ def simulate(
     return arrays
 
 
-@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize(
-    "options",
-    [{"num_stages": 1}, {"mesh": 3}, {"num_stages": 2, "fuse": False}],
-    ids=["fused", "devices", "apart"],
+    ("scaled", "options"),
+    [
+        (True, {"mesh": 3}),
+        pytest.param(True, {"num_stages": 1}, marks=pytest.mark.slow),
+        *(
+            pytest.param(False, options, marks=pytest.mark.slow)
+            for options in ({"num_stages": 1}, {"mesh": 3}, {"num_stages": 2, "fuse": False})
+        ),
+    ],
 )
 def test_a_simulation(scaled, options, x64):
     options = {**options}
@@ -153,7 +158,7 @@ def test_the_first_unit_of_the_next_module_is_followed():
         assert len({array.tobytes() for array in three}) == 3  # each drawn for itself
 
 
-@pytest.mark.parametrize("kind", nets.marked(("gpt", "lstm_lm"), ("gpt",)))
+@pytest.mark.parametrize("kind", nets.marked(("gpt", "lstm_lm"), ()))
 def test_layers_of_tokens_are_followed(kind):
     """Both copies read whole rows; their states are added, documents begin where they did."""
     net, example = token_nets.model(kind), token_nets.batches(1)[0]
@@ -172,6 +177,7 @@ def test_layers_of_tokens_are_followed(kind):
     np.testing.assert_array_equal(y["begins"], x["begins"])
 
 
+@pytest.mark.slow
 def test_averages_keep_their_dtype_in_half_precision():
     each = trainer(model(param_dtype=jnp.float32), dtype=jnp.bfloat16, num_stages=1)
     state = each.init()
@@ -185,6 +191,7 @@ def test_averages_keep_their_dtype_in_half_precision():
     np.testing.assert_allclose(after[name], moved, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_large_stages_on_devices_of_their_own():
     """Whose arrays are not joined: what is handed down is not what the next call gives away."""
     found = []
@@ -198,6 +205,7 @@ def test_large_stages_on_devices_of_their_own():
     assert nets.same_bits(*found)
 
 
+@pytest.mark.slow
 def test_replicas_have_the_same_averages(x64):
     data = nets.batches(2, dtype=np.float64)
     found = []
@@ -219,6 +227,7 @@ def test_microbatches_move_the_averages_once(x64):
     np.testing.assert_allclose(after[name], moved, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_frozen_block_follows_nothing():
     each = trainer(model(param_dtype=jnp.float32), frozen=(0,), num_stages=2)
     state = each.init()
@@ -230,6 +239,7 @@ def test_a_frozen_block_follows_nothing():
     assert not np.array_equal(before[name], after[name])
 
 
+@pytest.mark.slow
 def test_chunks_are_single_steps_where_stages_are_fused(x64):
     data = nets.batches(3, dtype=np.float64)
     each = trainer(example=data[0], num_stages=3, fuse=True, mesh=jd.make_mesh(1))
