@@ -32,9 +32,10 @@ from jdecouple.methods.routes import (
     accumulating,
     loss_scale,
 )
-from jdecouple.methods.routes.stage import Transform
+from jdecouple.methods.routes.stage import Transform, floating, with_floating
 from jdecouple.methods.routes.unit import share_traces
 from jdecouple.models import Model
+from jdecouple.models.channels import NO_CHANNELS, Alive, alive, handed_entries
 from jdecouple.pipeline.partition import balance, check_boundaries, check_num_stages
 from jdecouple.pipeline.wire import WIRES
 
@@ -45,7 +46,7 @@ class BuiltModel(NamedTuple):
     Attributes:
         units: every block with its head.
         carries: shapes of the carry that every block receives.
-        outputs: shapes of what every block gives.
+        outputs: shapes of what every block gives, without what it hands on by name.
         num_classes: width of the logits.
     """
 
@@ -95,13 +96,15 @@ def build_units(
             f"method {method.name} needs a classifier: give one as Model(blocks, classifier)"
         )
     _check_growth(model, method, frozen)
-    outputs = block_outputs(model.blocks, carry, dtype)
-    num_classes = _num_classes(model, method, num_classes, {**carry, "x": outputs[-1]}, dtype)
+    outputs = _outputs(model.blocks, carry, dtype)
+    last = {**carry, "x": outputs[-1].features}
+    num_classes = _num_classes(model, method, num_classes, last, dtype)
     # The last key of the 32-bit range: steps count up from 0 and never reach it.
     root = jax.random.fold_in(jax.random.key(seed), np.uint32(2**32 - 1))
     inputs, units = carry["x"], []
     carries: list[Carry] = []
-    for index, (block, features) in enumerate(zip(model.blocks, outputs, strict=True)):
+    for index, (block, output) in enumerate(zip(model.blocks, outputs, strict=True)):
+        features = output.features
         own = model.at_block(index)
         info = BlockInfo(
             index=index,
@@ -116,18 +119,23 @@ def build_units(
             grown=own is not model,
         )
         rngs = nnx.Rngs(jax.random.fold_in(root, index))
-        of_positions = len(carry["label"].shape) > 1
-        head = token_head(objective, info, rngs) if of_positions else objective.head(info, rngs)
+        labels = carry["label"].shape
+        head = (
+            token_head(objective, info, labels[1], rngs)
+            if len(labels) > 1
+            else objective.head(info, rngs)
+        )
         if head is None and method.route.local:
             raise ValueError(f"method {method.name} gives block {index} no loss of its own")
-        unit = Unit.build(index, block, head, dtype)
+        unit = Unit.build(index, block, head, dtype, output.channels)
         handed = unit.head_outputs(features, carry)
         if index in frozen:
             unit = dataclasses.replace(unit, frozen=True, has_loss=False, hands_on=bool(handed))
         units.append(unit)
         carries.append(carry)
-        carry = {**carry, **handed, "x": features}
-    return BuiltModel(share_traces(units), tuple(carries), tuple(outputs), num_classes)
+        carry = {**carry, **handed, "x": output.sent}
+    features = tuple(output.features for output in outputs)
+    return BuiltModel(share_traces(units), tuple(carries), features, num_classes)
 
 
 def _check_growth(model: Model, method: Method, frozen: Collection[int]) -> None:
@@ -143,16 +151,30 @@ def _check_growth(model: Model, method: Method, frozen: Collection[int]) -> None
         raise ValueError(f"frozen are all {count} blocks: at least one must be trained")
 
 
+class _Output(NamedTuple):
+    """Shapes of what a block gives: its output, the "x" behind it; and the channels around it."""
+
+    features: Any
+    sent: Any
+    channels: Alive
+
+
 def block_outputs(blocks: Sequence[nnx.Module], carry: Carry, dtype: Any = None) -> list[Any]:
     """Shapes of what every block gives, from those of the carry that the first receives.
 
     Raises:
         ValueError: a block fails.
     """
-    outputs: list[Any] = []
-    for index, block in enumerate(blocks):
-        received = {**carry, "x": outputs[-1]} if outputs else carry
-        outputs.append(_block_output(index, block, received, dtype))
+    return [output.features for output in _outputs(blocks, carry, dtype)]
+
+
+def _outputs(blocks: Sequence[nnx.Module], carry: Carry, dtype: Any) -> list[_Output]:
+    outputs: list[_Output] = []
+    for index, (block, channels) in enumerate(zip(blocks, alive(blocks), strict=True)):
+        if both := [name for name in handed_entries(block) if name in carry]:
+            raise ValueError(f"block {index} hands on {both[0]!r}, which the batch has: rename one")
+        received = {**carry, "x": outputs[-1].sent} if outputs else carry
+        outputs.append(_block_output(index, block, received, dtype, channels))
     return outputs
 
 
@@ -163,7 +185,7 @@ def _num_classes(model: Model, method: Method, given: int | None, carry: Carry, 
         return given
     features = carry["x"]
     if model.classifier is not None:
-        features = _block_output(len(model.blocks), model.classifier, carry, dtype)
+        features = _block_output(len(model.blocks), model.classifier, carry, dtype).features
     elif not trains_classifier:
         raise ValueError("num_classes is needed: the model has no classifier to read it from")
     width = features.shape[-1]
@@ -172,23 +194,26 @@ def _num_classes(model: Model, method: Method, given: int | None, carry: Carry, 
     return width
 
 
-def _block_output(index: int, block: nnx.Module, carry: Carry, dtype: Any) -> Any:
-    """Shapes of a block's output for those of its carry; ValueError where the block fails."""
-    unit = Unit.build(index, block, None, dtype)
-    if missing := [name for name in unit.inputs if name not in carry]:
+def _block_output(
+    index: int, block: nnx.Module, carry: Carry, dtype: Any, channels: Alive = NO_CHANNELS
+) -> _Output:
+    """Shapes of what a block gives for those of its carry; ValueError where the block fails."""
+    unit = Unit.build(index, block, None, dtype, channels)
+    if missing := [name for name in unit.entries if name not in carry]:
         raise ValueError(
             f"block {index} ({type(block).__name__}) reads {missing[0]!r}: the batch holds "
-            f"{', '.join(sorted(carry))}"
+            f"{', '.join(sorted(carry))}, and no block before hands it on"
         )
-    read = {name: carry[name] for name in ("x", *unit.inputs)}
+    read = {name: carry[name] for name in unit.entries}
     try:
-        return jax.eval_shape(
+        sent = jax.eval_shape(
             lambda params, stats, read: unit.train(params, stats, read, jax.random.key(0))[0],
             *jax.eval_shape(unit.initial),
             read,
         )
+        return _Output(unit.features(sent), sent, channels)
     except (TypeError, ValueError) as error:
-        x = carry["x"] if not unit.inputs else read
+        x = carry["x"] if len(read) == 1 else read
         shape = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", x)
         raise ValueError(
             f"block {index} ({type(block).__name__}) fails on an input of {shape}: "
@@ -238,16 +263,15 @@ def unit_costs(units: Sequence[Unit], carries: Sequence[Carry], route: Route) ->
 
         def work(params, stats, carry, unit=unit):
             def loss(params, x):
-                features, output, _ = unit.train(
-                    params, stats, {**carry, "x": x}, jax.random.key(0)
-                )
+                received = {**carry, "x": with_floating(x, carry["x"])}
+                features, output, _ = unit.train(params, stats, received, jax.random.key(0))
                 total = jnp.zeros((), jnp.float32) if output is None else output.loss
                 if not route.local:
-                    total += sum(jnp.sum(leaf) for leaf in jax.tree.leaves(features))
+                    total += sum(jnp.sum(leaf) for leaf in jax.tree.leaves(floating(features)))
                 return total, (features, {} if output is None else dict(output.carry))
 
             argnums = 0 if route.local or unit.index == 0 else (0, 1)
-            return jax.grad(loss, argnums, has_aux=True)(params, carry["x"])
+            return jax.grad(loss, argnums, has_aux=True)(params, floating(carry["x"]))
 
         program = unit.pass_on if unit.frozen else work
         costs.append(flops(program, *jax.eval_shape(unit.initial), carry))

@@ -252,10 +252,25 @@ def error_shapes(carry: Carry, scaling: str | None) -> Any:
 
     Where every stage has a scale of its own, that of the error goes with it, [batch].
     """
+    error = floating(carry["x"])
     if scaling != "stage":
-        return carry["x"]
+        return error
     size = carry["label"].shape[0]
-    return {"x": carry["x"], "scale": jax.ShapeDtypeStruct((size,), jnp.float32)}
+    return {"x": error, "scale": jax.ShapeDtypeStruct((size,), jnp.float32)}
+
+
+def floating(x: Any) -> Any:
+    """The part of a tree that has an error; None in the place of integers and masks."""
+    return jax.tree.map(lambda leaf: leaf if jnp.issubdtype(leaf.dtype, jnp.floating) else None, x)
+
+
+def with_floating(part: Any, x: Any) -> Any:
+    """The tree `x` with the arrays of `part`, which is as `floating` gives it."""
+
+    def choose(new: Any, old: Any) -> Any:
+        return old if new is None else new
+
+    return jax.tree.map(choose, part, x, is_leaf=lambda leaf: leaf is None)
 
 
 def add(first: Any, second: Any) -> Any:
