@@ -33,7 +33,7 @@ from jdecouple.methods.routes import (
     loss_scale,
 )
 from jdecouple.methods.routes.stage import Transform, floating, with_floating
-from jdecouple.methods.routes.unit import share_traces
+from jdecouple.methods.routes.unit import Tie, find_ties, parameters, share_traces
 from jdecouple.models import Model
 from jdecouple.models.channels import NO_CHANNELS, Alive, alive, handed_entries
 from jdecouple.pipeline.partition import balance, check_boundaries, check_num_stages
@@ -48,12 +48,14 @@ class BuiltModel(NamedTuple):
         carries: shapes of the carry that every block receives.
         outputs: shapes of what every block gives, without what it hands on by name.
         num_classes: width of the logits.
+        ties: the parameters that units share.
     """
 
     units: tuple[Unit, ...]
     carries: tuple[Carry, ...]
     outputs: tuple[Any, ...]
     num_classes: int
+    ties: tuple[Tie, ...] = ()
 
 
 def abstract(tree: Any) -> Any:
@@ -103,6 +105,7 @@ def build_units(
     root = jax.random.fold_in(jax.random.key(seed), np.uint32(2**32 - 1))
     inputs, units = carry["x"], []
     carries: list[Carry] = []
+    held: list[dict[str, nnx.Variable]] = []
     for index, (block, output) in enumerate(zip(model.blocks, outputs, strict=True)):
         features = output.features
         own = model.at_block(index)
@@ -128,6 +131,7 @@ def build_units(
         if head is None and method.route.local:
             raise ValueError(f"method {method.name} gives block {index} no loss of its own")
         unit = Unit.build(index, block, head, dtype, output.channels)
+        held.append(parameters(block, head))
         handed = unit.head_outputs(features, carry)
         if index in frozen:
             unit = dataclasses.replace(unit, frozen=True, has_loss=False, hands_on=bool(handed))
@@ -135,7 +139,16 @@ def build_units(
         carries.append(carry)
         carry = {**carry, **handed, "x": output.sent}
     features = tuple(output.features for output in outputs)
-    return BuiltModel(share_traces(units), tuple(carries), features, num_classes)
+    ties = find_ties(held)
+    uses = [use for tie in ties for use in tie.uses]
+    for number, unit in enumerate(units):
+        if shared := frozenset(name for index, name in uses if index == number):
+            if unit.frozen:
+                raise ValueError(
+                    f"frozen block {number} shares {min(shared)} with another: give each its own"
+                )
+            units[number] = dataclasses.replace(unit, shared=shared)
+    return BuiltModel(share_traces(units), tuple(carries), features, num_classes, ties)
 
 
 def _check_growth(model: Model, method: Method, frozen: Collection[int]) -> None:
@@ -417,6 +430,7 @@ def build_stages(
                 carry=carry,
                 scaling=method.route.scaling if scaled else None,
                 wire=wire,
+                ties=built.ties,
                 **common,
             )
         )

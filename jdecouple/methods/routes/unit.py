@@ -1,8 +1,9 @@
 """A block with its head as pure functions over flat dicts of arrays."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,26 @@ them: they go up with it, and their error comes down with its.
 Train = Callable[..., tuple[Any, HeadOutput | None, Arrays]]
 
 _RESERVED = ("x", "label", "loss", "weight")
+
+
+class Tie(NamedTuple):
+    """A parameter that several blocks share.
+
+    Attributes:
+        uses: index of every block that uses it, in order, and its name there.
+    """
+
+    uses: tuple[tuple[int, str], ...]
+
+    @property
+    def name(self) -> str:
+        """That of the first block's copy among the arrays of a state."""
+        return self.names[0]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Those of all copies there."""
+        return tuple(f"block_{block}/params/{name}" for block, name in self.uses)
 
 
 class _Pair(nnx.Module):
@@ -51,6 +72,7 @@ class Unit:
         frozen: whether nothing of the block and its head is trained.
         hands_on: whether the head writes into the carry.
         scales: factors on an optimiser's updates by the names of parameters; 1 for all others.
+        shared: names of the parameters that other units use, too.
     """
 
     index: int
@@ -68,6 +90,7 @@ class Unit:
     frozen: bool = False
     hands_on: bool = False
     scales: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    shared: frozenset[str] = frozenset()
     _shared: Train | None = None
 
     @classmethod
@@ -229,6 +252,12 @@ class Unit:
         """What the block below gets for what came down."""
         return self._module(False, params, stats, jax.random.key(0)).head.descend(target)
 
+    def own(self, arrays: Arrays) -> Arrays:
+        """Of arrays by the names of parameters those that no other unit shares."""
+        if not self.shared:
+            return arrays
+        return {name: leaf for name, leaf in arrays.items() if name not in self.shared}
+
     def scaled(self, updates: Arrays) -> Arrays:
         """An optimiser's updates by the names of parameters, times the factors."""
         if not self.scales:
@@ -278,6 +307,24 @@ class Unit:
         return nnx.merge(self._definitions[train], nnx.from_flat_state([*flat, *streams.items()]))
 
 
+def parameters(block: nnx.Module, head: nnx.Module | None) -> dict[str, nnx.Variable]:
+    """The parameters of a block and its head themselves, by their names in a unit."""
+    return {
+        "/".join(map(str, path)): node
+        for path, node in nnx.iter_graph(_Pair(block, head))
+        if isinstance(node, nnx.Param)
+    }
+
+
+def find_ties(parameters: Sequence[Mapping[str, nnx.Variable]]) -> tuple[Tie, ...]:
+    """The parameters that several units use, from those of each."""
+    uses: dict[int, list[tuple[int, str]]] = {}
+    for index, named in enumerate(parameters):
+        for name, variable in named.items():
+            uses.setdefault(id(variable), []).append((index, name))
+    return tuple(Tie(tuple(own)) for own in uses.values() if len(own) > 1)
+
+
 def _free_names(index: int, attribute: str, names: tuple[str, ...]) -> tuple[str, ...]:
     """Names that a block has in `inputs` or `outputs`; ValueError for one that is taken."""
     if wrong := [name for name in names if name in _RESERVED]:
@@ -325,6 +372,27 @@ def _inlined(unit: Unit) -> Train:
         return features, output and output._replace(carry=dict(output.carry)), stats
 
     return jax.jit(train, inline=True)
+
+
+def share(ties: Sequence[Tie], modules: Sequence[tuple[nnx.Module | None, Any]]) -> None:
+    """Lets blocks and heads, one pair a unit, share what is tied; (None, None) stays as it is."""
+
+    def child(node: Any, key: str) -> Any:
+        return node[int(key)] if key.isdigit() else getattr(node, key)
+
+    for tie in ties:
+        variable = None
+        for index, name in tie.uses:
+            part, *path, last = name.split("/")
+            module = modules[index][part == "head"]
+            if module is None:
+                continue
+            holder = functools.reduce(child, path, module)
+            variable = child(holder, last) if variable is None else variable
+            if last.isdigit():
+                holder[int(last)] = variable  # type: ignore[index]
+            else:
+                setattr(holder, last, variable)
 
 
 def _value(variable: nnx.Variable) -> Any:

@@ -28,13 +28,17 @@ from jdecouple.pipeline.mpmd.stage_fns import (
     with_messages,
     with_taken,
 )
+from jdecouple.pipeline.mpmd.tied_steps import TiedSteps
 from jdecouple.pipeline.state import Queues, put_queues, take_queues
 from jdecouple.pipeline.step_metrics import JoinedMetrics
-from jdecouple.pipeline.transfer import crosses, transfer
+from jdecouple.pipeline.transfer import crosses, transfer, without_loss
 from jdecouple.schedules import Call, Kind, Schedule
 
-Calls = dict[tuple[int, tuple[Kind, ...]], Callable]
-"""The function of every (stage, kinds) that a schedule contains; kinds are () for a norm."""
+Calls = dict[tuple[int, Any], Callable]
+"""The function of every (stage, kinds) that a schedule contains; kinds are () for a norm.
+
+Those for what stages share have the number of the stage that steps it in the place of kinds.
+"""
 
 
 _BATCH = np.array([1, 0], np.int32)
@@ -115,7 +119,10 @@ class Executor:
 
             return call
 
-        functions = {key: timed(call) if key[1] else call for key, call in self._compiled.items()}
+        scheduled = {(call.stage, call.kinds) for call in self.calls}
+        functions = {
+            key: timed(call) if key in scheduled else call for key, call in self._compiled.items()
+        }
         dispatch = functools.partial(self.dispatch, self.calls, functions)
         states, _ = self.iterate(dispatch, states, parts, step)
         return states, seconds
@@ -175,12 +182,14 @@ class Executor:
         )
         carries |= {(0, microbatch): part for microbatch, part in enumerate(parts)}
         norms: list[Any] | None = None
+        tied: list[Any] = [None] * len(self.stages)
+        received: dict[int, list[Any]] = {}
         first = 0
         for stage, kinds, microbatches in calls:
             forward, backward, takes, leaves = microbatches_of(kinds, microbatches)
             out: dict[str, Any] = {}
             if self._needs_norm and Kind.STEP in kinds and norms is None:
-                norms = self._norms(functions, accumulated)
+                norms = self._norms(functions, accumulated, received)
             if self.placements[stage].addressable:
                 held = residuals.get((stage, takes)) if self.schedule.splits else None
                 out = functions[stage, kinds](
@@ -195,6 +204,7 @@ class Executor:
                 new_states[stage] = {**new_states[stage], **out.get("state", {})}
                 accumulated[stage] = out.get("accumulated")
                 metrics[stage] = out.get("metrics", metrics[stage])
+                tied[stage] = out.get("tied", tied[stage])
                 if "residuals" in out:
                     residuals[stage, leaves] = with_taken(out["residuals"], held)
                 del held
@@ -203,6 +213,8 @@ class Executor:
                 carries[stage + 1, forward] = self._send(stage, stage + 1, out.get("carry"))
             if backward is not None and stage > 0 and not self.route.local:
                 errors[stage - 1, backward] = self._send(stage, stage - 1, out.get("cotangent"))
+        ran = {call.stage for call in calls}
+        self._tied.finish(functions, new_states, tied, received, norms, ran)
         # Calls of a device wait for one another: nothing that is still on its way may come between.
         carries, errors = ({x: _opened(y) for x, y in held.items()} for held in (carries, errors))
         left = {"carries": carries, "residuals": residuals, "errors": errors}
@@ -270,11 +282,11 @@ class Executor:
         }
         if self._needs_norm:
             functions |= {(stage.index, ()): make_norm_fn(stage) for stage in self.stages}
-        return functions
+        return functions | self._tied.functions
 
     def _with_messages(self, key: tuple, function: Callable, *packed: Any, **options: Any) -> Any:
         stage, kinds = key
-        if not kinds:  # a norm
+        if not isinstance(kinds, tuple) or not kinds:
             return function
         return with_messages(function, self.stages[stage], kinds, *packed, **options)
 
@@ -285,14 +297,14 @@ class Executor:
         compiled = {}
         for (stage, kinds), function in self.message_functions.items():
             placement = self.placements[stage]
-            if placement.addressable:
+            if placement.addressable and isinstance(kinds, tuple):
                 if kinds:
                     function = self.layout.on_flat(stage, function)
                 single = self.single_metrics(stage)
                 compiled[stage, kinds] = compile_stage_fn(
                     function, placement, kinds, queued, single
                 )
-        return compiled
+        return compiled | self._tied.compiled(self.layout)
 
     @cached_property
     def _fused(self) -> Callable:
@@ -331,18 +343,31 @@ class Executor:
         pair = self.placements[max(stage - 1, 0) : stage + 1]
         return ("loss",) if self.route.local and len(pair) > 1 and crosses(*pair) else ()
 
+    @cached_property
+    def _tied(self) -> TiedSteps:
+        moves, counts = not self.fuse, self.schedule.overlapping
+        return TiedSteps(self.stages, self.placements, moves, counts)
+
     @property
     def _needs_norm(self) -> bool:
         return self.stages[0].needs_norm
 
-    def _norms(self, functions: Calls, accumulated: Sequence[Accumulated | None]) -> list[Any]:
-        """Squared norm of the gradient of all stages, on every stage: summed down, sent up."""
+    def _norms(
+        self, functions: Calls, accumulated: Sequence[Accumulated | None], received: dict[int, list]
+    ) -> list[Any]:
+        """Squared norm of the gradient of all stages, on every stage: summed down, sent up.
+
+        What stages add to shared gradients is written into `received`, by who steps them.
+        """
         scalar = jax.ShapeDtypeStruct((), jax.dtypes.canonicalize_dtype(jnp.float64))
         total: Any = None
+        tied: list[Any] = [None] * len(self.stages)
         for stage in reversed(range(len(self.stages))):
             sums = accumulated[stage]
+            received[stage] = self._tied.received(stage, tied)
             if sums is not None:
-                total = functions[stage, ()](sums.gradients, total)
+                call = functions[stage, ()]
+                total, tied[stage] = call(sums.gradients, total, received[stage])
             if stage:
                 total = self._transfer(total, scalar, stage, stage - 1)
         norms = [total]
@@ -417,12 +442,3 @@ class Executor:
             return placement.constrain(tree)
 
         return jit(unpack, placement)
-
-
-def without_loss(carry: Carry | None, shapes: Carry) -> tuple[Carry | None, Carry]:
-    """What of a carry, and of its shapes, goes to another process.
-
-    Sums of losses stay in theirs: its metrics cover its own stages.
-    """
-    shapes = {name: leaf for name, leaf in shapes.items() if name != "loss"}
-    return carry and {name: carry[name] for name in shapes}, shapes

@@ -62,6 +62,8 @@ def _misfit(
         return f"is always one call: given fuse={fuse}"
     if frozen := [unit.index for stage in stages for unit in stage.units if unit.frozen]:
         return f"trains all blocks: given frozen ones, {', '.join(map(str, frozen))}"
+    if stages[0].ties:
+        return f"gives every block weights of its own: given shared {stages[0].ties[0].name}"
     remat = [stage.remat for stage in stages]
     if not route.local and len(set(remat)) > 1:
         return f"keeps the same of all stages of {schedule_of(route)}: given remat {remat}"
