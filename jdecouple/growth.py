@@ -12,7 +12,7 @@ from jdecouple.methods import Method
 from jdecouple.methods.objectives import BlockInfo
 from jdecouple.methods.objectives.maps import pool_maps, pooled_info
 from jdecouple.models import Model, layers
-from jdecouple.pipeline.build import block_outputs
+from jdecouple.pipeline.outputs import block_outputs
 from jdecouple.pipeline.state import State
 from jdecouple.trainer import Trainer
 

@@ -15,7 +15,7 @@ from jdecouple.methods.routes.stage import Transform
 from jdecouple.models import Model
 from jdecouple.pipeline import state as states
 from jdecouple.pipeline.batch import PlacedBatch
-from jdecouple.pipeline.design import make_design
+from jdecouple.pipeline.design import SharedParameter, make_design
 from jdecouple.pipeline.diagnostics import measured_costs
 from jdecouple.pipeline.distributed import gather_metrics
 from jdecouple.pipeline.engine import make_engine
@@ -241,6 +241,11 @@ class Trainer:
         """Trained heads, one per block; None where a block has none. Averages as in `modules`."""
         self._states.check(state)
         return [head for _, head in states.modules(self.stages, state, averaged)]
+
+    @property
+    def shared(self) -> tuple[SharedParameter, ...]:
+        """The parameters that several blocks share, with the staleness of what each adds."""
+        return self.design.shared
 
     def local_indices(self, size: int, parts: int = 1) -> np.ndarray:
         """Which examples of a batch of `size` in `parts` microbatches this process takes in."""

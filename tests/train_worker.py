@@ -13,25 +13,36 @@ SPEC = json.loads(sys.argv[1])
 if SPEC["core"] is not None:
     os.sched_setaffinity(0, {SPEC["core"]})
 
+import jax.numpy as jnp  # noqa: E402
 import nets  # noqa: E402
 import numpy as np  # noqa: E402
+import token_nets  # noqa: E402
+import unets  # noqa: E402
 
 import jdecouple as jd  # noqa: E402
 from jdecouple.pipeline import distributed  # noqa: E402
+from jdecouple.pipeline.step_metrics import StepMetrics  # noqa: E402
 
 MODELS = {
     "two_blocks": lambda: nets.mlp(depth=2, batch_norm=True),
     "four_blocks": lambda: nets.mlp(depth=4, batch_norm=True),
     "slow_end": lambda: nets.slow_end(milliseconds=60),
+    "tied_gpt": lambda: token_nets.model(tied=True, depth=3),
+    "unet": lambda: unets.model(jnp.float32),
 }
+DATA = {
+    "tied_gpt": lambda: token_nets.batches(size=16),
+    "unet": lambda: unets.batches(4, 16, np.float32),
+}
+METHODS = {"tied_gpt": token_nets.method, "unet": unets.method}
 
 
 def train(run: dict) -> tuple[dict[str, np.ndarray], dict]:
     """Arrays of this process's blocks; metrics of every step, evaluation, times."""
-    data = nets.batches()
+    data = DATA.get(run["model"], nets.batches)()
     trainer = jd.Trainer(
         MODELS[run["model"]](),
-        nets.method(run["method"]),
+        METHODS.get(run["model"], nets.method)(run["method"]),
         jd.optim.sgd(0.05, momentum=0.9),
         mesh=jd.make_mesh(run.get("stages", 1), run.get("data", 1)),
         example=data[0],
@@ -54,7 +65,9 @@ def train(run: dict) -> tuple[dict[str, np.ndarray], dict]:
             found.append(metrics)
     dispatched = time.perf_counter() - start
     trainer.wait(state)
-    rows = found if count == 1 else [row for metrics in found for row in nets.rows(metrics)]
+    rows = found
+    if count > 1:
+        rows = [StepMetrics([row]) for metrics in found for row in nets.rows(metrics)]
     result = {
         "dispatch_seconds": dispatched,
         "seconds": time.perf_counter() - start,

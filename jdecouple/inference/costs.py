@@ -30,7 +30,7 @@ def flops_by_exit(units: Sequence[Unit], carries: Sequence[Carry]) -> np.ndarray
     """
     costs, total, features = [], 0.0, None
     for unit, carry in zip(units, carries, strict=True):
-        read = {name: carry[name] for name in ("x", *unit.inputs)}
+        read = {name: carry[name] for name in unit.entries}
         arguments = (*abstract(unit.initial()), read)
         total += flops(unit.evaluate, *arguments)
         features, logits = jax.eval_shape(unit.evaluate, *arguments)

@@ -336,7 +336,7 @@ class Run:
             **options: other arguments of `export.export`.
         """
         self.require_classes()
-        if any(unit.inputs for unit in self.units):
+        if any(unit.entries != ("x",) for unit in self.units):
             raise ValueError("export takes one input: this network reads further parts of a text")
         from jdecouple.inference.export import export  # whose packages nothing else needs
 

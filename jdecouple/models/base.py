@@ -40,9 +40,9 @@ class Model:
 
     Raises:
         TypeError: A block or the classifier is no `flax.nnx.Module`, or `before` no `Model`.
-        ValueError: There is no block, two of the modules share a variable, a split does not cut
-            the blocks into its number of stages, or the model does not begin with the blocks of
-            `before`, or adds none.
+        ValueError: There is no block, two of the modules share a variable that is no parameter, a
+            split does not cut the blocks into its number of stages, or the model does not begin
+            with the blocks of `before`, or adds none.
     """
 
     blocks: Sequence[nnx.Module]
@@ -64,10 +64,13 @@ class Model:
             if not isinstance(module, nnx.Module):
                 raise TypeError(f"{name} is {_kind(module)}: a flax.nnx.Module is needed")
             for _, node in nnx.iter_graph(module):
-                is_variable = isinstance(node, nnx.Variable)
-                owner = owners.setdefault(id(node), name) if is_variable else name
+                owned = isinstance(node, nnx.Variable) and not isinstance(node, nnx.Param)
+                owner = owners.setdefault(id(node), name) if owned else name
                 if owner != name:
-                    raise ValueError(f"{owner} and {name} share a variable: each must own its own")
+                    raise ValueError(
+                        f"{owner} and {name} share a {type(node).__name__}: of variables only "
+                        "parameters may be shared"
+                    )
         splits = {
             name: {k: _starts(name, k, cuts[k], len(self.blocks)) for k in cuts}
             for name, cuts in self.splits.items()

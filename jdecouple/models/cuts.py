@@ -23,6 +23,7 @@ from typing import Any
 from flax import nnx
 
 from jdecouple._errors import choices, did_you_mean
+from jdecouple.models.channels import handed, handed_entries, read_entries
 
 Cut = int | str | Sequence[int]
 Splits = Mapping[str, Mapping[int, tuple[int, ...]]]
@@ -120,38 +121,35 @@ def regrouped(splits: Splits, starts: Sequence[int]) -> Splits:
 
 
 class Chain(nnx.Sequential):
-    """Consecutive units as one block, which reads all entries of the batch that its units read.
+    """Consecutive units as one block, which reads and hands on by name what its units do.
 
-    It is no embedding block (`is_embedding`), even where its first unit is: it does more. Unlike
-    `nnx.Sequential` it hands on what a unit returns as it is, a dict too.
+    What one of them hands on to a later one stays inside. It is no embedding block
+    (`is_embedding`), even where its first unit is: it does more. Unlike `nnx.Sequential` it hands
+    on what a unit returns as it is, a dict too.
     """
 
     def __init__(self, *units: nnx.Module):
         super().__init__(*units)
-        self.inputs = tuple(dict.fromkeys(name for unit in units for name in read_entries(unit)))
+        read: dict[str, None] = {}
+        written: dict[str, None] = {}
+        for unit in units:
+            read |= dict.fromkeys(name for name in read_entries(unit) if name not in written)
+            written |= dict.fromkeys(handed_entries(unit))
+        self.inputs, self.outputs = tuple(read), tuple(written)
 
     def __call__(self, x: Any, **entries: Any) -> Any:  # type: ignore[override]
         """Applies the units in turn, each to what the one before returned."""
         for unit in self.layers:
-            x = unit(x, **{name: entries[name] for name in read_entries(unit)})
-        return x
+            output = unit(x, **{name: entries[name] for name in read_entries(unit)})
+            x, more = handed(unit, output)
+            entries |= more
+        return (x, {name: entries[name] for name in self.outputs}) if self.outputs else x
 
 
 def first_embedding(block: Any) -> nnx.Module | None:
     """The module that embeds a block's input: the block, or its first unit; None of others."""
     first: Any = block.layers[0] if isinstance(block, Chain) else block
     return first if getattr(first, "is_embedding", False) else None
-
-
-def read_entries(block: Any) -> tuple[str, ...]:
-    """Entries of the batch beside "x" that a block names in its attribute `inputs`, () without one.
-
-    An attribute of that name that holds no names is the block's own.
-    """
-    names = getattr(block, "inputs", ())
-    names = (names,) if isinstance(names, str) else names
-    is_names = isinstance(names, tuple | list) and all(isinstance(name, str) for name in names)
-    return tuple(names) if is_names else ()
 
 
 def cuttable(builder: Callable[..., Any]) -> Callable[..., Any]:

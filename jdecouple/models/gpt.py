@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jdecouple._errors import require_int, require_number, require_one_of
+from jdecouple._errors import require_bool, require_int, require_number, require_one_of
 from jdecouple.models import layers
 from jdecouple.models.base import Model
 from jdecouple.models.cuts import cuttable
@@ -134,6 +134,7 @@ def gpt(
     feed_forward: int = 0,
     positions: str = "rope",
     dropout: float = 0.0,
+    tied: bool = False,
     init: str = "flax",
     param_dtype: Any = jnp.float32,
     rngs: nnx.Rngs,
@@ -152,6 +153,8 @@ def gpt(
             the embedding.
         dropout: Share of numbers dropped from embeddings, attention weights and before every
             addition.
+        tied: Whether the classifier's dense layer is the table of the embedding block, which is
+            then drawn from N(0, 1/`hidden`) whatever the `init`.
 
     Returns:
         A model of 1 + `depth` blocks from tokens, int `[batch, length]`, to what
@@ -163,17 +166,18 @@ def gpt(
     require_int(0, feed_forward=feed_forward)
     require_one_of(POSITIONS, positions=positions)
     require_number(below=1, dropout=dropout)
+    require_bool(tied=tied)
     options: dict[str, Any] = {"init": init, "param_dtype": param_dtype, "rngs": rngs}
     learned = positions == "learned"
-    blocks: list[nnx.Module] = [
-        TokenEmbedding(
-            num_classes, hidden, context=context, positions=learned, drop=dropout, **options
-        )
-    ]
+    own = options | {"init": "flax" if tied else init}
+    embedding = TokenEmbedding(
+        num_classes, hidden, context=context, positions=learned, drop=dropout, **own
+    )
+    blocks: list[nnx.Module] = [embedding]
     for _ in range(depth):
         width = feed_forward or 4 * hidden
         blocks.append(
             DecoderBlock(hidden, heads, width, rotary=not learned, drop=dropout, **options)
         )
-    readout = token_classifier(hidden, num_classes, **options)
+    readout = token_classifier(hidden, num_classes, embedding if tied else None, **options)
     return Model(blocks, readout, even_splits(depth))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jdecouple._errors import require_int, require_number
+from jdecouple._errors import require_bool, require_int, require_number
 from jdecouple.models import rows
 from jdecouple.models.base import Model
 from jdecouple.models.cuts import cuttable
@@ -93,6 +93,7 @@ def lstm_lm(
     hidden: int = 128,
     depth: int = 4,
     dropout: float = 0.0,
+    tied: bool = False,
     init: str = "flax",
     param_dtype: Any = jnp.float32,
     rngs: nnx.Rngs,
@@ -105,6 +106,7 @@ def lstm_lm(
         hidden: Width of the states.
         depth: Number of blocks behind the embedding.
         dropout: Share of numbers dropped from embeddings and from the input of every LSTM.
+        tied: As of `gpt`.
 
     Returns:
         A model of 1 + `depth` blocks from tokens, int `[batch, length]`, to what
@@ -113,9 +115,11 @@ def lstm_lm(
     """
     require_int(1, num_classes=num_classes, hidden=hidden, depth=depth)
     require_number(below=1, dropout=dropout)
+    require_bool(tied=tied)
     options: dict[str, Any] = {"init": init, "param_dtype": param_dtype, "rngs": rngs}
-    embedding = TokenEmbedding(num_classes, hidden, context=context, drop=dropout, **options)
+    own = options | {"init": "flax" if tied else init}
+    embedding = TokenEmbedding(num_classes, hidden, context=context, drop=dropout, **own)
     blocks: list[nnx.Module] = [embedding]
     blocks += [CausalLSTM(hidden, drop=dropout, **options) for _ in range(depth)]
-    readout = token_classifier(hidden, num_classes, **options)
+    readout = token_classifier(hidden, num_classes, embedding if tied else None, **options)
     return Model(blocks, readout, even_splits(depth))

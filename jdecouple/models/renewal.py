@@ -7,7 +7,8 @@ import jax
 from flax import nnx
 
 from jdecouple._errors import first_line
-from jdecouple.models.cuts import Chain, read_entries
+from jdecouple.models.channels import handed_entries, read_entries
+from jdecouple.models.cuts import Chain
 
 
 @runtime_checkable
@@ -71,11 +72,11 @@ def renewed(block: nnx.Module, received: Any, output: Any, **options: Any) -> nn
     """A fresh copy of a block that takes `received`; the arguments are those of `Renewable.anew`.
 
     Raises:
-        ValueError: the block is not `Renewable` and fails on it, or reads other entries of a batch.
+        ValueError: the block is not `Renewable` and fails on it, or reads or hands on entries.
     """
     name = type(block).__name__
-    if entries := read_entries(block):
-        raise ValueError(f"a block ({name}) reads {entries[0]!r}, which its copies cannot")
+    if entries := (*read_entries(block), *handed_entries(block)):
+        raise ValueError(f"a block ({name}) shares {entries[0]!r} with others: its copies cannot")
     if isinstance(block, Renewable):
         return block.anew(received, output, **options)
     copy = redrawn(block, options["rngs"])

@@ -124,8 +124,23 @@ def even_splits(depth: int) -> Splits:
     return {"even": cuts} if cuts else {}
 
 
-def token_classifier(hidden: int, num_classes: int, **options: Any) -> nnx.Module:
-    """States, LayerNorm, dense without bias: logits of the next token."""
+class TiedReadout(nnx.Module):
+    """Products with the vectors of an embedding block, whose table it shares."""
+
+    def __init__(self, embedding: TokenEmbedding):
+        self.table = embedding.table
+
+    def __call__(self, h: jax.Array) -> jax.Array:
+        """Logits `[..., tokens]` of states `[..., width]`."""
+        return h @ self.table[...].T
+
+
+def token_classifier(
+    hidden: int, num_classes: int, tied: TokenEmbedding | None, **options: Any
+) -> nnx.Module:
+    """States, LayerNorm, dense without bias, `tied` to an embedding or free: logits of a token."""
     norm = layers.LayerNorm(hidden, param_dtype=options["param_dtype"])
+    if tied is not None:
+        return nnx.Sequential(states, norm, TiedReadout(tied))
     readout = layers.linear(hidden, num_classes, use_bias=False, **options)
     return nnx.Sequential(states, norm, readout)

@@ -33,11 +33,12 @@ from jdecouple.methods.routes import (
     accumulating,
     loss_scale,
 )
-from jdecouple.methods.routes.stage import Transform
-from jdecouple.methods.routes.unit import share_traces
+from jdecouple.methods.routes.stage import Transform, floating, with_floating
+from jdecouple.methods.routes.unit import Tie, find_ties, parameters, share_traces
 from jdecouple.models import Model
 from jdecouple.models.cuts import Chain, first_embedding
 from jdecouple.models.renewal import outputs_of, units_of
+from jdecouple.pipeline.outputs import block_output, outputs_of_blocks
 from jdecouple.pipeline.partition import balance, check_boundaries, check_num_stages
 from jdecouple.pipeline.wire import WIRES
 
@@ -48,14 +49,16 @@ class BuiltModel(NamedTuple):
     Attributes:
         units: every block with its head.
         carries: shapes of the carry that every block receives.
-        outputs: shapes of what every block gives.
+        outputs: shapes of what every block gives, without what it hands on by name.
         num_classes: width of the logits.
+        ties: the parameters that units share.
     """
 
     units: tuple[Unit, ...]
     carries: tuple[Carry, ...]
     outputs: tuple[Any, ...]
     num_classes: int
+    ties: tuple[Tie, ...] = ()
 
 
 def abstract(tree: Any) -> Any:
@@ -98,21 +101,24 @@ def build_units(
             f"method {method.name} needs a classifier: give one as Model(blocks, classifier)"
         )
     _check_growth(model, method, frozen)
-    outputs = block_outputs(model.blocks, carry, dtype)
-    num_classes = _num_classes(model, method, num_classes, {**carry, "x": outputs[-1]}, dtype)
+    outputs = outputs_of_blocks(model.blocks, carry, dtype)
+    last = {**carry, "x": outputs[-1].features}
+    num_classes = _num_classes(model, method, num_classes, last, dtype)
     # The last key of the 32-bit range: steps count up from 0 and never reach it.
     root = jax.random.fold_in(jax.random.key(seed), np.uint32(2**32 - 1))
     above: tuple = ()
     if isinstance(objective, Fronted) or method.attached:
-        shapes = outputs_of(model.blocks, outputs, carry["x"])
+        shapes = outputs_of(model.blocks, [x.features for x in outputs], carry["x"])
         above = tuple(zip(units_of(model.blocks), shapes, strict=True))
     inputs, units = carry["x"], []
     carries: list[Carry] = []
-    for index, (block, features) in enumerate(zip(model.blocks, outputs, strict=True)):
+    held: list[dict[str, nnx.Variable]] = []
+    for index, (block, output) in enumerate(zip(model.blocks, outputs, strict=True)):
+        features = output.features
         own, embedding = model.at_block(index), first_embedding(block)
         received = carry["x"]
         if embedding is not None:
-            received = _block_output(index, embedding, carry, dtype)
+            received = block_output(index, embedding, carry, dtype).features
         number = len(units_of(model.blocks[: index + 1])) - 1
         info = BlockInfo(
             index=index,
@@ -131,19 +137,31 @@ def build_units(
             unit=number,
         )
         rngs = nnx.Rngs(jax.random.fold_in(root, index))
-        of_positions = len(carry["label"].shape) > 1
-        head = build_head(objective, info, rngs, of_positions, method.attached)
+        labels = carry["label"].shape
+        length = labels[1] if len(labels) > 1 else None
+        head = build_head(objective, info, rngs, length, method.attached)
         if head is None and method.route.local:
             raise ValueError(f"method {method.name} gives block {index} no loss of its own")
-        unit = Unit.build(index, block, head, dtype)
+        unit = Unit.build(index, block, head, dtype, output.channels)
+        held.append(parameters(block, head))
         handed = unit.head_outputs(features, carry)
         if index in frozen:
             unit = dataclasses.replace(unit, frozen=True, has_loss=False, hands_on=bool(handed))
         units.append(unit)
         carries.append(carry)
-        carry = {**carry, **handed, "x": features}
+        carry = {**carry, **handed, "x": output.sent}
     units = _linked(units, model.blocks)
-    return BuiltModel(share_traces(units), tuple(carries), tuple(outputs), num_classes)
+    ties = find_ties(held)
+    uses = [use for tie in ties for use in tie.uses]
+    for number, unit in enumerate(units):
+        if shared := frozenset(name for index, name in uses if index == number):
+            if unit.frozen:
+                raise ValueError(
+                    f"frozen block {number} shares {min(shared)} with another: give each its own"
+                )
+            units[number] = dataclasses.replace(unit, shared=shared)
+    features = tuple(output.features for output in outputs)
+    return BuiltModel(share_traces(units), tuple(carries), features, num_classes, ties)
 
 
 def _linked(units: Sequence[Unit], blocks: Sequence[nnx.Module]) -> list[Unit]:
@@ -176,19 +194,6 @@ def _check_growth(model: Model, method: Method, frozen: Collection[int]) -> None
         raise ValueError(f"frozen are all {count} blocks: at least one must be trained")
 
 
-def block_outputs(blocks: Sequence[nnx.Module], carry: Carry, dtype: Any = None) -> list[Any]:
-    """Shapes of what every block gives, from those of the carry that the first receives.
-
-    Raises:
-        ValueError: a block fails.
-    """
-    outputs: list[Any] = []
-    for index, block in enumerate(blocks):
-        received = {**carry, "x": outputs[-1]} if outputs else carry
-        outputs.append(_block_output(index, block, received, dtype))
-    return outputs
-
-
 def _num_classes(model: Model, method: Method, given: int | None, carry: Carry, dtype: Any) -> int:
     """Width of the model's logits; the number that is given where the method trains none."""
     trains_classifier = method.objective.trains_classifier
@@ -196,37 +201,13 @@ def _num_classes(model: Model, method: Method, given: int | None, carry: Carry, 
         return given
     features = carry["x"]
     if model.classifier is not None:
-        features = _block_output(len(model.blocks), model.classifier, carry, dtype)
+        features = block_output(len(model.blocks), model.classifier, carry, dtype).features
     elif not trains_classifier:
         raise ValueError("num_classes is needed: the model has no classifier to read it from")
     width = features.shape[-1]
     if given not in (None, width):
         raise ValueError(f"num_classes is {given}: the model's logits have width {width}")
     return width
-
-
-def _block_output(index: int, block: nnx.Module, carry: Carry, dtype: Any) -> Any:
-    """Shapes of a block's output for those of its carry; ValueError where the block fails."""
-    unit = Unit.build(index, block, None, dtype)
-    if missing := [name for name in unit.inputs if name not in carry]:
-        raise ValueError(
-            f"block {index} ({type(block).__name__}) reads {missing[0]!r}: the batch holds "
-            f"{', '.join(sorted(carry))}"
-        )
-    read = {name: carry[name] for name in ("x", *unit.inputs)}
-    try:
-        return jax.eval_shape(
-            lambda params, stats, read: unit.train(params, stats, read, jax.random.key(0))[0],
-            *jax.eval_shape(unit.initial),
-            read,
-        )
-    except (TypeError, ValueError) as error:
-        x = carry["x"] if not unit.inputs else read
-        shape = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", x)
-        raise ValueError(
-            f"block {index} ({type(block).__name__}) fails on an input of {shape}: "
-            f"{first_line(error)}"
-        ) from error
 
 
 def _is_floating(dtype: Any) -> bool:
@@ -271,16 +252,15 @@ def unit_costs(units: Sequence[Unit], carries: Sequence[Carry], route: Route) ->
 
         def work(params, stats, carry, unit=unit):
             def loss(params, x):
-                features, output, _ = unit.train(
-                    params, stats, {**carry, "x": x}, jax.random.key(0)
-                )
+                received = {**carry, "x": with_floating(x, carry["x"])}
+                features, output, _ = unit.train(params, stats, received, jax.random.key(0))
                 total = jnp.zeros((), jnp.float32) if output is None else output.loss
                 if not route.local:
-                    total += sum(jnp.sum(leaf) for leaf in jax.tree.leaves(features))
+                    total += sum(jnp.sum(leaf) for leaf in jax.tree.leaves(floating(features)))
                 return total, (features, {} if output is None else dict(output.carry))
 
             argnums = 0 if route.local or unit.index == 0 else (0, 1)
-            return jax.grad(loss, argnums, has_aux=True)(params, carry["x"])
+            return jax.grad(loss, argnums, has_aux=True)(params, floating(carry["x"]))
 
         program = unit.pass_on if unit.frozen else work
         costs.append(flops(program, *jax.eval_shape(unit.initial), carry))
@@ -426,6 +406,7 @@ def build_stages(
                 carry=carry,
                 scaling=method.route.scaling if scaled else None,
                 wire=wire,
+                ties=built.ties,
                 **common,
             )
         )

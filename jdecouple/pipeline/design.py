@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -10,7 +10,7 @@ from flax import nnx
 
 from jdecouple._errors import require_int, require_type
 from jdecouple.methods import Method
-from jdecouple.methods.routes import Stage
+from jdecouple.methods.routes import Stage, Staleness
 from jdecouple.methods.routes.stage import Transform
 from jdecouple.methods.routes.unit import share_traces
 from jdecouple.models import Model
@@ -20,6 +20,21 @@ from jdecouple.pipeline.engine import EngineDesign, design_engine
 from jdecouple.pipeline.mesh import StageMesh, as_stage_mesh, make_mesh
 from jdecouple.pipeline.partition import first_blocks
 from jdecouple.schedules import Call, Schedule
+
+
+class SharedParameter(NamedTuple):
+    """A parameter that several blocks share.
+
+    Attributes:
+        names: of the copies, one a block, among the arrays of a state; the first one's stage makes
+            the step.
+        stages: of each block.
+        staleness: of the gradient of each copy.
+    """
+
+    names: tuple[str, ...]
+    stages: tuple[int, ...]
+    staleness: tuple[Staleness, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -72,17 +87,38 @@ class Design:
         """Shapes of what every block gives for one microbatch."""
         return list(self.built.outputs)
 
+    @property
+    def shared(self) -> tuple[SharedParameter, ...]:
+        """The parameters that blocks share, each with its copies."""
+        stage_of = {unit.index: stage.index for stage in self.stages for unit in stage.units}
+        count, route = len(self.stages), self.method.route
+        found = []
+        for tie in self.built.ties:
+            own = tuple(stage_of[block] for block, _ in tie.uses)
+            apart = len({*own}) > 1
+            staleness = tuple(route.staleness(k, count, shared=apart) for k in own)
+            found.append(SharedParameter(tie.names, own, staleness))
+        return tuple(found)
+
+    @property
+    def crossing(self) -> tuple[str, ...]:
+        """Names of the parameters that blocks of different stages share."""
+        return tuple(each.names[0] for each in self.shared if len({*each.stages}) > 1)
+
     def check_steps(self, count: int) -> None:
         """Raises ValueError unless so many batches can be one dispatch."""
         require_int(1, chunk=count)
         follows = any(stage.follows_above for stage in self.stages)
-        alone = self.method.route.local and not (self.schedule.sums_late or follows)
+        alone = self.method.route.local and not (
+            self.schedule.sums_late or self.crossing or follows
+        )
         in_one_call = self.engine.fuse or self.engine.name == "spmd" or len(self.stages) == 1
         if count > 1 and not (alone or in_one_call):
             raise ValueError(
                 f"a chunk of {count} batches needs a local method by schedule local, or all stages "
                 f"fused on the same devices: {self.method.name} has {len(self.stages)} stages "
                 "apart, which need one another in every batch"
+                + "".join(f" (they share {name})" for name in self.crossing[:1])
             )
 
 
@@ -179,7 +215,13 @@ def make_design(
         built.carries,
         shard_optimizer,
     )
-    return Design(method, spec, built, starts, stages, engines)
+    design = Design(method, spec, built, starts, stages, engines)
+    if design.schedule.sums_late and design.crossing:
+        raise ValueError(
+            f"schedule {design.schedule.name!r} trains stages on different batches: blocks of "
+            f"several stages share {design.crossing[0]}, which needs schedule 'local'"
+        )
+    return design
 
 
 def _units(model: Any, *arguments: Any) -> tuple[Model | None, build.BuiltModel]:

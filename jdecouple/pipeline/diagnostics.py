@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jdecouple._errors import require_int
 from jdecouple.methods import Method
 from jdecouple.methods.routes import Carry, Delayed, Stage, loss_scale
+from jdecouple.methods.routes.stage import floating
 from jdecouple.methods.routes.synchronous import linearize, pull_back
 from jdecouple.pipeline.memory import num_bytes
 from jdecouple.pipeline.mesh import StageDevices, jit
@@ -56,10 +57,16 @@ def call_costs(timed_calls: Iterable[tuple[Call, float]], stages: Sequence[Stage
 
 def message_sizes(stages: Sequence[Stage]) -> dict[str, Any]:
     """The part of `Costs` that tells the bytes of a microbatch's carries and errors."""
-    carries = [coded(stage.carry, stage.wire) for stage in stages[1:]]
+
+    def sizes(shapes: Sequence[Any]) -> list[int]:
+        return [
+            num_bytes(coded(each, stage.wire))
+            for each, stage in zip(shapes, stages[1:], strict=True)
+        ]
+
     return {
-        "message_bytes": [num_bytes(carry) for carry in carries],
-        "error_bytes": [num_bytes(carry["x"]) for carry in carries],
+        "message_bytes": sizes([stage.carry for stage in stages[1:]]),
+        "error_bytes": sizes([floating(stage.carry["x"]) for stage in stages[1:]]),
     }
 
 

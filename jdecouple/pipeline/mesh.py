@@ -235,7 +235,7 @@ class StageDevices:
         """
 
         def shardings(part: str, tree: Any) -> Any:
-            if part == "opt":
+            if part in ("opt", "tied"):
                 return self.update_shardings(tree)
             of_examples = part in ("queues", "feedback")
             return jax.tree.map(

@@ -14,6 +14,7 @@ from flax import nnx
 
 from jdecouple.methods.routes import Route, Stage, averaged, loss_scale
 from jdecouple.methods.routes.stage import error_shapes
+from jdecouple.methods.routes.unit import share
 from jdecouple.pipeline.mesh import StageDevices
 from jdecouple.pipeline.stage_views import USED_UP, StageViews, is_deleted
 from jdecouple.pipeline.wire import feedback_shapes, is_feedback
@@ -32,9 +33,10 @@ class State:
     Attributes:
         step: batches dispatched so far.
         stages: state of every stage ("params", "stats", "opt", with averages "ema", in float16
-            "loss_scale", by a delayed schedule "queues", with a `wire` "feedback"); None for the
-            stages of other processes. Small arrays are joined, with engine "spmd" all are stacked:
-            they are cut when a stage is asked for.
+            "loss_scale", by a delayed schedule "queues", with a `wire` "feedback", and "tied", the
+            optimiser state of what blocks share); None for the stages of other processes. Small
+            arrays are joined, with engine "spmd" all are stacked: they are cut when a stage is
+            asked for.
         since: number of the first batch after the stages were last empty, as their states hold it.
     """
 
@@ -225,7 +227,7 @@ def leaf_names(stage: Stage, values: Any) -> list[str]:
     for path, _ in jax.tree_util.tree_leaves_with_path(values):
         kind, *rest = (jax.tree_util.keystr((key,), simple=True) for key in path)
         owner = f"stage_{stage.index}"
-        if kind in ("params", "stats", "opt", "ema", "loss_scale"):
+        if kind in ("params", "stats", "opt", "tied", "ema", "loss_scale"):
             unit, *rest = rest
             owner = f"block_{stage.units[int(unit)].index}"
         if kind == "queues":
@@ -289,7 +291,8 @@ def modules(
 ) -> list[tuple[nnx.Module | None, nnx.Module | None]]:
     """Every block and its head as nnx modules; None for those of other processes.
 
-    They have averages of the weights, where there are any and these are asked for.
+    They have averages of the weights, where there are any and these are asked for. Parameters that
+    blocks of this process share are one variable, as in the model.
     """
     pairs: list[tuple[nnx.Module | None, nnx.Module | None]] = []
     for stage, values in zip(stages, state.stages, strict=True):
@@ -302,6 +305,7 @@ def modules(
         arrays = values["params"], values["stats"]
         copies = jax.tree.map(lambda leaf: jnp.asarray(np.array(leaf)), arrays)
         pairs += [unit.modules(*pair) for unit, *pair in zip(stage.units, *copies, strict=True)]
+    share(stages[0].ties, pairs)
     return pairs
 
 

@@ -53,6 +53,42 @@ def transfer(
     return moved if target.addressable else None
 
 
+def transfer_whole(tree: Any, shapes: Any, source: StageDevices, target: StageDevices) -> Any:
+    """As `transfer`, for arrays that every device of a stage holds whole, such as weights."""
+    if source.devices == target.devices:
+        return tree
+    if not crosses(source, target):
+        return jax.device_put(tree, target.replicated)
+    leaves, structure = jax.tree.flatten(shapes)
+    given = [
+        {shard.device: shard.data for shard in leaf.addressable_shards}
+        for leaf in jax.tree.leaves(tree)
+    ]
+    arrived: list[list[jax.Array]] = [[] for _ in leaves]
+    for number, end in enumerate(target.devices):
+        start = source.devices[number % len(source.devices)]
+        here = jax.process_index()
+        starts_here, ends_here = (device.process_index == here for device in (start, end))
+        if start.process_index == end.process_index and not starts_here:
+            continue
+        parts = (
+            [shards[start] for shards in given]
+            if starts_here
+            else [_absent(leaf, SingleDeviceSharding(start)) for leaf in leaves]
+        )
+        moved = jax.device_put(parts, SingleDeviceSharding(end))
+        if ends_here:
+            for own, leaf in zip(arrived, moved, strict=True):
+                own.append(leaf)
+    if not target.addressable:
+        return None
+    arrays = [
+        jax.make_array_from_single_device_arrays(leaf.shape, target.replicated, own)
+        for leaf, own in zip(leaves, arrived, strict=True)
+    ]
+    return jax.tree.unflatten(structure, arrays)
+
+
 def _transfer_pieces(carry: Any, shapes: Any, source: StageDevices, target: StageDevices) -> Any:
     """Moves a carry in the largest pieces that lie on one device before and after.
 
@@ -110,6 +146,17 @@ def _join(parts: Sequence[jax.Array], axis: int) -> jax.Array:
 def _absent(shape: Any, sharding: Sharding) -> jax.Array:
     """An array of other processes, as a receiver holds it."""
     return jax.make_array_from_single_device_arrays(shape.shape, sharding, [], dtype=shape.dtype)
+
+
+def without_loss(
+    carry: dict[str, Any] | None, shapes: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """What of a carry, and of its shapes, goes to another process.
+
+    Sums of losses stay in theirs: its metrics cover its own stages.
+    """
+    shapes = {name: leaf for name, leaf in shapes.items() if name != "loss"}
+    return carry and {name: carry[name] for name in shapes}, shapes
 
 
 def packed(shapes: Any) -> jax.ShapeDtypeStruct:

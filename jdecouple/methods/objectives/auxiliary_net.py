@@ -160,4 +160,4 @@ class AuxiliaryNet(Objective):
             return None
         layer = _causal_layer(self.hidden, info, rngs)
         readout = AuxiliaryNetHead(AuxiliaryNet("norm"), by_positions(info), rngs)
-        return FrontedHead(layer, TokenHead(readout, 0, rngs))
+        return FrontedHead(layer, TokenHead(readout, 0, 0, rngs))

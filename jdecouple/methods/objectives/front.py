@@ -35,7 +35,11 @@ class FrontedHead(nnx.Module):
 
 
 def build_head(
-    objective: Objective, info: BlockInfo, rngs: nnx.Rngs, of_positions: bool, attached: int = 0
+    objective: Objective,
+    info: BlockInfo,
+    rngs: nnx.Rngs,
+    length: int | None = None,
+    attached: int = 0,
 ) -> nnx.Module | None:
     """The objective's head for a block, behind its front; None if the block has no loss of its own.
 
@@ -43,7 +47,7 @@ def build_head(
         objective: what the block minimises.
         info: where the head is attached.
         rngs: source of its initial weights.
-        of_positions: whether labels are those of positions.
+        length: positions of a row, where labels are those of positions.
         attached: how many of the model's last units are the front, for an objective without one.
 
     Raises:
@@ -55,7 +59,10 @@ def build_head(
         front = objective.front(info, rngs) if isinstance(objective, Fronted) else None
     if front is not None:
         info = dataclasses.replace(info, features=output_of(front, info.features))
-    head = token_head(objective, info, rngs) if of_positions else objective.head(info, rngs)
+    if length is None:
+        head = objective.head(info, rngs)
+    else:
+        head = token_head(objective, info, length, rngs)
     if front is None or head is None:
         return head
     if isinstance(head, Descending):

@@ -2,13 +2,15 @@
 
 Where a batch has labels `[batch, length]`, every position of a block's output, `[batch, length,
 width]` or such an "h" in a dict, is an example to a head: it gets rows `[examples, width]` and
-labels `[examples]` and need not know of sequences. A label below 0 is none.
+labels `[examples]` and need not know of sequences. A label below 0 is none. The positions of a map
+are its pixels, row by row; one of fewer pixels than labels answers for squares of them.
 
 What an objective compares examples for, it compares a few positions of every row for: they are
 drawn anew in every step, from those with a label. Its own classifiers train on these, too.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,11 +27,14 @@ POSITIONS = 16
 
 
 class TokenHead(nnx.Module):
-    """A head over positions; of some that are drawn if `positions` is above 0."""
+    """A head over positions; of some that are drawn if `positions` is above 0.
 
-    def __init__(self, head: Any, positions: int, rngs: nnx.Rngs):
+    `length` is the number of labels of a row, as far as maps are concerned.
+    """
+
+    def __init__(self, head: Any, positions: int, length: int, rngs: nnx.Rngs):
         self.head = head
-        self.positions = positions
+        self.positions, self.length = positions, length
         self.keys = rngs.positions.fork() if positions else None
 
     @property
@@ -39,7 +44,7 @@ class TokenHead(nnx.Module):
 
     def __call__(self, features: Any, carry: Mapping[str, Any]) -> HeadOutput:
         """Loss of `features` under `carry["label"]` `[batch, length]`."""
-        h, labels = states(features), carry["label"]
+        h, labels = by_position(features, self.length), carry["label"]
         length = h.shape[1]
         if self.keys is not None and self.positions < length:
             places = drawn(self.keys(), labels >= 0, self.positions)
@@ -56,9 +61,21 @@ class TokenHead(nnx.Module):
 
     def logits(self, features: Any) -> jax.Array | None:
         """Logits `[batch, length, classes]` for evaluation; None if the head is no exit."""
-        h = states(features)
+        h = by_position(features, self.length)
         logits = self.head.logits(h.reshape(-1, h.shape[-1]))
         return None if logits is None else logits.reshape(*h.shape[:2], -1)
+
+
+def by_position(features: Any, length: int) -> Any:
+    """States `[batch, length, width]` of features; those of a map for every one of its squares."""
+    h = states(features)
+    if getattr(h, "ndim", 0) != 4:
+        return h
+    batch, *pixels, width = h.shape
+    side = math.isqrt(length // math.prod(pixels))
+    if side**2 * math.prod(pixels) != length:
+        raise ValueError(f"a map of {pixels[0]} x {pixels[1]} pixels has no {length} squares")
+    return jnp.repeat(jnp.repeat(h, side, axis=1), side, axis=2).reshape(batch, length, width)
 
 
 def drawn(key: jax.Array, labelled: jax.Array, count: int) -> jax.Array:
@@ -71,19 +88,21 @@ def drawn(key: jax.Array, labelled: jax.Array, count: int) -> jax.Array:
     return jnp.take_along_axis(order, jnp.arange(count) % few, axis=1)
 
 
-def token_head(objective: Objective, info: BlockInfo, rngs: nnx.Rngs) -> nnx.Module | None:
-    """The objective's head for a block of a net whose labels are those of positions.
+def token_head(
+    objective: Objective, info: BlockInfo, length: int, rngs: nnx.Rngs
+) -> nnx.Module | None:
+    """The objective's head for a block of a net whose labels are `length` positions of a row.
 
     Raises:
-        ValueError: the objective has no such labels, the features are no sequences, or the head has
-            BatchNorm.
+        ValueError: the objective has no such labels, the features are neither sequences nor maps
+            that fit, or the head has BatchNorm.
     """
     if objective.tokens not in ("all", "drawn"):
         raise ValueError(
             f"{type(objective).__name__} has no loss of positions, but the labels are [batch, "
             "length]: other methods have"
         )
-    h = states(info.features)
+    h = jax.eval_shape(lambda x: by_position(x, length), info.features)
     if getattr(h, "ndim", 0) != 3:
         given = getattr(h, "shape", type(h).__name__)
         raise ValueError(
@@ -93,7 +112,8 @@ def token_head(objective: Objective, info: BlockInfo, rngs: nnx.Rngs) -> nnx.Mod
     if (whole := objective.whole_head(info, rngs)) is not None:
         return whole
     positions = getattr(objective, "positions", POSITIONS) if objective.tokens == "drawn" else 0
-    head = objective.head(by_positions(info, positions), rngs)
+    sequence = dataclasses.replace(info, features=h)
+    head = objective.head(by_positions(sequence, positions), rngs)
     if head is None:
         return None
     if any(isinstance(node, layers.BatchNorm) for _, node in nnx.iter_graph(head)):
@@ -101,7 +121,7 @@ def token_head(objective: Objective, info: BlockInfo, rngs: nnx.Rngs) -> nnx.Mod
             f"the head of block {info.index} has BatchNorm, whose means would tell positions of "
             "later ones: choose one without (aux='norm' of dgl, batch_norm=False of deinforeg)"
         )
-    return TokenHead(head, positions, rngs)
+    return TokenHead(head, positions, length if states(info.features).ndim == 4 else 0, rngs)
 
 
 def by_positions(info: BlockInfo, positions: int = 0) -> BlockInfo:

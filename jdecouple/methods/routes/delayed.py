@@ -132,15 +132,15 @@ class Delayed(Route):
             optimizer = optax.chain(optimizer, optax.scale(self.first_stage_lr_scale))
         return accumulating(optimizer, self.accumulate, mean=self.accumulate_mean)
 
-    def staleness(self, stage: int, num_stages: int) -> Staleness:
+    def staleness(self, stage: int, num_stages: int, *, shared: bool = False) -> Staleness:
         """Staleness in the steady state; under accumulation the average over its passes.
 
         A pipelined stage steps before it forwards, so of the 2(K-1-k) iterations between its
-        forward and its backward one less changes its weights. With `current_weights` that is the
-        age of the activations.
+        forward and its backward one less changes its weights; but all change what is shared, which
+        steps at the end of an iteration. With `current_weights` that is the age of the activations.
         """
         above = 0 if self.backward_pass == "locked" else num_stages - 1 - stage
-        late = 2 * above - 1 if self.forward_pass == "pipelined" else above
+        late = 2 * above - (not shared) if self.forward_pass == "pipelined" else above
         weights = 0 if self.replay else max(late, 0)
         return Staleness(weights / self.accumulate, above / self.accumulate)
 

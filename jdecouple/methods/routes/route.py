@@ -80,6 +80,9 @@ class Route(abc.ABC):
         """The optimiser as stage number `stage` uses it."""
         return optimizer
 
-    def staleness(self, stage: int, num_stages: int) -> Staleness:
-        """Staleness of what stage number `stage` of `num_stages` updates with."""
+    def staleness(self, stage: int, num_stages: int, *, shared: bool = False) -> Staleness:
+        """Staleness of what stage number `stage` of `num_stages` updates with.
+
+        Or of what it adds to the update of a parameter that it has `shared` with another stage.
+        """
         return Staleness(0.0, 0.0)

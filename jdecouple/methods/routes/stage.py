@@ -11,12 +11,13 @@ import optax
 
 from jdecouple.methods.objectives import HeadOutput
 from jdecouple.methods.routes import loss_scale
-from jdecouple.methods.routes.unit import Carry, Unit
+from jdecouple.methods.routes.unit import Arrays, Carry, Tie, Unit
 from jdecouple.methods.routes.updates import begin_average, has_stepped, move_average
 
 StageState = dict[str, Any]
 """What a stage trains: "params", "stats" and "opt", where weights are averaged "ema", and where
-losses are scaled "loss_scale", each a tuple with one entry a unit.
+losses are scaled "loss_scale", each a tuple with one entry a unit; also "tied", optimiser states of
+shared parameters, where a unit is the first to use one.
 """
 Metrics = dict[str, jax.Array]
 """Scalars by name, such as "block_0/loss"; after T batches in one call arrays `[T]`."""
@@ -53,6 +54,7 @@ class Stage:
         gradient_norms: whether metrics tell the norm of every unit's gradient.
         wire: the form in which arrays go to and from the other stages, see
             `jdecouple.pipeline.wire`; None rounds nothing.
+        ties: the parameters that units share, of all stages; see `jdecouple.methods.routes.ties`.
     """
 
     index: int
@@ -69,6 +71,7 @@ class Stage:
     scaling: str | None = None
     gradient_norms: bool = False
     wire: str | None = None
+    ties: tuple[Tie, ...] = ()
 
     @property
     def is_last(self) -> bool:
@@ -96,10 +99,15 @@ class Stage:
             "params": params,
             "stats": tuple(stats for _, stats in pairs),
             "opt": tuple(
-                () if unit.frozen else self.optimizer.init(unit_params)
+                () if unit.frozen else self.optimizer.init(unit.own(unit_params))
                 for unit, unit_params in zip(self.units, params, strict=True)
             ),
         }
+        if any(map(self.owned, self.units)):
+            state["tied"] = tuple(
+                self.optimizer.init({name: own[name] for name in names}) if names else ()
+                for own, names in zip(params, map(self.owned, self.units), strict=True)
+            )
         if self.ema is not None:
             state["ema"] = tuple(
                 begin_average({"params": params, "stats": stats}) for params, stats in pairs
@@ -109,6 +117,25 @@ class Stage:
                 {} if unit.frozen else loss_scale.initial() for unit in self.units
             )
         return state
+
+    @property
+    def shares(self) -> bool:
+        """Whether a unit has parameters that others use, too."""
+        return any(unit.shared for unit in self.units)
+
+    def tie_of(self, unit: Unit, name: str) -> Tie:
+        """The tie of a unit's parameter."""
+        return next(tie for tie in self.ties if (unit.index, name) in tie.uses)
+
+    def owned(self, unit: Unit) -> list[str]:
+        """Names of the shared parameters that a unit is the first to use."""
+        uses = ((name, self.tie_of(unit, name).uses[0]) for name in sorted(unit.shared))
+        return [name for name, first in uses if first == (unit.index, name)]
+
+    @property
+    def owned_ties(self) -> list[str]:
+        """Names of the ties that the stage steps: its units are the first to use them."""
+        return [self.tie_of(unit, name).name for unit in self.units for name in self.owned(unit)]
 
     def prepare(self, carry: Carry, step_id: jax.Array, train: bool) -> Carry:
         """Applies the transform to what enters the first stage.
@@ -166,9 +193,12 @@ class Stage:
         return [f"block_{index}/{NORM}" for index in trained] if self.gradient_norms else []
 
     def norms(self, gradients: Any) -> Metrics:
-        """Norm of every trained unit's mean of the microbatches' gradients, {} if not asked for."""
+        """Norm of every trained unit's mean of the microbatches' gradients, {} if not asked for.
+
+        What units share does not count.
+        """
         pairs = zip(self.units, gradients, strict=True)
-        trained = [own for unit, own in pairs if not unit.frozen and self.gradient_norms]
+        trained = [unit.own(own) for unit, own in pairs if not unit.frozen and self.gradient_norms]
         norms = [jnp.sqrt(self.squared_norm(own)).astype(jnp.float32) for own in trained]
         return dict(zip(self.norm_names, norms, strict=True))
 
@@ -211,14 +241,9 @@ class Stage:
         """One optimiser step of every unit with the mean of the microbatches' summed gradients.
 
         Averages move where the optimiser does step, and does not wait for further gradients.
-        Frozen units stay as they are. `squared_norm` is that of the mean gradient of all stages,
-        where it is to be clipped.
+        Frozen units stay as they are, and so do parameters that units share. `squared_norm` is that
+        of the mean gradient of all stages, where it is to be clipped.
         """
-        scale: Any = 1.0 / self.num_microbatches
-        if squared_norm is not None:
-            assert self.clip_norm is not None
-            norm = jnp.sqrt(squared_norm)
-            scale = scale * jnp.where(norm > self.clip_norm, self.clip_norm / norm, 1.0)
         params, opt = [], []
         parts = zip(self.units, gradients, state["params"], state["opt"], strict=True)
         for unit, grads, weights, unit_opt in parts:
@@ -226,13 +251,26 @@ class Stage:
                 params.append(weights)
                 opt.append(unit_opt)
                 continue
-            if self.num_microbatches > 1 or squared_norm is not None:
-                grads = jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads)
-            updates, new_opt = self.optimizer.update(grads, unit_opt, weights)
-            params.append(optax.apply_updates(weights, unit.scaled(updates)))
+            new_weights, new_opt = self.moved(
+                unit, unit.own(grads), unit_opt, unit.own(weights), squared_norm
+            )
+            params.append({**weights, **new_weights} if unit.shared else new_weights)
             opt.append(new_opt)
         new = {**state, "params": tuple(params), "opt": tuple(opt)}
         return new if self.ema is None else {**new, "ema": self._averages(state, new)}
+
+    def moved(
+        self, unit: Unit, gradients: Arrays, opt: Any, weights: Arrays, squared_norm: Any
+    ) -> tuple[Arrays, Any]:
+        """Weights and optimiser state of (parts of) a unit after a step; see `update`."""
+        if self.num_microbatches > 1 or squared_norm is not None:
+            scale: Any = 1.0 / self.num_microbatches
+            if squared_norm is not None and self.clip_norm is not None:
+                norm = jnp.sqrt(squared_norm)
+                scale = scale * jnp.where(norm > self.clip_norm, self.clip_norm / norm, 1.0)
+            gradients = jax.tree.map(lambda g: (g * scale).astype(g.dtype), gradients)
+        updates, opt = self.optimizer.update(gradients, opt, weights)
+        return optax.apply_updates(weights, unit.scaled(updates)), opt
 
     def _averages(self, before: StageState, after: StageState) -> tuple:
         assert self.ema is not None
@@ -242,7 +280,9 @@ class Stage:
             if not unit.frozen:
                 arrays = {kind: after[kind][number] for kind in ("params", "stats")}
                 stepped = has_stepped(before["opt"][number], after["opt"][number])
-                average = move_average(self.ema, average, arrays, stepped)
+                moved = move_average(self.ema, average, arrays, stepped)
+                kept = {name: average["params"][name] for name in unit.shared}
+                average = {**moved, "params": {**moved["params"], **kept}} if kept else moved
             averages.append(average)
         return tuple(averages)
 
@@ -269,10 +309,25 @@ def error_shapes(carry: Carry, scaling: str | None) -> Any:
 
     Where every stage has a scale of its own, that of the error goes with it, [batch].
     """
+    error = floating(carry["x"])
     if scaling != "stage":
-        return carry["x"]
+        return error
     size = carry["label"].shape[0]
-    return {"x": carry["x"], "scale": jax.ShapeDtypeStruct((size,), jnp.float32)}
+    return {"x": error, "scale": jax.ShapeDtypeStruct((size,), jnp.float32)}
+
+
+def floating(x: Any) -> Any:
+    """The part of a tree that has an error; None in the place of integers and masks."""
+    return jax.tree.map(lambda leaf: leaf if jnp.issubdtype(leaf.dtype, jnp.floating) else None, x)
+
+
+def with_floating(part: Any, x: Any) -> Any:
+    """The tree `x` with the arrays of `part`, which is as `floating` gives it."""
+
+    def choose(new: Any, old: Any) -> Any:
+        return old if new is None else new
+
+    return jax.tree.map(choose, part, x, is_leaf=lambda leaf: leaf is None)
 
 
 def add(first: Any, second: Any) -> Any:

@@ -16,8 +16,10 @@ from jdecouple.methods.routes.stage import (
     Stage,
     StageState,
     block_metrics,
+    floating,
     next_carry,
     totals,
+    with_floating,
 )
 from jdecouple.methods.routes.unit import Carry
 
@@ -76,16 +78,17 @@ def linearize(
     carry = stage.prepare(carry, step_id, True)
 
     def run(params, x):
-        received = {**carry, "x": x}
+        received = {**carry, "x": with_floating(x, carry["x"])}
         sent, loss, stats, metrics = advance(stage, params, state["stats"], received, step_id)
-        return (None if stage.is_last else sent["x"], loss), (stats, metrics, sent)
+        return (None if stage.is_last else floating(sent["x"]), loss), (stats, metrics, sent)
 
     if stage.remat not in ("none", "blocks"):
         run = repeated(run, stage.remat)
+    x = floating(carry["x"])
     if stage.index:
-        result = jax.vjp(run, state["params"], carry["x"], has_aux=True)
-    else:  # the input of the model, which may be integers, gets no gradient
-        result = jax.vjp(lambda params: run(params, carry["x"]), state["params"], has_aux=True)
+        result = jax.vjp(run, state["params"], x, has_aux=True)
+    else:  # the input of the model gets no gradient
+        result = jax.vjp(lambda params: run(params, x), state["params"], has_aux=True)
     (_, loss), pullback, (stats, metrics, sent) = result
     metrics, sent = totals(sent, metrics)
     return stats, metrics, (pullback, loss), sent

@@ -1,8 +1,9 @@
 """A block with its head as pure functions over flat dicts of arrays."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +12,38 @@ from flax import nnx
 from jdecouple.methods.objectives import Descending, HeadOutput, Scaling
 from jdecouple.methods.objectives.following import Source
 from jdecouple.methods.routes import loss_scale
-from jdecouple.models.cuts import read_entries
+from jdecouple.models.channels import NO_CHANNELS, Alive, handed, handed_entries, read_entries
 
 Arrays = dict[str, jax.Array]
 Carry = dict[str, Any]
-"""What a stage hands on: "x", "label" and what heads add, of arrays with the batch axis first."""
+"""What a stage hands on: "x", "label" and what heads add, of arrays with the batch axis first.
+
+Where channels are alive (`jdecouple.models.channels`), "x" is a dict of the activation "x" and of
+them: they go up with it, and their error comes down with its.
+"""
 Train = Callable[..., tuple[Any, HeadOutput | None, Arrays]]
 
 _RESERVED = ("x", "label", "loss", "weight")
+
+
+class Tie(NamedTuple):
+    """A parameter that several blocks share.
+
+    Attributes:
+        uses: index of every block that uses it, in order, and its name there.
+    """
+
+    uses: tuple[tuple[int, str], ...]
+
+    @property
+    def name(self) -> str:
+        """That of the first block's copy among the arrays of a state."""
+        return self.names[0]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Those of all copies there."""
+        return tuple(f"block_{block}/params/{name}" for block, name in self.uses)
 
 
 class _Pair(nnx.Module):
@@ -41,12 +66,15 @@ class Unit:
         has_loss: whether the block trains on the loss of a head of its own.
         descends: whether the head is one whose answer comes down from the last block.
         dtype: compute dtype; parameters and activations are cast to it. None casts nothing.
-        inputs: entries of the carry that the block reads beside "x"; it names them in its attribute
-            `inputs` and is called with them by name.
+        inputs: entries that the block reads beside "x"; it names them in its attribute `inputs` and
+            is called with them by name.
+        outputs: entries that it hands on, which it names in its attribute `outputs`.
+        channels: which of those that blocks hand on are alive before and behind it.
         frozen: whether nothing of the block and its head is trained.
         hands_on: whether the head writes into the carry.
         scales: factors on an optimiser's updates by the names of parameters; 1 for all others.
         follows: what of the block above moving averages follow, by their names in the statistics.
+        shared: names of the parameters that other units use, too.
     """
 
     index: int
@@ -59,14 +87,24 @@ class Unit:
     _keys: dict[tuple, nnx.Variable]
     _definitions: dict[bool, nnx.GraphDef]
     inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    channels: Alive = NO_CHANNELS
     frozen: bool = False
     hands_on: bool = False
     scales: Mapping[str, float] = dataclasses.field(default_factory=dict)
     follows: Mapping[str, Source] = dataclasses.field(default_factory=dict)
+    shared: frozenset[str] = frozenset()
     _shared: Train | None = None
 
     @classmethod
-    def build(cls, index: int, block: nnx.Module, head: nnx.Module | None, dtype: Any) -> "Unit":
+    def build(
+        cls,
+        index: int,
+        block: nnx.Module,
+        head: nnx.Module | None,
+        dtype: Any,
+        channels: Alive = NO_CHANNELS,
+    ) -> "Unit":
         """Splits a block and its head; neither object is changed."""
         pair = nnx.clone(_Pair(block, head))
         definitions: dict[bool, nnx.GraphDef] = {}
@@ -97,14 +135,24 @@ class Unit:
             _paths=paths,
             _keys=dict(nnx.to_flat_state(keys)),
             _definitions=definitions,
-            inputs=side_inputs(index, block),
+            inputs=_free_names(index, "inputs", read_entries(block)),
+            outputs=_free_names(index, "outputs", handed_entries(block)),
+            channels=channels,
             scales=_scales(index, head, trained),
             follows={name: source for name, source in sources.items() if source},
         )
 
     def same_definition(self, other: "Unit") -> bool:
         """Whether another unit is made of equal modules, whatever their arrays."""
-        return self._definitions == other._definitions
+        names = self.inputs, self.outputs, self.channels
+        others = other.inputs, other.outputs, other.channels
+        return names == others and self._definitions == other._definitions
+
+    @property
+    def entries(self) -> tuple[str, ...]:
+        """Entries of the carry that the block reads."""
+        before = self.channels.before
+        return ("x", *(name for name in self.inputs if name not in before))
 
     def same_program(self, other: "Unit") -> bool:
         """Whether another unit computes the same from arrays of the same shapes."""
@@ -140,10 +188,10 @@ class Unit:
     ) -> tuple[Any, HeadOutput | None, Arrays]:
         """Training forward on `carry["x"]`; every random stream of the block comes from `key`.
 
-        Returns the block's output, that of the head (None without one), the moved statistics.
+        Returns the "x" behind the block, the head's output (None without one), moved statistics.
         """
         module = self._module(True, params, stats, key)
-        features = self._call(module.block, carry)
+        features, sent, carry = self._call(module.block, carry)
         output = None if module.head is None else module.head(features, carry)
         moved = nnx.state(module, nnx.Not(nnx.Any(nnx.Param, nnx.RngState)))
         values = {path: variable.get_value() for path, variable in nnx.to_flat_state(moved)}
@@ -159,7 +207,7 @@ class Unit:
                 else new
                 for name, new in new_stats.items()
             }
-        return features, output, new_stats
+        return sent, output, new_stats
 
     @property
     def train_inline(self) -> Train:
@@ -167,7 +215,7 @@ class Unit:
         return self._shared or self.train
 
     def head_outputs(self, features: Any, carry: Carry) -> Carry:
-        """Shapes of what the head writes into the carry, from the shapes of what it reads.
+        """Shapes of what the head writes into the carry, from those of the features and of it.
 
         Raises:
             ValueError: an entry that is not for heads to write.
@@ -175,7 +223,7 @@ class Unit:
 
         def head(params, stats, features, carry, key):
             head = self._module(True, params, stats, key).head
-            return {} if head is None else dict(head(features, carry).carry)
+            return {} if head is None else dict(head(features, self.opened(carry)).carry)
 
         key = jax.eval_shape(lambda: jax.random.key(0))
         outputs = jax.eval_shape(head, *jax.eval_shape(self.initial), features, carry, key)
@@ -187,20 +235,20 @@ class Unit:
         return outputs
 
     def evaluate(self, params: Arrays, stats: Arrays, carry: Carry) -> tuple[Any, jax.Array | None]:
-        """Evaluation forward: the block's output and its exit's logits, if it has one."""
+        """Evaluation forward: the "x" behind the block, and its exit's logits, if it has one."""
         module = self._module(False, params, stats, jax.random.key(0))
-        features = self._call(module.block, carry)
+        features, sent, _ = self._call(module.block, carry)
         logits = None if module.head is None else module.head.logits(features)
-        return features, logits
+        return sent, logits
 
     def pass_on(self, params: Arrays, stats: Arrays, carry: Carry) -> tuple[Any, HeadOutput | None]:
         """Evaluation forward in training, of a block that is frozen.
 
-        Returns the block's output, and that of a head that writes into the carry.
+        Returns the "x" behind the block, and the output of a head that writes into the carry.
         """
         module = self._module(False, params, stats, jax.random.key(0))
-        features = self._call(module.block, carry)
-        return features, module.head(features, carry) if self.hands_on else None
+        features, sent, carry = self._call(module.block, carry)
+        return sent, module.head(features, carry) if self.hands_on else None
 
     def turn(self, params: Arrays, stats: Arrays, features: Any) -> Any:
         """What comes down from the last block, whose output the features are."""
@@ -220,6 +268,12 @@ class Unit:
             moved[name] = source.momentum * stats[name] + (1 - source.momentum) * now
         return {**stats, **moved}
 
+    def own(self, arrays: Arrays) -> Arrays:
+        """Of arrays by the names of parameters those that no other unit shares."""
+        if not self.shared:
+            return arrays
+        return {name: leaf for name, leaf in arrays.items() if name not in self.shared}
+
     def scaled(self, updates: Arrays) -> Arrays:
         """An optimiser's updates by the names of parameters, times the factors."""
         if not self.scales:
@@ -232,9 +286,23 @@ class Unit:
         pair = self._merge(True, params, stats, keys)
         return pair.block, pair.head
 
-    def _call(self, block: Any, carry: Carry) -> Any:
-        others = {name: _cast(carry[name], self.dtype) for name in self.inputs}
-        return block(_cast(carry["x"], self.dtype), **others)
+    def features(self, sent: Any) -> Any:
+        """The block's output of the "x" behind it."""
+        return sent["x"] if self.channels.behind else sent
+
+    def opened(self, carry: Carry) -> Carry:
+        """The carry as a head sees it: its "x" is the activation alone."""
+        return {**carry, "x": carry["x"]["x"]} if self.channels.before else carry
+
+    def _call(self, block: Any, carry: Carry) -> tuple[Any, Any, Carry]:
+        """The block's output, the "x" behind it, and the carry as a head sees it."""
+        opened = self.opened(carry)
+        known = {name: carry["x"][name] for name in self.channels.before}
+        others = {name: _cast({**carry, **known}[name], self.dtype) for name in self.inputs}
+        features, new = handed(block, block(_cast(opened["x"], self.dtype), **others))
+        known |= new
+        behind = {name: known[name] for name in self.channels.behind}
+        return features, {"x": features, **behind} if behind else features, opened
 
     def _module(self, train: bool, params: Arrays, stats: Arrays, key: jax.Array) -> Any:
         streams = {}
@@ -257,16 +325,29 @@ class Unit:
         return nnx.merge(self._definitions[train], nnx.from_flat_state([*flat, *streams.items()]))
 
 
-def side_inputs(index: int, block: nnx.Module) -> tuple[str, ...]:
-    """Entries of the carry that a block names in its attribute `inputs`, () without one.
+def parameters(block: nnx.Module, head: nnx.Module | None) -> dict[str, nnx.Variable]:
+    """The parameters of a block and its head themselves, by their names in a unit."""
+    return {
+        "/".join(map(str, path)): node
+        for path, node in nnx.iter_graph(_Pair(block, head))
+        if isinstance(node, nnx.Param)
+    }
 
-    Raises:
-        ValueError: one that is not for blocks to read.
-    """
-    names = read_entries(block)
+
+def find_ties(parameters: Sequence[Mapping[str, nnx.Variable]]) -> tuple[Tie, ...]:
+    """The parameters that several units use, from those of each."""
+    uses: dict[int, list[tuple[int, str]]] = {}
+    for index, named in enumerate(parameters):
+        for name, variable in named.items():
+            uses.setdefault(id(variable), []).append((index, name))
+    return tuple(Tie(tuple(own)) for own in uses.values() if len(own) > 1)
+
+
+def _free_names(index: int, attribute: str, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Names that a block has in `inputs` or `outputs`; ValueError for one that is taken."""
     if wrong := [name for name in names if name in _RESERVED]:
         raise ValueError(
-            f"block {index} names {wrong[0]!r} in its inputs: another entry of the batch than "
+            f"block {index} names {wrong[0]!r} in its {attribute}: another entry than "
             f"{', '.join(_RESERVED)} is needed"
         )
     return names
@@ -309,6 +390,27 @@ def _inlined(unit: Unit) -> Train:
         return features, output and output._replace(carry=dict(output.carry)), stats
 
     return jax.jit(train, inline=True)
+
+
+def share(ties: Sequence[Tie], modules: Sequence[tuple[nnx.Module | None, Any]]) -> None:
+    """Lets blocks and heads, one pair a unit, share what is tied; (None, None) stays as it is."""
+
+    def child(node: Any, key: str) -> Any:
+        return node[int(key)] if key.isdigit() else getattr(node, key)
+
+    for tie in ties:
+        variable = None
+        for index, name in tie.uses:
+            part, *path, last = name.split("/")
+            module = modules[index][part == "head"]
+            if module is None:
+                continue
+            holder = functools.reduce(child, path, module)
+            variable = child(holder, last) if variable is None else variable
+            if last.isdigit():
+                holder[int(last)] = variable  # type: ignore[index]
+            else:
+                setattr(holder, last, variable)
 
 
 def _value(variable: nnx.Variable) -> Any:

@@ -21,23 +21,25 @@ from jdecouple.pipeline.mpmd.following import Following, followings
 from jdecouple.pipeline.mpmd.stage_fns import (
     calls_of,
     compile_stage_fn,
+    compile_unpack,
     make_norm_fn,
     make_stage_fn,
     message_shape,
     microbatches_of,
-    unpack_codes,
     with_messages,
     with_taken,
 )
+from jdecouple.pipeline.mpmd.tied_steps import TiedSteps
 from jdecouple.pipeline.state import Queues, put_queues, take_queues
 from jdecouple.pipeline.step_metrics import JoinedMetrics
-from jdecouple.pipeline.transfer import crosses, transfer
+from jdecouple.pipeline.transfer import crosses, transfer, without_loss
 from jdecouple.schedules import Call, Kind, Schedule
 
 Calls = dict[tuple[int, Any], Callable]
 """The function of every (stage, kinds) that a schedule contains; kinds are () for a norm.
 
-Others are those of `jdecouple.pipeline.mpmd.following`.
+Others are those of `jdecouple.pipeline.mpmd.following`; those for what stages share have the number
+of the stage that steps it in the place of kinds.
 """
 
 
@@ -119,9 +121,9 @@ class Executor:
 
             return call
 
-        timed_calls = {(call.stage, call.kinds) for call in self.calls}
+        scheduled = {(call.stage, call.kinds) for call in self.calls}
         functions = {
-            key: timed(call) if key in timed_calls else call for key, call in self._compiled.items()
+            key: timed(call) if key in scheduled else call for key, call in self._compiled.items()
         }
         dispatch = functools.partial(self.dispatch, self.calls, functions)
         states, _ = self.iterate(dispatch, states, parts, step)
@@ -183,12 +185,14 @@ class Executor:
         carries |= {(0, microbatch): part for microbatch, part in enumerate(parts)}
         norms: list[Any] | None = None
         given = [each.give(functions, states) for each in self._followings]
+        tied: list[Any] = [None] * len(self.stages)
+        received: dict[int, list[Any]] = {}
         first = 0
         for stage, kinds, microbatches in calls:
             forward, backward, takes, leaves = microbatches_of(kinds, microbatches)
             out: dict[str, Any] = {}
             if self._needs_norm and Kind.STEP in kinds and norms is None:
-                norms = self._norms(functions, accumulated)
+                norms = self._norms(functions, accumulated, received)
             if self.placements[stage].addressable:
                 held = residuals.get((stage, takes)) if self.schedule.splits else None
                 out = functions[stage, kinds](
@@ -203,6 +207,7 @@ class Executor:
                 new_states[stage] = {**new_states[stage], **out.get("state", {})}
                 accumulated[stage] = out.get("accumulated")
                 metrics[stage] = out.get("metrics", metrics[stage])
+                tied[stage] = out.get("tied", tied[stage])
                 if "residuals" in out:
                     residuals[stage, leaves] = with_taken(out["residuals"], held)
                 del held
@@ -213,6 +218,8 @@ class Executor:
                 errors[stage - 1, backward] = self._send(stage, stage - 1, out.get("cotangent"))
         for following, arrays in zip(self._followings, given, strict=True):
             following.follow(functions, arrays, new_states)
+        ran = {call.stage for call in calls}
+        self._tied.finish(functions, new_states, tied, received, norms, ran)
         # Calls of a device wait for one another: nothing that is still on its way may come between.
         carries, errors = ({x: _opened(y) for x, y in held.items()} for held in (carries, errors))
         left = {"carries": carries, "residuals": residuals, "errors": errors}
@@ -287,11 +294,11 @@ class Executor:
         }
         if self._needs_norm:
             functions |= {(stage.index, ()): make_norm_fn(stage) for stage in self.stages}
-        return functions
+        return functions | self._tied.functions
 
     def _with_messages(self, key: tuple, function: Callable, *packed: Any, **options: Any) -> Any:
         stage, kinds = key
-        if not kinds:  # a norm
+        if not isinstance(kinds, tuple) or not kinds:
             return function
         return with_messages(function, self.stages[stage], kinds, *packed, **options)
 
@@ -302,7 +309,7 @@ class Executor:
         compiled = {}
         for (stage, kinds), function in self.message_functions.items():
             placement = self.placements[stage]
-            if placement.addressable:
+            if placement.addressable and isinstance(kinds, tuple):
                 if kinds:
                     function = self.layout.on_flat(stage, function)
                 single = self.single_metrics(stage)
@@ -311,7 +318,7 @@ class Executor:
                 )
         for following in self._followings:
             compiled |= following.compiled(self.layout)
-        return compiled
+        return compiled | self._tied.compiled(self.layout)
 
     @cached_property
     def _fused(self) -> Callable:
@@ -350,18 +357,31 @@ class Executor:
         pair = self.placements[max(stage - 1, 0) : stage + 1]
         return ("loss",) if self.route.local and len(pair) > 1 and crosses(*pair) else ()
 
+    @cached_property
+    def _tied(self) -> TiedSteps:
+        moves, counts = not self.fuse, self.schedule.overlapping
+        return TiedSteps(self.stages, self.placements, moves, counts)
+
     @property
     def _needs_norm(self) -> bool:
         return self.stages[0].needs_norm
 
-    def _norms(self, functions: Calls, accumulated: Sequence[Accumulated | None]) -> list[Any]:
-        """Squared norm of the gradient of all stages, on every stage: summed down, sent up."""
+    def _norms(
+        self, functions: Calls, accumulated: Sequence[Accumulated | None], received: dict[int, list]
+    ) -> list[Any]:
+        """Squared norm of the gradient of all stages, on every stage: summed down, sent up.
+
+        What stages add to shared gradients is written into `received`, by who steps them.
+        """
         scalar = jax.ShapeDtypeStruct((), jax.dtypes.canonicalize_dtype(jnp.float64))
         total: Any = None
+        tied: list[Any] = [None] * len(self.stages)
         for stage in reversed(range(len(self.stages))):
             sums = accumulated[stage]
+            received[stage] = self._tied.received(stage, tied)
             if sums is not None:
-                total = functions[stage, ()](sums.gradients, total)
+                call = functions[stage, ()]
+                total, tied[stage] = call(sums.gradients, total, received[stage])
             if stage:
                 total = self._transfer(total, scalar, stage, stage - 1)
         norms = [total]
@@ -424,24 +444,5 @@ class Executor:
                 placement = self.placements[stage.index - down]
                 shapes = error_shapes(carry, stage.scaling) if down else carry
                 if placement.addressable:
-                    calls[stage.index, down] = self._compile_unpack(placement, shapes, stage.wire)
+                    calls[stage.index, down] = compile_unpack(placement, shapes, stage.wire)
         return calls
-
-    @staticmethod
-    def _compile_unpack(placement: StageDevices, shapes: Any, wire: str | None) -> Callable:
-        def unpack(array: jax.Array) -> Any:
-            tree = unpack_codes(array, shapes, wire)
-            if isinstance(tree, dict) and "loss" in tree:
-                tree["loss"] = tree["loss"][0]
-            return placement.constrain(tree)
-
-        return jit(unpack, placement)
-
-
-def without_loss(carry: Carry | None, shapes: Carry) -> tuple[Carry | None, Carry]:
-    """What of a carry, and of its shapes, goes to another process.
-
-    Sums of losses stay in theirs: its metrics cover its own stages.
-    """
-    shapes = {name: leaf for name, leaf in shapes.items() if name != "loss"}
-    return carry and {name: carry[name] for name in shapes}, shapes

@@ -133,9 +133,12 @@ class FlatLayout:
             shapes = jax.eval_shape(stage.initial) if placement.addressable else {}
             limit = STAGE_BYTES.get(placement.devices[0].platform, 0)
             joins = num_bytes((shapes, stage.carry)) <= limit
-            cut = "opt" if placement.shard_optimizer else None  # each array by itself
+            cut = ("opt", "tied") if placement.shard_optimizer else ()  # each array by itself
             parts.append(
-                {name: FlatPart.of(tree, joins and name != cut) for name, tree in shapes.items()}
+                {
+                    name: FlatPart.of(tree, joins and name not in cut)
+                    for name, tree in shapes.items()
+                }
             )
         return tuple(parts)
 

@@ -12,10 +12,10 @@ import numpy as np
 
 from jdecouple.methods.routes import Carry
 from jdecouple.pipeline.mesh import StageDevices, jit
-from jdecouple.pipeline.mpmd.executor import Executor, without_loss
+from jdecouple.pipeline.mpmd.executor import Executor
 from jdecouple.pipeline.mpmd.stage_fns import message_shape
 from jdecouple.pipeline.step_metrics import JoinedMetrics
-from jdecouple.pipeline.transfer import crosses, transfer
+from jdecouple.pipeline.transfer import crosses, transfer, without_loss
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

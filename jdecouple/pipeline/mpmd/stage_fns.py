@@ -16,6 +16,7 @@ from jdecouple.methods.routes import (
     StageState,
     add,
     after,
+    ties,
 )
 from jdecouple.methods.routes.splitting import defer
 from jdecouple.methods.routes.stage import error_shapes
@@ -60,8 +61,9 @@ def stage_step(
         splits: whether a weight gradient of the same or a later call follows a backward.
 
     Returns:
-        What changed: "state", "accumulated", "residuals", "carry", "cotangent", "metrics". What a
-        backward leaves has `Taken` in the place of residuals that it was given.
+        What changed: "state", "accumulated", "residuals", "carry", "cotangent", "metrics"; and
+        "tied", sums of gradients for the step of what is shared. What a backward leaves has `Taken`
+        in the place of residuals that it was given.
     """
     taken = residuals
     at_once = not splits or Kind.WEIGHT in kinds
@@ -90,6 +92,10 @@ def stage_step(
             if Kind.BACKWARD not in kinds:
                 gradients = add(gradients, residuals())
         else:
+            if stage.shares:
+                out["tied"] = ties.sums_of(stage, gradients)
+                if "since" in state:
+                    out["tied"] = ties.existing(out["tied"], step_id[0] >= state["since"])
             updated, scaling = stage.step(state, gradients, squared_norm)
             updated["stats"] = stage.following(updated["stats"], state["params"])
             none = {name: x if name.endswith("loss_scale") else 0 for name, x in scaling.items()}
@@ -159,6 +165,7 @@ def _in_turn(
     units = [name for name in state if name not in shared]
     changed: dict[str, list] = {name: [] for name in units}
     metrics: Metrics = {}
+    tied: list[ties.Sums] = []
     for number, part in enumerate(stage.parts()):
         own = {name: (state[name][number],) for name in units}
         out = stage_step(
@@ -171,9 +178,11 @@ def _in_turn(
         for name in units:
             changed[name] += out["state"][name]
         metrics |= out["metrics"]
+        tied += [out["tied"]] if "tied" in out else []
         if "carry" in out:
             carry = {**out["carry"], "x": after(out["state"], out["carry"]["x"])}
     result = {"state": {**shared, **{k: tuple(v) for k, v in changed.items()}}, "metrics": metrics}
+    result |= {"tied": ties.total(tied)} if tied else {}
     return result if stage.is_last else {**result, "carry": carry}
 
 
@@ -230,14 +239,37 @@ def _steps_last(calls: tuple[Call, ...]) -> tuple[Call, ...]:
 
 
 def make_norm_fn(stage: Stage) -> Any:
-    """Adds the squared norm of a stage's gradient to that of the stages above."""
+    """Adds the squared norm of a stage's gradient to that of the stages above.
 
-    def call(gradients, above):
-        own = stage.squared_norm(gradients)
-        return own if above is None else own + above
+    Gives the sum, and what the stage adds to the gradients of what is shared. `received` is what
+    the stages above add to those that the stage steps.
+    """
+
+    def call(gradients, above, received):
+        units = zip(stage.units, gradients, strict=True)
+        total = stage.squared_norm([unit.own(own) for unit, own in units])
+        sums = ties.sums_of(stage, gradients)
+        whole = ties.total([sums, *received])
+        if names := stage.owned_ties:
+            total += stage.squared_norm([whole[name] for name in names])
+        return total if above is None else total + above, sums
 
     call.__name__ = f"stage{stage.index}_norm"
     return call
+
+
+def make_tie_fns(stage: Stage) -> tuple[Any, Any]:
+    """The step of what a stage is the first to share, and the copy of what came out elsewhere."""
+
+    def step(state, received, squared_norm=None):
+        state, values = ties.step(stage, state, ties.total(received), squared_norm)
+        return {"state": ties.put(stage, state, values), "values": values}
+
+    def copy(state, values):
+        return {"state": ties.put(stage, state, values)}
+
+    step.__name__, copy.__name__ = (f"stage{stage.index}_{what}" for what in ("tied", "copied"))
+    return step, copy
 
 
 def make_stage_fn(stage: Stage, route: Route, kinds: tuple[Kind, ...], splits: bool = False) -> Any:
@@ -349,3 +381,15 @@ def donated_by(kinds: tuple[Kind, ...]) -> tuple[int, ...]:
     if kinds[-1] is not Kind.FORWARD or (Kind.WEIGHT in kinds and Kind.BACKWARD not in kinds):
         return (0,)
     return (0, 2)  # new residuals take the place of old
+
+
+def compile_unpack(placement: StageDevices, shapes: Any, wire: str | None) -> Any:
+    """Jits what unpacks a message that is held in a queue."""
+
+    def unpack(array: jax.Array) -> Any:
+        tree = unpack_codes(array, shapes, wire)
+        if isinstance(tree, dict) and "loss" in tree:
+            tree["loss"] = tree["loss"][0]
+        return placement.constrain(tree)
+
+    return jit(unpack, placement)

@@ -16,7 +16,6 @@ from jdecouple.pipeline.mpmd.stage_fns import donated_by
 from jdecouple.pipeline.plan.graph import graph_of, size_of
 from jdecouple.pipeline.plan.liveness import needed, temporaries
 from jdecouple.pipeline.state import queue_shapes
-from jdecouple.schedules import Kind
 
 _HERE = types.SimpleNamespace(addressable=True)
 
@@ -137,9 +136,15 @@ class _Recorder:
         )
         return out
 
-    def _stage(self, stage: int, kinds: tuple[Kind, ...], function: Any, *arguments: Any) -> Any:
-        donated = tuple(arguments[number] for number in donated_by(kinds)) if kinds else ()
+    def _stage(self, stage: int, kinds: Any, function: Any, *arguments: Any) -> Any:
+        scheduled = isinstance(kinds, tuple) and kinds
+        places = donated_by(kinds) if scheduled else () if kinds == () else (0,)
+        donated = tuple(arguments[number] for number in places)
         out, *needs = self._trace((stage, kinds), function, arguments, donated)
+        if isinstance(kinds, int):  # the step of what stages share, or a copy of it
+            taken = {"state": arguments[0], "accumulated": arguments[1:]}
+            self._add(stage, taken, out, donated, *needs)
+            return out
         if not kinds:
             self._add(stage, {"accumulated": arguments}, {"metrics": out}, (), *needs)
             return out
@@ -178,7 +183,7 @@ class _Recorder:
     def _leaves(self, name: str, tree: Any) -> list[Leaf]:
         """Leaves of what is called so, of which a replica may hold a part alone."""
         leaves, parts = _leaves(tree), self._parts_of_update
-        if name not in ("opt", "accumulated"):
+        if name not in ("opt", "tied", "accumulated"):
             return leaves
         return [
             leaf._replace(size=leaf.size // (parts if replica_spec(shape, parts) else 1))

@@ -9,7 +9,13 @@ from jdecouple.pipeline.design import Design
 from jdecouple.pipeline.plan.calls import Iteration, Leaf, TracedCall, trace
 
 _KINDS = {"params": "weights", "stats": "statistics", "opt": "optimizer", "ema": "optimizer"}
-_KINDS |= {"loss_scale": "optimizer", "queues": "queues", "since": "queues", "feedback": "queues"}
+_KINDS |= {
+    "loss_scale": "optimizer",
+    "tied": "optimizer",
+    "queues": "queues",
+    "since": "queues",
+    "feedback": "queues",
+}
 _MESSAGES = ("carry", "cotangent")
 _GAPS = 1.05  # arrays of several sizes leave gaps between them: 0 to 20 % in what was looked at
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jdecouple.methods.routes import Carry, Unit
+from jdecouple.methods.routes.stage import floating, with_floating
 
 MIDDLE, FIRST, LAST = 0, 1, 2
 
@@ -107,16 +108,13 @@ def _program(unit: Unit, carry: Carry) -> str:
 
     def program(params, stats, carry, key):
         def run(params, x):
-            features, output, moved = unit.train(params, stats, {**carry, "x": x}, key)
+            received = {**carry, "x": with_floating(x, carry["x"])}
+            features, output, moved = unit.train(params, stats, received, key)
             loss = jnp.zeros((), jnp.float32) if output is None else output.loss
-            return (features, loss), (moved, output and (output.metrics, dict(output.carry)))
+            aside = features, moved, output and (output.metrics, dict(output.carry))
+            return (floating(features), loss), aside
 
-        x = carry["x"]
-        leaves = jax.tree.leaves(x)
-        if all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves):
-            out, pullback, aside = jax.vjp(run, params, x, has_aux=True)
-        else:
-            out, pullback, aside = jax.vjp(lambda params: run(params, x), params, has_aux=True)
+        out, pullback, aside = jax.vjp(run, params, floating(carry["x"]), has_aux=True)
         return out, aside, pullback(jax.tree.map(jnp.ones_like, out))
 
     return jax.jit(program).lower(*_arguments(unit, carry)).as_text()

@@ -64,6 +64,8 @@ def _misfit(
         return f"trains all blocks: given frozen ones, {', '.join(map(str, frozen))}"
     if any(unit.follows for stage in stages for unit in stage.units):
         return "keeps the weights of blocks apart: given heads that follow those of the block above"
+    if stages[0].ties:
+        return f"gives every block weights of its own: given shared {stages[0].ties[0].name}"
     remat = [stage.remat for stage in stages]
     if not route.local and len(set(remat)) > 1:
         return f"keeps the same of all stages of {schedule_of(route)}: given remat {remat}"

@@ -56,6 +56,11 @@ def train_stage(config: ConfigDict, workdir: str, spec: hosts.ProcessSpec) -> di
         if spec.index == 0:
             devices.introduce(config)
     run = build(config)
+    if shared := run.trainer.design.crossing:
+        raise ConfigError(
+            f"config.mesh.elastic is {config.mesh.elastic!r}, but stages share {shared[0]}: each "
+            "step would wait for all of them"
+        )
     with contextlib.ExitStack() as stack:
         own = StageFolder(folder, spec.index)
         with one_line():
