@@ -15,7 +15,7 @@ from jdecouple.methods.routes.stage import Transform
 from jdecouple.models import Model
 from jdecouple.pipeline import state as states
 from jdecouple.pipeline.batch import PlacedBatch
-from jdecouple.pipeline.design import SharedParameter, make_design
+from jdecouple.pipeline.design import make_design
 from jdecouple.pipeline.diagnostics import measured_costs
 from jdecouple.pipeline.distributed import gather_metrics
 from jdecouple.pipeline.engine import make_engine
@@ -40,7 +40,7 @@ class Trainer:
         boundaries: index of the first block of every stage.
         stages: all stages, with their blocks and heads; `placements` are their devices.
         options: its arguments but for the model, with the shapes of the example.
-        design: what it is as shapes and tables alone, see `jdecouple.pipeline.design`.
+        design: what it is as shapes and tables alone; `shared` are parameters that blocks share.
         schedule: the actions of one batch; `calls` are its calls in the order of dispatch.
         latency: iterations by which metrics are late: those of step t are of batch t - latency.
         waits: whether something of a batch waits in the stages for the next one.
@@ -148,7 +148,7 @@ class Trainer:
         self.num_classes, self._spec = design.num_classes, design.spec
         shapes = design.spec.example
         self.options = options | {"example": shapes, "num_classes": design.num_classes}
-        self.boundaries, self.stages = design.boundaries, design.stages
+        self.boundaries, self.stages, self.shared = design.boundaries, design.stages, design.shared
         made = self._engine = make_engine(design.engine, self.stages, method.route)
         self.engine, self.schedule, self.latency = made.name, made.schedule, made.schedule.latency
         self.placements, self.calls = made.placements, made.calls
@@ -241,11 +241,6 @@ class Trainer:
         """Trained heads, one per block; None where a block has none. Averages as in `modules`."""
         self._states.check(state)
         return [head for _, head in states.modules(self.stages, state, averaged)]
-
-    @property
-    def shared(self) -> tuple[SharedParameter, ...]:
-        """The parameters that several blocks share, with the staleness of what each adds."""
-        return self.design.shared
 
     def local_indices(self, size: int, parts: int = 1) -> np.ndarray:
         """Which examples of a batch of `size` in `parts` microbatches this process takes in."""
