@@ -7,7 +7,7 @@ of several seeds give the spread of the accuracy. In a disturbed run of the firs
 process is killed at random moments, up to `--gap` seconds after its stage has come (back), and is
 started again at once. All processes are forked from one that has imported what they need, so that a
 start takes no time for that. The throughput of the first stage is that of its own metrics, without
-the first line. Last, a run by backpropagation has the same process killed once.
+the first line. A run by backpropagation, before all others, has the same process killed once.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +72,15 @@ class Processes:
             from jdecouple.train import cli
 
             cli.main(["jdecouple train", *self._words, f"--process_index={index}"])
-            os._exit(0)
+            code = 0
         except SystemExit as error:
-            os._exit(error.code if isinstance(error.code, int) else 0)
-        finally:
-            os._exit(1)
+            code = error.code if isinstance(error.code, int) else 0
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
     def kill(self, index: int) -> None:
         """Kills one."""
@@ -262,10 +267,10 @@ def main() -> None:
     allowed = sorted(os.sched_getaffinity(0))
     cores = [allowed[0], allowed[len(allowed) // 2], allowed[-1]]
     rows: list[dict[str, Any]] = []
-    told = []
+    # First, since reading checkpoints begins with JAX, whose processes could not meet after that.
+    told = [] if given.no_bp else [by_bp(data, given, cores) for data in given.data]
     for data in given.data:
         rows += measure(data, given, cores)
-        told += [] if given.no_bp else [by_bp(data, given, cores)]
     text = "\n".join([table(rows), "", *told])
     print(text)
     (Path(given.output) / "table.md").write_text(text + "\n")
