@@ -213,8 +213,9 @@ class Executor:
                 carries[stage + 1, forward] = self._send(stage, stage + 1, out.get("carry"))
             if backward is not None and stage > 0 and not self.route.local:
                 errors[stage - 1, backward] = self._send(stage, stage - 1, out.get("cotangent"))
-        ran = {call.stage for call in calls}
-        self._tied.finish(functions, new_states, tied, received, norms, ran)
+        if self._tied.owners:
+            ran = {call.stage for call in calls}
+            self._tied.finish(functions, new_states, tied, received, norms, ran)
         # Calls of a device wait for one another: nothing that is still on its way may come between.
         carries, errors = ({x: _opened(y) for x, y in held.items()} for held in (carries, errors))
         left = {"carries": carries, "residuals": residuals, "errors": errors}
