@@ -11,7 +11,6 @@ from flax import nnx
 from sklearn.datasets import load_digits
 
 import jdecouple as jd
-from jdecouple.models import layers
 
 LEVELS = 3
 WIDTH = 4
@@ -26,43 +25,50 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 
 
 class Down(nnx.Module):
-    """A convolution, whose result it hands on, and pooling; the first tells where ink is, too."""
+    """A dense layer for every pixel, whose result it hands on, and one for every 2 x 2 pixels.
+
+    These are convolutions that compile quickly. The first block tells where there is ink, too.
+    """
 
     def __init__(self, channels: int, number: int, **options: Any):
-        self.conv = layers.conv(channels, WIDTH, use_bias=True, **options)
+        self.pixels = nnx.Linear(channels, WIDTH, **options)
+        self.squares = nnx.Linear(4 * WIDTH, WIDTH, **options)
         self.is_first = number == 0
         self.skip = f"skip_{number}"
         self.outputs = (self.skip, "ink") if self.is_first else (self.skip,)
 
     def __call__(self, x: jax.Array) -> Any:
-        y = nnx.tanh(self.conv(x))
+        y = nnx.tanh(self.pixels(x))
+        batch, side, _, width = y.shape
+        squares = y.reshape(batch, side // 2, 2, side // 2, 2, width).transpose(0, 1, 3, 2, 4, 5)
         more = {"ink": x > 0.5} if self.is_first else {}
-        return nnx.avg_pool(y, (2, 2), (2, 2)), {self.skip: y, **more}
+        squares = squares.reshape(*squares.shape[:3], -1)
+        return nnx.tanh(self.squares(squares)), {self.skip: y, **more}
 
 
 class Up(nnx.Module):
-    """Pixels are repeated, and meet those that were handed on."""
+    """Pixels become 2 x 2 pixels, and meet those that were handed on."""
 
     def __init__(self, number: int, **options: Any):
-        self.conv = layers.conv(2 * WIDTH, WIDTH, use_bias=True, **options)
+        self.pixels = nnx.Linear(2 * WIDTH, WIDTH, **options)
         self.is_last = number == 0
         self.skip = f"skip_{number}"
         self.inputs = (self.skip, "ink") if self.is_last else (self.skip,)
 
     def __call__(self, x: jax.Array, **handed: jax.Array) -> jax.Array:
         x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
-        y = nnx.tanh(self.conv(jnp.concatenate([x, handed[self.skip]], axis=-1)))
+        y = nnx.tanh(self.pixels(jnp.concatenate([x, handed[self.skip]], axis=-1)))
         return y * jnp.where(handed["ink"], 1.0, 0.5) if self.is_last else y
 
 
 class Middle(nnx.Module):
-    """A convolution between the two, which knows of no skip."""
+    """A dense layer between the two, which knows of no skip."""
 
     def __init__(self, **options: Any):
-        self.conv = layers.conv(WIDTH, WIDTH, use_bias=True, **options)
+        self.pixels = nnx.Linear(WIDTH, WIDTH, **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return nnx.tanh(self.conv(x))
+        return nnx.tanh(self.pixels(x))
 
 
 def model(param_dtype: Any = jnp.float64) -> jd.Model:

@@ -78,8 +78,15 @@ def test_gradients_through_skips_are_those_of_plain_jax():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("schedule", Synchronous.schedules)
-@pytest.mark.parametrize("stages", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("stages", "schedule"),
+    [
+        (stages, schedule)
+        for stages in (1, 2, 3)
+        for schedule in Synchronous.schedules
+        if stages != 3 or schedule not in ("zbv", "dualpipe_v")  # whose stages are even in number
+    ],
+)
 def test_every_synchronous_schedule_trains_as_one_program(stages, schedule):
     """An exit at every block has losses at several resolutions, too."""
     found = trained("early_exit", stages, microbatches=2, schedule=schedule)
@@ -121,7 +128,7 @@ def test_a_local_module_hands_on_values_and_gets_no_gradient():
     for factor in (1, -3):
         trainer = unets.trainer("dgl", 3)
         start = nets.to_arrays(trainer, trainer.init())
-        kernel = "block_4/params/block/conv/kernel"
+        kernel = "block_4/params/block/pixels/kernel"
         state = trainer.from_arrays(0, {**start, kernel: factor * start[kernel]})
         state, _ = nets.trained(trainer, unets.batches(), 2, state)
         arrays = nets.weights(trainer, state)

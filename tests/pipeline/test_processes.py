@@ -247,7 +247,6 @@ def results(tmp_path_factory) -> Callable[[str], Results]:
 def train(names: list[str], new_folder: Callable[[str], Path]) -> dict[str, Results]:
     """Trains these in two processes and in one, all three of them side by side."""
     cores = sorted(os.sched_getaffinity(0))
-    fast = {*names} <= {*FAST}  # else there are convolutions, whose sums depend on the threads
     port, *transfer = free_ports(3)
     started: list[tuple[str, int, Path, subprocess.Popen]] = []
     try:
@@ -260,7 +259,7 @@ def train(names: list[str], new_folder: Callable[[str], Path]) -> dict[str, Resu
                     "process_id": process,
                     "port": port,
                     "transfer_port": transfer[process],
-                    "core": cores[process] if (count > 1 or not fast) and len(cores) > 1 else None,
+                    "core": cores[process] if count > 1 and len(cores) > 1 else None,
                     "out": str(out),
                 }
                 started.append((group, process, out, start(spec, out / "log")))

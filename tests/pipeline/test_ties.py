@@ -158,8 +158,15 @@ def test_stages_of_a_gpt_train_as_one_program(name, stages):
 
 
 @SLOW
-@pytest.mark.parametrize("schedule", Synchronous.schedules)
-@pytest.mark.parametrize("stages", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("stages", "schedule"),
+    [
+        (stages, schedule)
+        for stages in (1, 2, 3)
+        for schedule in Synchronous.schedules
+        if stages != 3 or schedule not in ("zbv", "dualpipe_v")  # whose stages are even in number
+    ],
+)
 def test_every_synchronous_schedule_trains_as_one_program(stages, schedule):
     found = trained("early_exit", stages, microbatches=2, schedule=schedule)
     assert_close(found, trained("early_exit", microbatches=2))
@@ -181,8 +188,15 @@ ELSEWHERE = ("mesh", "num_stages", "fuse", "shard_optimizer")
 
 
 @SLOW
-@pytest.mark.parametrize("kind", OPTIONS)
-@pytest.mark.parametrize("name", ["bp", "dgl", "fdg"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        (name, kind)
+        for name in ("bp", "dgl", "fdg")
+        for kind in OPTIONS
+        if (name, kind) != ("fdg", "clipped")  # whose batches are not cut
+    ],
+)
 def test_options(name, kind):
     """As in one program, or for a delayed method as on three devices."""
     options = OPTIONS[kind]
@@ -191,7 +205,7 @@ def test_options(name, kind):
     plain = {key: each for key, each in options.items() if key not in ELSEWHERE}
     if name == "fdg":
         found = trained(name, 3, **options)
-        if kind in ("averages", "clipped", "kept", "half"):
+        if kind in ("averages", "kept", "half"):
             fused = {"mesh": jd.make_mesh(1, devices=jax.devices()[:1]), "num_stages": 3}
             assert_close(found, trained(name, 3, **plain, **fused))
         else:

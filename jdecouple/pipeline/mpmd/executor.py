@@ -218,8 +218,9 @@ class Executor:
                 errors[stage - 1, backward] = self._send(stage, stage - 1, out.get("cotangent"))
         for following, arrays in zip(self._followings, given, strict=True):
             following.follow(functions, arrays, new_states)
-        ran = {call.stage for call in calls}
-        self._tied.finish(functions, new_states, tied, received, norms, ran)
+        if self._tied.owners:
+            ran = {call.stage for call in calls}
+            self._tied.finish(functions, new_states, tied, received, norms, ran)
         # Calls of a device wait for one another: nothing that is still on its way may come between.
         carries, errors = ({x: _opened(y) for x, y in held.items()} for held in (carries, errors))
         left = {"carries": carries, "residuals": residuals, "errors": errors}
