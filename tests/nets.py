@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import jdecouple as jd
-from jdecouple.methods.routes import Delayed
+from jdecouple.methods.routes import Delayed, Synchronous
 from jdecouple.models import layers
 
 CLASSES = 5
@@ -25,6 +25,14 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "infopro": {"hidden": 16, "features": 8, "reconstruction": (0.1, 0.1), "task": (1.0, 1.0)},
     "adl": {"accumulate": 2},
 }
+
+SYNCHRONOUS = [
+    (stages, schedule)
+    for stages in (1, 2, 3)
+    for schedule in Synchronous.schedules
+    if stages != 3 or schedule not in ("zbv", "dualpipe_v")  # whose stages are even in number
+]
+"""Numbers of stages and synchronous schedules for them."""
 
 
 def method(name: str, **arguments: Any) -> jd.methods.Method:

@@ -13,7 +13,6 @@ import unets
 from flax import nnx
 
 import jdecouple as jd
-from jdecouple.methods.routes import Synchronous
 from jdecouple.models.channels import Alive, alive
 
 pytestmark = pytest.mark.usefixtures("module_x64")
@@ -78,15 +77,7 @@ def test_gradients_through_skips_are_those_of_plain_jax():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("stages", "schedule"),
-    [
-        (stages, schedule)
-        for stages in (1, 2, 3)
-        for schedule in Synchronous.schedules
-        if stages != 3 or schedule not in ("zbv", "dualpipe_v")  # whose stages are even in number
-    ],
-)
+@pytest.mark.parametrize(("stages", "schedule"), nets.SYNCHRONOUS)
 def test_every_synchronous_schedule_trains_as_one_program(stages, schedule):
     """An exit at every block has losses at several resolutions, too."""
     found = trained("early_exit", stages, microbatches=2, schedule=schedule)

@@ -14,7 +14,6 @@ from flax import nnx
 from tied_simulation import LAST, STAGES, TiedSimulation, weights
 
 import jdecouple as jd
-from jdecouple.methods.routes import Synchronous
 
 pytestmark = pytest.mark.usefixtures("module_x64")
 STEPS = 4
@@ -158,15 +157,7 @@ def test_stages_of_a_gpt_train_as_one_program(name, stages):
 
 
 @SLOW
-@pytest.mark.parametrize(
-    ("stages", "schedule"),
-    [
-        (stages, schedule)
-        for stages in (1, 2, 3)
-        for schedule in Synchronous.schedules
-        if stages != 3 or schedule not in ("zbv", "dualpipe_v")  # whose stages are even in number
-    ],
-)
+@pytest.mark.parametrize(("stages", "schedule"), nets.SYNCHRONOUS)
 def test_every_synchronous_schedule_trains_as_one_program(stages, schedule):
     found = trained("early_exit", stages, microbatches=2, schedule=schedule)
     assert_close(found, trained("early_exit", microbatches=2))

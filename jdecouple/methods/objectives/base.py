@@ -182,6 +182,15 @@ class Fronted(Protocol):
         """Layers between a block and its head, or None."""
 
 
+def unfit_target(target: Any) -> str | None:
+    """What a target is that cannot be reconstructed; None of arrays of floats or bytes."""
+    dtype = getattr(target, "dtype", None)
+    if dtype is None:
+        return type(target).__name__
+    fits = jnp.issubdtype(dtype, jnp.floating) or dtype == jnp.uint8
+    return None if fits else f"{dtype}{list(target.shape)}"
+
+
 def at_least_float32(x: jax.Array) -> jax.Array:
     """`x` in its own dtype or float32, whichever is wider: losses are not for half precision."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -13,7 +13,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jdecouple._errors import require_int, require_number
-from jdecouple.methods.objectives.base import BlockInfo, HeadOutput, Objective, at_least_float32
+from jdecouple.methods.objectives.base import (
+    BlockInfo,
+    HeadOutput,
+    Objective,
+    at_least_float32,
+    unfit_target,
+)
 from jdecouple.methods.objectives.cross_entropy import CrossEntropy
 from jdecouple.models import layers
 from jdecouple.models.tokens import states
@@ -80,9 +86,7 @@ def _numbers(x: jax.Array) -> jax.Array:
 
 
 def _check_target(target: Any, index: int) -> None:
-    dtype = getattr(target, "dtype", None)
-    if dtype is None or not (jnp.issubdtype(dtype, jnp.floating) or dtype == jnp.uint8):
-        kind = type(target).__name__ if dtype is None else f"{dtype}{list(target.shape)}"
+    if kind := unfit_target(target):
         raise ValueError(
             f"block {index} reads {kind}: lopt needs floats or uint8 to reconstruct, or a block "
             "that begins with one that says is_embedding"

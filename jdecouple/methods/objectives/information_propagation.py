@@ -11,7 +11,13 @@ import optax
 from flax import nnx
 
 from jdecouple._errors import require_bool, require_int, require_number, require_one_of
-from jdecouple.methods.objectives.base import BlockInfo, HeadOutput, Objective, at_least_float32
+from jdecouple.methods.objectives.base import (
+    BlockInfo,
+    HeadOutput,
+    Objective,
+    at_least_float32,
+    unfit_target,
+)
 from jdecouple.methods.objectives.cross_entropy import CrossEntropy, cross_entropy
 from jdecouple.methods.objectives.maps import is_map, pooled_info
 from jdecouple.methods.objectives.supervised_contrastive import supervised_contrastive
@@ -235,9 +241,7 @@ class InformationPropagation(Objective):
 
 
 def _check_input(image: Any, channels: int) -> None:
-    dtype = getattr(image, "dtype", None)
-    if dtype is None or not (jnp.issubdtype(dtype, jnp.floating) or dtype == jnp.uint8):
-        kind = type(image).__name__ if dtype is None else f"{dtype}{list(image.shape)}"
+    if kind := unfit_target(image):
         raise ValueError(
             f"the model's input is {kind}: infopro needs images of floats or uint8 to reconstruct"
         )
