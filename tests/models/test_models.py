@@ -253,10 +253,13 @@ def test_model_takes_any_modules():
     assert models.Model(nnx.List(blocks)).blocks == tuple(blocks)
 
 
-def shared():
+def shared(statistic: bool = True):
+    """Two blocks that share a parameter, and a statistic too."""
     block = Plain(nnx.Rngs(0))
     other = Plain(nnx.Rngs(1))
     other.weight = block.weight
+    if statistic:
+        block.mean = other.mean = nnx.BatchStat(jnp.zeros(()))
     return block, other
 
 
@@ -279,6 +282,7 @@ def shared():
         (lambda: (shared(),), ValueError, r"blocks\[0\] and blocks\[1\] share"),
         (lambda: ([shared()[0]] * 2,), ValueError, r"blocks\[0\] and blocks\[1\] share"),
         (lambda: (shared()[:1], None), None, None),
+        (lambda: (shared(False),), None, None),
     ],
 )
 def test_model_validation(arguments, error, message):
@@ -292,7 +296,8 @@ def test_model_validation(arguments, error, message):
 
 def test_model_names_the_classifier_that_shares():
     block, classifier = shared()
-    with pytest.raises(ValueError, match=r"blocks\[0\] and classifier share"):
+    words = r"blocks\[0\] and classifier share a BatchStat: of variables only parameters"
+    with pytest.raises(ValueError, match=words):
         models.Model([block], classifier)
 
 
