@@ -44,13 +44,6 @@ class Wide(nnx.Module):
         return jnp.zeros((x.shape[0], 2, 3))
 
 
-def test_blocks_that_share_a_variable_are_refused():
-    layer = nnx.Linear(nets.FEATURES, nets.FEATURES, rngs=nnx.Rngs(0))
-    nets.assert_clear(
-        ValueError, ("blocks[0]", "blocks[1]", "share"), lambda: jd.Model([layer, layer])
-    )
-
-
 @METHODS
 def test_a_block_that_fails_on_its_input_is_named(name):
     rngs = nnx.Rngs(0)
