@@ -31,7 +31,7 @@ METHODS = jd.methods.names()
 EACH = without()
 SLOW = ("early_exit", "scpl", "dgl", "predsim", "auglocal", "infopro", "lopt", "ddg", "fr")
 MOST = without(*SLOW, "adl")
-FEW = without(*SLOW, "greedy_exit", "deinforeg", "fdg")  # test_equivalence.py has the last two
+FEW = without(*SLOW, "greedy_exit", "deinforeg", "man", "fdg", "adl")  # others have most of these
 
 pytestmark = pytest.mark.usefixtures("module_x64")
 
