@@ -53,6 +53,11 @@ def output_of(block: nnx.Module, received: Any) -> Any:
     return jax.eval_shape(block, received)
 
 
+def spelled(shapes: Any) -> Any:
+    """Shapes as an error tells them, such as "float32[8, 3]" for every leaf."""
+    return jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", shapes)
+
+
 def redrawn(block: nnx.Module, rngs: nnx.Rngs) -> nnx.Module:
     """A copy whose weights are drawn as those of the block were: its own, in another order.
 
@@ -83,9 +88,8 @@ def renewed(block: nnx.Module, received: Any, output: Any, **options: Any) -> nn
     try:
         output_of(copy, received)
     except (TypeError, ValueError) as error:
-        shape = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", received)
         raise ValueError(
-            f"a copy of a block ({name}) fails on {shape}, and it has no method anew: "
+            f"a copy of a block ({name}) fails on {spelled(received)}, and it has no method anew: "
             f"{first_line(error)}"
         ) from error
     return copy

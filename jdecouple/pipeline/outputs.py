@@ -9,6 +9,7 @@ from flax import nnx
 from jdecouple._errors import first_line
 from jdecouple.methods.routes import Carry, Unit
 from jdecouple.models.channels import NO_CHANNELS, Alive, alive, handed_entries
+from jdecouple.models.renewal import spelled
 
 
 class Output(NamedTuple):
@@ -59,8 +60,7 @@ def block_output(
         return Output(unit.features(sent), sent, channels)
     except (TypeError, ValueError) as error:
         x = carry["x"] if len(read) == 1 else read
-        shape = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", x)
         raise ValueError(
-            f"block {index} ({type(block).__name__}) fails on an input of {shape}: "
+            f"block {index} ({type(block).__name__}) fails on an input of {spelled(x)}: "
             f"{first_line(error)}"
         ) from error

@@ -7,14 +7,13 @@ and as many batches late as there are blocks between: they come down from block 
 block alone trains the units; every block keeps a head of its own behind them.
 """
 
-import jax
 from flax import nnx
 
 from jdecouple._errors import first_line
 from jdecouple.methods.objectives.base import BlockInfo
 from jdecouple.methods.objectives.following import follow
 from jdecouple.models.cuts import Chain
-from jdecouple.models.renewal import output_of
+from jdecouple.models.renewal import output_of, spelled
 
 
 def attached_top(info: BlockInfo, count: int) -> nnx.Module | None:
@@ -36,9 +35,8 @@ def attached_top(info: BlockInfo, count: int) -> nnx.Module | None:
     try:
         output_of(top, info.features)
     except (TypeError, ValueError) as error:
-        shape = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", info.features)
         raise ValueError(
-            f"attached is {count}: the last units fail on what block {info.index} gives, {shape}: "
-            f"{first_line(error)}"
+            f"attached is {count}: the last units fail on what block {info.index} gives, "
+            f"{spelled(info.features)}: {first_line(error)}"
         ) from error
     return top
