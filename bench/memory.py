@@ -60,7 +60,9 @@ def build(row: str, net: str, count: int, batch: int, options: Namespace) -> tup
     x = rng.normal(size=(batch, IMAGE_SIZE, IMAGE_SIZE, 3)).astype(np.float32)
     data = {"x": x, "label": rng.integers(0, NUM_CLASSES, batch).astype(np.int32)}
     own = {"image_mean": (0.5,) * 3, "image_std": (0.5,) * 3}
-    own |= {"projector": options.projector, "head_pool": options.head_pool}
+    own |= {"head_pool": options.head_pool}
+    if name == "deinforeg":
+        own["projector"] = options.projector
     arguments = jd.methods.arguments(name)
     model = NETS[net](options.width, nnx.Rngs(0))
     trainer = jd.Trainer(
