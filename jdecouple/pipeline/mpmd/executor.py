@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jdecouple.methods.routes import Accumulated, Carry, Route, Stage
 from jdecouple.methods.routes.stage import error_shapes
@@ -29,6 +28,7 @@ from jdecouple.pipeline.mpmd.stage_fns import (
     with_messages,
     with_taken,
 )
+from jdecouple.pipeline.mpmd.step_ids import NEXT_BATCH, PlacedIds, by_call, step_ids
 from jdecouple.pipeline.mpmd.tied_steps import TiedSteps
 from jdecouple.pipeline.state import Queues, put_queues, take_queues
 from jdecouple.pipeline.step_metrics import JoinedMetrics
@@ -41,9 +41,6 @@ Calls = dict[tuple[int, Any], Callable]
 Others are those of `jdecouple.pipeline.mpmd.following`; those for what stages share have the number
 of the stage that steps it in the place of kinds.
 """
-
-
-_BATCH = np.array([1, 0], np.int32)
 
 
 class _Message(NamedTuple):
@@ -83,7 +80,10 @@ class Executor:
         dispatch = self._fused
         if not self.fuse:
             dispatch = functools.partial(self.dispatch, self.calls, self._compiled)
-        return self.iterate(dispatch, states, parts, step, end)
+        ids = self._ids.take(step, end)
+        new_states, metrics, next_ids = self.iterate(dispatch, states, parts, ids)
+        self._ids.keep(step + 1, end, next_ids)
+        return new_states, metrics
 
     def run_stage(
         self, stage: int, states: Sequence[Any], carries: Sequence[Carry], step: int
@@ -95,9 +95,9 @@ class Executor:
         taken: Queues = {"carries": {}, "residuals": {}, "errors": {}}
         taken["carries"] = {(stage, number): carry for number, carry in enumerate(carries)}
         calls = tuple(call for call in self.calls if call.stage == stage)
-        step_ids = self.step_ids(calls, step)
-        states, left, metrics = self.dispatch(
-            calls, self._compiled, tuple(states), taken, (), step_ids
+        ids = self._ids.of(calls, step)
+        states, left, metrics, _ = self.dispatch(
+            calls, self._compiled, tuple(states), taken, (), ids
         )
         return states, [left["carries"][key] for key in sorted(left["carries"])], metrics[stage]
 
@@ -126,7 +126,7 @@ class Executor:
             key: timed(call) if key in scheduled else call for key, call in self._compiled.items()
         }
         dispatch = functools.partial(self.dispatch, self.calls, functions)
-        states, _ = self.iterate(dispatch, states, parts, step)
+        states, *_ = self.iterate(dispatch, states, parts, self._ids.of(self.calls, step))
         return states, seconds
 
     def measure_memory(
@@ -141,7 +141,7 @@ class Executor:
                 for key, call in self._compiled.items()
             }
             dispatch = functools.partial(self.dispatch, self.calls, functions)
-        states, _ = self.iterate(dispatch, states, parts, step)
+        states, *_ = self.iterate(dispatch, states, parts, self._ids.of(self.calls, step))
         return states, meter.most
 
     def iterate(
@@ -149,19 +149,20 @@ class Executor:
         dispatch: Callable,
         states: Sequence[Any],
         parts: Sequence[Carry | None],
-        step: Any,
-        end: int | None = None,
-    ) -> tuple[tuple, tuple[Any, ...]]:
-        """Gives `dispatch` what one iteration takes from the queues, and queues what it leaves."""
+        ids: Any,
+    ) -> tuple[tuple, tuple[Any, ...], Any]:
+        """Gives `dispatch` what one iteration takes from the queues, and queues what it leaves.
+
+        Returns the new states, metrics, and the numbers of the next iteration.
+        """
         cores, queues = take_queues(self.schedule, tuple(states))
         taken = {
             kind: {key: queues[kind].pop(key) for key in sorted(queues[kind]) if key in keys}
             for kind, keys in self._taken.items()
         }
-        step_ids = self.step_ids(self.calls, step, end)
-        cores, left, metrics = dispatch(cores, taken, tuple(parts), step_ids)
+        cores, left, metrics, next_ids = dispatch(cores, taken, tuple(parts), ids)
         queues = {kind: queues[kind] | left[kind] for kind in queues}
-        return put_queues(self.schedule, cores, queues), metrics
+        return put_queues(self.schedule, cores, queues), metrics, next_ids
 
     def dispatch(
         self,
@@ -170,11 +171,12 @@ class Executor:
         states: tuple,
         taken: Queues,
         parts: tuple[Carry | None, ...],
-        step_ids: Any,
-    ) -> tuple[tuple, Queues, tuple[Any, ...]]:
+        ids: Sequence[Any],
+    ) -> tuple[tuple, Queues, tuple[Any, ...], list[Any]]:
         """Goes through calls in order; also traced as a whole where the stages are fused.
 
-        Returns the new states, what no call has taken, and the metrics of the stages.
+        `ids` are the numbers of every call. Returns the new states, what no call has taken, the
+        metrics of the stages, and the numbers that compiled calls give for the next batch.
         """
         new_states = list(states)
         metrics: list[Any] = [None] * len(self.stages)
@@ -187,8 +189,8 @@ class Executor:
         given = [each.give(functions, states) for each in self._followings]
         tied: list[Any] = [None] * len(self.stages)
         received: dict[int, list[Any]] = {}
-        first = 0
-        for stage, kinds, microbatches in calls:
+        next_ids: list[Any] = []
+        for (stage, kinds, microbatches), own_ids in zip(calls, ids, strict=True):
             forward, backward, takes, leaves = microbatches_of(kinds, microbatches)
             out: dict[str, Any] = {}
             if self._needs_norm and Kind.STEP in kinds and norms is None:
@@ -201,7 +203,7 @@ class Executor:
                     residuals.pop((stage, takes), None),
                     _opened(carries.pop((stage, forward), None)),
                     _opened(errors.pop((stage, backward), None)),
-                    step_ids[first : first + len(kinds)],
+                    own_ids,
                     norms and norms[stage],
                 )
                 new_states[stage] = {**new_states[stage], **out.get("state", {})}
@@ -211,7 +213,7 @@ class Executor:
                 if "residuals" in out:
                     residuals[stage, leaves] = with_taken(out["residuals"], held)
                 del held
-            first += len(kinds)
+            next_ids.append(out.get("ids"))
             if forward is not None and stage + 1 < len(self.stages):
                 carries[stage + 1, forward] = self._send(stage, stage + 1, out.get("carry"))
             if backward is not None and stage > 0 and not self.route.local:
@@ -224,24 +226,15 @@ class Executor:
         # Calls of a device wait for one another: nothing that is still on its way may come between.
         carries, errors = ({x: _opened(y) for x, y in held.items()} for held in (carries, errors))
         left = {"carries": carries, "residuals": residuals, "errors": errors}
-        return tuple(new_states), left, tuple(metrics)
+        return tuple(new_states), left, tuple(metrics), next_ids
 
-    def step_ids(self, calls: Sequence[Call], step: Any, end: int | None = None) -> Any:
-        """[batch, microbatch] of every action of some calls; `step` may be traced without `end`."""
-        first = self._first_ids if calls is self.calls else self._ids_of(calls)
-        step_ids = first + step * _BATCH
-        if end is not None:
-            step_ids[step_ids[:, 0] >= end, 0] = -1
-        return step_ids
-
-    def _ids_of(self, calls: Sequence[Call]) -> np.ndarray:
-        parts = self.schedule.num_microbatches
-        pairs = [divmod(microbatch, parts) for call in calls for microbatch in call.microbatches]
-        return np.array(pairs, np.int32)
+    def step_ids(self, calls: Sequence[Call], step: Any) -> Any:
+        """[batch, microbatch] of every action of some calls; `step` may be traced."""
+        return step_ids(calls, self.schedule.num_microbatches, step)
 
     @cached_property
-    def _first_ids(self) -> np.ndarray:
-        return self._ids_of(self.calls)
+    def _ids(self) -> PlacedIds:
+        return PlacedIds(self.calls, self.schedule.num_microbatches, self.placements, self.fuse)
 
     # --- The calls, and their functions -----------------------------------------------------------
 
@@ -325,9 +318,10 @@ class Executor:
     def _fused(self) -> Callable:
         """All calls of an iteration as one, jitted."""
 
-        def iteration(given: tuple, taken: Queues, parts: tuple, step_ids: jax.Array) -> tuple:
-            states, left, metrics = self.dispatch(
-                self.calls, self.functions, self.layout.trees(given), taken, parts, step_ids
+        def iteration(given: tuple, taken: Queues, parts: tuple, ids: jax.Array) -> tuple:
+            trees, own_ids = self.layout.trees(given), by_call(self.calls, ids)
+            states, left, metrics, _ = self.dispatch(
+                self.calls, self.functions, trees, taken, parts, own_ids
             )
             placement = self.placements[0]
             constrain = jax.lax.with_sharding_constraint
@@ -336,9 +330,10 @@ class Executor:
                 constrain(flat, tuple(placement.state_shardings(x, 1) for x in flat)),
                 placement.constrain_queue(left, self.size),
                 constrain(tuple(map(JoinedMetrics.of, metrics)), placement.replicated),
+                constrain(ids + NEXT_BATCH, placement.replicated),
             )
 
-        return jit(iteration, self.placements[0], donate_argnums=(0, 1))
+        return jit(iteration, self.placements[0], donate_argnums=(0, 1, 3))
 
     @cached_property
     def _taken(self) -> dict[str, set]:

@@ -14,8 +14,10 @@ from jdecouple.methods.routes import Carry
 from jdecouple.pipeline.mesh import StageDevices, jit
 from jdecouple.pipeline.mpmd.executor import Executor
 from jdecouple.pipeline.mpmd.stage_fns import message_shape
+from jdecouple.pipeline.mpmd.step_ids import by_call
 from jdecouple.pipeline.step_metrics import JoinedMetrics
 from jdecouple.pipeline.transfer import crosses, transfer, without_loss
+from jdecouple.schedules import Call
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -117,7 +119,8 @@ class MultiStep:
             self._traced.dispatch, self._traced.calls, self._traced.functions
         )
         layout = self.executor.layout
-        new, metrics = self._traced.iterate(dispatch, layout.trees(states), parts, step)
+        ids = self._ids(self._traced.calls, step)
+        new, metrics, _ = self._traced.iterate(dispatch, layout.trees(states), parts, ids)
         new = tuple(self._constrain(state, 0) for state in layout.flats(states, new))
         return new, (), tuple(map(JoinedMetrics.of, metrics))
 
@@ -130,19 +133,22 @@ class MultiStep:
         states: list[Any] = [None] * len(self._placements)
         states[k] = self.executor.layout.tree(k, given)
         carries = {(k, microbatch): part for microbatch, part in enumerate(parts)}
-        new_states, left, metrics = engine.dispatch(
+        new_states, left, metrics, _ = engine.dispatch(
             calls,
             functions,
             tuple(states),
             {"carries": carries, "residuals": {}, "errors": {}},
             (),
-            engine.step_ids(calls, step),
+            self._ids(calls, step),
         )
         above = k + 1
         sent = [left["carries"][above, m] for m in range(len(parts)) if above < len(states)]
         new = self.executor.layout.flat(k, given, new_states[k])
         joined = JoinedMetrics.of(metrics[k], self.executor.single_metrics(k))
         return self._constrain(new, k), sent, joined
+
+    def _ids(self, calls: Sequence[Call], step: Any) -> list[Any]:
+        return by_call(calls, self.executor.step_ids(calls, step))
 
     @cached_property
     def _traced(self) -> Executor:

@@ -21,11 +21,13 @@ from jdecouple.methods.routes import (
 from jdecouple.methods.routes.splitting import defer
 from jdecouple.methods.routes.stage import error_shapes
 from jdecouple.pipeline.mesh import StageDevices, jit
+from jdecouple.pipeline.mpmd.step_ids import NEXT_BATCH
 from jdecouple.pipeline.step_metrics import JoinedMetrics
 from jdecouple.pipeline.transfer import pack, packed, unpack
 from jdecouple.pipeline.wire import coded, decode, encode, encode_error
 from jdecouple.schedules import Call, Kind, Schedule
 
+IDS = 5  # the argument of a call that numbers its actions
 TRAINING = (Kind.FORWARD, Kind.BACKWARD, Kind.STEP)
 
 
@@ -343,7 +345,7 @@ def compile_stage_fn(
     queued: int | None,
     single_metrics: tuple[str, ...] = (),
 ) -> Any:
-    """Jits a call; donates what the call replaces.
+    """Jits a call; donates what the call replaces. It gives the numbers of the next batch too.
 
     `queued` are the examples in a microbatch, where residuals outlive the iteration;
     `single_metrics` are those that are not joined with the others.
@@ -368,10 +370,10 @@ def compile_stage_fn(
                 out[name] = constrain(joined, placement.replicated)
             elif queued is not None:
                 out[name] = placement.constrain_queue(out[name], queued)
-        return out
+        return out | {"ids": constrain(arguments[IDS] + NEXT_BATCH, placement.replicated)}
 
     constrained.__name__ = function.__name__
-    return jit(constrained, placement, donate_argnums=donated_by(kinds))
+    return jit(constrained, placement, donate_argnums=(*donated_by(kinds), IDS))
 
 
 def donated_by(kinds: tuple[Kind, ...]) -> tuple[int, ...]:

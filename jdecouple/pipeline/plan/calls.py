@@ -13,6 +13,7 @@ from jdecouple.pipeline.design import Design
 from jdecouple.pipeline.mesh import replica_spec
 from jdecouple.pipeline.mpmd.executor import Executor
 from jdecouple.pipeline.mpmd.stage_fns import donated_by
+from jdecouple.pipeline.mpmd.step_ids import by_call
 from jdecouple.pipeline.plan.graph import graph_of, size_of
 from jdecouple.pipeline.plan.liveness import needed, temporaries
 from jdecouple.pipeline.state import queue_shapes
@@ -112,7 +113,8 @@ class _Recorder:
                 for key, function in executor.functions.items()
             }
             dispatch = functools.partial(executor.dispatch, executor.calls, functions)
-        new, _ = executor.iterate(dispatch, states, self._parts, 0)
+        ids = by_call(executor.calls, executor.step_ids(executor.calls, 0))
+        new, *_ = executor.iterate(dispatch, states, self._parts, ids)
         return Iteration(
             self._calls,
             [{kind: self._leaves(kind, tree) for kind, tree in state.items()} for state in states],
