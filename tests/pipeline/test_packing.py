@@ -3,10 +3,13 @@
 import chex
 import jax
 import jax.numpy as jnp
+import nets
 import numpy as np
 import pytest
 
-from jdecouple.pipeline.transfer import pack, packed, unpack
+import jdecouple as jd
+from jdecouple.pipeline.mpmd import executor, messages
+from jdecouple.pipeline.transfer import pack, packed, transfer, unpack
 
 BATCH = 8
 CARRIES = {
@@ -44,3 +47,27 @@ def test_bits_arrive(name, x64):
     chex.assert_trees_all_equal_shapes_and_dtypes(found, sent)
     bits = [[np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(x)] for x in (found, sent)]
     assert bits[0] == bits[1]
+
+
+@pytest.mark.parametrize("name", ["bp", "deinforeg"])
+def test_small_carries_go_to_another_device_as_one_array(name, monkeypatch):
+    """To the bit as single arrays, errors and the sum of losses too."""
+    found, sent = [], []
+    for limit in (0, messages.MESSAGE_BYTES):
+        counts: list[int] = []
+
+        def spy(tree, *arguments, counts=counts):
+            counts.append(len(jax.tree.leaves(tree)))
+            return transfer(tree, *arguments)
+
+        monkeypatch.setattr(messages, "MESSAGE_BYTES", limit)
+        monkeypatch.setattr(executor, "transfer", spy)
+        own = nets.build(name, model=nets.mlp(depth=2), num_stages=2, mesh=jd.make_mesh(2))
+        state, metrics = nets.trained(own, nets.batches(), 3)
+        found.append(nets.to_arrays(own, state) | {"loss": np.array(metrics[-1]["loss"])})
+        sent.append(counts)
+    single, joined = sent
+    assert len(single) == len(joined) > 0
+    assert {*joined} == {1}
+    assert max(single) > 1
+    assert nets.same_bits(*found)

@@ -2,11 +2,10 @@
 
 import dataclasses
 import functools
-import itertools
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +16,10 @@ from jdecouple.pipeline.memory import Meter
 from jdecouple.pipeline.mesh import StageDevices, jit, require_one_process
 from jdecouple.pipeline.mpmd.flat_state import FlatLayout
 from jdecouple.pipeline.mpmd.following import Following, followings
+from jdecouple.pipeline.mpmd.messages import Message, Messages, opened
 from jdecouple.pipeline.mpmd.stage_fns import (
     calls_of,
     compile_stage_fn,
-    compile_unpack,
     make_norm_fn,
     make_stage_fn,
     message_shape,
@@ -32,7 +31,7 @@ from jdecouple.pipeline.mpmd.step_ids import NEXT_BATCH, PlacedIds, by_call, ste
 from jdecouple.pipeline.mpmd.tied_steps import TiedSteps
 from jdecouple.pipeline.state import Queues, put_queues, take_queues
 from jdecouple.pipeline.step_metrics import JoinedMetrics
-from jdecouple.pipeline.transfer import crosses, transfer, without_loss
+from jdecouple.pipeline.transfer import crosses, transfer
 from jdecouple.schedules import Call, Kind, Schedule
 
 Calls = dict[tuple[int, Any], Callable]
@@ -41,17 +40,6 @@ Calls = dict[tuple[int, Any], Callable]
 Others are those of `jdecouple.pipeline.mpmd.following`; those for what stages share have the number
 of the stage that steps it in the place of kinds.
 """
-
-
-class _Message(NamedTuple):
-    """What has been sent to a queue, still packed, and the call that unpacks it."""
-
-    array: jax.Array
-    unpack: Callable
-
-
-def _opened(received: Any) -> Any:
-    return received.unpack(received.array) if isinstance(received, _Message) else received
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -201,8 +189,8 @@ class Executor:
                     new_states[stage],
                     accumulated[stage],
                     residuals.pop((stage, takes), None),
-                    _opened(carries.pop((stage, forward), None)),
-                    _opened(errors.pop((stage, backward), None)),
+                    opened(carries.pop((stage, forward), None)),
+                    opened(errors.pop((stage, backward), None)),
                     own_ids,
                     norms and norms[stage],
                 )
@@ -224,7 +212,7 @@ class Executor:
             ran = {call.stage for call in calls}
             self._tied.finish(functions, new_states, tied, received, norms, ran)
         # Calls of a device wait for one another: nothing that is still on its way may come between.
-        carries, errors = ({x: _opened(y) for x, y in held.items()} for held in (carries, errors))
+        carries, errors = ({x: opened(y) for x, y in held.items()} for held in (carries, errors))
         left = {"carries": carries, "residuals": residuals, "errors": errors}
         return tuple(new_states), left, tuple(metrics), next_ids
 
@@ -272,7 +260,7 @@ class Executor:
             key: self._with_messages(
                 key,
                 function,
-                *self._packed[key[0] : key[0] + 2],
+                *self._messages.packed[key[0] : key[0] + 2],
                 unpacks=not self.schedule.overlapping,
             )
             for key, function in self._stage_functions.items()
@@ -387,11 +375,14 @@ class Executor:
 
     def _send(self, source: int, target: int, carry: Any) -> Any:
         """Sends a carry (or, downwards, an error) to a neighbouring stage."""
-        if self.fuse or not crosses(self.placements[source], self.placements[target]):
-            return self._transfer(carry, None, source, target)
+        if self.fuse:
+            return carry
         above = self.stages[max(source, target)]
-        is_packed = self._packed[above.index] is not None
-        shapes: Any = self._packed[above.index] or above.carry
+        shapes: Any = self._messages.packed[above.index]
+        is_packed = shapes is not None
+        if not is_packed and not crosses(self.placements[source], self.placements[target]):
+            return self._transfer(carry, None, source, target)
+        shapes = shapes or above.carry
         if target < source:
             shapes = error_shapes(shapes, above.scaling)
         if not is_packed:
@@ -399,46 +390,13 @@ class Executor:
         arrived = self._transfer(carry, message_shape(shapes, above.wire), source, target)
         if arrived is None or not self.schedule.overlapping:
             return arrived
-        return _Message(arrived, self._unpacked[above.index, target < source])
+        return Message(arrived, self._messages.unpacked[above.index, target < source])
+
+    @cached_property
+    def _messages(self) -> Messages:
+        return Messages(self.stages, self.placements, self.schedule.overlapping)
 
     def _transfer(self, tree: Any, shapes: Any, source: int, target: int) -> Any:
         if self.fuse:
             return tree
         return transfer(tree, shapes, self.placements[source], self.placements[target])
-
-    @cached_property
-    def _packed(self) -> list[Carry | None]:
-        """For every stage, and for the end, shapes of its carry where that comes as one array.
-
-        It does from another process, unless carries may be queued in the state of the stage and are
-        not rounded: what a checkpoint holds does not depend on the placement.
-        """
-        pairs = zip(itertools.pairwise(self.placements), self.stages[1:], strict=True)
-        shapes = [
-            self._message(stage.carry)
-            if crosses(below, above) and not (self.schedule.overlapping and stage.wire is None)
-            else None
-            for (below, above), stage in pairs
-        ]
-        return [None, *shapes, None]
-
-    def _message(self, carry: Carry) -> Carry:
-        """What of a carry goes to another process as one array."""
-        _, shapes = without_loss(None, carry)
-        if self.schedule.overlapping and "loss" in carry:  # the sum waits with the carry
-            shapes["loss"] = jax.ShapeDtypeStruct((self.size,), carry["loss"].dtype)
-        return shapes
-
-    @cached_property
-    def _unpacked(self) -> dict[tuple[int, bool], Callable]:
-        """By the stage above, and whether it is an error: what unpacks a message for a queue."""
-        calls = {}
-        for stage, carry in zip(self.stages, self._packed[:-1], strict=True):
-            if carry is None:
-                continue
-            for down in (False, True):
-                placement = self.placements[stage.index - down]
-                shapes = error_shapes(carry, stage.scaling) if down else carry
-                if placement.addressable:
-                    calls[stage.index, down] = compile_unpack(placement, shapes, stage.wire)
-        return calls

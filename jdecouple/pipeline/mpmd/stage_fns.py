@@ -334,8 +334,11 @@ def message_shape(shapes: Any, wire: str | None) -> jax.ShapeDtypeStruct:
 
 
 def unpack_codes(array: jax.Array, shapes: Any, wire: str | None) -> Any:
-    """The tree of these shapes that another process has rounded and packed."""
-    return decode(unpack(array, coded(shapes, wire)), shapes)
+    """The tree of these shapes that was rounded and packed, the sum of losses for every example."""
+    tree = decode(unpack(array, coded(shapes, wire)), shapes)
+    if isinstance(tree, dict) and "loss" in tree:
+        tree["loss"] = tree["loss"][0]
+    return tree
 
 
 def compile_stage_fn(
@@ -389,9 +392,6 @@ def compile_unpack(placement: StageDevices, shapes: Any, wire: str | None) -> An
     """Jits what unpacks a message that is held in a queue."""
 
     def unpack(array: jax.Array) -> Any:
-        tree = unpack_codes(array, shapes, wire)
-        if isinstance(tree, dict) and "loss" in tree:
-            tree["loss"] = tree["loss"][0]
-        return placement.constrain(tree)
+        return placement.constrain(unpack_codes(array, shapes, wire))
 
     return jit(unpack, placement)
