@@ -3,10 +3,11 @@
     python bench/checkpoints.py --stages 2 4 --megabytes 200
 
 Every stage is one dense layer of so many megabytes, in a process of its own on one CPU device.
-Each way of saving starts processes afresh: by stage (each writes its own), and gathered (all to the
-first, as where machines share no folder). "Before" and "peak" are the resident memory of the first
-process, which holds the initial weights of the whole model besides: "more" is what the save adds.
-The checkpoint by stage is then read by as many processes, by half as many and by one.
+Each way of saving starts processes afresh: by stage (each writes its own), gathered (all to the
+first, as where machines share no folder) and apart (each into its own folder, whose content the
+first is sent at the end). "Before" and "peak" are the resident memory of the first process, which
+holds the initial weights of the whole model besides: "more" is what the save adds. The checkpoint
+by stage is then read by as many processes, by half as many and by one.
 """
 
 import argparse
@@ -41,7 +42,7 @@ def work(task: dict[str, Any]) -> dict[str, Any]:
     import numpy as np
     from flax import nnx
 
-    from jdecouple.train import hosts, sharing
+    from jdecouple.train import hosts
 
     processes = hosts.SingleProcess()
     if task["count"] > 1:
@@ -49,7 +50,7 @@ def work(task: dict[str, Any]) -> dict[str, Any]:
         processes = hosts.join(place)
 
     import jdecouple as jd
-    from jdecouple.checkpoint import Checkpointer, own_parts
+    from jdecouple.checkpoint import Checkpointer
 
     width = round((task["megabytes"] * MB / 4) ** 0.5)
     rngs = nnx.Rngs(0)
@@ -71,34 +72,58 @@ def work(task: dict[str, Any]) -> dict[str, Any]:
         found["read"] = (has_read() - before) / MB
         found["own"] = sum(array.nbytes for array in arrays.values()) / MB
     else:
-        state = trainer.init()
-        trainer.wait(state)
-        arrays = trainer.to_arrays(state)
-        with contextlib.ExitStack() as stack:
-            writer = None
-            if processes.first:
-                writer = stack.enter_context(Checkpointer(folder))
-            together = None
-            if task["way"] == "by stage":
-                together = sharing.share(processes, folder, writer)
-            processes.broadcast(None)
-            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-            found["before"], began = resident("VmRSS"), time.perf_counter()
-            if task["way"] == "gathered":
-                saved = hosts.gather(processes, arrays)
-            else:
-                saved = own_parts(arrays, sharing.stage_of(trainer))
-            if writer is not None:
-                writer.save(1, saved, {})
-                writer.wait()
-            elif together is not None:
-                together.save(1, saved)
-                together.wait()
-            found |= {"peak": resident("VmHWM"), "seconds": time.perf_counter() - began}
+        found = save(task, folder, processes, trainer)
     jax.effects_barrier()
     if task["count"] > 1:
         processes.close()
     return found
+
+
+def save(task: dict[str, Any], folder: Path, processes: Any, trainer: Any) -> dict[str, Any]:
+    """What a process measures while all save."""
+    from jdecouple.checkpoint import Checkpointer, own_parts
+    from jdecouple.train import hosts, sharing
+
+    state, way = trainer.init(), task["way"]
+    trainer.wait(state)
+    arrays = trainer.to_arrays(state)
+    if way == "apart":
+        folder = folder / f"machine_{task['index']}" / "checkpoints"
+    with contextlib.ExitStack() as stack:
+        writer = stack.enter_context(Checkpointer(folder)) if processes.first else None
+        together = None
+        if way != "gathered":
+            shared = sharing.share(processes, folder, writer, apart=way == "apart")
+            together = stack.enter_context(shared)
+        found, began = begin(processes), time.perf_counter()
+        saved: Any
+        if way == "gathered":
+            saved = hosts.gather(processes, arrays)
+        else:
+            saved = own_parts(arrays, sharing.stage_of(trainer))
+        lists = processes.collect(sharing.listed(together, saved))
+        sharing.settle(processes, writer, together, [each.value for each in lists])
+        if writer is not None:
+            writer.save(1, saved, {})
+        elif together is not None:
+            together.save(1, saved)
+        sharing.settle(processes, writer, together)
+        found |= {"peak": resident("VmHWM"), "seconds": time.perf_counter() - began}
+        if way == "apart":
+            del saved
+            later, began = begin(processes), time.perf_counter()
+            sharing.gather(processes, together, writer)
+            later |= {"peak": resident("VmHWM"), "seconds": time.perf_counter() - began}
+            found["later"] = later
+    return found
+
+
+def begin(processes: Any) -> dict[str, Any]:
+    """The memory of this process, of which the peak begins anew, when all have come here."""
+    processes.collect(None)
+    processes.broadcast(None)
+    Path("/proc/self/clear_refs").write_text("5")
+    return {"before": resident("VmRSS")}
 
 
 def run(count: int, **task: Any) -> list[dict[str, Any]]:
@@ -121,6 +146,13 @@ def run(count: int, **task: Any) -> list[dict[str, Any]]:
     return [json.loads(output.splitlines()[-1]) for output in outputs]
 
 
+def show(stages: int, way: str, found: dict[str, Any]) -> None:
+    """Prints a line of the table."""
+    memory = (found["before"], found["peak"], found["peak"] - found["before"])
+    cells = "".join(f"{value:>10.0f}" for value in memory)
+    print(f"{stages:>6} {way:<10}{cells}{found['seconds']:>7.1f}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--stages", type=int, nargs="+", default=[2, 4])
@@ -134,12 +166,12 @@ def main() -> None:
     for stages in given.stages:
         task = {"stages": stages, "megabytes": given.megabytes}
         with tempfile.TemporaryDirectory() as folder:
-            for way in ("gathered", "by stage"):
+            for way in ("gathered", "apart", "by stage"):
                 place = str(Path(folder) / way.replace(" ", "_"))
                 first, *_ = run(stages, way=way, folder=place, **task)
-                memory = (first["before"], first["peak"], first["peak"] - first["before"])
-                cells = "".join(f"{value:>10.0f}" for value in memory)
-                print(f"{stages:>6} {way:<10}{cells}{first['seconds']:>7.1f}", flush=True)
+                show(stages, way, first)
+                if "later" in first:
+                    show(stages, "at the end", first["later"])
             files = (path for path in Path(place).rglob("*") if path.is_file())
             print(f"       on disk {sum(file.stat().st_size for file in files) / MB:.0f} MB")
             for count in sorted({stages, stages // 2, 1}, reverse=True):

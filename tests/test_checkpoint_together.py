@@ -92,8 +92,9 @@ def test_nothing_is_read_but_what_is_wanted(saved, wanted):
 def test_what_another_process_cannot_read_is_refused_by_all(saved):
     asked = []
 
-    def agree(step: int) -> str | None:
+    def agree(step: int, document: dict) -> str | None:
         asked.append(step)
+        assert document["extra"] == {"step": step}
         return "it is torn" if step == 2 else None
 
     assert Checkpointer(saved, read_only=True).restore(state(), agree=agree).step == 1

@@ -44,6 +44,7 @@ from jdecouple.checkpoint.together import LostError, Part, Together, whole_parts
 from jdecouple.pipeline.wire import is_feedback
 
 Accept = Callable[[dict[str, Any]], str | None]
+Agree = Callable[[int, dict[str, Any]], str | None]
 Template = Mapping[str, Any]
 
 
@@ -222,7 +223,7 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
         *,
         accept: Accept = lambda extra: None,
         wanted: Callable[[int], Collection[str]] | None = None,
-        agree: Callable[[int], str | None] = lambda step: None,
+        agree: Agree = lambda step, document: None,
     ) -> Restored | None:
         """Reads the latest usable checkpoint, or the one of `step`; None if there are none.
 
@@ -236,7 +237,8 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
             accept: given the `extra` of a checkpoint, says why it is to be refused, or None.
             wanted: names of the arrays of a step to read; None: all. All are compared with the
                 template.
-            agree: called with the step of one that has been read, says why others refuse it.
+            agree: called with the step and the document of one that fits, before its arrays are
+                read, says why others refuse it.
 
         Raises:
             CheckpointError: `step` is absent or unusable, or every checkpoint was refused.
@@ -250,10 +252,12 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
                 logging.warning("checkpoint %d refused: %s; trying %d", *last, candidate)
             try:
                 expected = template(candidate) if callable(template) else template
-                names = wanted(candidate) if wanted else expected
-                restored = self._load(candidate, expected, accept, names)
-                if reason := agree(candidate):
+                own = wanted(candidate) if wanted else expected
+                document = self._fitting(candidate, expected, accept)
+                if reason := agree(candidate, document):
                     raise RefusedError(reason)
+                names = [name for name in expected if name in own]
+                restored = self._load(candidate, document, names)
             except RefusedError as error:
                 refused[candidate] = str(error)
             else:
@@ -273,9 +277,9 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
         """
         self.wait()
         try:
-            document = self._document(self._present(step))
-            found = {name: leaf for name, leaf in leaves(document).items() if wanted(name)}
-            return Restored(step, read_arrays(self._at(step), found), document["extra"])
+            document = self.document(self._present(step))
+            names = [name for name in leaves(document) if wanted(name)]
+            return self._load(step, document, names)
         except RefusedError as error:
             raise CheckpointError(
                 f"checkpoint {step} in {self.directory} cannot be used: {error}"
@@ -320,7 +324,10 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
         self._manager.wait_until_finished()
         checkpoint = self._at(self._pending)
         try:
-            for item, name in itertools.product(items(read_document(checkpoint)), STATE_FILES):
+            found = items(leaves(read_document(checkpoint)))
+            if self._together:
+                found = {*filter(self._together.holds, found)}
+            for item, name in itertools.product(found, STATE_FILES):
                 if not size(checkpoint / item / name):
                     raise OSError(f"{item}/{name} is empty")
         except (RefusedError, OSError) as error:
@@ -361,26 +368,30 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
             return
         self._manager = manager_alone(self._place.enter_context(plain(self.directory)))
 
-    def _load(
-        self, step: int, template: Template, accept: Accept, wanted: Collection[str]
-    ) -> Restored:
-        """Reads one checkpoint and compares it with what was saved and with what is expected."""
-        document = self._document(step)
+    def _fitting(self, step: int, template: Template, accept: Accept) -> dict[str, Any]:
+        """The document of a checkpoint, with the arrays alone that are expected and as expected."""
+        document = self.document(step)
         if reason := accept(document["extra"]):
             raise RefusedError(reason)
-        found = leaves(document)
-        saved = {name: leaf.kind for name, leaf in found.items()}
+        saved = {name: leaf.kind for name, leaf in leaves(document).items()}
         expected = {name: spec(array) for name, array in template.items()}
         for name in sorted(saved.keys() | expected.keys()):
             was, needed = saved.get(name, "absent"), expected.get(name, "none")
             if was != needed and is_feedback(name):
-                expected.pop(name, None)  # it begins anew
+                document["leaves"].pop(escaped(name), None)  # it begins anew
             elif was != needed:
                 raise RefusedError(f"leaf {name} is {was}, expected {needed}")
-        read = {name: found[name] for name in expected if name in wanted}
-        return Restored(step, read_arrays(self._at(step), read), document["extra"])
+        return document
 
-    def _document(self, step: int) -> dict[str, Any]:
+    def _load(self, step: int, document: dict[str, Any], wanted: Collection[str]) -> Restored:
+        """Reads arrays of one checkpoint and compares them with what was saved."""
+        found = leaves(document)
+        read = {name: found[name] for name in wanted if name in found}
+        arrays = read_arrays(self._at(step), read, document.get("folders", ()))
+        return Restored(step, arrays, document["extra"])
+
+    def document(self, step: int) -> dict[str, Any]:
+        """What a checkpoint says of itself; RefusedError where that is not sound."""
         document = read_document(self._at(step))
         if document["step"] != step:
             raise RefusedError(f"it was saved at step {document['step']}")

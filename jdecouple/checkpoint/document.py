@@ -3,7 +3,7 @@
 import functools
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
@@ -66,12 +66,19 @@ def leaves(document: Mapping[str, Any]) -> dict[str, Leaf]:
     }
 
 
-def items(document: Mapping[str, Any]) -> set[str]:
-    """The folders in which a checkpoint has its arrays."""
-    if document["format"] == FORMAT:
-        return {STATE}
-    pieces = (piece for leaf in leaves(document).values() for piece in leaf.pieces)
+def items(found: Mapping[str, Leaf]) -> set[str]:
+    """The folders of a checkpoint in which it has these arrays."""
+    pieces = (piece for leaf in found.values() for piece in leaf.pieces)
     return {piece.item for piece in pieces if empty(piece.kind).size}
+
+
+def elsewhere(item: str, folders: Sequence[str]) -> str:
+    """What is said of an item that another process has written to its own of these folders."""
+    writer = int(item.partition(".process_")[2].partition(".")[0])
+    return (
+        f"{item} is not here: process {writer} wrote it to {folders[writer]}; start the same "
+        "processes with config.checkpoint.apart, or bring it here by 'jdecouple gather'"
+    )
 
 
 def best(documents: Mapping[int, dict[str, Any]]) -> int | None:

@@ -2,23 +2,39 @@
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from etils import epath
 
 from jdecouple._files import bring, is_stored
-from jdecouple.checkpoint.document import Leaf, Piece, RefusedError, crc, empty, spec, told
+from jdecouple.checkpoint.document import (
+    Leaf,
+    Piece,
+    RefusedError,
+    crc,
+    elsewhere,
+    empty,
+    spec,
+    told,
+)
 from jdecouple.checkpoint.items import read_item
 from jdecouple.checkpoint.orbax_setup import plain
 
 
-def read_arrays(checkpoint: Path, wanted: Mapping[str, Leaf]) -> dict[str, np.ndarray]:
+def read_arrays(
+    checkpoint: Path, wanted: Mapping[str, Leaf], folders: Sequence[str] = ()
+) -> dict[str, np.ndarray]:
     """Reads these arrays of a checkpoint's folder, and nothing of others.
 
+    Args:
+        checkpoint: that folder.
+        wanted: the arrays.
+        folders: where each process has its own, in which parts of the checkpoint may lie.
+
     Raises:
-        RefusedError: one cannot be read, or is not what was saved.
+        RefusedError: one cannot be read, is not there, or is not what was saved.
     """
     by_item: dict[str, dict[str, np.ndarray]] = {}
     for leaf in wanted.values():
@@ -28,6 +44,8 @@ def read_arrays(checkpoint: Path, wanted: Mapping[str, Leaf]) -> dict[str, np.nd
         held = {key: block for key, block in blocks.items() if block.size}
         if not held:
             continue
+        if folders and not (checkpoint / item).is_dir():
+            raise RefusedError(elsewhere(item, folders))
         try:
             with _at_hand(checkpoint, item) as folder:
                 blocks |= read_item(folder, held)

@@ -18,7 +18,7 @@ import json
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -106,6 +106,23 @@ def whole_parts(arrays: Mapping[str, Any]) -> list[Part]:
     return [Part(name, spec(x), 0, (0,) * x.ndim, x) for name, x in copies.items()]
 
 
+def merged(lists: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The arrays of a checkpoint, of lists of what each process has written.
+
+    Raises:
+        OSError: nobody has written a part of one.
+    """
+    found: dict[str, Any] = {}
+    for each in lists:
+        for name, (kind, pieces) in each.items():
+            found.setdefault(name, [kind, []])[1].extend(pieces)
+    for name, (kind, pieces) in found.items():
+        sizes = (empty(Piece(*piece).kind).size for piece in pieces)
+        if sum(sizes) != empty(kind).size:
+            raise OSError(f"{name} was written in part")
+    return found
+
+
 class Together:
     """One process's side of the checkpoints that several write; each makes one.
 
@@ -132,6 +149,10 @@ class Together:
         """Whether a folder is one that this run may be writing."""
         within = children(path) if self._stored else []
         return any(each.name.endswith(self._token) for each in (path, *within))
+
+    def holds(self, item: str) -> bool:
+        """Whether an item is to be in the directory."""
+        return True
 
     def save(
         self, step: int, parts: Sequence[Part], document: Mapping[str, Any] | None = None
@@ -197,19 +218,15 @@ class Together:
         folder = self.directory / f"{step}{end}"
         failed: Exception | None = None
         try:
-            said: dict[str, Any] = {"leaves": self._write(folder, parts)}
+            self._write(folder, parts)
+            said: dict[str, Any] = {"leaves": self.listed(parts)}
         except Exception as error:
             failed, said = error, {"error": told(error)}
         with contextlib.suppress(OSError):  # what is missing counts as failed
             make_folder(folder / self._lists)
             own = folder / self._lists / str(self.index)
             replace(own, lambda path: path.write_text(json.dumps(info(said))))
-        if self.count > 1:
-            try:
-                key = f"jdecouple_{self._token}_{step}"
-                get_barrier_sync_fn()(key=key, timeout_ms=1000 * _PATIENCE)
-            except Exception as error:
-                raise LostError(f"checkpoint {step}: not all processes have come") from error
+        self._meet(step)
         self._written.set()
         try:
             if failed is not None:
@@ -221,23 +238,41 @@ class Together:
                 discard(folder)
             raise
 
-    def _write(self, folder: Path, parts: Sequence[Part]) -> dict[str, Any]:
-        """Writes an item a stage; returns what is where."""
+    def _meet(self, step: int) -> None:
+        """Waits until all processes have come here."""
+        if self.count == 1:
+            return
+        try:
+            key = f"jdecouple_{self._token}_{step}"
+            get_barrier_sync_fn()(key=key, timeout_ms=1000 * _PATIENCE)
+        except Exception as error:
+            raise LostError(f"checkpoint {step}: not all processes have come") from error
+
+    def _place(self, part: Part) -> tuple[str, str]:
+        """The item of a part, and its key there."""
+        whole = spec(part.block) == part.kind
+        key = escaped(part.name if whole else f"{part.name}@{part.start}")
+        return f"{ITEMS}{part.stage}.process_{self.index}{self._mark}", key
+
+    def listed(self, parts: Sequence[Part]) -> dict[str, Leaf]:
+        """What is where when these parts are written."""
         found: dict[str, Leaf] = {}
+        for part in parts:
+            piece = Piece(*self._place(part), spec(part.block), crc(part.block), part.start)
+            found.setdefault(escaped(part.name), Leaf(part.kind, [])).pieces.append(piece)
+        return found
+
+    def _write(self, folder: Path, parts: Sequence[Part]) -> None:
+        """Writes an item a stage."""
         by_item: dict[str, dict[str, np.ndarray]] = {}
         for part in parts:
-            whole = spec(part.block) == part.kind
-            key = escaped(part.name if whole else f"{part.name}@{part.start}")
-            item = f"{ITEMS}{part.stage}.process_{self.index}{self._mark}"
-            piece = Piece(item, key, spec(part.block), crc(part.block), part.start)
-            found.setdefault(escaped(part.name), Leaf(part.kind, [])).pieces.append(piece)
             if part.block.size:  # Orbax takes no other
+                item, key = self._place(part)
                 by_item.setdefault(item, {})[key] = part.block
         make_folder(folder)
         for item, arrays in by_item.items():
             with self._being_written(folder, item) as place:
                 write_item(place, arrays)
-        return found
 
     @contextlib.contextmanager
     def _being_written(self, folder: Path, item: str) -> Iterator[epath.Path]:
@@ -252,17 +287,14 @@ class Together:
 
     def _commit(self, step: int, folder: Path, document: Mapping[str, Any]) -> None:
         """Makes a checkpoint of what all have written."""
-        found: dict[str, list[Any]] = {}
-        for index in range(self.count):
-            for name, (kind, pieces) in self._said(folder, index).items():
-                found.setdefault(name, [kind, []])[1].extend(pieces)
-        for name, (kind, pieces) in found.items():
-            sizes = (empty(Piece(*piece).kind).size for piece in pieces)
-            if sum(sizes) != empty(kind).size:
-                raise OSError(f"{name} was written in part")
+        found = merged(self._said(folder, index) for index in range(self.count))
         discard(folder / self._lists)
+        self._finish(step, folder, {**document, "leaves": found})
+
+    def _finish(self, step: int, folder: Path, document: dict[str, Any]) -> None:
+        """Writes the document, with which a folder is a checkpoint."""
         make_folder((folder / DOCUMENT).parent)
-        text = json.dumps(info({**document, "leaves": found}))
+        text = json.dumps(info(document))
         replace(folder / DOCUMENT, lambda path: path.write_text(text))
         if not self._stored:
             os.rename(folder, self.directory / str(step))

@@ -48,6 +48,10 @@ COMMANDS = {
     "export": Command(
         "jdecouple.inference.cli:export", "Writes a network into a folder that serves it."
     ),
+    "gather": Command(
+        "jdecouple.train.gathering:main",
+        "Makes checkpoints whole whose parts several machines have written.",
+    ),
     "compare": Command(
         "jdecouple.train.pages.compare:main", "Compares runs on one page, and in two tables."
     ),

@@ -166,6 +166,12 @@ KEYS: tuple[Key, ...] = (
     Key("steps", int, "Length of the training in steps; it wins over epochs."),
     Key("eval_every", int, "Steps between evaluations; None: an epoch."),
     Key("checkpoint.every", int, "Steps between checkpoints; None: as eval_every."),
+    Key(
+        "checkpoint.apart",
+        str,
+        "Processes that see no common workdir save their stages each in its own, and process 0 is "
+        "sent them at the end (gather) or not (keep); None: process 0 saves all.",
+    ),
     Key("checkpoint.keep", 3, "How many of the last checkpoints stay, beside the best."),
     Key("log_every", 50, "Steps between lines of the log."),
     Key(

@@ -67,7 +67,7 @@ def train_and_evaluate(
             with `config.profile` `profile/` and `timeline.png`; made if missing; on this machine,
             or in an object store, such as ``gs://bucket/run``. Of several
             processes the first alone reads and writes it, but for the checkpoints: where all see
-            the same folder, each writes and reads those of its stages.
+            the same folder, or with `checkpoint.apart`, each writes and reads those of its stages.
         processes: what `jdecouple.train.hosts.join` returned, where there are several.
         callbacks: functions of a step, a split and values, or writers (`jdecouple.train.tracking`):
             the first process calls each with what every line of `metrics.jsonl` holds.
@@ -112,7 +112,9 @@ def train_and_evaluate(
                 stack.enter_context(only_run(folder))
                 keep = run.config.checkpoint.keep
                 checkpoints = stack.enter_context(Checkpointer(folder / "checkpoints", keep=keep))
-            together = sharing.share(processes, folder / "checkpoints", checkpoints)
+            apart = run.config.checkpoint.apart
+            place = (processes, folder / "checkpoints", checkpoints)
+            together = stack.enter_context(sharing.share(*place, apart=apart is not None))
             if checkpoints is not None:
                 processes.on_loss(lambda: sharing.finish(checkpoints, together))
         interrupt = stack.enter_context(Interrupt())
@@ -127,6 +129,9 @@ def train_and_evaluate(
         state = loop.train(state, start)
         early = loop.stopping.reason if state.step < run.total_steps else None
         finished = early is not None or state.step >= run.total_steps
+        if finished and apart == "gather":
+            with one_line():
+                sharing.gather(processes, together, checkpoints)
         result: dict[str, Any] = {"step": state.step, "finished": finished}
         if early is not None:
             result["reason"] = early
@@ -241,10 +246,7 @@ class Loop:
                     self._evaluate(state, progress)
                 if stop:
                     break
-        if self.checkpoints is not None:
-            self.checkpoints.wait()
-        elif self.together is not None:
-            self.together.wait()
+        sharing.settle(self.processes, self.checkpoints, self.together)
         return state
 
     def _put(self, batches: list[Mapping[str, Any]]) -> tuple[Trainer, PlacedBatch]:
@@ -381,13 +383,13 @@ class Loop:
         # In float16, what overflows in a queue is left out in its turn.
         queues = "stage_" if self.run.config.dtype == "float16" else None
         found = [not_finite(blocks, but=queues), largest_weight(blocks)]
-        messages = self.processes.collect(found)
-        if self.together is not None and self.checkpoints is None:
-            self.together.wait()
-            self.together.save(state.step, parts)
+        messages = self.processes.collect([*found, sharing.listed(self.together, parts)])
         if self.checkpoints is None:
+            sharing.settle(self.processes, None, self.together)
+            if self.together is not None:
+                self.together.save(state.step, parts)
             return
-        spoilt, largest = zip(*(message.value for message in messages), strict=True)
+        spoilt, largest, lists = zip(*(message.value for message in messages), strict=True)
         for name in filter(None, spoilt):
             raise NonFiniteError(
                 f"{name} is not finite after step {state.step}; {self._last_good()}"
@@ -399,6 +401,7 @@ class Loop:
             self._extra["length"] = self._trainer.options["example"]["x"].shape[1]
         due = {"evaluate": True} if evaluate else {}
         spare = self._range.suspect
+        sharing.settle(self.processes, self.checkpoints, self.together, lists)
         self.checkpoints.save(state.step, parts, self._extra | due, spare=spare)
 
     def _counts(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from absl import logging
 from jdecouple import methods
 from jdecouple._errors import first_line
 from jdecouple.checkpoint import Checkpointer, CheckpointError, Restored, Together
+from jdecouple.checkpoint.checkpointer import Agree
 from jdecouple.data import ImageInputs, TokenDataset
 from jdecouple.inference.description import Description
 from jdecouple.methods.routes import loss_scale
@@ -52,13 +53,13 @@ def restore(
     restored: Restored | None = None
     own: dict[str, np.ndarray] = {}
     if checkpoints is not None and together is not None:
-        ask = sharing.agreement(processes)
+        ask = sharing.agreement(processes, together, names)
         restored = _read(run, checkpoints, names=names, agree=ask)
         processes.broadcast(None)
     elif checkpoints is not None:
         restored = _read(run, checkpoints)
     elif together is not None:
-        own = sharing.read_what_is_asked(processes, together.directory, names)
+        own = sharing.read_what_is_asked(processes, together, names)
     position = processes.broadcast(restored and [restored.step, restored.extra])
     step, extra = position or (0, None)
     trainer = run.at(step).trainer_for(extra)
@@ -74,7 +75,7 @@ def _read(
     run: Run,
     checkpoints: Checkpointer,
     names: Callable[[int], Collection[str]] | None = None,
-    agree: Callable[[int], str | None] = lambda step: None,
+    agree: Agree = lambda step, document: None,
 ) -> Restored | None:
     """Reads the last checkpoint that can be used: arrays of these `names` of a step, or all."""
     own = identity(run)

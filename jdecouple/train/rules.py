@@ -16,6 +16,7 @@ from jdecouple.train.tracking.table import chosen
 DTYPES = {"float32": None, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 MOST = 2**31 - 1  # of whole numbers, but for the seed
 ELASTIC = ("wait", "replay")
+APART = ("keep", "gather")  # parts of checkpoints, when the run has ended
 _MOST_PARTS = 4096  # blocks and stages, of which lists are made
 _MOST_WIDTH = 10**6  # as a factor
 # Keys that stages on their own cannot have: they need all stages at once, or batches of one shape.
@@ -43,6 +44,7 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("dtype", lambda value: value in DTYPES, f"allowed are {', '.join(DTYPES)}"),
     ("wire", lambda value: value in WIRES, f"allowed are {', '.join(WIRES)}"),
     ("mesh.elastic", lambda value: value in ELASTIC, f"allowed are {', '.join(ELASTIC)}"),
+    ("checkpoint.apart", lambda value: value in APART, f"allowed are {', '.join(APART)}"),
     ("seed", lambda n: 0 <= n < 2**32, f"a whole number from 0 to {2**32 - 1} is needed"),
     (
         "epochs steps eval_every log_every profile checkpoint.every checkpoint.keep "

@@ -55,7 +55,7 @@ def start_each(
     return server().start_together(
         [
             [
-                *arguments(unused if apart and index else folder, **values, **mine),
+                *arguments(**{"workdir": unused if apart and index else folder, **values, **mine}),
                 f"--coordinator=127.0.0.1:{port}",
                 f"--num_processes={len(own)}",
                 f"--process_index={index}",
