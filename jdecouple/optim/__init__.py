@@ -10,7 +10,7 @@ import optax
 
 from jdecouple._errors import choices
 from jdecouple.optim.imported import imported
-from jdecouple.optim.optimizers import adam, adamw, lars, muon, nadam, sgd
+from jdecouple.optim.optimizers import adam, adamw, lars, muon, nadam, nadamw, sgd
 from jdecouple.optim.schedules import (
     LearningRate,
     Schedule,
@@ -35,6 +35,7 @@ __all__ = [
     "lars",
     "muon",
     "nadam",
+    "nadamw",
     "names",
     "per_epoch",
     "sgd",
@@ -48,6 +49,7 @@ _OPTIMIZERS: dict[str, Callable[..., Any]] = {
     "lars": lars,
     "muon": muon,
     "nadam": nadam,
+    "nadamw": nadamw,
     "sgd": sgd,
 }
 _SCHEDULES: dict[str, Callable[..., Schedule]] = {

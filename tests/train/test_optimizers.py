@@ -97,7 +97,7 @@ def test_an_imported_optimizer_with_averages_over_batches(module, tmp_path):
             "name is 'my_optimizers:nothing', which does not work: what nothing returns is a "
             "NoneType: a optax GradientTransformation is needed",
         ),
-        ({"name": "adm"}, "name is 'adm': allowed are adam, adamw, lars, muon, nadam, sgd, mod"),
+        ({"name": "adm"}, "name is 'adm': allowed are adam, adamw, lars, muon, nadam, nadamw, sgd"),
     ],
 )
 def test_optimizers_that_cannot_be_had(module, optimizer, message):
