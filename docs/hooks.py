@@ -38,7 +38,7 @@ API = {
     "methods": ("jdecouple.methods",),
     "objectives": ("jdecouple.objectives",),
     "routes": ("jdecouple.routes", "jdecouple.routes.loss_scale"),
-    "optim": ("jdecouple.optim",),
+    "optim": ("jdecouple.optim", "jdecouple.optim.correctors: names, get, none, Trail"),
     "schedules": ("jdecouple.schedules",),
     "pipeline": ("jdecouple.pipeline", "jdecouple.pipeline.distributed"),
     "diagnostics": ("jdecouple.diagnostics",),

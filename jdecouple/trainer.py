@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from flax import nnx
 
 from jdecouple._errors import require_int, require_type
@@ -15,6 +14,7 @@ from jdecouple.methods.routes.stage import Transform
 from jdecouple.models import Model
 from jdecouple.pipeline import state as states
 from jdecouple.pipeline.batch import PlacedBatch
+from jdecouple.pipeline.build import Optimizer
 from jdecouple.pipeline.design import make_design
 from jdecouple.pipeline.diagnostics import measured_costs
 from jdecouple.pipeline.distributed import gather_metrics
@@ -68,7 +68,7 @@ class Trainer:
         self,
         model: Model,
         method: Method,
-        optimizer: optax.GradientTransformation | optax.MultiSteps,
+        optimizer: Optimizer,
         *,
         num_stages: int | None = None,
         boundaries: Sequence[int] | str | None = None,
@@ -97,8 +97,8 @@ class Trainer:
         Args:
             model: blocks with their initial weights, and a classifier.
             method: what `jdecouple.methods.get` returns.
-            optimizer: an optax transformation that needs nothing but gradients and weights; every
-                block gets a state of its own.
+            optimizer: an optax transformation that needs nothing but gradients and weights, or what
+                makes one for a stage's `delay` (`jd.optim.corrected`); every block has a state.
             num_stages: K; by default the number of boundaries, else the mesh's.
             boundaries: blocks at which stages begin, or the name of one of the model's published
                 splits; by default a split that balances the operations.

@@ -151,6 +151,10 @@ class Simulation:
     def _exists(self, batch: int) -> bool:
         return self.first <= batch < len(self.batches)
 
+    def _ahead(self, k: int) -> Layers:
+        """What a forward computes with."""
+        return self.weights[k]
+
     def _forward(self, k: int, batch: int, t: int, sent: int) -> None:
         if not self._exists(batch):
             return
@@ -160,8 +164,9 @@ class Simulation:
         else:
             x = self.batches[batch][0]
         is_last = k == self.num_stages - 1
-        self._outputs[k, batch] = forward(self.weights[k], x, is_last=is_last)
-        self._weights_then[k, batch] = self.weights[k]
+        layers = self._ahead(k)
+        self._outputs[k, batch] = forward(layers, x, is_last=is_last)
+        self._weights_then[k, batch] = layers
         self._version_then[k, batch] = self.updates[k]
         self._sent["output", k, batch] = t
 

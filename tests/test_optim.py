@@ -100,6 +100,14 @@ def test_adamw_is_adam_with_decay(x64):
     assert states[0] == states[1]
 
 
+def test_nadamw_is_nadam_with_decay(x64):
+    params, gradients = {"w": jnp.asarray(WEIGHT)}, [{"w": jnp.asarray(g)} for g in GRADIENTS]
+    for options in ({}, {"b1": 0.99, "weight_decay": 0.1}):
+        found = run(optim.nadamw(0.01, **options), params, gradients)
+        wanted = run(optim.nadam(0.01, **{"weight_decay": 0.01} | options), params, gradients)
+        np.testing.assert_array_equal(found[-1]["w"], wanted[-1]["w"])
+
+
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_nadam_looks_ahead(weight_decay, x64):
     tx = optim.nadam(0.01, b1=0.8, b2=0.95, eps=1e-6, weight_decay=weight_decay)
@@ -301,7 +309,7 @@ def test_every_reads_the_schedule_of_passes():
         (lambda: optim.every(optim.constant(1.0), 1.5), "passes is 1.5: a whole number"),
         (
             lambda: optim.get("adamax"),
-            "unknown optimizer 'adamax': allowed are adam, adamw, lars, muon, nadam, sgd, module",
+            "unknown optimizer 'adamax': allowed are adam, adamw, lars, muon, nadam, nadamw, sgd",
         ),
         (
             lambda: optim.get_schedule("linear"),

@@ -1,4 +1,4 @@
-"""Optimisers and learning-rate schedules of the papers, from optax parts.
+"""Optimisers, correctors of late gradients and learning-rate schedules, from optax parts.
 
 A learning rate is a number or a schedule, a function of the count of steps taken (as in optax).
 """
@@ -9,8 +9,16 @@ from typing import Any
 import optax
 
 from jdecouple._errors import choices
+from jdecouple.optim.correctors import (
+    corrected,
+    error_feedback,
+    look_ahead,
+    rate_scaling,
+    spike_compensation,
+    weight_prediction,
+)
 from jdecouple.optim.imported import imported
-from jdecouple.optim.optimizers import adam, adamw, lars, muon, nadam, sgd
+from jdecouple.optim.optimizers import adam, adamw, lars, muon, nadam, nadamw, sgd
 from jdecouple.optim.schedules import (
     LearningRate,
     Schedule,
@@ -28,18 +36,25 @@ __all__ = [
     "adam",
     "adamw",
     "constant",
+    "corrected",
     "cosine",
+    "error_feedback",
     "every",
     "get",
     "get_schedule",
     "lars",
+    "look_ahead",
     "muon",
     "nadam",
+    "nadamw",
     "names",
     "per_epoch",
+    "rate_scaling",
     "sgd",
+    "spike_compensation",
     "step_decay",
     "warmup",
+    "weight_prediction",
 ]
 
 _OPTIMIZERS: dict[str, Callable[..., Any]] = {
@@ -48,6 +63,7 @@ _OPTIMIZERS: dict[str, Callable[..., Any]] = {
     "lars": lars,
     "muon": muon,
     "nadam": nadam,
+    "nadamw": nadamw,
     "sgd": sgd,
 }
 _SCHEDULES: dict[str, Callable[..., Schedule]] = {

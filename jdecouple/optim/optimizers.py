@@ -145,6 +145,31 @@ def nadam(
     return optax.nadamw(_rate(learning_rate), b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
 
 
+def nadamw(
+    learning_rate: LearningRate,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+) -> optax.GradientTransformation:
+    """NAdamW: `nadam` with a decay of every parameter, by default PyTorch's of AdamW.
+
+    With `b1=0.99` it is what Ajanthan et al. (arXiv 2505.01099) train asynchronous pipelines with.
+
+    Args:
+        learning_rate: Number or schedule.
+        b1: Decay of the first moment, in [0, 1).
+        b2: Decay of the second moment, in [0, 1).
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled decay coefficient.
+
+    Raises:
+        ValueError: A number is out of range.
+    """
+    return nadam(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+
+
 def muon(
     learning_rate: LearningRate,
     *,

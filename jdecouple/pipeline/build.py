@@ -1,9 +1,10 @@
 """From a model and a method to the units and the stages of a run."""
 
 import dataclasses
+import inspect
 import itertools
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +42,11 @@ from jdecouple.models.renewal import outputs_of, units_of
 from jdecouple.pipeline.outputs import block_output, outputs_of_blocks
 from jdecouple.pipeline.partition import balance, check_boundaries, check_num_stages
 from jdecouple.pipeline.wire import WIRES
+
+Optimizer: TypeAlias = (
+    optax.GradientTransformation | optax.MultiSteps | Callable[..., optax.GradientTransformation]
+)
+"""What steps: an optax transformation, or a function that makes one for a stage's `delay`."""
 
 
 class BuiltModel(NamedTuple):
@@ -274,6 +280,21 @@ def flops(function: Callable, *shapes: Any) -> float:
     return float(analysis.get("flops", 0.0))
 
 
+def told_delay(optimizer: Optimizer, delay: float) -> optax.GradientTransformation:
+    """The optimiser of a stage whose gradients are late by `delay` of its steps.
+
+    Raises:
+        TypeError: what is given, or made, is no optimiser.
+    """
+    label = "optimizer"
+    if callable(optimizer) and "delay" in inspect.signature(optimizer).parameters:
+        optimizer, label = optimizer(delay=delay), "what optimizer returns"
+    if isinstance(optimizer, optax.MultiSteps):
+        optimizer = optimizer.gradient_transformation()
+    require_type(optax.GradientTransformation, **{label: optimizer})
+    return optimizer
+
+
 def _check_update(optimizer: optax.GradientTransformation, units: Sequence[Unit]) -> None:
     """Raises ValueError for an optimizer that needs more than gradients and weights, or misfits."""
 
@@ -346,7 +367,7 @@ def build_stages(
     method: Method,
     boundaries: Sequence[int],
     received: Carry,
-    optimizer: optax.GradientTransformation | optax.MultiSteps,
+    optimizer: Optimizer,
     remat: str | Sequence[str],
     clip_norm: float | None,
     accumulate: int,
@@ -366,14 +387,14 @@ def build_stages(
             values out of range.
     """
     require_bool(gradient_norms=common["gradient_norms"])
-    if isinstance(optimizer, optax.MultiSteps):
-        optimizer = optimizer.gradient_transformation()
-    require_type(optax.GradientTransformation, optimizer=optimizer)
-    _check_update(optimizer, built.units)
     _check_accumulate(accumulate, method, clip_norm)
     if ema is not None:
         require_number(positive=True, below=1, ema=ema)
     num_stages = len(boundaries)
+    delays = [method.route.delay(k, num_stages) / accumulate for k in range(num_stages)]
+    told = {delay: told_delay(optimizer, delay) for delay in {*delays}}
+    for each in told.values():
+        _check_update(each, built.units)
     remats = _remats(remat, method, num_stages)
     if clip_norm is not None:
         require_number(positive=True, clip_norm=clip_norm)
@@ -399,7 +420,7 @@ def build_stages(
                 index=k,
                 num_stages=num_stages,
                 units=built.units[start:end],
-                optimizer=accumulating(method.route.optimizer(k, optimizer), accumulate),
+                optimizer=accumulating(method.route.optimizer(k, told[delays[k]]), accumulate),
                 remat=remats[k],
                 clip_norm=clip_norm,
                 ema=ema,

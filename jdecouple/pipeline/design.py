@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import optax
 from flax import nnx
 
 from jdecouple._errors import require_int, require_type
@@ -125,7 +124,7 @@ class Design:
 def make_design(
     model: Model | Callable[[nnx.Rngs], Model] | build.BuiltModel,
     method: Method,
-    optimizer: optax.GradientTransformation | optax.MultiSteps,
+    optimizer: build.Optimizer,
     *,
     num_stages: int | None = None,
     boundaries: Sequence[int] | str | None = None,

@@ -66,6 +66,7 @@ TOPICS = {
     "methods": "jdecouple.train.listing:methods",
     "models": "jdecouple.train.listing:models",
     "optimizers": "jdecouple.train.listing:optimizers",
+    "correctors": "jdecouple.train.listing:correctors",
     "data": "jdecouple.train.listing:data_sets",
     "presets": "jdecouple.train.presets:summaries",
     "keys": "jdecouple.train.listing:keys",

@@ -24,8 +24,8 @@ def default() -> ConfigDict:
     """The configuration that every file in configs/ starts from.
 
     Its keys are those of `keys.KEYS`. It is locked (an unknown key is an error), but for the
-    sections `method`, `model` and `optimizer`: these also take the options of what `name` chooses,
-    or have its defaults.
+    sections `method`, `model`, `optimizer` and `corrector`: these also take the options of what
+    `name` chooses, or have its defaults.
 
     >>> config = default()
     >>> config.method.name = "scpl"
@@ -40,7 +40,7 @@ def default() -> ConfigDict:
 
 
 def chosen(config: ConfigDict, section: str) -> dict[str, Any]:
-    """The options that a complete configuration sets for its method, model or optimizer."""
+    """The options that a complete configuration sets for its method, model and so on."""
     keys = default()[section]
     return {key: value for key, value in config[section].items() if key not in keys}
 
@@ -119,6 +119,10 @@ _FREE = (
 )
 
 
+# Keys that are part of a run's identity where they are set.
+_OWN = ("growth", "init_from", "corrector")
+
+
 def settings(config: ConfigDict, total_steps: int) -> dict[str, Any]:
     """What else a complete configuration computes with: values by key, as JSON.
 
@@ -130,7 +134,7 @@ def settings(config: ConfigDict, total_steps: int) -> dict[str, Any]:
     parts = {"optimizer": optimizer, "early_stopping": config.early_stopping.to_dict()}
     values = config.to_dict() | traverse_util.flatten_dict(parts, sep=".")
     values["steps"] = total_steps
-    for key in (*identity(config), *_FREE, *parts, "growth", "epochs", "init_from"):
+    for key in (*identity(config), *_FREE, *parts, *_OWN, "epochs"):
         values.pop(key, None)
     return json.loads(json.dumps(values, default=lambda x: getattr(x, "__qualname__", repr(x))))
 
@@ -159,6 +163,8 @@ def identity(config: ConfigDict) -> dict[str, Any]:
     for key in _LATER:
         if values["data"].get(key) == default().data[key]:
             del values["data"][key]
+    if config.corrector.name != "none":
+        values["corrector"] = {k: v for k, v in config.corrector.items() if v is not None}
     if config.growth.blocks is not None:
         values["growth"] = {k: v for k, v in config.growth.items() if v is not None}
     if config.init_from is not None:
@@ -236,7 +242,7 @@ def _unknown_key(section: Any, path: str, key: str) -> NoReturn:
             f"{path}.{key} is set, but {owner} {section.name!r} takes only: {allowed}"
         )
     elsewhere = [*(each.name for each in KEYS), *_flat(section)]
-    hint = did_you_mean(key, section) or did_you_mean(key, elsewhere)
+    hint = did_you_mean(key, [*elsewhere, *section])
     raise ConfigError(f"unknown key {path}.{key}: allowed are {', '.join(sorted(section))}{hint}")
 
 

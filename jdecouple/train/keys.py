@@ -6,7 +6,7 @@ from ml_collections.config_dict import placeholder
 
 
 class Key(NamedTuple):
-    """A key of the configuration that is no option of a method, model or optimizer.
+    """A key of the configuration that is no option of a method, model, optimizer or corrector.
 
     Attributes:
         name: the key, such as "mesh.stages".
@@ -92,6 +92,7 @@ KEYS: tuple[Key, ...] = (
     ),
     Key("optimizer.warmup_epochs", 0.0, "Epochs over which the rate rises to its schedule."),
     Key("optimizer.warmup_start", 0.01, "Share of the rate that it rises from."),
+    Key("corrector.name", "none", "What is done about gradients that are late.", "delayed methods"),
     Key(
         "growth.blocks",
         tuple,

@@ -42,7 +42,7 @@ class Entry:
 
 
 def entries(chosen: Mapping[str, str] = {}) -> list[Entry]:
-    """All keys, and the options of all methods, models and optimizers.
+    """All keys, and the options of all methods, models, optimizers and correctors.
 
     Owners that mean the same by an option, with the same default, share an entry. An optimizer that
     is `chosen` as "module:function" is one of them.
@@ -102,7 +102,7 @@ def _takers(entry: Entry) -> str:
 
 
 def options_of(section: str, name: str) -> str:
-    """The options of a method, model or optimizer with their defaults, in one line."""
+    """The options of a method, model, optimizer or corrector with their defaults, in one line."""
     return ", ".join(
         key if default is inspect.Parameter.empty else f"{key}={default!r}"
         for key, (_, default) in options(section, name).items()
@@ -125,6 +125,11 @@ def models() -> Iterator[tuple[str, str]]:
 def optimizers() -> Iterator[tuple[str, str]]:
     """Optimizers, and what each is."""
     return _builders("optimizer")
+
+
+def correctors() -> Iterator[tuple[str, str]]:
+    """Correctors, and what each does."""
+    return _builders("corrector")
 
 
 def _builders(section: str) -> Iterator[tuple[str, str]]:

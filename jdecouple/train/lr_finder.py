@@ -13,17 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from jdecouple import data, optim
+from jdecouple import data
 from jdecouple._errors import first_line, require_int, require_number
 from jdecouple._files import any_folder, make_folder
 from jdecouple.inference import pictures
 from jdecouple.train import cli as train_cli
 from jdecouple.train import config as configuration
 from jdecouple.train import devices, hosts, report
-from jdecouple.train.config import chosen
 from jdecouple.train.errors import ConfigError, one_line
 from jdecouple.train.initial import begin
 from jdecouple.train.metrics import Progress
+from jdecouple.train.rates import optimizer as make_optimizer
 from jdecouple.train.run import Run, build
 from jdecouple.trainer import Trainer
 
@@ -165,7 +165,7 @@ def curves_of(run: Run, rates: np.ndarray) -> dict[str, Curve]:
         return first * jnp.power(ratio, count)
 
     with one_line(config.optimizer, "config.optimizer"):
-        optimizer = optim.get(config.optimizer.name)(schedule, **chosen(config, "optimizer"))
+        optimizer = make_optimizer(config, schedule, 1)
     changes = {"optimizer": optimizer, "ema": None}
     trainer = Trainer(run.trainer.model, **{**run.trainer.options, **changes})
     passes = max(config.accumulate, trainer.method.route.accumulate)

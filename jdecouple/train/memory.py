@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import optax
 from flax import nnx
 from ml_collections import ConfigDict
 
@@ -63,7 +62,7 @@ def check_state(
     config: ConfigDict,
     make_model: Callable[[nnx.Rngs], Model],
     method: Method,
-    optimizer: optax.GradientTransformation,
+    optimizer: build.Optimizer,
     dataset: Dataset,
     carry: Carry,
 ) -> None:
@@ -85,14 +84,15 @@ def check_state(
     if _layer_bytes(config, dataset) < _SMALL * have:
         return
 
-    optimizer = accumulating(optimizer, max(config.accumulate, method.route.accumulate))
+    told = build.told_delay(optimizer, delay=1.0)
+    told = accumulating(told, max(config.accumulate, method.route.accumulate))
 
     def make() -> tuple[Any, Any]:
         model = make_model(same_keys(config.seed))
         units = build.build_units(model, method, carry, None, config.seed, None).units
         pairs = [unit.initial() for unit in units]
         averages = [] if config.ema is None else pairs
-        return pairs, ([optimizer.init(params) for params, _ in pairs], averages)
+        return pairs, ([told.init(params) for params, _ in pairs], averages)
 
     try:
         pairs, state = jax.eval_shape(make)

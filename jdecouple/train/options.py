@@ -1,4 +1,4 @@
-"""Options of methods, models and optimizers: what a configuration may set, by their owner."""
+"""Options of methods, models and the like: what a configuration may set, by their owner."""
 
 import contextlib
 import functools
@@ -11,12 +11,14 @@ from typing import Any
 
 from jdecouple import methods, models, optim
 from jdecouple.methods.table import Method, spec
+from jdecouple.optim import correctors
 
 # Sections of a configuration, and the registry in which their key `name` chooses the owner.
-OWNERS = {"method": methods, "model": models, "optimizer": optim}
+OWNERS = {"method": methods, "model": models, "corrector": correctors, "optimizer": optim}
 # Arguments of builders that the run itself fills in.
 _FILLED = {"num_classes", "image_size", "channels", "input_size", "param_dtype", "rngs"}
 _FILLED |= {"vocabulary_size", "max_length", "embeddings", "context", "learning_rate"}
+_FILLED |= {"optimizer", "delay"}
 _TYPES = {bool, int, float, str, tuple}
 
 
@@ -26,7 +28,7 @@ def is_imported(section: str, name: Any) -> bool:
 
 
 def options(section: str, name: str) -> dict[str, tuple[type, Any]]:
-    """Types and defaults of what a section may set for a method, model or optimizer.
+    """Types and defaults of what a section may set for a method, model, optimizer or corrector.
 
     The type is the annotation's, or the default's where that names none or several; `object`, any,
     where neither is one that a configuration holds.
@@ -46,7 +48,7 @@ def options(section: str, name: str) -> dict[str, tuple[type, Any]]:
 
 
 def meanings(section: str, name: str) -> dict[str, str]:
-    """What the options of a method, model or optimizer are: as its docstrings say.
+    """What the options of a method, model and so on are: as its docstrings say.
 
     >>> meanings("optimizer", "sgd")["momentum"]
     'Decay of the accumulated gradient, in [0, 1).'

@@ -73,6 +73,7 @@ def prepare(config: ConfigDict | Mapping) -> Parts:
         transform = dataset.transform(config.data.augment, **_augmentation(config))
     with one_line(config.method, "config.method"):
         method = methods.get(config.method.name, **method_arguments(config, dataset))
+    _check_corrector(config, method)
     with one_line(config):
         steps_per_epoch = data.steps_per_epoch(dataset.train, config.batch_size)
     _check_validation(config, dataset)
@@ -99,6 +100,15 @@ def prepare(config: ConfigDict | Mapping) -> Parts:
         steps_per_epoch,
         total_steps,
     )
+
+
+def _check_corrector(config: ConfigDict, method: methods.Method) -> None:
+    """Raises ConfigError for a corrector of gradients that are not late."""
+    if config.corrector.name != "none" and not method.route.delay(0, num_stages=2):
+        raise ConfigError(
+            f"config.corrector.name is {config.corrector.name!r}: by method {method.name!r} no "
+            "gradient is late; leave it at 'none'"
+        )
 
 
 def _check_validation(config: ConfigDict, dataset: data.Dataset) -> None:

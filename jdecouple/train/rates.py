@@ -6,7 +6,8 @@ from ml_collections import ConfigDict
 
 from jdecouple import optim
 from jdecouple.train.config import chosen
-from jdecouple.train.errors import ConfigError
+from jdecouple.train.errors import ConfigError, one_line
+from jdecouple.train.options import options
 from jdecouple.train.rules import MOST
 
 
@@ -44,9 +45,33 @@ def schedule(config: ConfigDict, total_steps: int, steps_per_epoch: int) -> opti
 
 
 def optimizer(config: ConfigDict, schedule: optim.Schedule, accumulate: int) -> Any:
-    """The optimiser of a configuration, which steps at every `accumulate`-th batch."""
+    """The optimiser of a configuration, which steps at every `accumulate`-th batch.
+
+    With a corrector it is to be told its delay. What the optimiser or the corrector refuses is
+    raised.
+    """
     section = config.optimizer
-    return optim.get(section.name)(optim.every(schedule, accumulate), **chosen(config, "optimizer"))
+    made = optim.get(section.name)(optim.every(schedule, accumulate), **chosen(config, "optimizer"))
+    if config.corrector.name == "none":
+        return made
+    with one_line(config.corrector, "config.corrector"):
+        corrected = optim.corrected(made, config.corrector.name, **_corrector_options(config))
+        corrected(1.0)
+    return corrected
+
+
+def _corrector_options(config: ConfigDict) -> dict[str, Any]:
+    """Those that are set; a momentum to be compensated is by default that of the optimizer."""
+    given = chosen(config, "corrector")
+    if config.corrector.name == "spike_compensation" and "momentum" not in given:
+        _, default = options("optimizer", config.optimizer.name).get("momentum", (float, 0))
+        given["momentum"] = config.optimizer.get("momentum", default)
+        if not given["momentum"]:
+            raise ConfigError(
+                "config.corrector.name is 'spike_compensation', which makes up for momentum: "
+                f"optimizer {config.optimizer.name!r} has none; set that of sgd"
+            )
+    return given
 
 
 def by_batches(schedule: optim.Schedule, accumulate: int) -> optim.Schedule:

@@ -15,6 +15,7 @@ from jdecouple.train import commands, programs
 from jdecouple.train.config import ConfigError, filled
 from jdecouple.train.evaluation import dataset_of
 from jdecouple.train.loop import build, train_and_evaluate
+from jdecouple.train.parts import prepare
 
 SHORT = {"steps": 6, "eval_every": 3, "checkpoint__every": 3, "data__validation": 0.1}
 MODULE = '''
@@ -45,6 +46,60 @@ def module(tmp_path, monkeypatch):
 def _in_this_process(monkeypatch):
     monkeypatch.setattr(command_line, "log_in_short", lambda: None)
     monkeypatch.setattr(programs, "keep", lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"corrector__name": "look_ahead", "method__name": "bp"},
+            "name is 'look_ahead': by method 'bp' no gradient is late; leave it at 'none'",
+        ),
+        (
+            {"corrector__name": "lookahead", "method__name": "fdg"},
+            "name is 'lookahead': allowed are none, weight_prediction, look_ahead, "
+            "spike_compensation, error_feedback, rate_scaling; did you mean 'look_ahead'?",
+        ),
+        (
+            {"corrector__name": "spike_compensation", "method__name": "fdg"},
+            "name is 'spike_compensation', which makes up for momentum: optimizer "
+            "'sgd' has none; set that of sgd",
+        ),
+        (
+            {"corrector": {"name": "weight_prediction", "horizon": 0.0}, "method__name": "fdg"},
+            "horizon is 0.0: a finite number above 0 is needed",
+        ),
+        (
+            {"corrector": {"name": "rate_scaling", "horizon": 2.0}, "method__name": "fdg"},
+            "horizon is set, but corrector 'rate_scaling' takes only: power, steps",
+        ),
+    ],
+)
+def test_correctors_that_cannot_be_had(keys, message):
+    config = cheap(**SHORT).to_dict()
+    for key, value in keys.items():
+        section, _, last = key.partition("__")
+        config[section] = {last: value} if last else value
+    with pytest.raises(ConfigError) as error:
+        prepare(config)
+    assert str(error.value) == f"config.corrector.{message}"
+
+
+@pytest.mark.slow
+def test_a_run_with_a_corrector_continues_to_the_bit_and_with_no_other(tmp_path):
+    """Its momentum is the optimizer's."""
+    values = {"method__name": "fdg", "model__depth": 2, "num_stages": 2, **SHORT}
+    values |= {"optimizer__name": "sgd", "corrector__name": "spike_compensation"}
+    config = cheap(**values)
+    config.optimizer.momentum = 0.8
+    train_and_evaluate(config, tmp_path / "run")
+    half = shutil.copytree(tmp_path / "run", tmp_path / "half")
+    shutil.rmtree(half / "checkpoints" / "6")
+    assert train_and_evaluate(config, half)["finished"]
+    runs.assert_same_run(half, tmp_path / "run")
+    config.corrector.name = "error_feedback"
+    with pytest.raises(ConfigError, match=r"holds a run with config\.corrector = name 'spi"):
+        train_and_evaluate(config, half)
 
 
 @pytest.mark.slow
@@ -97,7 +152,7 @@ def test_an_imported_optimizer_with_averages_over_batches(module, tmp_path):
             "name is 'my_optimizers:nothing', which does not work: what nothing returns is a "
             "NoneType: a optax GradientTransformation is needed",
         ),
-        ({"name": "adm"}, "name is 'adm': allowed are adam, adamw, lars, muon, nadam, sgd, mod"),
+        ({"name": "adm"}, "name is 'adm': allowed are adam, adamw, lars, muon, nadam, nadamw, sgd"),
     ],
 )
 def test_optimizers_that_cannot_be_had(module, optimizer, message):

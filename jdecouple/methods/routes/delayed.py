@@ -87,6 +87,7 @@ class Delayed(Route):
 
     def forward(self, stage: Stage, state: StageState, carry: Carry, step_id: jax.Array) -> Forward:
         """Forward of the stage; the residuals may leave the compiled call for a queue."""
+        state = {**state, "params": stage.ahead(state)}
         stats, metrics, linearized, sent = linearize(stage, state, carry, step_id)
         if stage.is_last:  # its backward follows in the same call
             residuals: Any = linearized

@@ -80,6 +80,10 @@ class Route(abc.ABC):
         """The optimiser as stage number `stage` uses it."""
         return optimizer
 
+    def delay(self, stage: int, num_stages: int) -> float:
+        """Updates of a stage that the oldest part of its gradients has missed, see `staleness`."""
+        return max(self.staleness(stage, num_stages))
+
     def staleness(self, stage: int, num_stages: int, *, shared: bool = False) -> Staleness:
         """Staleness of what stage number `stage` of `num_stages` updates with.
 

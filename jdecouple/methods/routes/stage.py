@@ -12,7 +12,7 @@ import optax
 from jdecouple.methods.objectives import HeadOutput
 from jdecouple.methods.routes import loss_scale
 from jdecouple.methods.routes.unit import Arrays, Carry, Tie, Unit
-from jdecouple.methods.routes.updates import begin_average, has_stepped, move_average
+from jdecouple.methods.routes.updates import ahead, begin_average, has_stepped, move_average
 
 StageState = dict[str, Any]
 """What a stage trains: "params", "stats" and "opt", where weights are averaged "ema", and where
@@ -136,6 +136,14 @@ class Stage:
     def owned_ties(self) -> list[str]:
         """Names of the ties that the stage steps: its units are the first to use them."""
         return [self.tie_of(unit, name).name for unit in self.units for name in self.owned(unit)]
+
+    def ahead(self, state: StageState) -> tuple[Arrays, ...]:
+        """Parameters that a forward computes with whose backward is late.
+
+        They are as far ahead as optimisers look; those that units share stay as they are.
+        """
+        parts = zip(self.units, state["params"], state["opt"], strict=True)
+        return tuple({**own, **ahead(unit.own(own), opt)} for unit, own, opt in parts)
 
     def prepare(self, carry: Carry, step_id: jax.Array, train: bool) -> Carry:
         """Applies the transform to what enters the first stage.

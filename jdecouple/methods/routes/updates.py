@@ -1,7 +1,7 @@
 """What goes with an optimiser's update: gradients of several batches, averages of the weights."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -72,3 +72,25 @@ def averaged(state: dict[str, Any]) -> dict[str, Any]:
         return own
     averages = {kind: tuple(average[kind] for average in state["ema"]) for kind in own}
     return jax.tree.map(lambda average, leaf: average.astype(leaf.dtype), averages, own)
+
+
+@runtime_checkable
+class LooksAhead(Protocol):
+    """Part of an optimiser's state that knows where the weights are going."""
+
+    def ahead_by(self, weights: Any) -> Any:
+        """What to add to the weights for a forward whose backward is late."""
+
+
+def ahead(weights: Any, opt: Any) -> Any:
+    """The weights that a forward with a late backward computes with, by an optimiser's state.
+
+    They are those given unless something in the state looks ahead.
+    """
+
+    def looks(node: Any) -> bool:
+        return isinstance(node, LooksAhead)
+
+    for node in filter(looks, jax.tree.leaves(opt, is_leaf=looks)):
+        weights = optax.apply_updates(weights, node.ahead_by(weights))
+    return weights
