@@ -21,7 +21,7 @@ from jdecouple.methods.objectives import (
     PredictionSimilarity,
     SupervisedContrastive,
 )
-from jdecouple.methods.routes import Delayed, Local, Route, Synchronous
+from jdecouple.methods.routes import Delayed, DoubleBuffered, Local, Route, Synchronous
 from jdecouple.models import layers
 
 
@@ -114,6 +114,9 @@ _METHODS: dict[str, MethodSpec] = {
         "arXiv:2012.03747",
         {"forward_pass": "pipelined"},
         {"accumulate": 4, "beta": 1.0, "accumulate_mean": False, "current_weights": False},
+    ),
+    "2bw": MethodSpec(
+        CrossEntropy, DoubleBuffered, "arXiv:2006.09503", options={"accumulate": 4}
     ),
 }
 

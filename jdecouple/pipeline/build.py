@@ -374,6 +374,8 @@ def build_stages(
     if ema is not None:
         require_number(positive=True, below=1, ema=ema)
     num_stages = len(boundaries)
+    method.route.check(num_stages)
+    versions = method.route.passes_per_version if num_stages > 1 else None
     remats = _remats(remat, method, num_stages)
     if clip_norm is not None:
         require_number(positive=True, clip_norm=clip_norm)
@@ -407,6 +409,7 @@ def build_stages(
                 scaling=method.route.scaling if scaled else None,
                 wire=wire,
                 ties=built.ties,
+                passes_per_version=versions,
                 **common,
             )
         )

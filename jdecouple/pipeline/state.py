@@ -33,8 +33,9 @@ class State:
     Attributes:
         step: batches dispatched so far.
         stages: state of every stage ("params", "stats", "opt", with averages "ema", in float16
-            "loss_scale", by a delayed schedule "queues", with a `wire` "feedback", and "tied", the
-            optimiser state of what blocks share); None for the stages of other processes. Small
+            "loss_scale", by a delayed schedule "queues", with a `wire` "feedback", with two versions
+            of the weights "previous" and "passes", and "tied", the optimiser state of what blocks
+            share); None for the stages of other processes. Small
             arrays are joined, with engine "spmd" all are stacked: they are cut when a stage is
             asked for.
         since: number of the first batch after the stages were last empty, as their states hold it.
@@ -227,7 +228,7 @@ def leaf_names(stage: Stage, values: Any) -> list[str]:
     for path, _ in jax.tree_util.tree_leaves_with_path(values):
         kind, *rest = (jax.tree_util.keystr((key,), simple=True) for key in path)
         owner = f"stage_{stage.index}"
-        if kind in ("params", "stats", "opt", "tied", "ema", "loss_scale"):
+        if kind in ("params", "previous", "stats", "opt", "tied", "ema", "loss_scale"):
             unit, *rest = rest
             owner = f"block_{stage.units[int(unit)].index}"
         if kind == "queues":

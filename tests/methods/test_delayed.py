@@ -55,7 +55,7 @@ def backpropagated() -> tuple:
 
 @pytest.mark.parametrize("name", nets.marked(nets.DELAYED, ()))  # test_delayed_golden.py has one
 def test_one_stage_is_backpropagation_to_the_bit(name):
-    method = nets.method(name, **({"accumulate": 1} if name == "adl" else {}))
+    method = nets.method(name, **({"accumulate": 1} if name in ("adl", "2bw") else {}))
     arrays, metrics = trained(method, 1)
     assert nets.same_bits(arrays, backpropagated()[0])
     assert metrics == backpropagated()[1]

@@ -2,6 +2,7 @@
 
 from jdecouple.methods.routes import loss_scale
 from jdecouple.methods.routes.delayed import Delayed
+from jdecouple.methods.routes.double_buffered import DoubleBuffered
 from jdecouple.methods.routes.local import Local
 from jdecouple.methods.routes.ordering import after
 from jdecouple.methods.routes.remat import REMATS, repeated
@@ -23,6 +24,7 @@ __all__ = [
     "Accumulated",
     "Carry",
     "Delayed",
+    "DoubleBuffered",
     "Local",
     "Metrics",
     "Route",

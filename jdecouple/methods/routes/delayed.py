@@ -118,6 +118,11 @@ class Delayed(Route):
         return _with_scale(stage, factor, *pull_back(stage, linearized, cotangent, factor))
 
     @property
+    def stashes_weights(self) -> bool:
+        """Whether the weights of a forward wait for its backward with the activations."""
+        return not self.current_weights
+
+    @property
     def remats(self) -> tuple[str, ...]:
         """A queue is on the device, and with current weights activations cannot be repeated."""
         if self.replay:
@@ -151,7 +156,7 @@ class Delayed(Route):
         """
         batch, state = _shapes(stage)
         jaxpr = jax.make_jaxpr(functools.partial(_linearized, stage))(batch, state).jaxpr
-        count = len(jax.tree.leaves(batch)) if self.current_weights else len(jaxpr.invars)
+        count = len(jaxpr.invars) if self.stashes_weights else len(jax.tree.leaves(batch))
         reached = set(map(id, jaxpr.invars[:count]))
         for equation in jaxpr.eqns:
             if any(id(variable) in reached for variable in equation.invars):
@@ -161,7 +166,7 @@ class Delayed(Route):
     def _restored(self, stage: Stage, state: StageState, kept: list) -> Any:
         """The linearisation of which a forward kept some leaves.
 
-        The others are computed anew: they depend on nothing but, with `current_weights`, the
+        The others are computed anew: they depend on nothing but, unless those are kept too, the
         weights, and of the forward around them the compiler leaves nothing.
         """
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), _shapes(stage)[0])

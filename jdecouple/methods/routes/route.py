@@ -40,6 +40,17 @@ class Route(abc.ABC):
     accumulate: int = 1
     """Backward passes to one optimiser step."""
 
+    def check(self, num_stages: int) -> None:
+        """Raises ValueError for a number of stages that the route cannot have."""
+
+    @property
+    def passes_per_version(self) -> int | None:
+        """Backward passes to a version of the weights, of which a stage keeps that before, too.
+
+        None where the current weights are all that a stage has.
+        """
+        return None
+
     @property
     @abc.abstractmethod
     def schedules(self) -> tuple[str, ...]:

@@ -17,7 +17,8 @@ from jdecouple.methods.routes.updates import begin_average, has_stepped, move_av
 StageState = dict[str, Any]
 """What a stage trains: "params", "stats" and "opt", where weights are averaged "ema", and where
 losses are scaled "loss_scale", each a tuple with one entry a unit; also "tied", optimiser states of
-shared parameters, where a unit is the first to use one.
+shared parameters, where a unit is the first to use one. Where there are two versions of the weights,
+"previous" are those before the latest step, as "params", and "passes" counts backward passes.
 """
 Metrics = dict[str, jax.Array]
 """Scalars by name, such as "block_0/loss"; after T batches in one call arrays `[T]`."""
@@ -55,6 +56,8 @@ class Stage:
         wire: the form in which arrays go to and from the other stages, see
             `jdecouple.pipeline.wire`; None rounds nothing.
         ties: the parameters that units share, of all stages; see `jdecouple.methods.routes.ties`.
+        passes_per_version: backward passes to a version of the weights, of which that before the
+            current one is kept, too; None keeps none.
     """
 
     index: int
@@ -72,6 +75,7 @@ class Stage:
     gradient_norms: bool = False
     wire: str | None = None
     ties: tuple[Tie, ...] = ()
+    passes_per_version: int | None = None
 
     @property
     def is_last(self) -> bool:
@@ -116,6 +120,8 @@ class Stage:
             state["loss_scale"] = tuple(
                 {} if unit.frozen else loss_scale.initial() for unit in self.units
             )
+        if self.passes_per_version is not None:
+            state |= {"previous": params, "passes": jnp.int32(0)}
         return state
 
     @property
@@ -207,9 +213,29 @@ class Stage:
     ) -> tuple[StageState, Metrics]:
         """`update`, left out for units whose scaled loss has overflowed; their scale moves.
 
-        Metrics tell norms, if asked for; where losses are scaled, the scale of the gradients, and 1
-        if the step is left out, else 0.
+        Where a version of the weights is complete, the one before becomes the previous one. Metrics
+        tell norms, if asked for; where losses are scaled, the scale of the gradients, and 1 if the
+        step is left out, else 0.
         """
+        new, metrics = self._step(state, gradients, squared_norm)
+        return {**new, **self._versions(state)}, metrics
+
+    def _versions(self, state: StageState) -> StageState:
+        """What a backward pass changes of the version that is kept; `state` is the one before it."""
+        if self.passes_per_version is None:
+            return {}
+        passes = state["passes"] + 1
+        is_complete = passes % self.passes_per_version == 0
+
+        def kept(new: jax.Array, old: jax.Array) -> jax.Array:
+            return new if self.passes_per_version == 1 else jnp.where(is_complete, new, old)
+
+        previous = jax.tree.map(kept, state["params"], state["previous"])
+        return {"previous": previous, "passes": passes}
+
+    def _step(
+        self, state: StageState, gradients: Any, squared_norm: jax.Array | None
+    ) -> tuple[StageState, Metrics]:
         clipped = None if self.clip_norm is None else squared_norm
         new = self.update(state, gradients, clipped)
         metrics = self.norms(gradients)
