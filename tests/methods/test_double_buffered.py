@@ -15,7 +15,7 @@ import jdecouple as jd
 
 TOLERANCE = 1e-12
 SIZES = (6, 8, 7, 8, 4)
-BATCH = 6
+BATCH = 10  # no width: arrays tell by their shapes what they are
 LR, MOMENTUM, DECAY = 0.1, 0.9, 5e-4
 BOUNDARIES = {1: (0,), 2: (0, 2), 3: (0, 1, 3), 4: (0, 1, 2, 3)}
 DRAINED, STEPS = 14, 22  # within a group, but for groups of one or two
