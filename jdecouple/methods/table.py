@@ -25,6 +25,7 @@ from jdecouple.methods.routes import (
     Delayed,
     DoubleBuffered,
     Local,
+    Reversible,
     Route,
     Synchronous,
 )
@@ -128,6 +129,7 @@ _METHODS: dict[str, MethodSpec] = {
         "arXiv:1909.02625",
         {"forward_pass": "pipelined", "replay": True, "forward_first": True},
     ),
+    "petra": MethodSpec(CrossEntropy, Reversible, "arXiv:2406.02052", options={"accumulate": 1}),
 }
 
 

@@ -374,8 +374,7 @@ def build_stages(
     if ema is not None:
         require_number(positive=True, below=1, ema=ema)
     num_stages = len(boundaries)
-    method.route.check(num_stages)
-    versions = method.route.passes_per_version if num_stages > 1 else None
+    versions = method.route.passes_per_version(num_stages)
     remats = _remats(remat, method, num_stages)
     if clip_norm is not None:
         require_number(positive=True, clip_norm=clip_norm)
@@ -391,8 +390,18 @@ def build_stages(
         raise ValueError(
             f"wire is {wire!r}: dtype float16 sends errors that may overflow, which are not rounded"
         )
+    parts = [*itertools.pairwise((*boundaries, len(built.units)))]
+    rebuild = [
+        method.route.rebuilds and all(unit.reversible for unit in built.units[start:end])
+        for start, end in parts[:-1]
+    ]
+    if wire is not None and any(rebuild):
+        raise ValueError(
+            f"wire is {wire!r}: stages of {method.name} make their inputs of what comes back, "
+            "which is not rounded"
+        )
     stages = []
-    for k, (start, end) in enumerate(itertools.pairwise((*boundaries, len(built.units)))):
+    for k, (start, end) in enumerate(parts):
         carry = dict(built.carries[start]) if k else received
         if any(unit.has_loss for unit in built.units[:start]):
             carry["loss"] = jax.ShapeDtypeStruct((), jnp.float32)
@@ -410,6 +419,8 @@ def build_stages(
                 wire=wire,
                 ties=built.ties,
                 passes_per_version=versions,
+                rebuilds_input=k < num_stages - 1 and rebuild[k],
+                returns_input=k > 0 and rebuild[k - 1],
                 **common,
             )
         )

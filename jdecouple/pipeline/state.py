@@ -33,7 +33,7 @@ class State:
     Attributes:
         step: batches dispatched so far.
         stages: state of every stage ("params", "stats", "opt", with averages "ema", in float16
-            "loss_scale", by a delayed schedule "queues", with a `wire` "feedback", with two versions
+            "loss_scale", by a delayed schedule "queues", with a `wire` "feedback", of two versions
             of the weights "previous" and "passes", and "tied", the optimiser state of what blocks
             share); None for the stages of other processes. Small
             arrays are joined, with engine "spmd" all are stacked: they are cut when a stage is
@@ -350,7 +350,7 @@ def queue_shapes(schedule: Schedule, route: Route, stages: tuple[Stage, ...], in
     stage = stages[index]
     added: dict[str, Any] = {}
     if index and not route.local:
-        error = error_shapes(stage.carry, stage.scaling)
+        error = error_shapes(stage.carry, stage.scaling, stage.returns_input)
         added = {"feedback": feedback_shapes(error, stage.num_microbatches, stage.wire)}
     added = {name: shapes for name, shapes in added.items() if shapes}
     if not schedule.overlapping:
@@ -359,7 +359,8 @@ def queue_shapes(schedule: Schedule, route: Route, stages: tuple[Stage, ...], in
     shapes: dict[str, Any] = {"carries": stage.carry, "residuals": None, "errors": None}
     if queued.residuals:
         shapes["residuals"] = forward_shapes(stage, route)[2]
-        shapes["errors"] = error_shapes(stages[index + 1].carry, stage.scaling)
+        above = stages[index + 1]
+        shapes["errors"] = error_shapes(above.carry, above.scaling, above.returns_input)
     return added | {
         "since": jax.ShapeDtypeStruct((), jnp.int32),
         "queues": {

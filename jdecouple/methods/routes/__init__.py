@@ -6,6 +6,7 @@ from jdecouple.methods.routes.double_buffered import DoubleBuffered
 from jdecouple.methods.routes.local import Local
 from jdecouple.methods.routes.ordering import after
 from jdecouple.methods.routes.remat import REMATS, repeated
+from jdecouple.methods.routes.reversible import Reversible
 from jdecouple.methods.routes.route import Route, Staleness
 from jdecouple.methods.routes.stage import (
     Accumulated,
@@ -27,6 +28,7 @@ __all__ = [
     "DoubleBuffered",
     "Local",
     "Metrics",
+    "Reversible",
     "Route",
     "Stage",
     "StageState",

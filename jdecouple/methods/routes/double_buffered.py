@@ -42,18 +42,14 @@ class DoubleBuffered(Delayed):
                 "weights need locked with pipelined"
             )
 
-    def check(self, num_stages: int) -> None:
-        """Raises ValueError where a batch would be under way for longer than a group."""
+    def passes_per_version(self, num_stages: int) -> int | None:
+        """A group; ValueError where a batch would be under way for longer than that."""
         if self.accumulate < num_stages - 1:
             raise ValueError(
                 f"accumulate is {self.accumulate}: two versions of the weights for {num_stages} "
                 f"stages need {num_stages - 1} batches a step or more"
             )
-
-    @property
-    def passes_per_version(self) -> int:
-        """Every step makes a version."""
-        return self.accumulate
+        return self.accumulate if num_stages > 1 else None
 
     @property
     def stashes_weights(self) -> bool:

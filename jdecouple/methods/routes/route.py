@@ -40,14 +40,14 @@ class Route(abc.ABC):
     accumulate: int = 1
     """Backward passes to one optimiser step."""
 
-    def check(self, num_stages: int) -> None:
-        """Raises ValueError for a number of stages that the route cannot have."""
+    rebuilds: ClassVar[bool] = False
+    """Whether stages whose blocks have inverses make their inputs of what comes back."""
 
-    @property
-    def passes_per_version(self) -> int | None:
+    def passes_per_version(self, num_stages: int) -> int | None:
         """Backward passes to a version of the weights, of which a stage keeps that before, too.
 
-        None where the current weights are all that a stage has.
+        None where the current weights are all that a stage has. Raises ValueError for a number of
+        stages that the versions are too short for.
         """
         return None
 

@@ -17,8 +17,8 @@ from jdecouple.methods.routes.updates import begin_average, has_stepped, move_av
 StageState = dict[str, Any]
 """What a stage trains: "params", "stats" and "opt", where weights are averaged "ema", and where
 losses are scaled "loss_scale", each a tuple with one entry a unit; also "tied", optimiser states of
-shared parameters, where a unit is the first to use one. Where there are two versions of the weights,
-"previous" are those before the latest step, as "params", and "passes" counts backward passes.
+shared parameters, where a unit is the first to use one. With two versions of the weights "previous"
+are those before the latest step, as "params", and "passes" counts backward passes.
 """
 Metrics = dict[str, jax.Array]
 """Scalars by name, such as "block_0/loss"; after T batches in one call arrays `[T]`."""
@@ -58,6 +58,10 @@ class Stage:
         ties: the parameters that units share, of all stages; see `jdecouple.methods.routes.ties`.
         passes_per_version: backward passes to a version of the weights, of which that before the
             current one is kept, too; None keeps none.
+        rebuilds_input: whether the stage makes its input anew of its output, which comes back with
+            the error, and keeps nothing.
+        returns_input: whether the stage sends its input back with the error: the stage below makes
+            its own of it.
     """
 
     index: int
@@ -76,6 +80,8 @@ class Stage:
     wire: str | None = None
     ties: tuple[Tie, ...] = ()
     passes_per_version: int | None = None
+    rebuilds_input: bool = False
+    returns_input: bool = False
 
     @property
     def is_last(self) -> bool:
@@ -221,7 +227,7 @@ class Stage:
         return {**new, **self._versions(state)}, metrics
 
     def _versions(self, state: StageState) -> StageState:
-        """What a backward pass changes of the version that is kept; `state` is the one before it."""
+        """What a backward pass changes of the version that is kept, from the state before it."""
         if self.passes_per_version is None:
             return {}
         passes = state["passes"] + 1
@@ -330,16 +336,20 @@ def transformed(
     return transform(carry, keys, train)
 
 
-def error_shapes(carry: Carry, scaling: str | None) -> Any:
+def error_shapes(carry: Carry, scaling: str | None, returns_input: bool) -> Any:
     """Shapes of the error that a stage sends down, from those of the carry that it receives.
 
-    Where every stage has a scale of its own, that of the error goes with it, [batch].
+    Where every stage has a scale of its own, that of the error goes with it, [batch]; and where the
+    input is returned, that does.
     """
     error = floating(carry["x"])
-    if scaling != "stage":
-        return error
-    size = carry["label"].shape[0]
-    return {"x": error, "scale": jax.ShapeDtypeStruct((size,), jnp.float32)}
+    more: dict[str, Any] = {}
+    if scaling == "stage":
+        size = carry["label"].shape[0]
+        more["scale"] = jax.ShapeDtypeStruct((size,), jnp.float32)
+    if returns_input:
+        more["input"] = carry["x"]
+    return {"x": error, **more} if more else error
 
 
 def floating(x: Any) -> Any:

@@ -398,7 +398,7 @@ class Executor:
         is_packed = self._packed[above.index] is not None
         shapes: Any = self._packed[above.index] or above.carry
         if target < source:
-            shapes = error_shapes(shapes, above.scaling)
+            shapes = error_shapes(shapes, above.scaling, above.returns_input)
         if not is_packed:
             return self._transfer(carry, shapes, source, target)
         arrived = self._transfer(carry, message_shape(shapes, above.wire), source, target)
@@ -441,9 +441,9 @@ class Executor:
         for stage, carry in zip(self.stages, self._packed[:-1], strict=True):
             if carry is None:
                 continue
-            for down in (False, True):
+            error = error_shapes(carry, stage.scaling, stage.returns_input)
+            for down, shapes in ((False, carry), (True, error)):
                 placement = self.placements[stage.index - down]
-                shapes = error_shapes(carry, stage.scaling) if down else carry
                 if placement.addressable:
                     calls[stage.index, down] = compile_unpack(placement, shapes, stage.wire)
         return calls
