@@ -75,7 +75,7 @@ def test_without_delay_it_is_backpropagation(replay, stages):
 @pytest.mark.slow
 @DELAYED
 def test_with_delay_it_is_not(name):
-    arrays, _ = trained(name, 4)
+    arrays, _ = trained(name, 3)
     wanted, _ = backpropagated()
     weights = {key: value for key, value in arrays.items() if "/params/" in key}
     assert nets.largest_error(weights, {key: wanted[key] for key in weights}) > 1e-3
