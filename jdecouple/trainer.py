@@ -14,7 +14,6 @@ from jdecouple.methods.routes.stage import Transform
 from jdecouple.models import Model
 from jdecouple.pipeline import state as states
 from jdecouple.pipeline.batch import PlacedBatch
-from jdecouple.pipeline.build import Optimizer
 from jdecouple.pipeline.design import make_design
 from jdecouple.pipeline.diagnostics import measured_costs
 from jdecouple.pipeline.distributed import gather_metrics
@@ -22,6 +21,7 @@ from jdecouple.pipeline.engine import make_engine
 from jdecouple.pipeline.evaluate import Evaluator
 from jdecouple.pipeline.intake import Intake
 from jdecouple.pipeline.mesh import StageMesh
+from jdecouple.pipeline.optimizing import Optimizer
 from jdecouple.pipeline.predict import Predictor
 from jdecouple.pipeline.state import State
 from jdecouple.pipeline.step_metrics import StepMetrics

@@ -1,9 +1,10 @@
 """A naive simulation of the delayed methods: every number in a dictionary by (stage, batch).
 
 NumPy in float64, written from the papers' definitions (DDG 1804.10574, Features Replay 1807.04511,
-FDG 1906.09108, ADL 2012.03747) for stages of dense layers with tanh, the very last layer without,
-under softmax cross-entropy. It shares nothing with the library, throws nothing away, and asserts
-that every message is used in the iteration in which it should arrive.
+FDG 1906.09108, ADL 2012.03747; DSP 1909.02625 as PETRA's code has it) for stages of dense layers
+with tanh, the very last layer without, under softmax cross-entropy. It shares nothing with the
+library, throws nothing away, and asserts that every message is used in the iteration in which it
+should arrive.
 """
 
 import dataclasses
@@ -77,7 +78,7 @@ def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> tuple[float, np.nda
 
 
 class Simulation:
-    """One training run of "ddg", "fr", "fdg" or "adl".
+    """One training run of "ddg", "fr", "fdg", "adl" or "dsp".
 
     Attributes:
         weights: current layers of every stage.
@@ -88,7 +89,7 @@ class Simulation:
     """
 
     def __init__(self, method: str, weights: list[Layers], settings: Settings):
-        assert method in ("ddg", "fr", "fdg", "adl")
+        assert method in ("ddg", "fr", "fdg", "adl", "dsp")
         self.method = method
         self.settings = settings
         self.num_stages = len(weights)
@@ -128,6 +129,8 @@ class Simulation:
     def _iterate(self) -> None:
         if self.method in ("fdg", "adl"):
             self._pipelined(self.iteration)
+        elif self.method == "dsp":
+            self._forward_first(self.iteration)
         else:
             self._forward_locked(self.iteration)
         self.iteration += 1
@@ -140,6 +143,13 @@ class Simulation:
             self._forward(k, t - k, t, sent=t - 1)
         self._forward(last, t - last, t, sent=t - 1)
         self._backward(last, t - last, t)
+
+    def _forward_first(self, t: int) -> None:
+        """DSP(1, ..., 1, 0; 2(K-1), ..., 2, 0): as FDG, but each stage forwards, then goes back."""
+        last = self.num_stages - 1
+        for k in range(self.num_stages):
+            self._forward(k, t - k, t, sent=t - 1)
+            self._backward(k, t - 2 * last + k, t)
 
     def _forward_locked(self, t: int) -> None:
         """DDG and Features Replay: one forward through all stages, then all backward."""
@@ -176,7 +186,7 @@ class Simulation:
         is_last = k == self.num_stages - 1
         layers, version = self._weights_then[k, batch], self._version_then[k, batch]
         outputs = self._outputs[k, batch]
-        if self.method == "fr":
+        if self.method in ("fr", "dsp"):
             layers, version = self.weights[k], self.updates[k]
             outputs = forward(layers, outputs[0], is_last=is_last)
         if self.settings.current_weights:

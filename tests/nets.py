@@ -24,6 +24,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "man": {"hidden": 32, "ema_decay": 0.6},
     "infopro": {"hidden": 16, "features": 8, "reconstruction": (0.1, 0.1), "task": (1.0, 1.0)},
     "adl": {"accumulate": 2},
+    "2bw": {"accumulate": 3},
 }
 
 SYNCHRONOUS = [

@@ -97,7 +97,7 @@ def test_staleness_of_a_late_method(name, weights, error):
     route = jd.methods.get(name).route
     for num_stages in range(1, 6):
         for k in range(num_stages):
-            names = {"K": num_stages, "k": k, "M": route.accumulate, "max": max}
+            names = {"K": num_stages, "k": k, "M": route.accumulate, "max": max, "min": min}
             stated = tuple(eval(text, dict(names)) for text in (weights, error))
             assert stated == route.staleness(k, num_stages), (num_stages, k)
 

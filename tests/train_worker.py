@@ -26,6 +26,7 @@ from jdecouple.pipeline.step_metrics import StepMetrics  # noqa: E402
 MODELS = {
     "two_blocks": lambda: nets.mlp(depth=2, batch_norm=True),
     "four_blocks": lambda: nets.mlp(depth=4, batch_norm=True),
+    "reversible": lambda: nets.mlp(depth=4, batch_norm=True, reversible=True),
     "slow_end": lambda: nets.slow_end(milliseconds=60),
     "tied_gpt": lambda: token_nets.model(tied=True, depth=3),
     "unet": lambda: unets.model(jnp.float32),

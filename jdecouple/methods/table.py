@@ -21,7 +21,14 @@ from jdecouple.methods.objectives import (
     PredictionSimilarity,
     SupervisedContrastive,
 )
-from jdecouple.methods.routes import Delayed, Local, Route, Synchronous
+from jdecouple.methods.routes import (
+    Delayed,
+    DoubleBuffered,
+    Local,
+    Reversible,
+    Route,
+    Synchronous,
+)
 from jdecouple.models import layers
 
 
@@ -115,6 +122,14 @@ _METHODS: dict[str, MethodSpec] = {
         {"forward_pass": "pipelined"},
         {"accumulate": 4, "beta": 1.0, "accumulate_mean": False, "current_weights": False},
     ),
+    "2bw": MethodSpec(CrossEntropy, DoubleBuffered, "arXiv:2006.09503", options={"accumulate": 4}),
+    "dsp": MethodSpec(
+        CrossEntropy,
+        Delayed,
+        "arXiv:1909.02625",
+        {"forward_pass": "pipelined", "replay": True, "forward_first": True},
+    ),
+    "petra": MethodSpec(CrossEntropy, Reversible, "arXiv:2406.02052", options={"accumulate": 1}),
 }
 
 

@@ -42,6 +42,7 @@ from jdecouple.models.resnet import (
     resnet101,
     resnet110,
 )
+from jdecouple.models.revnet import revnet, revnet18
 from jdecouple.models.transformer import transformer
 from jdecouple.models.vgg import vgg, vgg8
 from jdecouple.models.vgg8b import vgg8b
@@ -53,8 +54,8 @@ _RESNETS = *_CIFAR_RESNETS, resnet18, resnet34, resnet50, resnet101
 _BUILDERS: dict[str, Callable[..., Model]] = {
     builder.__name__: builder
     for builder in (
-        *(gpt, lstm, lstm_lm, mlp, *_RESNETS, transformer, vgg, vgg8, vgg8b, vit),
-        *(wide_resnet, wrn28_10),
+        *(gpt, lstm, lstm_lm, mlp, *_RESNETS, revnet, revnet18, transformer, vgg, vgg8, vgg8b),
+        *(vit, wide_resnet, wrn28_10),
     )
 }
 _BUILT_IN = frozenset(_BUILDERS)
@@ -130,6 +131,8 @@ __all__ = [
     "resnet56",
     "resnet101",
     "resnet110",
+    "revnet",
+    "revnet18",
     "transformer",
     "vgg",
     "vgg8",

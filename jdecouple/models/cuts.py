@@ -145,6 +145,12 @@ class Chain(nnx.Sequential):
             entries |= more
         return (x, {name: entries[name] for name in self.outputs}) if self.outputs else x
 
+    def inverse(self, y: Any) -> Any:
+        """The input of the output of units that all have an inverse, and pass nothing by name."""
+        for unit in reversed(self.layers):
+            y = unit.inverse(y)
+        return y
+
 
 def first_embedding(block: Any) -> nnx.Module | None:
     """The module that embeds a block's input: the block, or its first unit; None of others."""

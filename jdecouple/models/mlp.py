@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jdecouple._errors import require_int, require_one_of
+from jdecouple._errors import require_bool, require_int, require_one_of
 from jdecouple.models import layers
 from jdecouple.models.base import Model
 from jdecouple.models.cuts import cuttable
+from jdecouple.models.reversible import ReversibleUnit
 
 
 @cuttable
@@ -24,6 +25,7 @@ def mlp(
     depth: int = 4,
     activation: str = "relu",
     batch_norm: bool = False,
+    reversible: bool = False,
     init: str = "flax",
     param_dtype: Any = jnp.float32,
     rngs: nnx.Rngs,
@@ -42,6 +44,8 @@ def mlp(
         depth: Number of blocks; the first also flattens its input.
         activation: "relu", "gelu", "tanh" or "sigmoid".
         batch_norm: Whether BatchNorm precedes the activation.
+        reversible: Whether all blocks but the first have an inverse: each adds its layer of one
+            half of the features, `hidden` / 2, to the other half (arXiv 2406.02052).
 
     Returns:
         A model whose blocks map `[batch, ...]` to `[batch, hidden]`.
@@ -52,11 +56,16 @@ def mlp(
     require_one_of(layers.ACTIVATIONS, activation=activation)
     norm = {"param_dtype": param_dtype, "rngs": rngs}
     options = {"init": init, **norm}
-    blocks = []
+    require_bool(reversible=reversible)
+    if reversible and hidden % 2:
+        raise ValueError(f"hidden is {hidden}: two streams need an even number")
+    blocks: list[nnx.Module] = []
     for i in range(depth):
+        width = hidden // 2 if reversible and i else hidden
         stack: list[Callable[..., jax.Array]] = [layers.Flatten()] if i == 0 else []
-        stack.append(layers.linear(input_size if i == 0 else hidden, hidden, **options))
+        stack.append(layers.linear(input_size if i == 0 else width, width, **options))
         if batch_norm:
-            stack.append(layers.BatchNorm(hidden, **norm))
-        blocks.append(nnx.Sequential(*stack, layers.ACTIVATIONS[activation]))
+            stack.append(layers.BatchNorm(width, **norm))
+        block = nnx.Sequential(*stack, layers.ACTIVATIONS[activation])
+        blocks.append(ReversibleUnit(block) if reversible and i else block)
     return Model(blocks, layers.linear(hidden, num_classes, **options))

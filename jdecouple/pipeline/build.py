@@ -1,19 +1,16 @@
 """From a model and a method to the units and the stages of a run."""
 
 import dataclasses
-import inspect
 import itertools
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 
 from jdecouple._errors import (
-    first_line,
     require_bool,
     require_int,
     require_number,
@@ -39,14 +36,10 @@ from jdecouple.methods.routes.unit import Tie, find_ties, parameters, share_trac
 from jdecouple.models import Model
 from jdecouple.models.cuts import Chain, first_embedding
 from jdecouple.models.renewal import outputs_of, units_of
+from jdecouple.pipeline.optimizing import Optimizer, check_accumulate, optimizers
 from jdecouple.pipeline.outputs import block_output, outputs_of_blocks
 from jdecouple.pipeline.partition import balance, check_boundaries, check_num_stages
 from jdecouple.pipeline.wire import WIRES
-
-Optimizer: TypeAlias = (
-    optax.GradientTransformation | optax.MultiSteps | Callable[..., optax.GradientTransformation]
-)
-"""What steps: an optax transformation, or a function that makes one for a stage's `delay`."""
 
 
 class BuiltModel(NamedTuple):
@@ -280,48 +273,6 @@ def flops(function: Callable, *shapes: Any) -> float:
     return float(analysis.get("flops", 0.0))
 
 
-def told_delay(optimizer: Optimizer, delay: float) -> optax.GradientTransformation:
-    """The optimiser of a stage whose gradients are late by `delay` of its steps.
-
-    Raises:
-        TypeError: what is given, or made, is no optimiser.
-    """
-    label = "optimizer"
-    if callable(optimizer) and "delay" in inspect.signature(optimizer).parameters:
-        optimizer, label = optimizer(delay=delay), "what optimizer returns"
-    if isinstance(optimizer, optax.MultiSteps):
-        optimizer = optimizer.gradient_transformation()
-    require_type(optax.GradientTransformation, **{label: optimizer})
-    return optimizer
-
-
-def _check_update(optimizer: optax.GradientTransformation, units: Sequence[Unit]) -> None:
-    """Raises ValueError for an optimizer that needs more than gradients and weights, or misfits."""
-
-    def update(params: Any) -> Any:
-        return optimizer.update(params, optimizer.init(params), params)[0]
-
-    params: Any = {"weights": jax.ShapeDtypeStruct((2, 3), jnp.float32)}
-    try:
-        updates = jax.eval_shape(update, params)  # quick: there is next to nothing to trace
-    except Exception:  # of any kind; it may be the lack of weights of other names
-        states = (jax.eval_shape(unit.initial) for unit in units)
-        params = next(filter(None, (params for params, _ in states)), {})
-        try:
-            updates = jax.eval_shape(update, params)
-        except Exception as error:
-            raise ValueError(
-                "optimizer cannot step by gradients and weights alone, which is all that a block "
-                f"has for it: {first_line(error)}"
-            ) from error
-    moved, weights = (list(map(jnp.shape, jax.tree.leaves(tree))) for tree in (updates, params))
-    if moved != weights:  # else they would be broadcast
-        raise ValueError(
-            f"optimizer makes updates of shapes {moved} for weights of shapes {weights}: the same "
-            "ones are needed"
-        )
-
-
 def _remats(remat: Any, method: Method, num_stages: int) -> list[str]:
     """What every stage keeps, from what the user asks for."""
     allowed = ("auto", *REMATS)
@@ -343,23 +294,6 @@ def _remats(remat: Any, method: Method, num_stages: int) -> list[str]:
                 f"allowed are {', '.join(map(repr, route.remats))}"
             )
     return chosen
-
-
-def _check_accumulate(accumulate: int, method: Method, clip_norm: float | None) -> None:
-    """Raises ValueError for a number of batches to a step that does not fit what else is asked."""
-    require_int(1, accumulate=accumulate)
-    if accumulate == 1:
-        return
-    if (passes := method.route.accumulate) > 1:
-        raise ValueError(
-            f"accumulate is {accumulate}, and method {method.name} accumulates {passes} backward "
-            "passes of its own: leave one of them at 1"
-        )
-    if clip_norm is not None:
-        raise ValueError(
-            f"accumulate is {accumulate}, which clip_norm does not bound the sum of: leave it at "
-            "None, or clip each block by optax.clip_by_global_norm in the optimizer"
-        )
 
 
 def build_stages(
@@ -387,14 +321,12 @@ def build_stages(
             values out of range.
     """
     require_bool(gradient_norms=common["gradient_norms"])
-    _check_accumulate(accumulate, method, clip_norm)
+    check_accumulate(accumulate, method, clip_norm)
     if ema is not None:
         require_number(positive=True, below=1, ema=ema)
     num_stages = len(boundaries)
-    delays = [method.route.delay(k, num_stages) / accumulate for k in range(num_stages)]
-    told = {delay: told_delay(optimizer, delay) for delay in {*delays}}
-    for each in told.values():
-        _check_update(each, built.units)
+    steps = optimizers(optimizer, method, num_stages, accumulate, built.units)
+    versions = method.route.passes_per_version(num_stages)
     remats = _remats(remat, method, num_stages)
     if clip_norm is not None:
         require_number(positive=True, clip_norm=clip_norm)
@@ -410,8 +342,18 @@ def build_stages(
         raise ValueError(
             f"wire is {wire!r}: dtype float16 sends errors that may overflow, which are not rounded"
         )
+    parts = [*itertools.pairwise((*boundaries, len(built.units)))]
+    rebuild = [
+        method.route.rebuilds and all(unit.reversible for unit in built.units[start:end])
+        for start, end in parts[:-1]
+    ]
+    if wire is not None and any(rebuild):
+        raise ValueError(
+            f"wire is {wire!r}: stages of {method.name} make their inputs of what comes back, "
+            "which is not rounded"
+        )
     stages = []
-    for k, (start, end) in enumerate(itertools.pairwise((*boundaries, len(built.units)))):
+    for k, (start, end) in enumerate(parts):
         carry = dict(built.carries[start]) if k else received
         if any(unit.has_loss for unit in built.units[:start]):
             carry["loss"] = jax.ShapeDtypeStruct((), jnp.float32)
@@ -420,7 +362,7 @@ def build_stages(
                 index=k,
                 num_stages=num_stages,
                 units=built.units[start:end],
-                optimizer=accumulating(method.route.optimizer(k, told[delays[k]]), accumulate),
+                optimizer=accumulating(method.route.optimizer(k, steps[k]), accumulate),
                 remat=remats[k],
                 clip_norm=clip_norm,
                 ema=ema,
@@ -428,6 +370,9 @@ def build_stages(
                 scaling=method.route.scaling if scaled else None,
                 wire=wire,
                 ties=built.ties,
+                passes_per_version=versions,
+                rebuilds_input=k < num_stages - 1 and rebuild[k],
+                returns_input=k > 0 and rebuild[k - 1],
                 **common,
             )
         )

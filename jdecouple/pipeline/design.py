@@ -220,6 +220,11 @@ def make_design(
             f"schedule {design.schedule.name!r} trains stages on different batches: blocks of "
             f"several stages share {design.crossing[0]}, which needs schedule 'local'"
         )
+    if stages[0].passes_per_version is not None and design.crossing:
+        raise ValueError(
+            f"method {method.name} has two versions of the weights in every stage: blocks of "
+            f"several stages share {design.crossing[0]}, which needs another method"
+        )
     return design
 
 

@@ -33,8 +33,9 @@ class State:
     Attributes:
         step: batches dispatched so far.
         stages: state of every stage ("params", "stats", "opt", with averages "ema", in float16
-            "loss_scale", by a delayed schedule "queues", with a `wire` "feedback", and "tied", the
-            optimiser state of what blocks share); None for the stages of other processes. Small
+            "loss_scale", by a delayed schedule "queues", with a `wire` "feedback", of two versions
+            of the weights "previous" and "passes", and "tied", the optimiser state of what blocks
+            share); None for the stages of other processes. Small
             arrays are joined, with engine "spmd" all are stacked: they are cut when a stage is
             asked for.
         since: number of the first batch after the stages were last empty, as their states hold it.
@@ -227,7 +228,7 @@ def leaf_names(stage: Stage, values: Any) -> list[str]:
     for path, _ in jax.tree_util.tree_leaves_with_path(values):
         kind, *rest = (jax.tree_util.keystr((key,), simple=True) for key in path)
         owner = f"stage_{stage.index}"
-        if kind in ("params", "stats", "opt", "tied", "ema", "loss_scale"):
+        if kind in ("params", "previous", "stats", "opt", "tied", "ema", "loss_scale"):
             unit, *rest = rest
             owner = f"block_{stage.units[int(unit)].index}"
         if kind == "queues":
@@ -349,7 +350,7 @@ def queue_shapes(schedule: Schedule, route: Route, stages: tuple[Stage, ...], in
     stage = stages[index]
     added: dict[str, Any] = {}
     if index and not route.local:
-        error = error_shapes(stage.carry, stage.scaling)
+        error = error_shapes(stage.carry, stage.scaling, stage.returns_input)
         added = {"feedback": feedback_shapes(error, stage.num_microbatches, stage.wire)}
     added = {name: shapes for name, shapes in added.items() if shapes}
     if not schedule.overlapping:
@@ -358,7 +359,8 @@ def queue_shapes(schedule: Schedule, route: Route, stages: tuple[Stage, ...], in
     shapes: dict[str, Any] = {"carries": stage.carry, "residuals": None, "errors": None}
     if queued.residuals:
         shapes["residuals"] = forward_shapes(stage, route)[2]
-        shapes["errors"] = error_shapes(stages[index + 1].carry, stage.scaling)
+        above = stages[index + 1]
+        shapes["errors"] = error_shapes(above.carry, above.scaling, above.returns_input)
     return added | {
         "since": jax.ShapeDtypeStruct((), jnp.int32),
         "queues": {

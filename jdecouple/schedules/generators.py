@@ -163,6 +163,23 @@ def delayed(num_stages: int, num_microbatches: int) -> Iterator[Action]:
         yield Action(last, kind, -last)
 
 
+def delayed_forward(num_stages: int, num_microbatches: int) -> Iterator[Action]:
+    """As delayed, but a stage forwards before it goes back and steps (DSP, PETRA).
+
+    So forward and backward of an iteration are by the same weights. K = 3::
+
+        stage 0 | F0  B-4 S-4
+        stage 1 | F-1 B-3 S-3
+        stage 2 | F-2 B-2 S-2
+    """
+    last = num_stages - 1
+    for stage in range(num_stages):
+        old = stage - 2 * last
+        yield Action(stage, _F, -stage)
+        yield Action(stage, _B, old)
+        yield Action(stage, _S, old)
+
+
 def delayed_locked(num_stages: int, num_microbatches: int) -> Iterator[Action]:
     """The newest batch goes up in order, then errors go down one stage an iteration (DDG, FR).
 
@@ -191,6 +208,18 @@ def delayed_split(num_stages: int, num_microbatches: int) -> Iterator[Action]:
         stage 2 | F-2 B-2 W-2 S-2
     """
     return _with_weights(delayed(num_stages, num_microbatches))
+
+
+def delayed_forward_split(num_stages: int, num_microbatches: int) -> Iterator[Action]:
+    """As delayed_forward, but an error leaves before the weight gradient.
+
+    K = 3::
+
+        stage 0 | F0  B-4 W-4 S-4
+        stage 1 | F-1 B-3 W-3 S-3
+        stage 2 | F-2 B-2 W-2 S-2
+    """
+    return _with_weights(delayed_forward(num_stages, num_microbatches))
 
 
 def delayed_locked_split(num_stages: int, num_microbatches: int) -> Iterator[Action]:
@@ -232,8 +261,10 @@ _GENERATORS = {
     "zbv": _Generator(zbv, v_shaped=True),
     "dualpipe_v": _Generator(dualpipe_v, v_shaped=True),
     "delayed": _Generator(delayed, delayed=True),
+    "delayed_forward": _Generator(delayed_forward, delayed=True),
     "delayed_locked": _Generator(delayed_locked, delayed=True),
     "delayed_split": _Generator(delayed_split, delayed=True),
+    "delayed_forward_split": _Generator(delayed_forward_split, delayed=True),
     "delayed_locked_split": _Generator(delayed_locked_split, delayed=True),
 }
 

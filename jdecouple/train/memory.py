@@ -17,6 +17,7 @@ from jdecouple.methods.routes import Carry, accumulating
 from jdecouple.models import Model
 from jdecouple.pipeline import build
 from jdecouple.pipeline.design import same_keys
+from jdecouple.pipeline.optimizing import Optimizer, told_delay
 from jdecouple.train.config import ConfigError, chosen
 from jdecouple.train.options import options
 from jdecouple.trainer import Trainer
@@ -62,7 +63,7 @@ def check_state(
     config: ConfigDict,
     make_model: Callable[[nnx.Rngs], Model],
     method: Method,
-    optimizer: build.Optimizer,
+    optimizer: Optimizer,
     dataset: Dataset,
     carry: Carry,
 ) -> None:
@@ -84,7 +85,7 @@ def check_state(
     if _layer_bytes(config, dataset) < _SMALL * have:
         return
 
-    told = build.told_delay(optimizer, delay=1.0)
+    told = told_delay(optimizer, delay=1.0)
     told = accumulating(told, max(config.accumulate, method.route.accumulate))
 
     def make() -> tuple[Any, Any]:

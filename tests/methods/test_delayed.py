@@ -55,7 +55,7 @@ def backpropagated() -> tuple:
 
 @pytest.mark.parametrize("name", nets.marked(nets.DELAYED, ()))  # test_delayed_golden.py has one
 def test_one_stage_is_backpropagation_to_the_bit(name):
-    method = nets.method(name, **({"accumulate": 1} if name == "adl" else {}))
+    method = nets.method(name, **({"accumulate": 1} if name in ("adl", "2bw") else {}))
     arrays, metrics = trained(method, 1)
     assert nets.same_bits(arrays, backpropagated()[0])
     assert metrics == backpropagated()[1]
@@ -75,7 +75,7 @@ def test_without_delay_it_is_backpropagation(replay, stages):
 @pytest.mark.slow
 @DELAYED
 def test_with_delay_it_is_not(name):
-    arrays, _ = trained(name, 4)
+    arrays, _ = trained(name, 3)
     wanted, _ = backpropagated()
     weights = {key: value for key, value in arrays.items() if "/params/" in key}
     assert nets.largest_error(weights, {key: wanted[key] for key in weights}) > 1e-3

@@ -57,7 +57,10 @@ def fading(count: Any) -> Any:
     return 0.1 * 0.9**count
 
 
-MAIN = [variant("ddg"), variant("fr"), variant("fdg"), variant("adl", accumulate=2)]
+MAIN = [
+    *(variant("ddg"), variant("fr"), variant("fdg"), variant("adl", accumulate=2)),
+    variant("dsp"),
+]
 OTHERS = [
     variant("fr", first_stage_lr_scale=2.0),
     variant("fdg", beta=0.5),

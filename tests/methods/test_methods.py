@@ -29,7 +29,10 @@ def without(*slow: str) -> Any:
 
 METHODS = jd.methods.names()
 EACH = without()
-SLOW = ("early_exit", "scpl", "dgl", "predsim", "auglocal", "infopro", "lopt", "ddg", "fr")
+SLOW = (
+    *("early_exit", "scpl", "dgl", "predsim", "auglocal", "infopro", "lopt", "ddg", "fr"),
+    *("2bw", "dsp", "petra"),
+)
 MOST = without(*SLOW, "adl")
 FEW = without(*SLOW, "greedy_exit", "deinforeg", "man", "fdg", "adl")  # others have most of these
 

@@ -122,6 +122,7 @@ def test_mlp_shapes(batch_norm):
 SMALL = {
     "mlp": {"hidden": 16, "batch_norm": True},
     "resnet": {"depth": 8, "width": 1 / 8},
+    "revnet": {"depth": 8, "width": 1 / 8},
     "vgg": {"blocks": "8,M|12,8,M|8"},
     "vgg8": {"width": 1 / 16},
     "wide_resnet": {"depth": 10, "widen": 1},
@@ -339,7 +340,7 @@ def test_bad_arguments_get_one_clear_line(name, arguments, message):
 
 def test_table_of_builders():
     resnets = [f"resnet{depth}" for depth in ("", 101, 110, 18, 20, 32, 34, 50, 56)]
-    others = ("transformer", "vgg", "vgg8", "vit", "wide_resnet", "wrn28_10")
+    others = ("revnet", "revnet18", "transformer", "vgg", "vgg8", "vit", "wide_resnet", "wrn28_10")
     assert {"gpt", "lstm", "lstm_lm", "mlp", *resnets, *others} <= set(models.names())
     assert list(models.names()) == sorted(models.names())
     assert all(models.get(name) is getattr(models, name) for name in models.names())

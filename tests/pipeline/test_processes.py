@@ -93,6 +93,9 @@ RUNS: dict[str, dict[str, Any]] = {
         "steps": 15,
         "finish": 9,
     },
+    # Each process has two versions of its weights; outputs come back with the errors.
+    "2bw": {"method": "2bw", "model": "four_blocks", "stages": 4, "steps": 15, "finish": 8},
+    "petra": {"method": "petra", "model": "reversible", "stages": 4, "steps": 15, "finish": 9},
     # Sums of losses wait with the carries, rounded or not.
     "interleaved": {
         "method": "scpl",

@@ -294,13 +294,18 @@ def test_the_trainer_tells_how_late_a_shared_gradient_is():
 
 
 @SLOW
-@pytest.mark.parametrize("name", DELAYED)
+@pytest.mark.parametrize("name", [name for name in DELAYED if name != "2bw"])
 def test_delayed_stages_on_devices_of_their_own(name):
     mesh = jd.make_mesh(1, devices=jax.devices()[:1])
     assert_close(trained(name, 3), trained(name, 3, mesh=mesh, num_stages=3))
 
 
 # --- What is refused ------------------------------------------------------------------------
+
+
+def test_two_versions_of_what_stages_share_are_refused():
+    told = "method 2bw", "several stages share block_0/params/block/table"
+    nets.assert_clear(ValueError, told, lambda: build("2bw", 3))
 
 
 def test_refused():

@@ -12,7 +12,11 @@ import pytest
 import jdecouple as jd
 from jdecouple.schedules import Action, Call, Kind, Schedule, build, generators
 
-DELAYED = ("delayed", "delayed_locked", "delayed_split", "delayed_locked_split", "interleaved")
+DELAYED = (
+    *("delayed", "delayed_forward", "delayed_locked"),
+    *("delayed_split", "delayed_forward_split", "delayed_locked_split"),
+    "interleaved",
+)
 ZERO_BUBBLE = ("zb_h1", "zbv", "dualpipe_v")
 PIPELINES = ("gpipe", "1f1b", "interleaved_1f1b", *ZERO_BUBBLE)
 FUNCTIONS = {
@@ -48,6 +52,9 @@ stage 0 | B-6 S-6 F0
 stage 1 | B-5 S-5 F-1
 stage 2 | B-4 S-4 F-2
 stage 3 | F-3 B-3 S-3""",
+    ("delayed_forward", 2, 1): """
+stage 0 | F0  B-2 S-2
+stage 1 | F-1 B-1 S-1""",
     ("delayed_locked", 2, 1): """
 stage 0 | F0  B-1 S-1 .
 stage 1 | .   F0  B0  S0""",
@@ -352,6 +359,8 @@ def test_what_waits_between_iterations(name, stages):
         ("interleaved", 3, 3),
         ("delayed", 3, 6),
         ("delayed_split", 3, 6),
+        ("delayed_forward", 3, 6),
+        ("delayed_forward_split", 3, 6),
         ("delayed_locked", 0, 3),
         ("delayed_locked_split", 0, 3),
     ],

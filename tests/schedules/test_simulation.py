@@ -12,7 +12,11 @@ import pytest
 import jdecouple as jd
 from jdecouple.schedules import Action, Costs, Kind, Schedule, Simulation, Span, build, simulate
 
-DELAYED = ("delayed", "delayed_locked", "delayed_split", "delayed_locked_split", "interleaved")
+DELAYED = (
+    *("delayed", "delayed_forward", "delayed_locked"),
+    *("delayed_split", "delayed_forward_split", "delayed_locked_split"),
+    "interleaved",
+)
 F, B, W, S = Kind.FORWARD, Kind.BACKWARD, Kind.WEIGHT, Kind.STEP
 close = pytest.approx
 

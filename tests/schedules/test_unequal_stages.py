@@ -81,7 +81,7 @@ def test_table_of_the_documentation():
     for names, _, *cells in rows:
         for name in re.findall(r"`(\w+)`", names):
             found[name] = [cell.strip() for cell in cells]
-    names = "local delayed delayed_locked interleaved gpipe 1f1b zb_h1"
+    names = "local delayed delayed_forward delayed_locked interleaved gpipe 1f1b zb_h1"
     assert [*found] == names.split()
     for name, cells in found.items():
         assert [f"{pace(name, costs):.3f}" for costs in columns] == cells[:5], name

@@ -46,6 +46,9 @@ stage 5 | .  .  .  .  .  F0 B0 W0 .  .  .  .  .  .  .  S0""",
     ("delayed_split", 2, 1): """
 stage 0 | B-2 W-2 S-2 F0
 stage 1 | F-1 B-1 W-1 S-1""",
+    ("delayed_forward_split", 2, 1): """
+stage 0 | F0  B-2 W-2 S-2
+stage 1 | F-1 B-1 W-1 S-1""",
     ("delayed_locked_split", 2, 1): """
 stage 0 | F0  B-1 W-1 S-1 .
 stage 1 | .   F0  B0  W0  S0""",

@@ -316,7 +316,7 @@ def test_the_papers_settings_for_texts(arguments):
         ("text", "glue/sst2,lstm,bp,2", "'dataset,model,method[@paper]' is needed"),
         ("text", "glue/sst2,mlp,bp", "model 'mlp' is not one of lstm, transformer"),
         ("delayed", "cifar10,resnet56,bp@dgl,2", "paper is 'dgl': allowed are fdg, adl, fr, ddg"),
-        ("delayed", "cifar10,resnet56,dgl,2", "method 'dgl' is not one of bp, fdg, adl, fr, ddg"),
+        ("delayed", "cifar10,resnet56,dgl,2", "method 'dgl' is not one of bp, 2bw, dsp, fdg, adl"),
     ],
 )
 def test_bad_arguments(preset, arguments, said):

@@ -2,9 +2,11 @@
 
 from jdecouple.methods.routes import loss_scale
 from jdecouple.methods.routes.delayed import Delayed
+from jdecouple.methods.routes.double_buffered import DoubleBuffered
 from jdecouple.methods.routes.local import Local
 from jdecouple.methods.routes.ordering import after
 from jdecouple.methods.routes.remat import REMATS, repeated
+from jdecouple.methods.routes.reversible import Reversible
 from jdecouple.methods.routes.route import Route, Staleness
 from jdecouple.methods.routes.stage import (
     Accumulated,
@@ -23,8 +25,10 @@ __all__ = [
     "Accumulated",
     "Carry",
     "Delayed",
+    "DoubleBuffered",
     "Local",
     "Metrics",
+    "Reversible",
     "Route",
     "Stage",
     "StageState",

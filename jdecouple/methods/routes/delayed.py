@@ -1,7 +1,7 @@
 """Delayed routes: the error of the loss reaches a stage iterations after its forward.
 
-DDG (arXiv 1804.10574), Features Replay (1807.04511), FDG (1906.09108) and ADL (2012.03747) are
-settings of this one route.
+DDG (arXiv 1804.10574), Features Replay (1807.04511), FDG (1906.09108), ADL (2012.03747) and DSP
+(1909.02625) are settings of this one route.
 """
 
 import dataclasses
@@ -29,6 +29,7 @@ _SCHEDULES = {
     ("locked", "pipelined"): ("delayed_locked", "delayed_locked_split"),
     ("pipelined", "pipelined"): ("delayed", "delayed_split"),
 }
+_FORWARD_FIRST = ("delayed_forward", "delayed_forward_split")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +51,8 @@ class Delayed(Route):
         accumulate: backward passes to one optimiser step (2012.03747).
         accumulate_mean: whether the step uses the mean of their gradients instead of the sum.
         first_stage_lr_scale: factor on the updates of the first stage.
+        forward_first: whether a stage forwards before it goes back and steps in an iteration, as it
+            does in any case where the forward is locked.
 
     Raises:
         ValueError: a value that is out of range, or two that exclude each other.
@@ -63,9 +66,10 @@ class Delayed(Route):
     accumulate: int = 1
     accumulate_mean: bool = False
     first_stage_lr_scale: float = 1.0
+    forward_first: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("replay", "current_weights", "accumulate_mean"):
+        for name in ("replay", "current_weights", "accumulate_mean", "forward_first"):
             require_bool(**{name: getattr(self, name)})
         if (self.forward_pass, self.backward_pass) not in list(_SCHEDULES):
             raise ValueError(
@@ -83,6 +87,8 @@ class Delayed(Route):
     @property
     def schedules(self) -> tuple[str, ...]:
         """The schedules that have these delays."""
+        if self.forward_first and self.forward_pass == "pipelined":
+            return _FORWARD_FIRST
         return _SCHEDULES[self.forward_pass, self.backward_pass]
 
     def forward(self, stage: Stage, state: StageState, carry: Carry, step_id: jax.Array) -> Forward:
@@ -106,17 +112,27 @@ class Delayed(Route):
         """
         factor = loss_scale.factor_of(state)
         if stage.is_last:
-            return _with_scale(stage, factor, *pull_back(stage, residuals, None, factor))
-        if factor is not None:
-            before = jnp.maximum(cotangent["scale"][0], loss_scale.LEAST)  # 0 in an empty queue
-            cotangent = loss_scale.times(cotangent["x"], factor / before)
+            return with_scale(stage, factor, *pull_back(stage, residuals, None, factor))
+        error = self.received(factor, cotangent)
         if self.replay:
             linearized = linearize(stage, state, residuals, step_id)[2]
         else:
             linearized = self._restored(stage, state, residuals)
+        return with_scale(stage, factor, *pull_back(stage, linearized, error, factor))
+
+    def received(self, factor: jax.Array | None, cotangent: Any) -> Any:
+        """An error as a stage takes it: with its own scale, and shrunk."""
+        if factor is not None:
+            before = jnp.maximum(cotangent["scale"][0], loss_scale.LEAST)  # 0 in an empty queue
+            cotangent = loss_scale.times(cotangent["x"], factor / before)
         if self.beta != 1:
             cotangent = jax.tree.map(lambda leaf: self.beta * leaf, cotangent)
-        return _with_scale(stage, factor, *pull_back(stage, linearized, cotangent, factor))
+        return cotangent
+
+    @property
+    def stashes_weights(self) -> bool:
+        """Whether the weights of a forward wait for its backward with the activations."""
+        return not self.current_weights
 
     @property
     def remats(self) -> tuple[str, ...]:
@@ -137,11 +153,13 @@ class Delayed(Route):
         """Staleness in the steady state; under accumulation the average over its passes.
 
         A pipelined stage steps before it forwards, so of the 2(K-1-k) iterations between its
-        forward and its backward one less changes its weights; but all change what is shared, which
-        steps at the end of an iteration. With `current_weights` that is the age of the activations.
+        forward and its backward one less changes its weights; but all do with `forward_first`, and
+        all change what is shared, which steps at the end of an iteration. With `current_weights`
+        that is the age of the activations.
         """
         above = 0 if self.backward_pass == "locked" else num_stages - 1 - stage
-        late = 2 * above - (not shared) if self.forward_pass == "pipelined" else above
+        steps_first = not (shared or self.forward_first)
+        late = 2 * above - steps_first if self.forward_pass == "pipelined" else above
         weights = 0 if self.replay else max(late, 0)
         return Staleness(weights / self.accumulate, above / self.accumulate)
 
@@ -152,7 +170,7 @@ class Delayed(Route):
         """
         batch, state = _shapes(stage)
         jaxpr = jax.make_jaxpr(functools.partial(_linearized, stage))(batch, state).jaxpr
-        count = len(jax.tree.leaves(batch)) if self.current_weights else len(jaxpr.invars)
+        count = len(jaxpr.invars) if self.stashes_weights else len(jax.tree.leaves(batch))
         reached = set(map(id, jaxpr.invars[:count]))
         for equation in jaxpr.eqns:
             if any(id(variable) in reached for variable in equation.invars):
@@ -162,7 +180,7 @@ class Delayed(Route):
     def _restored(self, stage: Stage, state: StageState, kept: list) -> Any:
         """The linearisation of which a forward kept some leaves.
 
-        The others are computed anew: they depend on nothing but, with `current_weights`, the
+        The others are computed anew: they depend on nothing but, unless those are kept too, the
         weights, and of the forward around them the compiler leaves nothing.
         """
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), _shapes(stage)[0])
@@ -172,7 +190,7 @@ class Delayed(Route):
         return jax.tree.unflatten(structure, restored)
 
 
-def _with_scale(
+def with_scale(
     stage: Stage, factor: jax.Array | None, gradients: Any, error: Any
 ) -> tuple[Any, Any]:
     """Gradients, and the error for the stage below with its scale.

@@ -40,6 +40,20 @@ class Route(abc.ABC):
     accumulate: int = 1
     """Backward passes to one optimiser step."""
 
+    rebuilds: ClassVar[bool] = False
+    """Whether stages whose blocks have inverses make their inputs of what comes back."""
+
+    may_look_ahead: ClassVar[bool] = True
+    """Whether a forward may compute with weights that its optimiser expects."""
+
+    def passes_per_version(self, num_stages: int) -> int | None:
+        """Backward passes to a version of the weights, of which a stage keeps that before, too.
+
+        None where the current weights are all that a stage has. Raises ValueError for a number of
+        stages that the versions are too short for.
+        """
+        return None
+
     @property
     @abc.abstractmethod
     def schedules(self) -> tuple[str, ...]:

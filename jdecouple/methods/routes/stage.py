@@ -17,7 +17,8 @@ from jdecouple.methods.routes.updates import ahead, begin_average, has_stepped, 
 StageState = dict[str, Any]
 """What a stage trains: "params", "stats" and "opt", where weights are averaged "ema", and where
 losses are scaled "loss_scale", each a tuple with one entry a unit; also "tied", optimiser states of
-shared parameters, where a unit is the first to use one.
+shared parameters, where a unit is the first to use one. With two versions of the weights "previous"
+are those before the latest step, as "params", and "passes" counts backward passes.
 """
 Metrics = dict[str, jax.Array]
 """Scalars by name, such as "block_0/loss"; after T batches in one call arrays `[T]`."""
@@ -55,6 +56,12 @@ class Stage:
         wire: the form in which arrays go to and from the other stages, see
             `jdecouple.pipeline.wire`; None rounds nothing.
         ties: the parameters that units share, of all stages; see `jdecouple.methods.routes.ties`.
+        passes_per_version: backward passes to a version of the weights, of which that before the
+            current one is kept, too; None keeps none.
+        rebuilds_input: whether the stage makes its input anew of its output, which comes back with
+            the error, and keeps nothing.
+        returns_input: whether the stage sends its input back with the error: the stage below makes
+            its own of it.
     """
 
     index: int
@@ -72,6 +79,9 @@ class Stage:
     gradient_norms: bool = False
     wire: str | None = None
     ties: tuple[Tie, ...] = ()
+    passes_per_version: int | None = None
+    rebuilds_input: bool = False
+    returns_input: bool = False
 
     @property
     def is_last(self) -> bool:
@@ -116,6 +126,8 @@ class Stage:
             state["loss_scale"] = tuple(
                 {} if unit.frozen else loss_scale.initial() for unit in self.units
             )
+        if self.passes_per_version is not None:
+            state |= {"previous": params, "passes": jnp.int32(0)}
         return state
 
     @property
@@ -215,9 +227,29 @@ class Stage:
     ) -> tuple[StageState, Metrics]:
         """`update`, left out for units whose scaled loss has overflowed; their scale moves.
 
-        Metrics tell norms, if asked for; where losses are scaled, the scale of the gradients, and 1
-        if the step is left out, else 0.
+        Where a version of the weights is complete, the one before becomes the previous one. Metrics
+        tell norms, if asked for; where losses are scaled, the scale of the gradients, and 1 if the
+        step is left out, else 0.
         """
+        new, metrics = self._step(state, gradients, squared_norm)
+        return {**new, **self._versions(state)}, metrics
+
+    def _versions(self, state: StageState) -> StageState:
+        """What a backward pass changes of the version that is kept, from the state before it."""
+        if self.passes_per_version is None:
+            return {}
+        passes = state["passes"] + 1
+        is_complete = passes % self.passes_per_version == 0
+
+        def kept(new: jax.Array, old: jax.Array) -> jax.Array:
+            return new if self.passes_per_version == 1 else jnp.where(is_complete, new, old)
+
+        previous = jax.tree.map(kept, state["params"], state["previous"])
+        return {"previous": previous, "passes": passes}
+
+    def _step(
+        self, state: StageState, gradients: Any, squared_norm: jax.Array | None
+    ) -> tuple[StageState, Metrics]:
         clipped = None if self.clip_norm is None else squared_norm
         new = self.update(state, gradients, clipped)
         metrics = self.norms(gradients)
@@ -312,16 +344,20 @@ def transformed(
     return transform(carry, keys, train)
 
 
-def error_shapes(carry: Carry, scaling: str | None) -> Any:
+def error_shapes(carry: Carry, scaling: str | None, returns_input: bool) -> Any:
     """Shapes of the error that a stage sends down, from those of the carry that it receives.
 
-    Where every stage has a scale of its own, that of the error goes with it, [batch].
+    Where every stage has a scale of its own, that of the error goes with it, [batch]; and where the
+    input is returned, that does.
     """
     error = floating(carry["x"])
-    if scaling != "stage":
-        return error
-    size = carry["label"].shape[0]
-    return {"x": error, "scale": jax.ShapeDtypeStruct((size,), jnp.float32)}
+    more: dict[str, Any] = {}
+    if scaling == "stage":
+        size = carry["label"].shape[0]
+        more["scale"] = jax.ShapeDtypeStruct((size,), jnp.float32)
+    if returns_input:
+        more["input"] = carry["x"]
+    return {"x": error, **more} if more else error
 
 
 def floating(x: Any) -> Any:

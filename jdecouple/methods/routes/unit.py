@@ -13,6 +13,7 @@ from jdecouple.methods.objectives import Descending, HeadOutput, Scaling
 from jdecouple.methods.objectives.following import Source
 from jdecouple.methods.routes import loss_scale
 from jdecouple.models.channels import NO_CHANNELS, Alive, handed, handed_entries, read_entries
+from jdecouple.models.reversible import is_reversible
 
 Arrays = dict[str, jax.Array]
 Carry = dict[str, Any]
@@ -75,6 +76,7 @@ class Unit:
         scales: factors on an optimiser's updates by the names of parameters; 1 for all others.
         follows: what of the block above moving averages follow, by their names in the statistics.
         shared: names of the parameters that other units use, too.
+        reversible: whether the block has an inverse, and neither a head nor anything by name.
     """
 
     index: int
@@ -94,6 +96,7 @@ class Unit:
     scales: Mapping[str, float] = dataclasses.field(default_factory=dict)
     follows: Mapping[str, Source] = dataclasses.field(default_factory=dict)
     shared: frozenset[str] = frozenset()
+    reversible: bool = False
     _shared: Train | None = None
 
     @classmethod
@@ -138,6 +141,7 @@ class Unit:
             inputs=_free_names(index, "inputs", read_entries(block)),
             outputs=_free_names(index, "outputs", handed_entries(block)),
             channels=channels,
+            reversible=head is None and channels == NO_CHANNELS and is_reversible(block),
             scales=_scales(index, head, trained),
             follows={name: source for name, source in sources.items() if source},
         )
@@ -249,6 +253,11 @@ class Unit:
         module = self._module(False, params, stats, jax.random.key(0))
         features, sent, carry = self._call(module.block, carry)
         return sent, module.head(features, carry) if self.hands_on else None
+
+    def invert(self, params: Arrays, stats: Arrays, x: Any, key: jax.Array) -> Any:
+        """The input of a reversible block in training, of its output; `key` as in `train`."""
+        block = self._module(True, params, stats, key).block
+        return block.inverse(_cast(x, self.dtype))
 
     def turn(self, params: Arrays, stats: Arrays, features: Any) -> Any:
         """What comes down from the last block, whose output the features are."""

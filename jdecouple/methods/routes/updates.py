@@ -87,10 +87,15 @@ def ahead(weights: Any, opt: Any) -> Any:
 
     They are those given unless something in the state looks ahead.
     """
+    for node in looking_ahead(opt):
+        weights = optax.apply_updates(weights, node.ahead_by(weights))
+    return weights
+
+
+def looking_ahead(opt: Any) -> list[LooksAhead]:
+    """The parts of an optimiser's state that look ahead."""
 
     def looks(node: Any) -> bool:
         return isinstance(node, LooksAhead)
 
-    for node in filter(looks, jax.tree.leaves(opt, is_leaf=looks)):
-        weights = optax.apply_updates(weights, node.ahead_by(weights))
-    return weights
+    return list(filter(looks, jax.tree.leaves(opt, is_leaf=looks)))

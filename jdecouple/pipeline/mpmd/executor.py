@@ -384,7 +384,7 @@ class Executor:
             return self._transfer(carry, None, source, target)
         shapes = shapes or above.carry
         if target < source:
-            shapes = error_shapes(shapes, above.scaling)
+            shapes = error_shapes(shapes, above.scaling, above.returns_input)
         if not is_packed:
             return self._transfer(carry, shapes, source, target)
         arrived = self._transfer(carry, message_shape(shapes, above.wire), source, target)

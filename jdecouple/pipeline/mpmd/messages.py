@@ -79,9 +79,9 @@ class Messages:
         for stage, carry in zip(self.stages, self.packed[:-1], strict=True):
             if carry is None:
                 continue
-            for down in (False, True):
+            error = error_shapes(carry, stage.scaling, stage.returns_input)
+            for down, shapes in ((False, carry), (True, error)):
                 placement = self.placements[stage.index - down]
-                shapes = error_shapes(carry, stage.scaling) if down else carry
                 if placement.addressable:
                     calls[stage.index, down] = compile_unpack(placement, shapes, stage.wire)
         return calls

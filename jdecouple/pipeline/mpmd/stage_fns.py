@@ -307,7 +307,8 @@ def with_messages(
         if below and unpacks and carry is not None:
             carry = unpack_codes(carry, below, stage.wire)
         if above and unpacks and cotangent is not None:
-            cotangent = unpack_codes(cotangent, error_shapes(above, stage.scaling), stage.wire)
+            shapes = error_shapes(above, stage.scaling, stage.rebuilds_input)
+            cotangent = unpack_codes(cotangent, shapes, stage.wire)
         out = function(state, accumulated, residuals, carry, cotangent, step_ids, *others)
         if "carry" in out:
             whole = {name: out["carry"][name] for name in above or out["carry"]}

@@ -10,6 +10,8 @@ from jdecouple.pipeline.plan.calls import Iteration, Leaf, TracedCall, trace
 
 _KINDS = {"params": "weights", "stats": "statistics", "opt": "optimizer", "ema": "optimizer"}
 _KINDS |= {
+    "previous": "weights",
+    "passes": "queues",
     "loss_scale": "optimizer",
     "tied": "optimizer",
     "queues": "queues",
@@ -27,7 +29,7 @@ class DeviceBytes:
     Attributes:
         devices: the group, one device a replica; each holds as much.
         stages: indices of the stages that live on it.
-        weights: parameters of blocks and heads.
+        weights: parameters of blocks and heads, in all versions that are kept.
         statistics: what the forward moves, such as those of BatchNorm.
         optimizer: its state, averages of the weights, scales of losses.
         queues: what waits between calls: residuals, carries and errors of delayed routes and of
