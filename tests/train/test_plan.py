@@ -226,6 +226,7 @@ class TestTimes:
         [
             ({"microbatches": 4}, ["sequential", "gpipe", "1f1b", "interleaved_1f1b", "zb_h1"]),
             pytest.param({"method": "greedy_exit"}, ["local", "interleaved"], marks=SLOW),
+            ({"method": "man"}, ["local"]),
             pytest.param({"method": "fdg"}, ["delayed", "delayed_split"], marks=SLOW),
         ],
     )
