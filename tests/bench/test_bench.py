@@ -139,6 +139,25 @@ def test_throughput_of_processes(tmp_path):
 
 @TWO_CORES
 @pytest.mark.slow
+def test_throughput_of_a_language_model(tmp_path):
+    """Methods have as many heads as modules; PyTorch trains as BP does."""
+    pytest.importorskip("torch")
+    output = tmp_path / "gpt.json"
+    flags = [*TINY, "--model=gpt", "--depth=4", "--modules=2", "--place=processes"]
+    rows = ["bp:1f1b,K=2,M=2", "dgl,K=2", "fdg,K=2", "torch:1f1b,K=2,M=2", "torch:gpipe,K=2,M=2"]
+    done = bench("throughput.py", *flags, "--rows", *rows, f"--output={output}")
+    assert done.returncode == 0, done.stderr  # 1 if a loss of PyTorch is another one
+    results = {x["row"]: x for x in json.loads(output.read_text())["results"]}
+    assert {*rows, "bp", "dgl", "torch"} <= {*results}
+    for row in (rows[0], "torch", *rows[3:]):
+        assert results[row]["first_loss"] == pytest.approx(results["bp"]["first_loss"], rel=1e-3)
+    head = 4 * 2 * (2 * 16 + (16 + 1) * 256)  # of a second module: weights and momenta
+    more = results["dgl"]["state_bytes"] - results["bp"]["state_bytes"]
+    assert more == pytest.approx(head, rel=0.1)
+
+
+@TWO_CORES
+@pytest.mark.slow
 def test_throughput_of_pytorch(tmp_path):
     """All its rows but the compiled one train as BP does: a loss that differs is exit code 1."""
     pytest.importorskip("torch")
@@ -300,9 +319,11 @@ def test_simulation_of_a_row_takes_medians(benchmark):
     ("arguments", "message"),
     [
         (["--rows", "bp", "bp:local"], "row 'bp:local': method bp runs on"),
-        (["--rows", "fdg,K=3"], "--depth 10 is no multiple of K"),
-        (["--rows", "fdg,K=2,blocks=3+5"], "--depth 10 is not the sum of the blocks"),
+        (["--rows", "fdg,K=3"], "10 modules are no multiple of K"),
+        (["--rows", "fdg,K=2,blocks=3+5"], "10 modules are not the sum of the blocks"),
         (["--rows", "bp:gpipe,M=3"], "--batch 256 is no multiple of M x D"),
+        (["--model=gpt", "--modules=3"], "--depth 8 is no multiple of --modules 3"),
+        (["--modules=2", "--rows=fdg,K=5"], "2 modules are no multiple of K"),
         (["--rows", "scpl,T=3"], "--steps 40 is no multiple of T"),
         (["--place=processes", "--rows", "bp,D=256"], "the rows need 256 cores"),
         (["--rows", "torch:ddp,K=2"], "row 'torch:ddp,K=2': ddp takes no K"),
