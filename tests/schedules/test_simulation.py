@@ -85,12 +85,8 @@ def test_stages_that_share_parameters_wait_for_one_another():
     assert starts == [(0, 0, 0), (1, 0, 3), (2, 0, 6), (0, 1, 11), (1, 1, 14), (2, 1, 17)]
     assert simulated.makespan == 19 + 3 + 3
     assert simulated.bytes_moved == 2 * 2 * 20
-
-
-def test_stages_of_one_device_share_at_once():
-    costs = Costs(1, 1, ties=[((0, 1), 20)], bandwidth=10, latency=1)
-    table = dataclasses.replace(build("local", 2, 1), placement=(0, 0))
-    assert simulate(table, costs, batches=3).makespan == 3 * 2 * 2
+    table = dataclasses.replace(build("local", 3, 1), placement=(0, 0, 0))  # at once
+    assert simulate(table, costs, batches=3).makespan == 3 * 3 * 2
 
 
 # --- Many batches --------------------------------------------------------------------------------

@@ -204,11 +204,7 @@ class TestRefused:
         ("method", "values", "said"),
         [
             ("bp", {"chunk": 2}, "a chunk of 2 batches needs a local method"),
-            (
-                "fdg",
-                {"schedule": "delayed_split", "microbatches": 2},
-                "schedule delayed_split takes 1",
-            ),
+            ("fdg", {"schedule": "delayed_split", "microbatches": 2}, "delayed_split takes 1"),
         ],
     )
     def test_what_training_refuses(self, method, values, said):
