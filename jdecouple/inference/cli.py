@@ -146,10 +146,8 @@ def generate(argv: Sequence[str]) -> None:
     run = load(given.pop("workdir"), given.pop("step"))
     text = run.generate(**given)
     print(given["prompt"] + text)
-    if threshold is not None:
-        shares = [
-            f"{exit} {np.mean(text.exits == exit):.0%}" for exit in run.exits if len(text.exits)
-        ]
+    if threshold is not None and len(text.exits):
+        shares = (f"{exit} {np.mean(text.exits == exit):.0%}" for exit in run.exits)
         print(f"exits of {len(text.exits)} tokens: {', '.join(shares)}", file=sys.stderr)
 
 
