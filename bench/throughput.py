@@ -72,7 +72,7 @@ ROWS = (
 SIZES = {
     "mlp": {"hidden": 1024, "depth": 10, "batch": 256},
     "vgg": {"hidden": 32, "depth": 4, "batch": 64},
-    "gpt": {"hidden": 128, "depth": 8, "batch": 16},
+    "gpt": {"hidden": 128, "depth": 8, "batch": 8},
     "arrays": {"hidden": 64, "depth": 2, "batch": 8},
 }
 WARM_UP_BATCHES = 3
