@@ -12,11 +12,15 @@ network takes part or changes. The same two processes train every row by every w
 `wire`) at every delay and bandwidth, in turns: a few batches that do not count, then a segment of
 about `--seconds`, from the first dispatch until all work is done.
 
-Rows are those of `bench/throughput.py`. A local row may have `--in-flight` batches dispatched and
-unfinished (the Trainer's `max_in_flight`): their number must cover two delays, in which a message
-goes up and word of its end comes back. JAX's socket transport has a bound of its own, about four
-arrays from a process in a round trip. A message is one array; where that is still too little, as
-for 45 ms a batch at a delay of 100 ms, T batches must make one message (T=4).
+Rows, models and modules are those of `bench/throughput.py`. Pipelines of PyTorch have a pair of
+processes of their own in the same namespaces, and Gloo's messages go through the relay, too;
+nothing of them is simulated, and they have no wires.
+
+A local row may have `--in-flight` batches dispatched and unfinished (the Trainer's
+`max_in_flight`): their number must cover two delays, in which a message goes up and word of its end
+comes back. JAX's socket transport has a bound of its own, about four arrays from a process in a
+round trip. A message is one array; where that is still too little, as for 45 ms a batch at a delay
+of 100 ms, T batches must make one message (T=4).
 
 Columns, as medians (lowest to highest) over the segments:
 
@@ -37,12 +41,14 @@ import statistics
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import rows as row_specs
 import runner
+import throughput
 from relay import ADDRESSES, LinkError, SlowLink, missing
-from rows import Row
+from rows import TORCH, Row
 from runner import Columns, Processes, Spread
 
 from jdecouple.pipeline.wire import WIRES
@@ -52,8 +58,12 @@ ROWS = (
     *("bp:1f1b,K=2,M=4", "bp:gpipe,K=2,M=4"),
 )
 DELAYS = (0.0, 10.0, 50.0, 100.0)
-NET = {"hidden": 1024, "depth": 12, "batch": 200}
+SIZES = {
+    "mlp": {"hidden": 1024, "depth": 12, "batch": 200},
+    **{model: throughput.SIZES[model] for model in ("vgg", "gpt")},
+}
 PORTS = {"coordinator": f"{ADDRESSES[0]}:7000", "transfer_port": 7001}  # all are free there
+TORCH_PORTS = {"coordinator": f"{ADDRESSES[0]}:7002"}
 FEWEST_BATCHES = 8
 WARM_UP_SHARE = 0.25  # of a segment
 COST_BATCHES = 5
@@ -83,6 +93,11 @@ class Training(NamedTuple):
     row: Row
     wire: str | None
 
+    @property
+    def is_simulated(self) -> bool:
+        """Whether the time of its calls is known."""
+        return self.row.engine != TORCH
+
     def __str__(self) -> str:
         return " ".join([str(self.row), *([self.wire] if self.wire else [])])
 
@@ -94,31 +109,48 @@ def measure(
 ) -> dict[str, Any]:
     """Trains all on every link: "link" if free, "costs" by training, "segments" by both."""
     cores = runner.cores()
-    net = {name: options[name] for name in ("model", *NET, "head", "in_flight")}
-    shared = {**PORTS, "num_processes": len(ADDRESSES)}
-    addresses = [{**shared, "process_id": k, "address": x} for k, x in enumerate(ADDRESSES)]
+    net = {name: options[name] for name in (*runner.NET, "in_flight")}
     costs: dict[Training, list[dict]] = {}
     with contextlib.ExitStack() as stack:
         slow = stack.enter_context(SlowLink())
         prefixes = [slow.prefix(end) for end in range(len(ADDRESSES))]
-        pair = stack.enter_context(Processes(cores[:2], addresses, prefixes))
+
+        def start(worker: Path, ports: dict[str, Any]) -> Processes:
+            shared = {**ports, "num_processes": len(ADDRESSES)}
+            addresses = [{**shared, "process_id": k, "address": x} for k, x in enumerate(ADDRESSES)]
+            pair = Processes(cores[:2], addresses, prefixes, worker=worker)
+            return stack.enter_context(pair)
+
+        pairs = {True: start(runner.WORKER, PORTS)}
+        if not all(training.is_simulated for training in trainings):
+            pairs[False] = start(runner.TORCH_WORKER, TORCH_PORTS)
         alone = stack.enter_context(Processes(cores[:1]))
         for training in trainings:
             row, given = training.row, net | {"wire": training.wire}
+            pair = pairs[training.is_simulated]
             pair.ask("build", str(training), given | row.options())
             pair.ask("run", str(training), FEWEST_BATCHES)
-            alone.ask("build", str(training), given | row.alone.options())
-            costs[training] = alone.ask("costs", str(training), COST_BATCHES)
-        measured = {"link": pair.link(), "costs": costs}
+            if training.is_simulated:
+                alone.ask("build", str(training), given | row.alone.options())
+                costs[training] = alone.ask("costs", str(training), COST_BATCHES)
+        measured = {"link": pairs[True].link(), "costs": costs}
+
+        def estimated(link: Link, training: Training) -> float:
+            """Milliseconds of a batch, simulated or of a few."""
+            if training.is_simulated:
+                batches = 4 * FEWEST_BATCHES * training.row.chunk
+                return simulated(training, link, batches, measured, options)
+            slow.set(link.delay / 1e3, link.bandwidth)
+            return pairs[False].segment(str(training), FEWEST_BATCHES)["ms"]
 
         def train(link: Link, training: Training, batches: int) -> dict[str, Any]:
             slow.set(link.delay / 1e3, link.bandwidth)
-            name = str(training)
+            name, pair = str(training), pairs[training.is_simulated]
             pair.ask("run", name, max(FEWEST_BATCHES // 2, math.ceil(WARM_UP_SHARE * batches)))
             before = slow.used()
             segment = pair.segment(name, batches, lambda: slow.used()["processor"])
             used = {key: value - before[key] for key, value in slow.used().items()}
-            if link == links[-1]:
+            if link == links[-1] and training.is_simulated:
                 costs[training] += alone.ask("costs", name, COST_BATCHES)
             kept = {key: segment[key] for key in ("ms", "others")}
             relay, size = used["processor"] / segment["seconds"], used["bytes"] / batches
@@ -126,9 +158,8 @@ def measure(
 
         arms = {}
         for link in links:
-            for training in trainings:  # segments of the wanted length, by simulation
-                chunk = training.row.chunk
-                ms = simulated(training, link, 4 * FEWEST_BATCHES * chunk, measured, options)
+            for training in trainings:  # segments of the wanted length
+                chunk, ms = training.row.chunk, estimated(link, training)
                 wanted = max(FEWEST_BATCHES, math.ceil(1e3 * options["seconds"] / ms))
                 batches = chunk * math.ceil(wanted / chunk)
                 arms[link, training] = functools.partial(train, link, training, batches)
@@ -160,9 +191,13 @@ def compare(
             segments = all_segments[link, training]
             unlike = all_segments[link, training._replace(wire=trainings[0].wire)]
             ms, batches = Spread.of(x["ms"] for x in segments), segments[0]["batches"]
-            played = simulated(training, link, batches, measured, options)
+            played = expected = None
+            if training.is_simulated:
+                played = simulated(training, link, batches, measured, options)
             near = near or {"ms": ms.median, "simulated": played}
-            extra, expected = ms.median - near["ms"], played - near["simulated"]
+            extra = ms.median - near["ms"]
+            if played is not None:
+                expected = played - near["simulated"]
             results.append(
                 {
                     "row": str(training.row),
@@ -175,10 +210,12 @@ def compare(
                     "gain": runner.ratios(unlike, segments),
                     "bytes": statistics.median(x["bytes"] for x in segments),
                     "simulated_ms": played,
-                    "simulated_error": played / ms.median - 1,
+                    "simulated_error": played and played / ms.median - 1,
                     "extra_ms": extra,
                     "simulated_extra_ms": expected,
-                    "extra_error": expected / extra - 1 if extra > SMALLEST_EXTRA else None,
+                    "extra_error": expected / extra - 1
+                    if expected is not None and extra > SMALLEST_EXTRA
+                    else None,
                     "relay": statistics.median(x["relay"] for x in segments),
                 }
             )
@@ -195,9 +232,12 @@ COLUMNS: Columns = {
     "kept": lambda r: r["kept"].show(2),
     "gain": lambda r: r["gain"].show(2),
     "kB": lambda r: f"{r['bytes'] / 1e3:.0f}",
-    "simulated ms": lambda r: f"{r['simulated_ms']:.1f} ({r['simulated_error']:+.1%})",
+    "simulated ms": lambda r: (
+        f"{r['simulated_ms']:.1f} ({r['simulated_error']:+.1%})" if r["simulated_ms"] else ""
+    ),
     "extra ms: measured, simulated": lambda r: (
-        f"{r['extra_ms']:.1f}, {r['simulated_extra_ms']:.1f}"
+        f"{r['extra_ms']:.1f}"
+        + (f", {r['simulated_extra_ms']:.1f}" if r["simulated_ms"] else "")
         + (f" ({r['extra_error']:+.1%})" if r["extra_error"] is not None else "")
     ),
     "relay": lambda r: f"{r['relay']:.1%}",
@@ -218,7 +258,7 @@ def columns(trainings: Sequence[Training], links: Sequence[Link]) -> Columns:
 def parse() -> tuple[Namespace, list[Row]]:
     """Options and rows."""
     parser = runner.flags(__doc__)
-    runner.net_flags(parser, ("mlp", "vgg"), rows=ROWS, **NET)
+    runner.net_flags(parser, SIZES, rows=ROWS)
     delay, bandwidth = runner.at_least(0.0), runner.at_least(1.0)
     parser.add_argument("--delays", nargs="+", type=delay, default=DELAYS, help="ms one way")
     words = "bytes/s of the link"
@@ -230,13 +270,16 @@ def parse() -> tuple[Namespace, list[Row]]:
     parser.add_argument("--repeats", type=runner.count, default=3, help="segments of row and delay")
     options = parser.parse_args()
     try:
+        runner.sized(options, SIZES)
         rows = [row_specs.parse(text) for text in options.rows]
         for row in rows:
-            row.check(options.depth, options.batch)
-            if row.engine == row_specs.TORCH:
-                raise ValueError(f"row '{row}': PyTorch's rows are those of throughput.py")
+            row.check(options.modules, options.batch)
             if (row.groups, row.data) != (2, 1):
                 raise ValueError(f"row '{row}': two stages on two devices are needed, K=2")
+            if reason := throughput.obstacle(row, options, ()):
+                raise ValueError(f"row '{row}': {reason}")
+            if row.engine == TORCH and any(options.wires):
+                raise ValueError(f"row '{row}': PyTorch's rows take no --wires")
     except ValueError as error:
         parser.error(str(error))
     if problem := missing():
@@ -269,7 +312,7 @@ def main() -> None:
         f"- The free link: {runner.link_text(measured['link'])}.",
         *runner.others_note(segments, "Other processes and the kernel's network"),
     )
-    by_row = {str(x): {"costs": measured["costs"][x], "segments": {}} for x in trainings}
+    by_row = {str(x): {"costs": measured["costs"].get(x), "segments": {}} for x in trainings}
     for (link, training), arm in measured["segments"].items():
         by_row[str(training)]["segments"][f"{link.delay:g} ms, {link.mbits} Mbit/s"] = arm
     values = {"link": measured["link"], "rows": by_row, "results": results}

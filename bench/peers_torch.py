@@ -40,6 +40,11 @@ def information_regularization(z: Tensor, labels: Tensor, num_classes: int) -> T
     return variance + invariance + covariance
 
 
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over all labels, `[batch]` or `[batch, length]`, of `logits` `[..., classes]`."""
+    return F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten())
+
+
 class LocalUnit(nn.Module):
     """A block with DeInfoReg's head: what the next block reads, and the loss.
 
@@ -82,7 +87,8 @@ class WholeUnit(nn.Module):
         output: Any = x
         for block in self.blocks:
             output = block(states(output))
-        return states(output), F.cross_entropy(self.classifier(summary(output)).float(), labels)
+        read = states if labels.ndim > 1 else summary
+        return states(output), cross_entropy(self.classifier(read(output)), labels)
 
 
 class Lars(torch.optim.Optimizer):

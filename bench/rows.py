@@ -98,12 +98,12 @@ class Row:
         wide = dataclasses.replace(self, place="")
         return next((row for row in (plain, wide) if row != self and row in rows), None)
 
-    def check(self, depth: int, batch: int) -> None:
-        """Raises ValueError if the net or the batch does not fit."""
-        if depth % self.stages and not self.blocks:
-            raise ValueError(f"row '{self}': --depth {depth} is no multiple of K")
-        if self.blocks and sum(self.blocks) != depth:
-            raise ValueError(f"row '{self}': --depth {depth} is not the sum of the blocks")
+    def check(self, modules: int, batch: int) -> None:
+        """Raises ValueError if the net, of so many modules, or the batch does not fit."""
+        if modules % self.stages and not self.blocks:
+            raise ValueError(f"row '{self}': {modules} modules are no multiple of K")
+        if self.blocks and sum(self.blocks) != modules:
+            raise ValueError(f"row '{self}': {modules} modules are not the sum of the blocks")
         if batch % (self.microbatches * self.data):
             raise ValueError(f"row '{self}': --batch {batch} is no multiple of M x D")
 
@@ -195,9 +195,9 @@ class TorchRow(Row):
         """Nothing is compared to the last bit."""
         return None
 
-    def check(self, depth: int, batch: int) -> None:
+    def check(self, modules: int, batch: int) -> None:
         """Raises ValueError if the net or the batch does not fit, or the schedule takes less."""
-        super().check(depth, batch)
+        super().check(modules, batch)
         takes, in_pipelining, chunks = TORCH_SCHEDULES[self.schedule]
         if other := [key for key, x in COUNTS.items() if getattr(self, x) > 1 and x not in takes]:
             raise ValueError(f"row '{self}': {self.schedule} takes no {other[0]}")

@@ -24,6 +24,7 @@ Columns = dict[str, Callable[[Any], Any]]  # text of a result, by heading
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 OTHERS_SHARE = 0.02  # of the machine that others take, beyond which a measurement is not valid
 WORKER, TORCH_WORKER = (Path(__file__).with_name(x) for x in ("worker.py", "torch_worker.py"))
+NET = ("model", "hidden", "depth", "modules", "batch", "head")  # options of every worker's net
 STOP_SECONDS = 30
 LINK_BYTES, LINK_REPEATS = 2**20, 20
 # glibc would give every large array's pages back when it is freed and fault them in again for the
@@ -91,9 +92,19 @@ def net_flags(parser: argparse.ArgumentParser, models: Iterable[str], **defaults
     parser.add_argument("--model", choices=tuple(models), default="mlp", metavar="MODEL")
     parser.add_argument("--hidden", type=count, help="width of a layer, channels, or arrays")
     parser.add_argument("--depth", type=count, help="number of equal blocks")
+    parser.add_argument("--modules", type=count, help="equal local modules of them; by default all")
     parser.add_argument("--batch", type=count, help="examples of a global batch")
     parser.add_argument("--head", type=int, default=64, help="features of a block's head; 0: none")
     parser.set_defaults(**defaults)
+
+
+def sized(options: argparse.Namespace, sizes: Mapping[str, Mapping[str, int]]) -> None:
+    """Fills in what is not given of the net; ValueError for modules of unequal depth."""
+    for name, value in sizes[options.model].items():
+        setattr(options, name, getattr(options, name) or value)
+    options.modules = options.modules or options.depth
+    if options.depth % options.modules:
+        raise ValueError(f"--depth {options.depth} is no multiple of --modules {options.modules}")
 
 
 def at_least(low: float, kind: Callable[[str], Any] = float) -> Callable[[str], Any]:

@@ -11,6 +11,10 @@ calls that several devices would have; `spmd` is the engine of one program. All 
 net of equal blocks on the same global batches, which are on the devices beforehand. BP on one
 device and every row's method on one device are added as references.
 
+    --model mlp, vgg, or gpt: causal layers on rows of 128 tokens, the first behind an embedding,
+                where `dgl` has a LayerNorm and a dense layer as its head
+    --modules N joins the blocks to N blocks for methods, which have N heads then
+
 Rows of PyTorch train the same net by BP from the same weights, a process a device, under Gloo or,
 on GPUs, NCCL: `torch`, `torch:compiled`, `torch:ddp,D=2` and, by `torch.distributed.pipelining`,
 `torch:gpipe,K=2,M=4`, `torch:1f1b,K=2,M=4`, `torch:zero_bubble,K=2,M=4` (ZB1P) and, two stages a
@@ -68,6 +72,7 @@ ROWS = (
 SIZES = {
     "mlp": {"hidden": 1024, "depth": 10, "batch": 256},
     "vgg": {"hidden": 32, "depth": 4, "batch": 64},
+    "gpt": {"hidden": 128, "depth": 8, "batch": 8},
     "arrays": {"hidden": 64, "depth": 2, "batch": 8},
 }
 WARM_UP_BATCHES = 3
@@ -78,7 +83,7 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-2}  # of PyTorch's losses
 def measure(rows: Sequence[Row], options: dict[str, Any], pinned: bool) -> dict[str, Any]:
     """Lets the rows take turns: what they measured, and the "link" between the first of several."""
     cores = runner.cores() if pinned else None
-    net = {x: options[x] for x in ("model", "hidden", "depth", "batch", "head", "dtype")}
+    net = {x: options[x] for x in (*runner.NET, "dtype")}
     results: dict[Row, dict[str, Any]] = {row: {} for row in rows}
     simulated = [r for r in rows if r.groups > 1 and r.data == 1 and r.engine == "mpmd"]
     with contextlib.ExitStack() as stack:
@@ -204,7 +209,7 @@ def differing(rows: Sequence[Row], results: list[dict[str, Any]], options: dict)
     losses = {row: result["first_loss"] for row, result in zip(rows, results, strict=True)}
     # Statistics of BatchNorm, which VGG has, are those of a microbatch or replica.
     alike = [
-        r for r in rows if r.engine == TORCH and (options["model"] == "mlp" or r == r.reference)
+        r for r in rows if r.engine == TORCH and (options["model"] != "vgg" or r == r.reference)
     ]
     tolerance = TOLERANCE[options["dtype"]]
     return [str(row) for row in alike if not abs(losses[row] / losses[BP] - 1) <= tolerance]
@@ -254,12 +259,11 @@ def parse() -> tuple[Namespace, list[Row], list[str], list[str]]:
     parser.add_argument("--repeats", type=runner.count, default=5, help="segments of each row")
     parser.add_argument("--dispatch", type=runner.count, metavar="N", help="calls with none before")
     options = parser.parse_args()
-    for name, value in SIZES[options.model].items():
-        setattr(options, name, getattr(options, name) or value)
     try:
+        runner.sized(options, SIZES)
         rows = [row_specs.parse(text) for text in options.rows]
         for row in rows:
-            row.check(options.depth, options.batch)
+            row.check(options.modules, options.batch)
             if options.steps % row.chunk:
                 raise ValueError(f"row '{row}': --steps {options.steps} is no multiple of T")
         kinds = []

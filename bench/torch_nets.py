@@ -33,9 +33,9 @@ def summary(x: Any) -> Tensor:
     return x.mean(1) if x.ndim == 3 else x
 
 
-def dense(size: int, width: int, channels: int | None = None) -> nn.Linear:
+def dense(size: int, width: int, channels: int | None = None, bias: bool = True) -> nn.Linear:
     """Dense layer; behind a flatten of maps with so many channels, whose order is not ours."""
-    layer = nn.Linear(size, width)
+    layer = nn.Linear(size, width, bias=bias)
     layer.channels = channels or size
     return layer
 
@@ -205,12 +205,37 @@ class PatchEmbedding(nn.Module):
         return self.project(x).flatten(2).transpose(1, 2) + self.positions
 
 
-class EncoderBlock(nn.Module):
-    """Self-attention and a feed-forward layer, each behind LayerNorm and past a shortcut."""
+class Rotary(nn.Module):
+    """Rotary positions of queries and keys, numbers i and i + size / 2 as a pair.
 
-    def __init__(self, hidden: int, heads: int):
+    A causal layer reads them off a table, as one writes it in PyTorch.
+    """
+
+    def __init__(self, size: int, length: int):
         super().__init__()
-        self.heads = heads
+        speed = 10_000.0 ** (-torch.arange(0, size, 2) / size)
+        angle = torch.outer(torch.arange(length), speed)
+        self.register_buffer("sine", angle.sin(), persistent=False)
+        self.register_buffer("cosine", angle.cos(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[batch, heads, length, size]`, turned."""
+        first, second = x.chunk(2, -1)
+        sine, cosine = self.sine[: x.shape[2]], self.cosine[: x.shape[2]]
+        turned = (first * cosine - second * sine, second * cosine + first * sine)
+        return torch.cat(turned, -1).to(x.dtype)
+
+
+class EncoderBlock(nn.Module):
+    """Self-attention and a feed-forward layer, each behind LayerNorm and past a shortcut.
+
+    A `context` makes it causal, with rotary positions in rows of so many tokens at most.
+    """
+
+    def __init__(self, hidden: int, heads: int, context: int | None = None):
+        super().__init__()
+        self.heads, self.causal = heads, context is not None
+        self.turn = Rotary(hidden // heads, context) if context else nn.Identity()
         self.attention_norm, self.feed_norm = nn.LayerNorm(hidden), nn.LayerNorm(hidden)
         self.projections, self.out = dense(hidden, 3 * hidden), dense(hidden, hidden)
         self.up, self.down = dense(hidden, 4 * hidden), dense(4 * hidden, hidden)
@@ -219,7 +244,8 @@ class EncoderBlock(nn.Module):
         """States `[batch, length, hidden]`."""
         parts = self.projections(self.attention_norm(x)).unflatten(2, (3, self.heads, -1))
         query, key, value = parts.permute(2, 0, 3, 1, 4).unbind()
-        h = F.scaled_dot_product_attention(query, key, value)
+        query, key = self.turn(query), self.turn(key)
+        h = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
         x = x + self.out(h.transpose(1, 2).flatten(2))
         return x + self.down(F.gelu(self.up(self.feed_norm(x)), approximate="tanh"))
 
@@ -262,6 +288,14 @@ def transformer(
 ) -> Net:
     embedding = Embedding(vocabulary_size, hidden, max_length)
     return encoder(num_classes, embedding, hidden, depth, heads)
+
+
+def gpt(num_classes: int, *, context: int, hidden: int, depth: int, heads: int = 4) -> Net:
+    """Rows of one document each; the embedding is a part of the first block."""
+    blocks: list[nn.Module] = [EncoderBlock(hidden, heads, context) for _ in range(depth)]
+    blocks[0] = nn.Sequential(Embedding(num_classes, hidden), blocks[0])
+    readout = dense(hidden, num_classes, bias=False)
+    return blocks, nn.Sequential(nn.Identity(), nn.LayerNorm(hidden), readout)
 
 
 def vit(num_classes: int, *, hidden: int, depth: int, heads: int, patch: int) -> Net:

@@ -5,8 +5,11 @@ are GPUs, of NCCL. The weights are those with which ours begin, and so are the b
 """
 
 import contextlib
+import fcntl
 import itertools
 import os
+import socket
+import struct
 import time
 from typing import Any
 
@@ -16,22 +19,26 @@ import torch
 import torch.distributed as dist
 import torch_nets
 import worker
-from peers_torch import WholeUnit, configure, tensors
+from peers_torch import WholeUnit, configure, cross_entropy, tensors
 from rows import TORCH_SCHEDULES
 from torch import nn
-from torch.nn import functional as F
 
 import jdecouple as jd
 
+_SIOCGIFADDR = 0x8915
 CUDA = torch.cuda.is_available() and os.environ.get("JAX_PLATFORMS") != "cpu"
 
 
 def initialize(
-    coordinator: str, num_processes: int, process_id: int, transfer_port: int | None = None
+    coordinator: str,
+    num_processes: int,
+    process_id: int,
+    transfer_port: int | None = None,
+    address: str = "127.0.0.1",
 ) -> None:
     """Joins the processes; the arguments are those of ours."""
     del transfer_port
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", interface(address))
     if CUDA:
         torch.cuda.set_device(process_id)
     dist.init_process_group(
@@ -42,10 +49,21 @@ def initialize(
     )
 
 
+def interface(address: str) -> str:
+    """Name of the network device that has an IPv4 address; RuntimeError if none has."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name.encode())
+            with contextlib.suppress(OSError):  # it has no address
+                if fcntl.ioctl(asked, _SIOCGIFADDR, request)[20:24] == socket.inet_aton(address):
+                    return name
+    raise RuntimeError(f"no network device has the address {address}")
+
+
 class Run:
     """A net of one process, or its part of it, with an optimiser, and batches on the device.
 
-    The options are those of `worker.Run` and of `rows.TorchRow.options`.
+    The options are those of `worker.Run` and of `rows.TorchRow.options`; others do not count.
     """
 
     def __init__(self, options: dict[str, Any]):
@@ -54,12 +72,16 @@ class Run:
         self._rank = dist.get_rank() if dist.is_initialized() else 0
         self._device = torch.device("cuda", self._rank) if CUDA else torch.device("cpu")
         model, shape = worker.build_model(name, hidden, depth)
-        batches = worker.build_batches(options["batch"], shape)
+        batches = worker.build_batches(options["batch"], shape, name == "gpt")
         trainer = jd.Trainer(model, jd.methods.get("bp"), jd.optim.sgd(0.01), example=batches[0])
         arrays = {name: np.asarray(x) for name, x in trainer.to_arrays(trainer.init()).items()}
         del trainer
         if name == "mlp":
             net = torch_nets.mlp(worker.NUM_CLASSES, input_size=hidden, hidden=hidden, depth=depth)
+        elif name == "gpt":
+            net = torch_nets.gpt(
+                worker.VOCABULARY, hidden=hidden, depth=depth, context=worker.LENGTH
+            )
         else:
             size = {"image_size": worker.IMAGE_SIZE, "channels": hidden}
             net = torch_nets.vgg(worker.NUM_CLASSES, [[hidden, hidden]] * depth, **size)
@@ -67,7 +89,8 @@ class Run:
         modules: dict[str, nn.Module] = {
             f"block_{i}/block": block for i, block in enumerate(blocks)
         }
-        modules[f"block_{depth - 1}/head"] = nn.ModuleDict({"classifier": classifier})
+        head = {"classifier": classifier}  # which is in another head where labels are of positions
+        modules[f"block_{depth - 1}/head"] = nn.ModuleDict({**head, "head": nn.ModuleDict(head)})
         torch_nets.load(modules, arrays)
         self._uploaded = itertools.cycle([self._own(batch) for batch in batches])
         self._pipeline: Any = None
@@ -81,7 +104,7 @@ class Run:
             elif self._schedule == "compiled":
                 self._call = torch.compile(self._net)
         self._optimizer = torch.optim.SGD(self._net.parameters(), 0.01, momentum=0.9)
-        self._half = options["dtype"] == "bfloat16"
+        self._half = options.get("dtype") == "bfloat16"
 
     def _own(self, batch: dict[str, np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
         """The batch on the device; under data parallelism this replica's part of it."""
@@ -113,7 +136,7 @@ class Run:
         self._pipeline = schedule(
             stages if issubclass(schedule, PipelineScheduleMulti) else stages[0],
             options["microbatches"],
-            loss_fn=lambda logits, labels: F.cross_entropy(logits.float(), labels),
+            loss_fn=cross_entropy,
         )
 
     def _train(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor | None:

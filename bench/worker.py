@@ -34,6 +34,7 @@ from jdecouple.pipeline.transfer import transfer
 
 NUM_CLASSES = 10
 IMAGE_SIZE = 16  # in pixels
+VOCABULARY, LENGTH = 256, 128  # of tokens, and of a row of them
 DISTINCT_BATCHES = 4
 WARM_UP_CALLS = 10
 PAUSE = 0.05  # seconds, in which threads that spin for more work give up
@@ -88,9 +89,20 @@ class Arrays(nnx.Module):
         return nnx.relu(sum((bias[...] for bias in self.biases), self.dense(x)))
 
 
-def build_model(name: str, hidden: int, depth: int) -> tuple[jd.Model, tuple[int, ...]]:
-    """The net, and the shape of one of its inputs."""
-    rngs = nnx.Rngs(0)
+def build_model(
+    name: str, hidden: int, depth: int, modules: int | None = None
+) -> tuple[jd.Model, tuple[int, ...]]:
+    """The net of so many equal modules, by default of all blocks, and the shape of an input."""
+    rngs, modules = nnx.Rngs(0), modules or depth
+    if name == "gpt":  # the first part has the embedding as well
+        size = {"hidden": hidden, "depth": depth, "context": LENGTH}
+        return jd.models.gpt(VOCABULARY, **size, cut=modules, rngs=rngs), (LENGTH,)
+    model, shape = _uncut(name, hidden, depth, rngs)
+    return model.cut([module * depth // modules for module in range(modules)]), shape
+
+
+def _uncut(name: str, hidden: int, depth: int, rngs: nnx.Rngs) -> tuple[jd.Model, tuple[int, ...]]:
+    """The net of all its blocks, and the shape of one of its inputs."""
     if name == "arrays":
         blocks = [Arrays(hidden - OTHER_ARRAYS, rngs) for _ in range(depth)]
         return jd.Model(blocks, nnx.Linear(TINY, NUM_CLASSES, rngs=rngs)), (TINY,)
@@ -102,9 +114,14 @@ def build_model(name: str, hidden: int, depth: int) -> tuple[jd.Model, tuple[int
     return model, (IMAGE_SIZE, IMAGE_SIZE, hidden)
 
 
-def build_batches(size: int, shape: tuple[int, ...]) -> list[dict[str, np.ndarray]]:
-    """The distinct batches of a run."""
+def build_batches(
+    size: int, shape: tuple[int, ...], of_tokens: bool = False
+) -> list[dict[str, np.ndarray]]:
+    """The distinct batches of a run; of tokens every row is a part of one document."""
     rng = np.random.default_rng(0)
+    if of_tokens:
+        rows = rng.integers(1, VOCABULARY, (DISTINCT_BATCHES, size, shape[0] + 1)).astype(np.int32)
+        return [{"x": batch[:, :-1].copy(), "label": batch[:, 1:].copy()} for batch in rows]
     return [
         {
             "x": rng.normal(size=(size, *shape)).astype(np.float32),
@@ -114,31 +131,34 @@ def build_batches(size: int, shape: tuple[int, ...]) -> list[dict[str, np.ndarra
     ]
 
 
-def build_method(name: str, head: int) -> jd.methods.Method:
+def build_method(name: str, head: int, of_tokens: bool = False) -> jd.methods.Method:
     """A method; its projectors, if it has any, are a dense layer to `head` features, or nothing."""
     none: dict[str, dict] = {"deinforeg": {"projector": "identity", "mode": "unmerge"}}
     small = {"deinforeg": {"projector": (head,)}, "scpl": {"projector": "linear", "features": head}}
-    return jd.methods.get(name, **(small if head else none).get(name, {}))
+    arguments = (small if head else none).get(name, {})
+    if of_tokens:  # without BatchNorm
+        arguments |= {"dgl": {"aux": "norm"}, "deinforeg": {"batch_norm": False}}.get(name, {})
+    return jd.methods.get(name, **arguments)
 
 
 class Run:
     """A trainer with its state, and batches that are on the devices already.
 
-    The options are those of `rows.Row.options`, and the net's "model", "hidden", "depth" and
-    "head", "batch" (global), and perhaps "dtype", "wire" and "in_flight", the Trainer's
-    `max_in_flight`.
+    The options are those of `rows.Row.options` and `runner.NET`, of which "modules" may be left
+    out, and perhaps "dtype", "wire" and "in_flight", the Trainer's `max_in_flight`.
     """
 
     def __init__(self, options: dict[str, Any]):
         name, depth, stages = options["model"], options["depth"], options["stages"]
-        starts = [stage * depth // stages for stage in range(stages)]
+        count = options.get("modules", depth)
+        starts = [stage * count // stages for stage in range(stages)]
         if blocks := options.get("blocks"):
             starts = [sum(blocks[:stage]) for stage in range(stages)]
-        model, shape = build_model(name, options["hidden"], depth)
-        self._batches = build_batches(options["batch"], shape)
+        model, shape = build_model(name, options["hidden"], depth, count)
+        self._batches = build_batches(options["batch"], shape, name == "gpt")
         self._trainer = trainer = jd.Trainer(
             model,
-            build_method(options["method"], options["head"]),
+            build_method(options["method"], options["head"], name == "gpt"),
             jd.optim.sgd(0.01, momentum=0.0 if name == "arrays" else 0.9),
             num_stages=stages,
             boundaries=starts,

@@ -12,13 +12,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jdecouple._errors import Arguments
 from jdecouple._files import replace
 from jdecouple.data import csv_rows
 from jdecouple.data.columns import places_to_read
 from jdecouple.data.inputs import ImageInputs, Inputs, image_paths
 from jdecouple.inference.load import load
-from jdecouple.inference.rules import Rule
+from jdecouple.inference.rules import NAMES, Rule
 from jdecouple.inference.run import Predictions, Run
 
 EXITS = "exits.json"  # in a workdir: the rule that `calibrate` chose
@@ -116,6 +118,9 @@ def export(argv: Sequence[str]) -> None:
 def generate(argv: Sequence[str]) -> None:
     """Goes on with a text, by a network that was trained on tokens, and prints all of it.
 
+    With a threshold every new token leaves at the first exit whose score is above it, and stderr
+    tells how many left where.
+
     Raises:
         TypeError, ValueError, OSError: bad arguments, or a workdir that cannot be used.
     """
@@ -125,10 +130,25 @@ def generate(argv: Sequence[str]) -> None:
     parser.add_argument("--temperature", type=float, default=1.0, help="0: the likeliest token")
     parser.add_argument("--top_k", type=int, default=0, help="of the likeliest tokens; 0: of all")
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
-    parser.add_argument("--exit", type=int, help="number of that to read, by default the last")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--exit", type=int, help="number of that to read, by default the last")
+    where.add_argument(
+        "--threshold", type=float, help="above which a token leaves early; inf: none"
+    )
+    parser.add_argument("--rule", choices=NAMES, help="what is above it, by default confidence")
+    parser.add_argument("--patience", type=int, help="exits in succession above it, by default 1")
     given = vars(parser.parse_args(argv))
+    rule, patience, threshold = (given.pop(name) for name in ("rule", "patience", "threshold"))
+    if threshold is not None:
+        given["exit"] = Rule(rule or "confidence", threshold, 1 if patience is None else patience)
+    elif rule is not None or patience is not None:
+        raise ValueError("--rule and --patience need a --threshold")
     run = load(given.pop("workdir"), given.pop("step"))
-    print(given["prompt"] + run.generate(**given))
+    text = run.generate(**given)
+    print(given["prompt"] + text)
+    if threshold is not None and len(text.exits):
+        shares = (f"{exit} {np.mean(text.exits == exit):.0%}" for exit in run.exits)
+        print(f"exits of {len(text.exits)} tokens: {', '.join(shares)}", file=sys.stderr)
 
 
 def step(text: str) -> str | int:

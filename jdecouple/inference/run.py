@@ -21,11 +21,10 @@ from jdecouple._errors import first_line, gigabytes, machine_bytes, require_int
 from jdecouple.data import Split, evaluation_batches
 from jdecouple.data.inputs import Inputs
 from jdecouple.data.token_inputs import TokenInputs
-from jdecouple.data.tokenizer import BOUNDARY
 from jdecouple.inference import calibration, costs
 from jdecouple.inference.adaptive import AdaptivePredictor, require_exits
 from jdecouple.inference.description import Description
-from jdecouple.inference.generate import Generator, Sampling
+from jdecouple.inference.generate import Continuation, Generator, Sampling, continued
 from jdecouple.inference.rules import Rule
 from jdecouple.methods import Method
 from jdecouple.methods.routes import Unit
@@ -192,8 +191,8 @@ class Run:
         temperature: float = 1.0,
         top_k: int = 0,
         seed: int = 0,
-        exit: int | None = None,
-    ) -> str:
+        exit: int | Rule | None = None,
+    ) -> Continuation:
         """Goes on with a text, in the dtype of the weights.
 
         Args:
@@ -203,23 +202,28 @@ class Run:
             temperature: what logits are divided by; 0: the likeliest token is taken.
             top_k: so many of the likeliest tokens may be chosen; 0: all.
             seed: of the draws.
-            exit: number of the exit that tells the next token, by default the last.
+            exit: number of the exit that tells the next token, by default the last; or a rule by
+                which every token that is new leaves early, see `jdecouple.inference.generate`.
 
         Returns:
-            What follows on the prompt.
+            What follows on the prompt, a `str`, with the exit of every token.
 
         Raises:
             ValueError: a value out of range, or a network that goes on with no texts.
         """
-        require_int(1, max_tokens=max_tokens)
         sampling = Sampling(temperature, top_k, seed)
         if not isinstance(self.inputs, TokenInputs):
             raise ValueError(f"the network reads {self.inputs.kind}: it goes on with no texts")
-        last = self.exits[self._index(exit)]
-        pieces, context = self.inputs.pieces, self.inputs.context
-        generator = Generator(self.blocks[: last + 1], self.heads[last], context)
-        tokens = np.concatenate([[BOUNDARY], pieces.encode(prompt)]).astype(np.int32)
-        return pieces.decode(generator(tokens, max_tokens, sampling))
+        rule, exits = None, self.exits
+        if isinstance(exit, Rule):
+            require_exits(self.predictor)
+            rule = exit
+        else:
+            exits = (exits[self._index(exit)],)
+        heads = [head if i in exits else None for i, head in enumerate(self.heads)]
+        count = exits[-1] + 1
+        generator = Generator(self.blocks[:count], heads[:count], self.inputs.context, rule)
+        return continued(generator, self.inputs.pieces, prompt, exits, max_tokens, sampling)
 
     def _predict(self, x: np.ndarray, exit: int | Rule | None, size: int) -> Predictions:
         predictor = self._predictor_for(x)

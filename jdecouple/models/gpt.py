@@ -101,14 +101,26 @@ class DecoderBlock(nnx.Module):
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """States `[batch, width]` of one position, beside keys and values of those before."""
         h = x[:, None]
+        query, (keys, values) = self._remembered(h, known, position)
+        seen = jnp.broadcast_to(jnp.arange(keys.shape[1]) <= position, keys.shape[:2])
+        attended = attention(query, keys, values, seen, self.drop).reshape(h.shape)
+        return self._add(h, attended)[:, 0], (keys, values)
+
+    def skip(
+        self, x: jax.Array, known: tuple[jax.Array, jax.Array], position: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Keys and values with those of one position of states `[batch, width]`."""
+        return self._remembered(x[:, None], known, position)[1]
+
+    def _remembered(
+        self, h: jax.Array, known: tuple[jax.Array, jax.Array], position: jax.Array
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         query, *own = self._heads(self.attention_norm(h), position[None, None])
         keys, values = (
             jax.lax.dynamic_update_slice_in_dim(before, now, position, axis=1)
             for before, now in zip(known, own, strict=True)
         )
-        seen = jnp.broadcast_to(jnp.arange(keys.shape[1]) <= position, keys.shape[:2])
-        attended = attention(query, keys, values, seen, self.drop).reshape(h.shape)
-        return self._add(h, attended)[:, 0], (keys, values)
+        return query, (keys, values)
 
     def _heads(self, h: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         batch, length, hidden = h.shape

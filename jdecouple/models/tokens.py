@@ -28,7 +28,11 @@ BOUNDARY = 0
 
 
 class Stepping(Protocol):
-    """A block that also takes one token after another, of a single document each row."""
+    """A block that also takes one token after another, of a single document each row.
+
+    It may have a method `skip(x, known, position)`, which gives what `advance` knows without its
+    output: for tokens that left at an exit below, of which `x` are the states there.
+    """
 
     def begin(self, batch: int, length: int, dtype: Any) -> Any:
         """What it knows before the first of at most `length` tokens."""
@@ -127,8 +131,8 @@ def even_splits(depth: int) -> Splits:
 class TiedReadout(nnx.Module):
     """Products with the vectors of an embedding block, whose table it shares."""
 
-    def __init__(self, embedding: TokenEmbedding):
-        self.table = embedding.table
+    def __init__(self, embedding: "TokenEmbedding | TiedReadout"):
+        self.table: nnx.Param = embedding.table
 
     def __call__(self, h: jax.Array) -> jax.Array:
         """Logits `[..., tokens]` of states `[..., width]`."""

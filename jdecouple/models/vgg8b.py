@@ -1,5 +1,6 @@
 """VGG8b, the net of local errors (arXiv 1901.06656): six convolutions and one dense layer."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,57 @@ from jdecouple.models.base import Model
 from jdecouple.models.cuts import cuttable
 
 _LAYOUT = (128, 256, "M", 256, 512, "M", 512, "M", 512, "M")
+
+
+class VggLayer(nnx.Sequential):
+    """Dropout and 2x2 poolings, a convolution or a dense layer, BatchNorm and the activation.
+
+    Args:
+        channels: Of the map that it gets.
+        features: Channels, or numbers, of what it gives.
+        drop: Share of the channels that is dropped.
+        pools: Number of poolings.
+        side: Pixels a side that a dense layer reads; 0: it is a convolution.
+        activation: Its name in `nnx`.
+        **options: `init`, `param_dtype` and `rngs`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        features: int,
+        *,
+        drop: float,
+        pools: int,
+        side: int,
+        activation: str,
+        **options: Any,
+    ):
+        stack: list[Callable[..., jax.Array]] = [*_dropout(drop, options["rngs"], 1, 2)]
+        stack += [layers.MaxPool() for _ in range(pools)]
+        if side:
+            norm = {name: options[name] for name in ("param_dtype", "rngs")}
+            dense = layers.linear(channels * side**2, features, **options)
+            stack += [layers.Flatten(), dense, layers.BatchNorm(features, **norm)]
+        else:
+            stack += layers.conv_norm(channels, features, use_bias=True, **options)
+        super().__init__(*stack, getattr(nnx, activation))
+        self.drop, self.side, self.activation = drop, side, activation
+
+    def anew(self, received: Any, output: Any, **options: Any) -> "VggLayer":
+        """A fresh layer, which pools what is larger than `output`, or than a dense one reads."""
+        channels, features, side = received.shape[-1], output.shape[-1], received.shape[1]
+        if self.side:
+            pools = next(n for n in itertools.count() if side >> n <= self.side)
+        else:
+            pools = int(side > output.shape[1])
+        side = side >> pools if self.side else 0
+        kind: dict[str, Any] = {"drop": self.drop, "activation": self.activation}
+        return VggLayer(channels, features, pools=pools, side=side, **kind, **options)
+
+
+def _dropout(rate: float, rngs: nnx.Rngs, *axes: int) -> list[nnx.Module]:
+    return [nnx.Dropout(rate, broadcast_dims=axes, rngs=rngs)] if rate > 0 else []
 
 
 @cuttable
@@ -64,27 +116,19 @@ def vgg8b(
     require_bool(zero_output=zero_output)
     pools = _LAYOUT.count("M")
     layers.require_pixels(image_size, pools, "poolings")
-    norm: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
-    options = {"init": init, **norm}
-    activate = getattr(nnx, activation)
-
-    def drop(*axes: int) -> list[nnx.Module]:
-        return [nnx.Dropout(dropout, broadcast_dims=axes, rngs=rngs)] if dropout > 0 else []
-
-    blocks = []
-    before: list[Callable[..., jax.Array]] = []
+    options: dict[str, Any] = {"init": init, "param_dtype": param_dtype, "rngs": rngs}
+    blocks: list[nnx.Module] = []
+    kind: dict[str, Any] = {"drop": 0.0, "pools": 0, "activation": activation}
     for item in _LAYOUT:
         if isinstance(item, str):
-            before.append(layers.MaxPool())
-        else:
-            features = layers.scaled(item, width)
-            layer = layers.conv_norm(channels, features, use_bias=True, **options)
-            blocks.append(nnx.Sequential(*before, *layer, activate))
-            before, channels = [*drop(1, 2)], features
-    size = channels * (image_size >> pools) ** 2
-    dense = layers.linear(size, hidden, **options), layers.BatchNorm(hidden, **norm)
-    blocks.append(nnx.Sequential(*before, layers.Flatten(), *dense, activate))
+            kind["pools"] = 1
+            continue
+        features = layers.scaled(item, width)
+        blocks.append(VggLayer(channels, features, side=0, **kind, **options))
+        channels, kind["drop"], kind["pools"] = features, dropout, 0
+    side = image_size >> pools
+    blocks.append(VggLayer(channels, hidden, side=side, **kind, **options))
     output = layers.linear(hidden, num_classes, **options)
     if zero_output:
         output.kernel.set_value(jnp.zeros_like(output.kernel.get_value()))
-    return Model(blocks, nnx.Sequential(*drop(), output))
+    return Model(blocks, nnx.Sequential(*_dropout(dropout, rngs), output))

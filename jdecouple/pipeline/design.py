@@ -104,12 +104,20 @@ class Design:
         """Names of the parameters that blocks of different stages share."""
         return tuple(each.names[0] for each in self.shared if len({*each.stages}) > 1)
 
+    def fits(self, schedule: Schedule) -> bool:
+        """Whether a schedule of the method trains stages that need one another on one batch."""
+        late = schedule.overlapping and self._follows_above
+        return not (late or (schedule.sums_late and self.crossing))
+
+    @property
+    def _follows_above(self) -> bool:
+        return any(stage.follows_above for stage in self.stages)
+
     def check_steps(self, count: int) -> None:
         """Raises ValueError unless so many batches can be one dispatch."""
         require_int(1, chunk=count)
-        follows = any(stage.follows_above for stage in self.stages)
         alone = self.method.route.local and not (
-            self.schedule.sums_late or self.crossing or follows
+            self.schedule.sums_late or self.crossing or self._follows_above
         )
         in_one_call = self.engine.fuse or self.engine.name == "spmd" or len(self.stages) == 1
         if count > 1 and not (alone or in_one_call):
@@ -215,7 +223,7 @@ def make_design(
         shard_optimizer,
     )
     design = Design(method, spec, built, starts, stages, engines)
-    if design.schedule.sums_late and design.crossing:
+    if not design.fits(design.schedule):
         raise ValueError(
             f"schedule {design.schedule.name!r} trains stages on different batches: blocks of "
             f"several stages share {design.crossing[0]}, which needs schedule 'local'"

@@ -56,7 +56,7 @@ def call_costs(timed_calls: Iterable[tuple[Call, float]], stages: Sequence[Stage
 
 
 def message_sizes(stages: Sequence[Stage]) -> dict[str, Any]:
-    """The part of `Costs` that tells the bytes of a microbatch's carries and errors."""
+    """The part of `Costs` that tells bytes: of a microbatch's carries and errors, and of ties."""
 
     def sizes(shapes: Sequence[Any]) -> list[int]:
         return [
@@ -67,7 +67,21 @@ def message_sizes(stages: Sequence[Stage]) -> dict[str, Any]:
     return {
         "message_bytes": sizes([stage.carry for stage in stages[1:]]),
         "error_bytes": sizes([floating(stage.carry["x"]) for stage in stages[1:]]),
+        "ties": tuple(_tie_sizes(stages).items()),
     }
+
+
+def _tie_sizes(stages: Sequence[Stage]) -> dict[tuple[int, ...], int]:
+    """Bytes of what stages share, by all that share it; the first steps it."""
+    owners = {unit.index: (stage.index, unit) for stage in stages for unit in stage.units}
+    sizes: dict[tuple[int, ...], int] = {}
+    for tie in stages[0].ties:
+        users = tuple(dict.fromkeys(owners[block][0] for block, _ in tie.uses))
+        block, name = tie.uses[0]
+        shapes, _ = jax.eval_shape(owners[block][1].initial)
+        if len(users) > 1:
+            sizes[users] = sizes.get(users, 0) + num_bytes(shapes[name])
+    return sizes
 
 
 def measured_memory(trainer: Any, state: State, batch: Any) -> tuple[State, dict[jax.Device, int]]:

@@ -35,6 +35,8 @@ class Costs:
             What joins several actions in one call is faster than the actions one by one.
         weight: seconds of the weight gradient, as forward. A schedule that splits its backwards
             needs it; in any other a backward takes backward + weight.
+        ties: parameters that stages share, such as (0, 2), 4096.0: the stages, of which the first
+            makes the step, and bytes of the gradient and of what comes back.
 
     Raises:
         ValueError: a number that is negative or not finite (the bandwidth may be infinite), or a
@@ -52,6 +54,7 @@ class Costs:
     hosts: Sequence[int] | None = None
     calls: Mapping[tuple[int, Kinds], float] = dataclasses.field(default_factory=dict)
     weight: PerStage | None = None
+    ties: Sequence[tuple[Sequence[int], float]] = ()
 
     def __post_init__(self) -> None:
         optional = ("forward", "backward", "weight") if self.calls else ("weight",)
@@ -69,6 +72,8 @@ class Costs:
                     raise ValueError(
                         f"calls has the key {key!r}: (stage, kinds of its actions) is needed"
                     )
+        for _, size in self.ties:
+            require_number(ties=size)
         require_number(latency=self.latency, dispatch=self.dispatch)
         if self.bandwidth != math.inf:
             require_number(positive=True, bandwidth=self.bandwidth)
@@ -146,8 +151,9 @@ def simulate(
     begins when it is dispatched, its device group is free and its inputs are there; it takes its
     own time or the times of its actions; what it sends leaves at its end. A message takes latency +
     bytes / bandwidth between device groups and nothing within one; a link carries one at a time
-    each way. An action of a delayed schedule takes its time also before its first input exists,
-    because the executor computes and discards it.
+    each way. Stages that share parameters wait at the end of every batch for the sum of their
+    gradients and for what its step gives. An action of a delayed schedule takes its time also
+    before its first input exists, because the executor computes and discards it.
 
     Args:
         schedule: a valid schedule.
@@ -167,6 +173,7 @@ def simulate(
     seconds = _seconds(schedule, costs)
     hosts = _per_stage("hosts", 0 if costs.hosts is None else costs.hosts, schedule.num_stages)
     links = _Links(schedule, costs)
+    tied = [0.0] * schedule.num_stages  # when each has what was stepped
     dispatched: dict[float, float] = defaultdict(float)  # host -> when it is free
     free, work = [0.0] * schedule.num_device_groups, [0.0] * schedule.num_device_groups
     arrived: dict[tuple[int, Kind, int], float] = {}
@@ -176,6 +183,7 @@ def simulate(
         opened = 0.0
         if max_in_flight is not None and batch >= max_in_flight:
             opened = ends[batch - max_in_flight]
+        done: dict[int, float] = {}  # the last call of every stage
         for stage, kinds, microbatches in calls:
             group, host = schedule.device_group(stage), hosts[stage]
             dispatched[host] = max(dispatched[host], opened) + costs.dispatch
@@ -185,15 +193,20 @@ def simulate(
                 for kind, microbatch in zip(kinds, microbatches, strict=True)
             ]
             ready = [arrived.pop((stage, *action), 0.0) for action in actions]
-            start = max(free[group], dispatched[host], *ready)
-            free[group] = end = start + seconds[stage, kinds]
+            start = max(free[group], dispatched[host], tied[stage], *ready)
+            free[group] = end = done[stage] = start + seconds[stage, kinds]
             work[group] += end - start
             spans.append(Span(stage, group, kinds, microbatches, batch, start, end))
             for kind, microbatch in actions:
                 target = stage + _DIRECTION[kind]
                 if (stage, target) in links.sizes:
-                    arrived[target, kind, microbatch] = links.send(stage, target, end)
-        ends.append(max(free))
+                    size = links.sizes[stage, target]
+                    arrived[target, kind, microbatch] = links.send(stage, target, end, size)
+        for (owner, *others), size in costs.ties:
+            summed = max(links.send(user, owner, done[user], size) for user in (owner, *others))
+            for user in (owner, *others):
+                tied[user] = max(tied[user], links.send(owner, user, summed, size))
+        ends.append(max(*free, *tied))
     makespan = ends[-1]
     return Simulation(
         makespan,
@@ -221,12 +234,11 @@ class _Links:
         self._schedule, self._costs = schedule, costs
         self._free: dict[tuple[int, int], float] = defaultdict(float)
 
-    def send(self, source: int, target: int, now: float) -> float:
-        """When the target stage has what the source stage sends now."""
+    def send(self, source: int, target: int, now: float, size: float) -> float:
+        """When the target stage has the bytes that the source stage sends now."""
         link = self._schedule.device_group(source), self._schedule.device_group(target)
         if link[0] == link[1]:
             return now
-        size = self.sizes[source, target]
         self.moved += size
         self._free[link] = max(now, self._free[link]) + size / self._costs.bandwidth
         return self._free[link] + self._costs.latency

@@ -7,26 +7,16 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from benches import REPOSITORY, bench
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 TWO_CORES = pytest.mark.skipif(
     not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2,
     reason="pins processes to two cores",
 )
 TINY = ["--hidden=16", "--depth=2", "--batch=8", "--head=8", "--steps=3", "--repeats=2"]
-
-
-def bench(name: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    environment.pop("XLA_FLAGS", None)
-    environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", **variables}
-    command = [sys.executable, str(REPOSITORY / "bench" / name), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
 
 
 @pytest.fixture
@@ -135,6 +125,25 @@ def test_throughput_of_processes(tmp_path):
     apart = results["scpl,K=2,apart"]
     assert (apart["twin"], apart["equal_to_twin"]) == ("scpl,K=2", True)
     assert apart["ratio_to_twin"]["low"] > 0
+
+
+@TWO_CORES
+@pytest.mark.slow
+def test_throughput_of_a_language_model(tmp_path):
+    """Methods have as many heads as modules; PyTorch trains as BP does."""
+    pytest.importorskip("torch")
+    output = tmp_path / "gpt.json"
+    flags = [*TINY, "--model=gpt", "--depth=4", "--modules=2", "--place=processes"]
+    rows = ["bp:1f1b,K=2,M=2", "dgl,K=2", "fdg,K=2", "torch:1f1b,K=2,M=2", "torch:gpipe,K=2,M=2"]
+    done = bench("throughput.py", *flags, "--rows", *rows, f"--output={output}")
+    assert done.returncode == 0, done.stderr  # 1 if a loss of PyTorch is another one
+    results = {x["row"]: x for x in json.loads(output.read_text())["results"]}
+    assert {*rows, "bp", "dgl", "torch"} <= {*results}
+    for row in (rows[0], "torch", *rows[3:]):
+        assert results[row]["first_loss"] == pytest.approx(results["bp"]["first_loss"], rel=1e-3)
+    head = 4 * 2 * (2 * 16 + (16 + 1) * 256)  # of a second module: weights and momenta
+    more = results["dgl"]["state_bytes"] - results["bp"]["state_bytes"]
+    assert more == pytest.approx(head, rel=0.1)
 
 
 @TWO_CORES
@@ -300,9 +309,11 @@ def test_simulation_of_a_row_takes_medians(benchmark):
     ("arguments", "message"),
     [
         (["--rows", "bp", "bp:local"], "row 'bp:local': method bp runs on"),
-        (["--rows", "fdg,K=3"], "--depth 10 is no multiple of K"),
-        (["--rows", "fdg,K=2,blocks=3+5"], "--depth 10 is not the sum of the blocks"),
+        (["--rows", "fdg,K=3"], "10 modules are no multiple of K"),
+        (["--rows", "fdg,K=2,blocks=3+5"], "10 modules are not the sum of the blocks"),
         (["--rows", "bp:gpipe,M=3"], "--batch 256 is no multiple of M x D"),
+        (["--model=gpt", "--modules=3"], "--depth 8 is no multiple of --modules 3"),
+        (["--modules=2", "--rows=fdg,K=5"], "2 modules are no multiple of K"),
         (["--rows", "scpl,T=3"], "--steps 40 is no multiple of T"),
         (["--place=processes", "--rows", "bp,D=256"], "the rows need 256 cores"),
         (["--rows", "torch:ddp,K=2"], "row 'torch:ddp,K=2': ddp takes no K"),
@@ -393,58 +404,3 @@ def test_step_time_of_a_bad_configuration(benchmark, monkeypatch, capsys, tmp_pa
         benchmark("step_time").main()
     assert stop.value.code == 2
     assert "batch_size is 0" in capsys.readouterr().err
-
-
-# --- Memory --------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_memory(tmp_path):
-    output = tmp_path / "memory.json"
-    flags = ["--nets=resnet20", "--width=0.25", "--batch=16", "--modules=4", "--repeats=1"]
-    rows = ["bp,elementwise", "greedy_exit,elementwise"]
-    done = bench("memory.py", *flags, "--limit=16", f"--output={output}", "--rows", *rows)
-    assert done.returncode == 0, done.stderr
-    results = {(x["row"], x["modules"]): x for x in json.loads(output.read_text())["results"]}
-    whole, local = results["bp,elementwise", ""], results["greedy_exit,elementwise", 4]
-    assert local["temporaries"] < whole["temporaries"]
-    assert local["largest_batch"] > whole["largest_batch"] >= 64
-
-
-@pytest.mark.slow
-def test_split(tmp_path):
-    """What waits for W are two arrays of every convolution, and fewer than wait for a backward."""
-    output = tmp_path / "split.json"
-    flags = ["--nets=vgg8", "--batch=16", "--remats=none", "--repeats=1"]
-    done = bench("split.py", *flags, f"--output={output}")
-    assert done.returncode == 0, done.stderr
-    (row,) = json.loads(output.read_text())["results"]
-    assert 0 < row["for_weight"] < row["for_backward"]
-    assert row["ratio"]["median"] > 0
-
-
-@pytest.mark.slow
-def test_replicas(tmp_path):
-    output = tmp_path / "replicas.json"
-    done = bench("replicas.py", "--nets=mlp", "--replicas=2", f"--output={output}")
-    assert done.returncode == 0, done.stderr
-    whole, parts = json.loads(output.read_text())["results"]
-    assert whole["opt"] == pytest.approx(2 * parts["opt"], rel=1e-3)
-    assert whole["most"] - parts["most"] == pytest.approx(parts["opt"], rel=0.2)
-
-
-@pytest.mark.slow
-def test_dispatch_of_joined_arrays(tmp_path):
-    output = tmp_path / "dispatch.json"
-    tiny = ["--arrays=8", "--calls=3", "--repeats=2", f"--output={output}"]
-    done = bench("dispatch.py", *tiny, JAX_PLATFORMS="cpu", JAX_NUM_CPU_DEVICES="2")
-    assert done.returncode == 0, done.stderr
-    results = json.loads(output.read_text())["results"]
-    assert [row["place"] for row in results] == ["devices", "apart", "fused", "bare"]
-    for row in results:
-        for segment in itertools.chain(*row["segments"]):
-            assert segment["arrays"] == row["arrays"] == (5 if row["place"] == "bare" else 8)
-            assert 0 < segment["dispatched"] <= segment["done"]
-    refused = bench("dispatch.py", "--places=apart", "--method=bp:local")
-    assert refused.returncode == 2
-    assert "method bp runs on sequential" in refused.stderr

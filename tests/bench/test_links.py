@@ -1,6 +1,7 @@
 """The link between two namespaces delays, limits and goes away; the relay loses no packet."""
 
 import importlib
+import importlib.util
 import json
 import math
 import os
@@ -215,6 +216,9 @@ def test_bandwidth_spaces_packets_out(ends):
     reason="pins processes to two cores",
 )
 def test_benchmark(tmp_path):
+    rows = ["scpl,K=2", "bp:1f1b,K=2,M=2"]
+    if importlib.util.find_spec("torch"):
+        rows.append("torch:1f1b,K=2,M=2")
     output = tmp_path / "runs" / "slow.json"
     others = set(Path("/run/netns").glob("jdecouple*"))
     environment = {**os.environ, "PYTHONPATH": str(BENCH.parent)}
@@ -225,7 +229,7 @@ def test_benchmark(tmp_path):
             *(sys.executable, BENCH / "links.py"),
             *("--hidden=16", "--depth=2", "--batch=8", "--head=8"),
             *("--seconds=0.05", "--repeats=2", "--delays", "30", "0"),
-            *("--rows", "scpl,K=2", "bp:1f1b,K=2,M=2"),
+            *("--rows", *rows),
             f"--output={output}",
         ],
         env=environment,
@@ -237,16 +241,28 @@ def test_benchmark(tmp_path):
     assert output.with_suffix(".md").read_text() in done.stdout
     results = json.loads(output.read_text())["results"]
     listed = [(result["row"], result["delay_ms"]) for result in results]
-    assert listed == [(row, delay) for row in ("scpl,K=2", "bp:1f1b,K=2,M=2") for delay in (0, 30)]
+    assert listed == [(row, delay) for row in rows for delay in (0, 30)]
     for result in results:
         spread = result["ms"]
         assert 0 < spread["low"] <= spread["median"] <= spread["high"]
         assert result["relay"] > 0
-    near, far = results[2:]
+    near, far = results[2:4]
     assert near["kept"]["median"] == 1
     assert far["extra_ms"] > 55  # there and back, in every batch
     assert far["simulated_extra_ms"] == pytest.approx(60, rel=0.05)
+    for result in results[5:]:  # PyTorch's messages go there and back, too
+        assert result["extra_ms"] > 55
+        assert result["simulated_ms"] is None
     assert set(Path("/run/netns").glob("jdecouple*")) <= others
+
+
+def test_rows_of_pytorch_have_no_wires(link, monkeypatch, capsys):
+    pytest.importorskip("torch")
+    given = ["--wires", "int8", "--rows", "torch:1f1b,K=2,M=4"]
+    monkeypatch.setattr(sys, "argv", ["links.py", *given])
+    with pytest.raises(SystemExit):
+        importlib.import_module("links").parse()
+    assert "PyTorch's rows take no --wires" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -254,7 +270,8 @@ def test_benchmark(tmp_path):
     [
         (["--rows", "bp"], "row 'bp': two stages on two devices are needed"),
         (["--rows", "fdg,K=3"], "row 'fdg,K=3': two stages"),
-        (["--depth=3"], "row 'deinforeg,K=2': --depth 3 is no multiple of K"),
+        (["--depth=3"], "row 'deinforeg,K=2': 3 modules are no multiple of K"),
+        (["--rows", "torch"], "row 'torch': two stages"),
         (["--delays", "-1"], "--delays: -1 is no number of at least 0"),
         (["--in-flight=0"], "--in-flight: 0 is no number of at least 1"),
         (["--bandwidth=0"], "--bandwidth: 0 is no number of at least 1"),

@@ -9,6 +9,8 @@ from flax import nnx
 
 import jdecouple as jd
 from jdecouple import models
+from jdecouple.models.renewal import output_of
+from jdecouple.pipeline.design import make_design
 
 SMALL = {"width": 1 / 32, "hidden": 8, "image_size": 16}
 
@@ -62,6 +64,49 @@ def test_activation_and_output_layer():
     model = models.vgg8b(5, zero_output=False, dropout=0, rngs=nnx.Rngs(0), **SMALL)
     assert model.classifier.layers[-1].kernel[...].any()
     assert len(model.classifier.layers) == 1
+
+
+def test_a_layer_anew_fits_other_maps():
+    """A convolution halves what is larger than its output; the dense layer pools to its side."""
+    blocks = models.vgg8b(5, rngs=nnx.Rngs(0), **SMALL).blocks
+    options = {"init": "flax", "param_dtype": jnp.float32, "rngs": nnx.Rngs(1)}
+
+    def anew(index, received, output):
+        shapes = [jax.ShapeDtypeStruct((2, *shape), jnp.float32) for shape in (received, output)]
+        copy = blocks[index].anew(*shapes, **options)
+        return copy, output_of(copy, shapes[0]).shape
+
+    same, shape = anew(2, (16, 16, 8), (8, 8, 8))
+    assert jax.tree.map(jnp.shape, nnx.state(same)) == jax.tree.map(jnp.shape, nnx.state(blocks[2]))
+    assert shape == (2, 8, 8, 8)
+    assert anew(3, (16, 16, 3), (8, 8, 16))[1] == (2, 8, 8, 16)
+    assert anew(3, (8, 8, 3), (8, 8, 16))[1] == (2, 8, 8, 16)
+    dense, shape = anew(6, (16, 16, 3), (8,))
+    assert (shape, dense.layers[-3].in_features) == ((2, 8), 3)
+
+
+@pytest.mark.parametrize("name", nets.marked(("auglocal", "man"), ("auglocal",)))
+def test_auxiliary_nets_of_its_layers(name):
+    """Fresh layers above every layer but the last: nothing is computed."""
+
+    def model(rngs):
+        return models.vgg8b(5, rngs=rngs, **SMALL)
+
+    example = {"x": np.zeros((4, 16, 16, 3), np.float32), "label": np.zeros(4, np.int32)}
+    arguments = {"depth": 3, "decay": 0.0} if name == "auglocal" else {"aux": "linear"}
+    method = jd.methods.get(name, **arguments)
+    design = make_design(model, method, jd.optim.sgd(0.1), num_stages=1, example=example)
+    fronts = [
+        {path: leaf.shape for path, leaf in unit.params.items() if path.startswith("head/front")}
+        for unit in design.built.units
+    ]
+    kernels = [[shape for path, shape in each.items() if "kernel" in path] for each in fronts]
+    if name == "man":
+        assert kernels[0] == [(3, 3, 4, 8)]
+        assert kernels[5] == [(16, 8)]
+    else:  # units 2, 4 and 6
+        assert kernels[0] == [(3, 3, 4, 8), (3, 3, 8, 16), (16, 8)]
+    assert not kernels[6]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ from flax import nnx
 from tied_simulation import LAST, STAGES, TiedSimulation, weights
 
 import jdecouple as jd
+from jdecouple.pipeline.diagnostics import message_sizes
+from jdecouple.pipeline.state import modules
 
 pytestmark = pytest.mark.usefixtures("module_x64")
 STEPS = 4
@@ -232,6 +234,73 @@ def test_one_layer_that_all_blocks_share(name):
         assert_close(each, found[0])
 
 
+# --- Heads that share the table of the embedding ------------------------------------------------
+
+HEADS: dict[str, dict] = {
+    "dgl": {"aux": "tied"},
+    "man": {"aux": "tied"},
+    "greedy_exit": {"branch": "tied"},
+    "early_exit": {"branch": "tied"},
+}
+
+
+def test_every_head_adds_its_gradient_to_the_table():
+    """Of dgl in two stages: one step is that of the sum of all local losses in plain JAX."""
+    batch = token_nets.batches(1, padded=False)[0]
+    trainer = build("dgl", 2, arguments=HEADS["dgl"], optimizer=optax.sgd(1.0))
+    state = trainer.init()
+
+    def halves(state: Any) -> tuple[Any, Any]:
+        return nnx.split(nnx.List([nnx.List(each) for each in modules(trainer.stages, state)]))
+
+    definition, params = halves(state)
+
+    @jax.jit
+    @jax.grad
+    def gradient(params: Any) -> jax.Array:
+        x, total = batch["x"], jnp.zeros(())
+        for block, head in nnx.merge(definition, params):
+            x = block(x)
+            logits = head.logits(x)
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+            total += losses.mean()
+            x = jax.lax.stop_gradient(x)
+        return total
+
+    wanted = gradient(params)
+    state, _ = trainer.step(state, batch)
+    for old, new, each in zip(
+        *map(jax.tree.leaves, (params, halves(state)[1], wanted)), strict=True
+    ):
+        np.testing.assert_allclose(old - new, each, rtol=0, atol=1e-12)
+    (shared,) = trainer.shared
+    assert shared.names == (
+        "block_0/params/block/table",
+        "block_1/params/head/head/readout/layers/2/table",
+        "block_2/params/head/head/classifier/layers/2/table",
+    )
+
+
+@SLOW
+@pytest.mark.parametrize("name", HEADS)
+def test_tied_heads_train_as_one_program(name):
+    found = []
+    for stages in (1, 2):
+        trainer = build(name, stages, arguments=HEADS[name])
+        state, metrics = nets.trained(trainer, token_nets.batches(padded=False), STEPS)
+        found.append((trainer, state, nets.to_arrays(trainer, state), metrics))
+    assert_close(found[1], found[0])
+
+
+def test_tied_heads_need_a_tied_classifier():
+    model = token_nets.model(param_dtype=jnp.float64)
+    for name in ("dgl", "greedy_exit"):
+        words = ("a head that is 'tied' needs a model whose classifier is the table", "tied=True")
+        nets.assert_clear(
+            ValueError, words, lambda name=name: build(name, model=model, arguments=HEADS[name])
+        )
+
+
 # --- Late errors ------------------------------------------------------------------------------
 
 
@@ -283,6 +352,11 @@ def test_late_errors_are_those_of_the_naive_simulation(name, devices):
     route = jd.methods.get(name).route
     for k in (0, LAST):
         assert route.staleness(k, STAGES, shared=True).weights == simulation.ages[k][-1]
+
+
+def test_bytes_of_what_stages_share():
+    assert message_sizes(build("bp", 3, "small").stages)["ties"] == (((0, 2), WORDS * WIDTH * 8),)
+    assert not message_sizes(build("bp", net="small").stages)["ties"]
 
 
 def test_the_trainer_tells_how_late_a_shared_gradient_is():

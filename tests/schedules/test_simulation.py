@@ -77,6 +77,22 @@ def test_unequal_stages_by_hand():
     assert simulated.bytes_moved == 2 * (20 + 40)
 
 
+# --- What stages share ---------------------------------------------------------------------------
+
+
+def test_stages_that_share_parameters_wait_for_one_another():
+    """Stages 0 and 2 share 20 bytes: 3 s to the first one, and 3 s back. Stage 1 shares nothing."""
+    costs = Costs(1, 1, ties=[((0, 2), 20)], bandwidth=10, latency=1)
+    simulated = simulate(build("local", 3, 1), costs, batches=2)
+    starts = [(span.stage, span.batch, span.start) for span in simulated.spans]
+    # Stage 2 ends at 8 (with messages of a second): stage 0 has its gradient at 11.
+    assert starts == [(0, 0, 0), (1, 0, 3), (2, 0, 6), (0, 1, 11), (1, 1, 14), (2, 1, 17)]
+    assert simulated.makespan == 19 + 3 + 3
+    assert simulated.bytes_moved == 2 * 2 * 20
+    table = dataclasses.replace(build("local", 3, 1), placement=(0, 0, 0))  # at once
+    assert simulate(table, costs, batches=3).makespan == 3 * 3 * 2
+
+
 # --- Many batches --------------------------------------------------------------------------------
 
 UNEQUAL = Costs([1.0, 2.0, 1.5], [1.5, 1.0, 0.25], [0.5, 0.25, 2.0], weight=[0.5, 2.0, 0.75])

@@ -204,11 +204,7 @@ class TestRefused:
         ("method", "values", "said"),
         [
             ("bp", {"chunk": 2}, "a chunk of 2 batches needs a local method"),
-            (
-                "fdg",
-                {"schedule": "delayed_split", "microbatches": 2},
-                "schedule delayed_split takes 1",
-            ),
+            ("fdg", {"schedule": "delayed_split", "microbatches": 2}, "delayed_split takes 1"),
         ],
     )
     def test_what_training_refuses(self, method, values, said):
@@ -226,6 +222,7 @@ class TestTimes:
         [
             ({"microbatches": 4}, ["sequential", "gpipe", "1f1b", "interleaved_1f1b", "zb_h1"]),
             pytest.param({"method": "greedy_exit"}, ["local", "interleaved"], marks=SLOW),
+            ({"method": "man"}, ["local"]),
             pytest.param({"method": "fdg"}, ["delayed", "delayed_split"], marks=SLOW),
         ],
     )

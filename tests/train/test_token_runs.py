@@ -11,8 +11,12 @@ from ml_collections import ConfigDict
 import jdecouple as jd
 from jdecouple.train import bits, commands, presets
 from jdecouple.train import config as configuration
+from jdecouple.train.elastic import train_stage
 from jdecouple.train.errors import ConfigError
+from jdecouple.train.hosts import ProcessSpec
 from jdecouple.train.loop import train_and_evaluate
+from jdecouple.train.plan import Devices, plan
+from jdecouple.train.quantities import show
 from jdecouple.train.run import build
 
 TEXTS = {f"{n:02}.py": f"def f{n}(x):\n    return x + {n}\n" * 4 for n in range(12)}
@@ -132,6 +136,11 @@ def test_commands(finished, capsys):
     assert said.startswith("def f")
     run = jd.load(finished)
     assert said == "def f" + run.generate("def f", 5, top_k=3, seed=1) + "\n"
+    commands.main(["jdecouple", "generate", str(finished), *arguments, "--threshold=0"])
+    said = capsys.readouterr()
+    early = run.generate("def f", 5, top_k=3, seed=1, exit=0)
+    assert said.out == f"def f{early}\n"
+    assert said.err == f"exits of {len(early.exits)} tokens: 0 100%, 1 0%\n"
 
 
 @pytest.mark.parametrize(
@@ -140,6 +149,7 @@ def test_commands(finished, capsys):
         (["generate", "--max_tokens=0"], "max_tokens is 0"),
         (["generate", "--temperature=-1"], "temperature is -1.0"),
         (["generate", "--exit=7"], "exit is 7: allowed are 0, 1"),
+        (["generate", "--rule=entropy"], "--rule and --patience need a --threshold"),
         (["predict"], "the network goes on with texts: evaluate and generate are for it"),
         (["calibrate", "--accuracy_loss=0.1"], "the network goes on with texts"),
         (["evaluate", "--exit=0"], "--exit is for networks that classify"),
@@ -196,3 +206,31 @@ def test_a_model_that_reads_no_tokens_is_refused(corpus):
     config.batch_size = 8
     with pytest.raises(ConfigError, match="holds tokens, which gpt, lstm_lm read"):
         build(config)
+
+
+def tied(corpus, **values) -> ConfigDict:
+    """Two modules on two stages, and one table for the embedding and all heads."""
+    values = {"model__tied": True, "method__aux": "tied", "mesh__stages": 2, **values}
+    return tiny(corpus, num_stages=2, **values)
+
+
+def test_a_plan_counts_what_stages_share(corpus):
+    """They wait for one another, so that no stage works while another does."""
+    devices = Devices(2, flops=1e9, memory=1e9, bandwidth=1e6, latency=1e-3)
+    found = plan(tied(corpus), devices)
+    (time,) = found.times
+    assert (time["schedule"], time["bubble"] >= 0.5) == ("local", True)
+    size = 257 * 8 * 4
+    assert time["seconds"] >= sum(row["seconds"] for row in found.stages) + 2 * (1e-3 + size / 1e6)
+    (line,) = (line for line in found.assumed if "share" in line)
+    assert line.startswith(f"stages 0, 1 share {show(size, 'B')}: gradients go to stage 0")
+
+
+def test_elastic_stages_share_nothing(corpus, tmp_path):
+    config = tied(corpus, mesh__elastic="wait")
+    with pytest.raises(ConfigError) as caught:
+        train_stage(config, tmp_path, ProcessSpec("127.0.0.1:1", 2, 1))
+    assert str(caught.value) == (
+        "config.mesh.elastic is 'wait', but stages share block_0/params/block/layers/0/table: each "
+        "step would wait for all of them"
+    )

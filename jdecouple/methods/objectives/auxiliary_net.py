@@ -11,7 +11,7 @@ from flax import nnx
 from jdecouple._errors import require_int, require_one_of
 from jdecouple.methods.objectives.base import BlockInfo, Objective
 from jdecouple.methods.objectives.cross_entropy import CrossEntropy, CrossEntropyHead
-from jdecouple.methods.objectives.exits import normed
+from jdecouple.methods.objectives.exits import normed, tied_readout
 from jdecouple.methods.objectives.front import FrontedHead
 from jdecouple.methods.objectives.maps import is_map, pool_maps, pooled_info
 from jdecouple.methods.objectives.tokens import TokenHead, by_positions
@@ -82,6 +82,9 @@ class AuxiliaryNetHead(CrossEntropyHead):
             reduction = SpatialReduction(layout, info, rngs)
             size = reduction.size
         self.reduction = reduction or nnx.Sequential()
+        if objective.aux == "tied":
+            self.readout = tied_readout(info)
+            return
         hidden = layout.hidden * (objective.hidden or size,) if layout else ()
         widths = (*hidden, info.num_classes)
         readout = layers.perceptron(size, widths, batch_norm=True, **info.options(rngs))
@@ -119,8 +122,9 @@ class AuxiliaryNet(Objective):
             and ReLU, dense. Or "mlp": the same without convolutions. "cnn": two 3x3 convolutions
             with BatchNorm and ReLU, means over 2 x 2 bins, BatchNorm, dense. "linear": flatten,
             dense. "norm": flatten, LayerNorm, dense. Features that are no maps go to the dense
-            layers at once. "transformer", of language models: a causal layer of up to four heads,
-            and "norm" at every position.
+            layers at once. Of language models: "tied", which is "norm" with the table that
+            the model's classifier shares with its embedding as the dense layer; "transformer", a
+            causal layer of up to four heads, and "norm" at every position.
         hidden: Width of the hidden dense layers, or inside the causal layer; 0: that of their
             input, as in the paper.
         head_pool: Average maps over this many bins a side before the net; 0: do not.
@@ -131,15 +135,16 @@ class AuxiliaryNet(Objective):
     head_pool: int = 0
 
     def __post_init__(self):
-        require_one_of((*LAYOUTS, "linear", "norm", "transformer"), aux=self.aux)
+        require_one_of((*LAYOUTS, "linear", "norm", "tied", "transformer"), aux=self.aux)
         require_int(0, hidden=self.hidden, head_pool=self.head_pool)
 
     def head(self, info: BlockInfo, rngs: nnx.Rngs) -> nnx.Module | None:
         """Head for any block.
 
         Raises:
-            ValueError: There is no classifier and the last block's output is no logits, or "aux" is
-                "transformer" and the labels are not those of positions.
+            ValueError: There is no classifier and the last block's output is no logits, "aux" is
+                "transformer" and the labels are not those of positions, or "tied" and the
+                classifier is no embedding's table.
         """
         if info.is_last:
             return CrossEntropy().head(info, rngs)

@@ -16,6 +16,7 @@ from jdecouple.methods.objectives.base import BlockInfo, Objective
 from jdecouple.methods.objectives.cross_entropy import CrossEntropy, CrossEntropyHead
 from jdecouple.methods.objectives.maps import is_map, pool_maps, pooled_info
 from jdecouple.models import layers
+from jdecouple.models.tokens import TiedReadout
 
 CHANNELS = 32
 """Of the convolutions of BranchyNet's branches, on any net for CIFAR-10."""
@@ -52,7 +53,10 @@ class ExitHead(CrossEntropyHead):
         self.branch = Branch(info, rngs) if convolves else nnx.Sequential()
         info = dataclasses.replace(info, features=jax.eval_shape(self.branch, info.features))
         info = pooled_info(info, objective.head_pool)
-        readout = layers.perceptron(info.size, (info.num_classes,), **info.options(rngs))
+        if objective.branch == "tied":
+            readout = tied_readout(info)
+        else:
+            readout = layers.perceptron(info.size, (info.num_classes,), **info.options(rngs))
         if objective.branch == "norm":
             readout = nnx.Sequential(*normed(info), readout)
         super().__init__(readout, weight)
@@ -68,6 +72,27 @@ def normed(info: BlockInfo) -> list[nnx.Module]:
     return [layers.Flatten(), layers.LayerNorm(info.size, param_dtype=info.param_dtype)]
 
 
+def tied_readout(info: BlockInfo) -> nnx.Sequential:
+    """LayerNorm, and products with the table that the model's classifier shares with its embedding.
+
+    Raises:
+        ValueError: The classifier shares none, or the features are of another width.
+    """
+    nodes = [] if info.classifier is None else nnx.iter_graph(info.classifier)
+    shared = next((node for _, node in nodes if isinstance(node, TiedReadout)), None)
+    if shared is None:
+        raise ValueError(
+            "a head that is 'tied' needs a model whose classifier is the table of its embedding, "
+            "as gpt and lstm_lm have by tied=True"
+        )
+    if (width := shared.table.shape[1]) != info.size:
+        raise ValueError(
+            f"the output of block {info.index} has width {info.size}: a head that is 'tied' needs "
+            f"{width}, that of the embedding"
+        )
+    return nnx.Sequential(*normed(info), TiedReadout(shared))
+
+
 @dataclasses.dataclass(frozen=True)
 class Exits(Objective):
     """Weighted cross-entropy of an exit at every block.
@@ -79,7 +104,9 @@ class Exits(Objective):
         weights: Weight of each block's loss; a single number (or a tuple of one) is that of all.
         head_pool: The dense layers read feature maps averaged over this many bins a side; 0: whole.
         branch: What stands before the dense layer of an exit. "linear": nothing. "norm": LayerNorm,
-            as before the classifier of a Transformer. "conv", of feature maps: BranchyNet's 3x3
+            as before the classifier of a Transformer. "tied", of language models: "norm" before the
+            table that the model's classifier shares with its embedding, in place of the dense
+            layer. "conv", of feature maps: BranchyNet's 3x3
             convolutions to 32 channels with ReLU, two at the first block and one at every other,
             and 2x2 maximum pooling; the paper has head_pool=0 behind them.
     """
@@ -96,7 +123,7 @@ class Exits(Objective):
         if not any(weights):
             raise ValueError(f"weights is {self.weights}: a number above 0 is needed")
         require_int(0, head_pool=self.head_pool)
-        require_one_of(("linear", "conv", "norm"), branch=self.branch)
+        require_one_of(("linear", "conv", "norm", "tied"), branch=self.branch)
 
     def head(self, info: BlockInfo, rngs: nnx.Rngs) -> nnx.Module:
         """Head for any block.

@@ -148,6 +148,12 @@ class Clock:
         else:
             speed = f"{show(devices.bandwidth, 'B/s')} and " if devices.bandwidth < math.inf else ""
             lines.append(f"messages: {speed}{show(devices.latency, 's')} each, on a free link")
+        for stages, size in self.costs[self.design.schedule.splits].ties:
+            users = ", ".join(map(str, stages))
+            lines.append(
+                f"stages {users} share {show(size, 'B')}: gradients go to stage {stages[0]} and "
+                "weights back at the end of every batch, for which they wait"
+            )
         if not self.costs[self.design.schedule.splits].calls:
             lines.append("calls: no time for the optimizer, for memory traffic and for dispatch")
         elif self.design.engine.fuse and len(self.design.stages) > 1:

@@ -105,8 +105,8 @@ def tables(design: Design, mesh: StageMesh) -> dict[str, Schedule]:
     """The schedules of the method for the design's stages and microbatches, its own first."""
     counts = len(design.stages), design.stages[0].num_microbatches
     names = dict.fromkeys((design.schedule.name, *design.method.route.schedules))
-    fitting = [name for name in names if name in schedules.names(*counts)]
-    return {name: placed(schedules.build(name, *counts), mesh) for name in fitting}
+    built = [schedules.build(name, *counts) for name in names if name in schedules.names(*counts)]
+    return {table.name: placed(table, mesh) for table in built if design.fits(table)}
 
 
 def timing(table: Schedule, costs: Costs, max_in_flight: int) -> Timing:
