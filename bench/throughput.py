@@ -71,6 +71,7 @@ ROWS = (
 )
 SIZES = {
     "mlp": {"hidden": 1024, "depth": 10, "batch": 256},
+    "reversible": {"hidden": 2048, "depth": 10, "batch": 256},  # layers of 1024, but for the first
     "vgg": {"hidden": 32, "depth": 4, "batch": 64},
     "gpt": {"hidden": 128, "depth": 8, "batch": 8},
     "arrays": {"hidden": 64, "depth": 2, "batch": 8},

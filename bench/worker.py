@@ -106,8 +106,9 @@ def _uncut(name: str, hidden: int, depth: int, rngs: nnx.Rngs) -> tuple[jd.Model
     if name == "arrays":
         blocks = [Arrays(hidden - OTHER_ARRAYS, rngs) for _ in range(depth)]
         return jd.Model(blocks, nnx.Linear(TINY, NUM_CLASSES, rngs=rngs)), (TINY,)
-    if name == "mlp":
-        model = jd.models.mlp(NUM_CLASSES, input_size=hidden, hidden=hidden, depth=depth, rngs=rngs)
+    if name in ("mlp", "reversible"):
+        sizes = {"input_size": hidden, "hidden": hidden, "depth": depth}
+        model = jd.models.mlp(NUM_CLASSES, **sizes, reversible=name == "reversible", rngs=rngs)
         return model, (hidden,)
     size: dict[str, Any] = {"image_size": IMAGE_SIZE, "channels": hidden}
     model = jd.models.vgg(NUM_CLASSES, blocks=[[hidden, hidden]] * depth, **size, rngs=rngs)
