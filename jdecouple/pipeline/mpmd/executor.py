@@ -22,7 +22,6 @@ from jdecouple.pipeline.mpmd.stage_fns import (
     compile_stage_fn,
     make_norm_fn,
     make_stage_fn,
-    message_shape,
     microbatches_of,
     with_messages,
     with_taken,
@@ -377,20 +376,18 @@ class Executor:
         """Sends a carry (or, downwards, an error) to a neighbouring stage."""
         if self.fuse:
             return carry
-        above = self.stages[max(source, target)]
-        shapes: Any = self._messages.packed[above.index]
-        is_packed = shapes is not None
-        if not is_packed and not crosses(self.placements[source], self.placements[target]):
-            return self._transfer(carry, None, source, target)
-        shapes = shapes or above.carry
-        if target < source:
-            shapes = error_shapes(shapes, above.scaling, above.returns_input)
-        if not is_packed:
-            return self._transfer(carry, shapes, source, target)
-        arrived = self._transfer(carry, message_shape(shapes, above.wire), source, target)
-        if arrived is None or not self.schedule.overlapping:
-            return arrived
-        return Message(arrived, self._messages.unpacked[above.index, target < source])
+        above, down = self.stages[max(source, target)], target < source
+        key = above.index, down
+        if (shape := self._messages.shapes.get(key)) is not None:
+            arrived = self._transfer(carry, shape, source, target)
+            queued = arrived is not None and self.schedule.overlapping
+            return Message(arrived, self._messages.unpacked[key]) if queued else arrived
+        shapes: Any = None
+        if crosses(self.placements[source], self.placements[target]):
+            shapes = above.carry
+            if down:
+                shapes = error_shapes(shapes, above.scaling, above.returns_input)
+        return self._transfer(carry, shapes, source, target)
 
     @cached_property
     def _messages(self) -> Messages:

@@ -12,7 +12,7 @@ from jdecouple.methods.routes import Carry, Stage
 from jdecouple.methods.routes.stage import error_shapes
 from jdecouple.pipeline.memory import num_bytes
 from jdecouple.pipeline.mesh import StageDevices
-from jdecouple.pipeline.mpmd.stage_fns import compile_unpack
+from jdecouple.pipeline.mpmd.stage_fns import compile_unpack, message_shape
 from jdecouple.pipeline.transfer import crosses, without_loss
 
 MESSAGE_BYTES = 2**18
@@ -73,14 +73,26 @@ class Messages:
         return shapes
 
     @cached_property
+    def shapes(self) -> dict[tuple[int, bool], jax.ShapeDtypeStruct]:
+        """By the stage above, and whether it is an error: the shape of what comes as one array."""
+        return {
+            (stage.index, down): message_shape(shapes, stage.wire)
+            for stage, carry in zip(self.stages, self.packed[:-1], strict=True)
+            if carry is not None
+            for down, shapes in ((False, carry), (True, self._error(stage, carry)))
+        }
+
+    def _error(self, stage: Stage, carry: Carry) -> Any:
+        return error_shapes(carry, stage.scaling, stage.returns_input)
+
+    @cached_property
     def unpacked(self) -> dict[tuple[int, bool], Callable]:
         """By the stage above, and whether it is an error: what unpacks a message for a queue."""
         calls = {}
         for stage, carry in zip(self.stages, self.packed[:-1], strict=True):
             if carry is None:
                 continue
-            error = error_shapes(carry, stage.scaling, stage.returns_input)
-            for down, shapes in ((False, carry), (True, error)):
+            for down, shapes in ((False, carry), (True, self._error(stage, carry))):
                 placement = self.placements[stage.index - down]
                 if placement.addressable:
                     calls[stage.index, down] = compile_unpack(placement, shapes, stage.wire)
