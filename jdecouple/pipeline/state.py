@@ -263,7 +263,10 @@ def from_arrays(stage: Stage, shapes: Any, arrays: Mapping[str, Any]) -> Any:
         if found != spec(shape):
             raise ValueError(f"arrays hold {found} as {name!r}: {spec(shape)} is needed")
         leaves.append(arrays[name])
-    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+    state = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+    if (passes := stage.passes_per_version) is not None and state["passes"] < passes:
+        state["previous"] = state["params"]  # no step has made another version yet
+    return state
 
 
 def zeros(shapes: Any) -> Any:
