@@ -1,5 +1,6 @@
 """Nets of given layers and the recorded runs, for the tests of the delayed route."""
 
+import functools
 import itertools
 import re
 from typing import Any, NamedTuple
@@ -207,3 +208,22 @@ def read(case: str, variant: str) -> Recorded:
     modes = dict(part.split(": ", 1) for part in gv.load(case).settings["modes"].split(". "))
     arguments = {"first_stage_lr_scale": 2.0 if "module 0 uses 2*lr" in modes[variant] else 1.0}
     return Recorded(case, variant, "fr", arguments, "nesterov=False" not in modes[variant])
+
+
+@functools.cache
+def layers(sizes: tuple[int, ...]) -> list[Layers]:
+    """One dense layer a block, between so many features."""
+    rng = np.random.default_rng(0)
+    return [
+        [(rng.normal(size=(inputs, outputs)) / inputs**0.5, rng.normal(size=outputs) / 5)]
+        for inputs, outputs in itertools.pairwise(sizes)
+    ]
+
+
+@functools.cache
+def examples(
+    count: int, *, size: int, inputs: int, classes: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Batches of vectors, and their labels."""
+    rng = np.random.default_rng(1)
+    return [(rng.normal(size=(size, inputs)), rng.integers(0, classes, size)) for _ in range(count)]

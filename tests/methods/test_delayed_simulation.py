@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import nets
 import numpy as np
 import pytest
-from delayed_simulation import Layers, Settings, Simulation
+from delayed_simulation import Settings, Simulation
 
 import jdecouple as jd
 
@@ -124,23 +124,8 @@ def test_simulation_follows_the_authors_code(run):
     np.testing.assert_array_equal(found, run.golden[f"{run.prefix}.updated_at_iter"])
 
 
-@functools.cache
-def initial() -> list[Layers]:
-    """One dense layer a block."""
-    rng = np.random.default_rng(0)
-    return [
-        [(rng.normal(size=(inputs, outputs)) / inputs**0.5, rng.normal(size=outputs) / 5)]
-        for inputs, outputs in itertools.pairwise(SIZES)
-    ]
-
-
-@functools.cache
-def batches(count: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    rng = np.random.default_rng(1)
-    return [
-        (rng.normal(size=(BATCH, SIZES[0])), rng.integers(0, SIZES[-1], BATCH))
-        for _ in range(count)
-    ]
+initial = functools.partial(dn.layers, SIZES)
+batches = functools.partial(dn.examples, size=BATCH, inputs=SIZES[0], classes=SIZES[-1])
 
 
 def simulation_of(case: Case) -> Simulation:

@@ -23,23 +23,8 @@ DRAINED, STEPS = 14, 22  # within a group, but for groups of one or two
 pytestmark = pytest.mark.usefixtures("module_x64")
 
 
-@functools.cache
-def initial() -> list[Layers]:
-    """One dense layer a block."""
-    rng = np.random.default_rng(0)
-    return [
-        [(rng.normal(size=(inputs, outputs)) / inputs**0.5, rng.normal(size=outputs) / 5)]
-        for inputs, outputs in itertools.pairwise(SIZES)
-    ]
-
-
-@functools.cache
-def batches() -> list[tuple[np.ndarray, np.ndarray]]:
-    rng = np.random.default_rng(1)
-    return [
-        (rng.normal(size=(BATCH, SIZES[0])), rng.integers(0, SIZES[-1], BATCH))
-        for _ in range(STEPS)
-    ]
+initial = functools.partial(dn.layers, SIZES)
+batches = functools.partial(dn.examples, STEPS, size=BATCH, inputs=SIZES[0], classes=SIZES[-1])
 
 
 class Simulated(NamedTuple):

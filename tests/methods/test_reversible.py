@@ -192,13 +192,7 @@ def blocks(stem: bool) -> list[Block]:
     return [first, *pairs[:4], Block("end", layer(WIDTH, CLASSES))]
 
 
-@functools.cache
-def batches() -> list[tuple[np.ndarray, np.ndarray]]:
-    rng = np.random.default_rng(1)
-    return [
-        (rng.normal(size=(BATCH, WIDTH)), rng.integers(0, CLASSES, BATCH))
-        for _ in range(FIRST + SECOND)
-    ]
+batches = functools.partial(dn.examples, FIRST + SECOND, size=BATCH, inputs=WIDTH, classes=CLASSES)
 
 
 def module(block: Block) -> nnx.Module:
