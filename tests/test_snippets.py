@@ -16,7 +16,15 @@ pytestmark = pytest.mark.usefixtures("optimized")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
 ELSEWHERE = ("README.md", "CONTRIBUTING.md")  # their Python, by tests/test_readme.py
 SLOW = (
-    *("command-line.md", "data.md", "first-hour.md", "growth.md", "index.md", "inference.md"),
+    *(
+        "command-line.md",
+        "data.md",
+        "delay.md",
+        "first-hour.md",
+        "growth.md",
+        "index.md",
+        "inference.md",
+    ),
     *("language-models.md", "models.md", "own-method.md", "own-model-and-data.md", "plan.md"),
     "tracking.md",
 )
@@ -26,7 +34,7 @@ DEEP = ("README.md", "report.md", *SLOW)
 NOT_RUN = {
     "first-hour.md": ["another repository", "stopped by hand", "two servers"],
     "multi-host.md": [
-        *("two machines", "SLURM", "Open MPI", "two machines"),
+        *("two machines", "SLURM", "Open MPI", "two machines", "parts of several machines"),
         *("three processes for some minutes", "two machines"),
     ],
 }
@@ -37,7 +45,8 @@ MODES = [
     *(
         pytest.param(page, False, id=page.name)
         for page in WITH_CODE
-        if page.name not in ("first-hour.md", "plan.md")  # whose commands take long even so
+        if page.name
+        not in ("delay.md", "first-hour.md", "plan.md")  # whose commands take long even so
     ),
     *(
         pytest.param(page, True, id=f"{page.name}-all", marks=pytest.mark.slow)

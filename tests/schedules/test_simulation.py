@@ -434,9 +434,8 @@ def test_costs_refuse_what_no_cost_can_be(given, words):
 )
 def test_costs_of_another_number_of_stages_are_refused(given, words):
     costs = Costs(**{"forward": 1.0, "backward": 2.0} | given)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=f"^{words}"):
         simulate(build("gpipe", 3, 2), costs)
-    assert str(error.value).startswith(words)
 
 
 @pytest.mark.parametrize("label", ["batches", "max_in_flight"])
@@ -447,6 +446,5 @@ def test_counts_below_one_are_refused(label, count):
 
 
 def test_broken_schedule_is_refused():
-    schedule = Schedule("mine", 2, 1, build("gpipe", 2, 1).actions[1:])
     with pytest.raises(ValueError, match="F0 of stage 1 comes before F0 of stage 0"):
-        simulate(schedule, Costs(1, 2))
+        simulate(Schedule("mine", 2, 1, build("gpipe", 2, 1).actions[1:]), Costs(1, 2))

@@ -301,7 +301,7 @@ def test_bad_argument_of_a_config_file(refused, workdir, argument, said):
             )
         ),
         ("cifar10,resnet20,fdg,0", "K is 0: a whole number of at least 1 is needed"),
-        ("cifar10,resnet20,deinforeg,2", "method 'deinforeg' is not one of bp, fdg, adl, fr, ddg"),
+        ("cifar10,resnet20,deinforeg,2", "method 'deinforeg' is not one of bp, 2bw, dsp, fdg"),
         (
             "cifar10,resnet20,bogus",
             "unknown method 'bogus': allowed are bp, early_exit, greedy_exit",
