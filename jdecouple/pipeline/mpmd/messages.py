@@ -73,27 +73,28 @@ class Messages:
         return shapes
 
     @cached_property
-    def shapes(self) -> dict[tuple[int, bool], jax.ShapeDtypeStruct]:
-        """By the stage above, and whether it is an error: the shape of what comes as one array."""
-        return {
-            (stage.index, down): message_shape(shapes, stage.wire)
-            for stage, carry in zip(self.stages, self.packed[:-1], strict=True)
-            if carry is not None
-            for down, shapes in ((False, carry), (True, self._error(stage, carry)))
-        }
+    def _trees(self) -> dict[tuple[int, bool], Any]:
+        """By the stage above, and whether it is an error: shapes of what comes as one array."""
+        trees: dict[tuple[int, bool], Any] = {}
+        for stage, carry in zip(self.stages, self.packed[:-1], strict=True):
+            if carry is not None:
+                error = error_shapes(carry, stage.scaling, stage.returns_input)
+                trees |= {(stage.index, False): carry, (stage.index, True): error}
+        return {key: tree for key, tree in trees.items() if jax.tree.leaves(tree)}
 
-    def _error(self, stage: Stage, carry: Carry) -> Any:
-        return error_shapes(carry, stage.scaling, stage.returns_input)
+    @cached_property
+    def shapes(self) -> dict[tuple[int, bool], jax.ShapeDtypeStruct]:
+        """By the stage above, and whether it is an error: the shape of that array."""
+        return {
+            (k, down): message_shape(tree, self.stages[k].wire)
+            for (k, down), tree in self._trees.items()
+        }
 
     @cached_property
     def unpacked(self) -> dict[tuple[int, bool], Callable]:
         """By the stage above, and whether it is an error: what unpacks a message for a queue."""
-        calls = {}
-        for stage, carry in zip(self.stages, self.packed[:-1], strict=True):
-            if carry is None:
-                continue
-            for down, shapes in ((False, carry), (True, self._error(stage, carry))):
-                placement = self.placements[stage.index - down]
-                if placement.addressable:
-                    calls[stage.index, down] = compile_unpack(placement, shapes, stage.wire)
-        return calls
+        return {
+            (k, down): compile_unpack(self.placements[k - down], tree, self.stages[k].wire)
+            for (k, down), tree in self._trees.items()
+            if self.placements[k - down].addressable
+        }

@@ -42,8 +42,8 @@ def by_call(calls: Sequence[Call], ids: Any) -> list[Any]:
 class PlacedIds:
     """Numbers as compiled calls are given them, on their devices.
 
-    What a batch's calls give for the next stays there: an array of NumPy costs a call more time of
-    the host than most of what else it takes.
+    What a batch's calls give for the next stays there: an array of NumPy costs the host 5 to 30 us
+    a call.
 
     Attributes:
         calls: of a batch.
