@@ -47,7 +47,8 @@ class Launched:
         out, err = (path.open("w") for path in self._output)
         self.process = subprocess.Popen(
             [sys.executable, "-c", LAUNCH, f"--num_processes={count}", *options, "--", *command],
-            env={**runs.environment(), **variables},
+            # Processes share these files: unbuffered, pieces of their lines would mix.
+            env={**runs.environment(), "PYTHONUNBUFFERED": "", **variables},
             cwd=folder,
             stdin=subprocess.DEVNULL,
             stdout=out,
