@@ -21,8 +21,7 @@ from jdecouple.checkpoint import Checkpointer
 pytestmark = pytest.mark.slow
 
 RUNS = {"deinforeg": {}, "bp": BP, "fdg": delayed("fdg"), "fr": delayed("fr")}
-TWO = {**delayed("fdg"), "mesh__stages": 2}
-KILLS, KILLS_OF_TWO, FULL_DISKS = 100, 20, 50
+KILLS, KILLS_OF_SEVERAL, FULL_DISKS = 100, 20, 50
 
 
 def finish_again_and_again(
@@ -77,17 +76,24 @@ def test_kills_of_one_process(tmp_path, name):
     print(f"{name}: {kills} kills of one process, {ends} runs equal to the last bit")
 
 
-@pytest.mark.parametrize("apart", [False, True], ids=["one-folder", "apart"])
-def test_kills_of_two_processes(tmp_path, apart):
+@pytest.mark.parametrize(
+    ("count", "apart"),
+    [(2, False), (2, True), (3, False), (4, False)],
+    ids=["two", "two-apart", "three", "four"],
+)
+def test_kills_of_one_of_several_processes(tmp_path, count, apart):
+    values = {"num_stages": count, "mesh__stages": count, "model__depth": count}
+    values = {**delayed("fdg"), **values}
     ends = finish_again_and_again(
         tmp_path,
-        KILLS_OF_TWO,
-        lambda folder: start(folder, 2, apart=apart, **TWO),
-        whole(**TWO),
+        KILLS_OF_SEVERAL,
+        lambda folder: start(folder, count, apart=apart, **values),
+        whole(count, **values),
         seed=1,
     )
     how = "that do not see one folder" if apart else "that save by stage"
-    print(f"{KILLS_OF_TWO} kills of one of two processes {how}, {ends} runs equal to the last bit")
+    kills = f"{KILLS_OF_SEVERAL} kills of one of {count} processes {how}"
+    print(f"{kills}, {ends} runs equal to the last bit")
 
 
 @pytest.fixture
