@@ -140,6 +140,16 @@ def test_language_models(bench, tmp_path):
     ]
 
 
+@pytest.mark.parametrize("path", sorted(BENCH.glob("*.txt")), ids=lambda path: path.stem)
+def test_matrices_in_files_can_be_run(bench, tmp_path, path):
+    """Configurations of all cells of one seed, as they are read before any is trained."""
+    accuracy = bench("accuracy")
+    options = accuracy.parser().parse_args([f"@{path}", "--seeds", "0", "--output", str(tmp_path)])
+    cells = accuracy.cells_of(options)
+    assert cells
+    assert not any(accuracy.matrix.is_finished(cell) for cell in cells)
+
+
 @pytest.mark.slow
 def test_stopped_killed_and_resumed(bench, capsys, tmp_path):
     cell = tmp_path / "cells" / "synthetic-mlp-bp-seed=0"
