@@ -77,9 +77,8 @@ def build(row: str, net: str, count: int, batch: int, options: Namespace) -> tup
     return trainer, data
 
 
-def analysis(row: str, net: str, count: int, batch: int, options: Namespace) -> dict[str, float]:
+def analysis(trainer: Any, data: dict) -> dict[str, float]:
     """Bytes of the compiled step: "temporaries", and the "whole" of it."""
-    trainer, data = build(row, net, count, batch, options)
     executor, parts = trainer._engine._executor, trainer.put(data).parts
     ids = executor.step_ids(executor.calls, 0)
     states = trainer.init().stages.arrays
@@ -104,25 +103,25 @@ def largest_batch(limit: float, whole: Any) -> int:
 
 def measure(net: str, options: Namespace) -> list[dict[str, Any]]:
     """All rows of a net; those of one module are those of the whole net."""
-    results = []
+    results, trainings = [], []
     for row, count in itertools.product(options.rows, options.modules):
         has_modules = row.partition(",")[0] != "bp"
         if not has_modules and count != options.modules[0]:
             continue
         count = count if has_modules else 0
-        found = functools.partial(analysis, row, net, count, options=options)
+        built = functools.partial(build, row, net, count, options=options)
+        trainings.append(built(options.batch))
         result: dict[str, Any] = {"net": net, "row": row, "modules": count or ""}
-        result |= found(options.batch)
+        result |= analysis(*trainings[-1])
         if options.limit:
-            whole = functools.cache(lambda batch, found=found: found(batch)["whole"])
+            whole = functools.cache(lambda batch, built=built: analysis(*built(batch))["whole"])
             result["largest_batch"] = largest_batch(options.limit * MIB, whole)
         results.append(result)
         print(result, file=sys.stderr, flush=True)
     if options.repeats:
         arms: dict[int, Any] = {}
-        for number, result in enumerate(results):
-            count = result["modules"] or 0
-            training = Repeated(*build(result["row"], net, count, options.batch, options))
+        for number, built in enumerate(trainings):
+            training = Repeated(*built)
             training.run(1)
             arms[number] = functools.partial(timed, training, 1)
         segments = runner.turns(arms, options.repeats)
