@@ -13,6 +13,7 @@ and the batch, by XLA's own count; "of bp" is their share of backpropagation's i
 import functools
 import itertools
 import sys
+import time
 from argparse import Namespace
 from typing import Any
 
@@ -21,7 +22,6 @@ import numpy as np
 import runner
 from flax import nnx
 from runner import Columns, Spread
-from worker import Repeated, timed
 
 import jdecouple as jd
 
@@ -53,8 +53,34 @@ def modules(model: jd.Model, count: int) -> jd.Model:
     return model.cut([0, *np.cumsum([len(part) for part in parts[:-1]]).tolist()])
 
 
-def build(row: str, net: str, count: int, batch: int, options: Namespace) -> tuple[Any, dict]:
-    """A trainer whose step is one program, and a batch."""
+class Step:
+    """The compiled step of a training, and its arguments; the trainer itself is let go."""
+
+    def __init__(self, trainer: Any, data: dict):
+        executor = trainer._engine._executor
+        self._states, self._parts = trainer.init().stages.arrays, trainer.put(data).parts
+        self._ids = executor.step_ids(executor.calls, 0)
+        given = self._states, NOTHING, self._parts, self._ids
+        self._compiled = executor._fused.lower(*given).compile()
+        jax.clear_caches()  # a traced net of a hundred layers takes a gigabyte
+
+    def bytes(self) -> dict[str, float]:
+        """What it needs beside state and batch, "temporaries", and the "whole" of it."""
+        found = self._compiled.memory_analysis()
+        whole = found.temp_size_in_bytes + found.argument_size_in_bytes + found.output_size_in_bytes
+        whole -= found.alias_size_in_bytes
+        return {"temporaries": found.temp_size_in_bytes, "whole": whole}
+
+    def timed(self) -> dict[str, float]:
+        """Takes one more step: its "ms"."""
+        start = time.perf_counter()
+        given = self._states, NOTHING, self._parts, self._ids
+        self._states, _, _, self._ids = jax.block_until_ready(self._compiled(*given))
+        return {"ms": 1e3 * (time.perf_counter() - start)}
+
+
+def build(row: str, net: str, count: int, batch: int, options: Namespace) -> Step:
+    """The step of a row, one program, on batches of that size."""
     name, _, remat = row.partition(",")
     rng = np.random.default_rng(0)
     x = rng.normal(size=(batch, IMAGE_SIZE, IMAGE_SIZE, 3)).astype(np.float32)
@@ -74,18 +100,7 @@ def build(row: str, net: str, count: int, batch: int, options: Namespace) -> tup
         num_classes=NUM_CLASSES,
         remat=remat or "auto",
     )
-    return trainer, data
-
-
-def analysis(trainer: Any, data: dict) -> dict[str, float]:
-    """Bytes of the compiled step: "temporaries", and the "whole" of it."""
-    executor, parts = trainer._engine._executor, trainer.put(data).parts
-    ids = executor.step_ids(executor.calls, 0)
-    states = trainer.init().stages.arrays
-    found = executor._fused.lower(states, NOTHING, parts, ids).compile().memory_analysis()
-    whole = found.temp_size_in_bytes + found.argument_size_in_bytes + found.output_size_in_bytes
-    whole -= found.alias_size_in_bytes
-    return {"temporaries": found.temp_size_in_bytes, "whole": whole}
+    return Step(trainer, data)
 
 
 def largest_batch(limit: float, whole: Any) -> int:
@@ -103,27 +118,26 @@ def largest_batch(limit: float, whole: Any) -> int:
 
 def measure(net: str, options: Namespace) -> list[dict[str, Any]]:
     """All rows of a net; those of one module are those of the whole net."""
-    results, trainings = [], []
+    results: list[dict[str, Any]] = []
+    arms: dict[int, Any] = {}
     for row, count in itertools.product(options.rows, options.modules):
         has_modules = row.partition(",")[0] != "bp"
         if not has_modules and count != options.modules[0]:
             continue
         count = count if has_modules else 0
-        built = functools.partial(build, row, net, count, options=options)
-        trainings.append(built(options.batch))
-        result: dict[str, Any] = {"net": net, "row": row, "modules": count or ""}
-        result |= analysis(*trainings[-1])
+        step_of = functools.partial(build, row, net, count, options=options)
+        step = step_of(options.batch)
+        result: dict[str, Any] = {"net": net, "row": row, "modules": count or ""} | step.bytes()
+        if options.repeats:
+            arms[len(results)] = step.timed
         if options.limit:
-            whole = functools.cache(lambda batch, built=built: analysis(*built(batch))["whole"])
+            whole = functools.cache(lambda batch, step_of=step_of: step_of(batch).bytes()["whole"])
             result["largest_batch"] = largest_batch(options.limit * MIB, whole)
         results.append(result)
         print(result, file=sys.stderr, flush=True)
     if options.repeats:
-        arms: dict[int, Any] = {}
-        for number, built in enumerate(trainings):
-            training = Repeated(*built)
-            training.run(1)
-            arms[number] = functools.partial(timed, training, 1)
+        for take_step in arms.values():
+            take_step()
         segments = runner.turns(arms, options.repeats)
         for number, result in enumerate(results):
             result["ms"] = Spread.of(x["ms"] for x in segments[number])
