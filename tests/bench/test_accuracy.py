@@ -144,10 +144,9 @@ def test_language_models(bench, tmp_path):
 def test_matrices_in_files_can_be_run(bench, tmp_path, path):
     """Configurations of all cells of one seed, as they are read before any is trained."""
     accuracy = bench("accuracy")
-    options = accuracy.parser().parse_args([f"@{path}", "--seeds", "0", "--output", str(tmp_path)])
-    cells = accuracy.cells_of(options)
-    assert cells
-    assert not any(accuracy.matrix.is_finished(cell) for cell in cells)
+    given = [f"@{path}", "--seeds", "0", "--output", str(tmp_path)]
+    cells = accuracy.cells_of(accuracy.parser().parse_args(given))
+    assert {accuracy.matrix.is_finished(cell) for cell in cells} == {False}
 
 
 @pytest.mark.slow

@@ -37,7 +37,7 @@ def trained(name: str, stages: int, devices: int) -> tuple[dict, list[dict]]:
     return nets.to_arrays(each, state), metrics
 
 
-@pytest.mark.parametrize("name", nets.marked(token_nets.METHODS, ("bp",)))
+@pytest.mark.parametrize("name", nets.marked(token_nets.METHODS, ("dgl",)))
 def test_pipelined_equals_sequential(name):
     """Three stages on three devices; where lateness depends on them, three stages on one."""
     found, metrics = trained(name, 3, 3)

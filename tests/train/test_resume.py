@@ -286,6 +286,13 @@ def test_a_finished_run_is_only_told_of(tmp_path):
 
 
 class TestInterrupt:
+    @pytest.fixture(autouse=True)
+    def at_a_terminal(self):
+        """Even where the tests themselves run under nohup."""
+        before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        yield
+        signal.signal(signal.SIGHUP, before)
+
     def test_first_signal_asks_and_the_second_interrupts(self):
         with Interrupt() as interrupt:
             assert not interrupt.requested
@@ -305,14 +312,11 @@ class TestInterrupt:
                 signal.raise_signal(signal.SIGTERM)
 
     def test_under_nohup_a_lost_terminal_is_nothing(self):
-        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        try:
-            with Interrupt() as interrupt:
-                signal.raise_signal(signal.SIGHUP)
-                assert not interrupt.requested
-            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-        finally:
-            signal.signal(signal.SIGHUP, before)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with Interrupt() as interrupt:
+            signal.raise_signal(signal.SIGHUP)
+            assert not interrupt.requested
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
     def test_handlers_are_put_back(self):
         numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
