@@ -62,7 +62,6 @@ class Step:
         self._ids = executor.step_ids(executor.calls, 0)
         given = self._states, NOTHING, self._parts, self._ids
         self._compiled = executor._fused.lower(*given).compile()
-        jax.clear_caches()  # a traced net of a hundred layers takes a gigabyte
 
     def bytes(self) -> dict[str, float]:
         """What it needs beside state and batch, "temporaries", and the "whole" of it."""
