@@ -163,7 +163,7 @@ def test_schedules_know_no_jax():
 
 def test_nothing_runs_without_the_options_of_the_compiler():
     """`pipeline.mesh.jit` gives them; `jax.jit(...).lower` reads a program that never runs, and so
-    does `stablehlo.export`, whose script gives its own; `inline=True` makes a part of another.
+    does `stablehlo.export`, whose script gives its own; `inline` makes a part of another.
     """
     wrong = []
     for path in FILES:

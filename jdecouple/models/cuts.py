@@ -24,6 +24,7 @@ from flax import nnx
 
 from jdecouple._errors import choices, did_you_mean
 from jdecouple.models.channels import handed, handed_entries, read_entries
+from jdecouple.models.materialized import materialize
 
 Cut = int | str | Sequence[int]
 Splits = Mapping[str, Mapping[int, tuple[int, ...]]]
@@ -142,7 +143,7 @@ class Chain(nnx.Sequential):
         for unit in self.layers:
             output = unit(x, **{name: entries[name] for name in read_entries(unit)})
             x, more = handed(unit, output)
-            entries |= more
+            x, entries = materialize(x), entries | more
         return (x, {name: entries[name] for name in self.outputs}) if self.outputs else x
 
     def inverse(self, y: Any) -> Any:

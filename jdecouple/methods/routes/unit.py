@@ -13,6 +13,7 @@ from jdecouple.methods.objectives import Descending, HeadOutput, Scaling
 from jdecouple.methods.objectives.following import Source
 from jdecouple.methods.routes import loss_scale
 from jdecouple.models.channels import NO_CHANNELS, Alive, handed, handed_entries, read_entries
+from jdecouple.models.materialized import materialize
 from jdecouple.models.reversible import is_reversible
 
 Arrays = dict[str, jax.Array]
@@ -309,6 +310,7 @@ class Unit:
         known = {name: carry["x"][name] for name in self.channels.before}
         others = {name: _cast({**carry, **known}[name], self.dtype) for name in self.inputs}
         features, new = handed(block, block(_cast(opened["x"], self.dtype), **others))
+        features = materialize(features)
         known |= new
         behind = {name: known[name] for name in self.channels.behind}
         return features, {"x": features, **behind} if behind else features, opened
