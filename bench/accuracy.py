@@ -59,7 +59,9 @@ LOOKS = (("test", "last step", "o", "", "-"), ("test_by_exit", "exit by validati
 TOKEN_LOOKS = tuple(
     (key, *look) for key, (_, *look) in zip(("bits_per_byte", "bits_by_exit"), LOOKS, strict=True)
 )
+LOSS_LOOKS = (("loss", "last step", "o", "", "-"),)
 MOST_UPRIGHT = 5  # names of values along an axis that are not turned
+MOST_INSIDE = 6  # lines whose legend has a place in their panel
 
 
 def parser(description: str | None = __doc__) -> argparse.ArgumentParser:
@@ -96,6 +98,8 @@ def parser(description: str | None = __doc__) -> argparse.ArgumentParser:
         "--without", metavar="VALUE[,VALUE]", action="append", default=[], help=words
     )
     flags.add_argument("--along", metavar="AXIS", help="of the picture (default: what is swept)")
+    words = "what the picture shows (default: accuracy, or bits per byte)"
+    flags.add_argument("--draw", choices=("loss",), help=words)
     flags.add_argument("--jobs", type=int, default=1, help="runs side by side, with cores each")
     several("--gpus", "ID", "GPUs of the jobs, one each in turn", default=[])
     flags.add_argument("--output", type=Path, required=True, metavar="FOLDER")
@@ -193,14 +197,19 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     return f"{text}\n{legend}{''.join(notes)}".rstrip("\n") + "\n"
 
 
-def draw(rows: Sequence[dict[str, Any]], along: str, path: Path) -> None:
+def draw(
+    rows: Sequence[dict[str, Any]], along: str, path: Path, measure: str | None = None
+) -> None:
     """Draws means with deviations along an axis, a panel for every data set and model.
 
-    Filled: the last step; hollow: the exit by validation, where that is another number.
+    Filled: the last step; hollow: the exit by validation, where that is another number. What has
+    one value of an axis of numbers goes through the panel as a line. `measure` is None or "loss".
     """
     from matplotlib.figure import Figure
 
-    looks = TOKEN_LOOKS if of_tokens(rows) else LOOKS
+    looks, name = (TOKEN_LOOKS, "bits per byte") if of_tokens(rows) else (LOOKS, "accuracy, %")
+    if measure:
+        looks, name = LOSS_LOOKS, measure
     panels: dict[str, dict[str, dict[str, list[dict]]]] = {}
     for axes, group in grouped(rows).items():
         chosen = dict(axes)
@@ -210,14 +219,16 @@ def draw(rows: Sequence[dict[str, Any]], along: str, path: Path) -> None:
             for key, value in chosen.items()
         )
         panels.setdefault(panel, {}).setdefault(label, {})[x] = group
-    figure = Figure(figsize=(max(6, 4.5 * len(panels)), 4.5), layout="constrained")
+    most = max(len(lines) for lines in panels.values())
+    width = 4.5 if most <= MOST_INSIDE else 7.5
+    figure = Figure(figsize=(max(6, width * len(panels)), 4.5), layout="constrained")
     all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (panel, lines) in zip(all_axes, panels.items(), strict=True):
         draw_panel(axes, lines, looks)
-        measure = "test accuracy, %" if looks is LOOKS else "test bits per byte"
-        axes.set(title=panel, xlabel=matrix.short(along), ylabel=measure)
+        axes.set(title=panel, xlabel=matrix.short(along), ylabel=f"test {name}")
         axes.grid(alpha=0.3)
-        axes.legend(*axes.get_legend_handles_labels(), fontsize="small")
+        beside = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if most > MOST_INSIDE else {}
+        axes.legend(*axes.get_legend_handles_labels(), fontsize="small", **beside)
     figure.savefig(path, format="png", dpi=120)
 
 
@@ -244,8 +255,13 @@ def draw_panel(
                 continue
             x, y, deviations = zip(*points, strict=True)
             colour = COLOURS[number % len(COLOURS)]
+            if number >= len(COLOURS) and line == "-":  # each colour for a second time
+                marker, line = "s", "--"
             look = {"color": colour, "marker": marker, "markerfacecolor": fill or colour}
-            shown, line = f"{label}, {name}" if label else name, line if joined else ""
+            only = label if len(looks) == 1 else f"{label}, {name}"
+            shown, line = only if label else name, line if joined else ""
+            if joined and len(points) == 1 and len(places) > 1:
+                axes.axhline(y[0], color=colour, linewidth=1, linestyle=line)
             axes.errorbar(x, y, deviations, capsize=3, label=shown, linestyle=line, **look)
             last = points
 
@@ -282,7 +298,7 @@ def main(options: argparse.Namespace, flags: argparse.ArgumentParser) -> int:
     complete = matrix.run(by_seed, matrix.slots(options.jobs, options.gpus), ended)
     print(f"\n{write(options.output, setup, list(rows))}")
     along = options.along or next((key for key, *_ in options.sweep), "method")
-    draw(list(rows), along, options.output / "results.png")
+    draw(list(rows), along, options.output / "results.png", options.draw)
     return 130 if not complete else int(any(row["state"] != "finished" for row in rows))
 
 

@@ -11,7 +11,6 @@ import time
 
 import pytest
 import runs
-from matplotlib.figure import Figure
 
 BENCH = runs.REPOSITORY / "bench"
 TINY = (
@@ -344,17 +343,6 @@ def test_bits_of_language_models(bench, tmp_path):
     assert row in text
     accuracy.draw(made, "method", tmp_path / "bits.png")
     assert is_png(tmp_path / "bits.png")
-
-
-def test_lines_of_the_picture(bench):
-    results = [made_up("bp", seed, test) for seed, test in (("0", 0.5), ("1", 0.7))]
-    axes = Figure().subplots()
-    lines = {"bp": {"0.4": results[:1], "0": results}, "scpl": {"0": [made_up("scpl", "0", None)]}}
-    bench("accuracy").draw_panel(axes, lines)
-    (bar,) = axes.containers
-    assert bar[0].get_xydata().ravel() == pytest.approx([0.4, 50, 0, 60])
-    (segments,) = [lines.get_segments() for lines in bar[2]]
-    assert segments[1][:, 1] == pytest.approx([60 - 200**0.5, 60 + 200**0.5])
 
 
 # --- Flags ---------------------------------------------------------------------------------------
