@@ -29,10 +29,18 @@ def _additions(depth, between):
     return compiled.as_text().count(" add(")
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="other devices are left alone")
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="this is of CPUs")
 def test_work_grows_with_the_depth():
     assert _additions(16, materialize) < 5 * _additions(4, materialize)
     assert _additions(16, lambda x: x) > 8 * _additions(4, lambda x: x)  # else it can go
+
+
+@pytest.mark.parametrize(("platform", "calls"), [("cpu", True), ("cuda", False), ("tpu", False)])
+def test_other_devices_are_left_alone(platform, calls):
+    loss, kernels = _loss(2, materialize)
+    traced = jax.jit(jax.grad(loss)).trace(kernels, np.ones(SHAPE, np.float32))
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert ("inlineable" in text) == ("optimization_barrier" in text) == calls
 
 
 def test_numbers_and_gradients_stay():
