@@ -14,7 +14,9 @@ import jdecouple as jd
 
 LEVELS = 3
 WIDTH = 4
-METHODS = [name for name in jd.methods.names() if name not in ("al", "infopro")]
+ANEW = "auglocal", "man", "lopt"
+"""Methods that make a block anew, or what it reads: none that hands on more than one array."""
+METHODS = [name for name in jd.methods.names() if name not in ("al", "infopro", *ANEW)]
 """Those with losses of positions."""
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "deinforeg": {"batch_norm": False, "positions": 4},

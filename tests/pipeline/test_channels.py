@@ -234,6 +234,12 @@ def test_refused(block, words):
     nets.assert_clear(ValueError, words.split("|"), lambda: jd.Trainer(*arguments, example=data))
 
 
+@pytest.mark.parametrize("name", unets.ANEW)
+def test_methods_that_make_a_block_anew_refuse_skips(name):
+    words = ["skip_1"] if name != "lopt" else ["block 1", "lopt needs", "skip_0"]
+    nets.assert_clear(ValueError, words, lambda: unets.trainer(name, 1))
+
+
 def test_names_that_are_taken():
     for name, words in (
         ("loss", "block 0 names 'loss' in its outputs"),

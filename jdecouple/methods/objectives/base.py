@@ -186,7 +186,8 @@ def unfit_target(target: Any) -> str | None:
     """What a target is that cannot be reconstructed; None of arrays of floats or bytes."""
     dtype = getattr(target, "dtype", None)
     if dtype is None:
-        return type(target).__name__
+        entries = f" of {', '.join(target)}" if isinstance(target, dict) else ""
+        return f"{type(target).__name__}{entries}"
     fits = jnp.issubdtype(dtype, jnp.floating) or dtype == jnp.uint8
     return None if fits else f"{dtype}{list(target.shape)}"
 
