@@ -9,7 +9,8 @@ r"""Accuracy of methods x data sets x models x seeds, and of any other key of th
 Every cell is a run of train.py in a folder of its own below --output. The same command again goes
 on where it stopped: finished cells are not trained again, killed ones continue. It writes
 results.md, results.csv (a row a cell) and results.png. `@FILE` stands for the arguments in a file,
-in which # begins a comment. Of language models it tells bits per byte instead.
+in which # begins a comment. Of language models it tells bits per byte instead. Jobs on one GPU take
+turns there; under NVIDIA's Multi-Process Service (`nvidia-cuda-mps-control -d`) they run at once.
 """
 
 import argparse
