@@ -259,8 +259,8 @@ def draw_panel(
             if number >= len(COLOURS) and line == "-":  # each colour for a second time
                 marker, line = "s", "--"
             look = {"color": colour, "marker": marker, "markerfacecolor": fill or colour}
-            only = label if len(looks) == 1 else f"{label}, {name}"
-            shown, line = only if label else name, line if joined else ""
+            names = [label, name] if len(looks) > 1 else [label or name]
+            shown, line = ", ".join(filter(None, names)), line if joined else ""
             if joined and len(points) == 1 and len(places) > 1:
                 axes.axhline(y[0], color=colour, linewidth=1, linestyle=line)
             axes.errorbar(x, y, deviations, capsize=3, label=shown, linestyle=line, **look)

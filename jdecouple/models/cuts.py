@@ -140,10 +140,11 @@ class Chain(nnx.Sequential):
 
     def __call__(self, x: Any, **entries: Any) -> Any:  # type: ignore[override]
         """Applies the units in turn, each to what the one before returned."""
-        for unit in self.layers:
+        for number, unit in enumerate(self.layers):
+            x = materialize(x) if number else x
             output = unit(x, **{name: entries[name] for name in read_entries(unit)})
             x, more = handed(unit, output)
-            x, entries = materialize(x), entries | more
+            entries |= more
         return (x, {name: entries[name] for name in self.outputs}) if self.outputs else x
 
     def inverse(self, y: Any) -> Any:

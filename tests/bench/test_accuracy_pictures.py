@@ -1,17 +1,15 @@
 """Pictures of matrices."""
 
 import importlib
-from pathlib import Path
 
 import pytest
+import runs
 from matplotlib.figure import Figure
-
-BENCH = Path(__file__).resolve().parents[2] / "bench"
 
 
 @pytest.fixture
 def accuracy(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCH))
+    monkeypatch.syspath_prepend(str(runs.REPOSITORY / "bench"))
     return importlib.import_module("accuracy")
 
 
