@@ -13,6 +13,7 @@ VOCABULARY, CONTEXT = 11, 8
 NETS: dict[str, dict[str, Any]] = {
     "gpt": {"heads": 2},
     "learned": {"heads": 2, "positions": "learned"},
+    "reversible": {"heads": 2, "reversible": True},
     "lstm_lm": {},
 }
 METHODS = [name for name in jd.methods.names() if name not in ("al", "infopro")]
@@ -28,7 +29,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 
 def model(kind: str = "gpt", **options: Any) -> jd.Model:
     """An embedding block and two (`depth`) others, of width 8."""
-    name = "gpt" if kind == "learned" else kind
+    name = "lstm_lm" if kind == "lstm_lm" else "gpt"
     options = {"hidden": 8, "depth": 2, "context": CONTEXT, **NETS[kind], **options}
     return jd.models.get(name)(VOCABULARY, **{"rngs": nnx.Rngs(0), **options})
 

@@ -22,6 +22,7 @@ PROMPT = np.array([0, 3, 4], np.int32)
 EXITS = {  # method, and its arguments
     "gpt": ("greedy_exit", {}),
     "learned": ("greedy_exit", {}),
+    "reversible": ("greedy_exit", {}),
     "lstm_lm": ("dgl", {"aux": "transformer"}),  # which has to see the positions before as well
 }
 

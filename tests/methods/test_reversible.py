@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import nets
 import numpy as np
 import pytest
+import token_nets
 from delayed_simulation import Layer, cross_entropy
 from flax import nnx
 
@@ -337,6 +338,45 @@ def test_an_input_is_rebuilt(name):
     returned = state.stages[1]["queues"]["errors"][0]["input"]
     np.testing.assert_allclose(returned, unit(x), rtol=0, atol=1e-10)
     np.testing.assert_allclose(unit.inverse(returned), x, rtol=0, atol=1e-10)
+
+
+def language_model(dropout: float) -> jd.Model:
+    """Two reversible layers behind an embedding."""
+    options = {"dropout": dropout, "param_dtype": jnp.float64}
+    return token_nets.model("reversible", **options)
+
+
+def test_layers_of_a_language_model_drop_the_same_in_their_inverse():
+    trainer = token_nets.trainer("petra", model=language_model(0.5), num_stages=3)
+    stage = trainer.stages[1]
+    assert stage.rebuilds_input
+    (params, stats), key = stage.units[0].initial(), jax.random.key(1)
+    rng = np.random.default_rng(0)
+    begins = jnp.asarray(rng.integers(0, 2, (4, token_nets.CONTEXT)), jnp.float64)
+    x = {"h": jnp.asarray(rng.normal(size=(*begins.shape, 8))), "begins": begins}
+    y, other = (
+        stage.units[0].train(params, stats, {"x": x}, key)[0] for key in (key, jax.random.key(2))
+    )
+    assert np.abs(y["h"] - other["h"]).max() > 0.1
+    found = stage.units[0].invert(params, stats, y, key)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-10), found, x)
+
+
+def test_a_language_model_learns_by_the_gradient_where_weights_stand_still():
+    """All but still; the same batch again and again, until its errors have come down."""
+    rate, moved = 1e-9, {}
+    for name in ("bp", "petra"):
+        options = {"optimizer": jd.optim.sgd(rate), "num_stages": 3 if name == "petra" else 1}
+        trainer = token_nets.trainer(name, model=language_model(0.0), **options)
+        state, _ = nets.trained(trainer, token_nets.batches(1) * 5, 5)
+        before = nets.to_arrays(trainer, state)
+        state, _ = trainer.step(state, token_nets.batches(1)[0])
+        after = nets.to_arrays(trainer, state)
+        names = [name for name in after if "/params/" in name]
+        moved[name] = {name: (after[name] - before[name]) / rate for name in names}
+    assert len(moved["bp"]) == len(moved["petra"]) > 20
+    for name, gradient in moved["bp"].items():
+        np.testing.assert_allclose(moved["petra"][name], gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_a_wire_is_refused():

@@ -16,7 +16,7 @@ from jdecouple.models import tokens
 from jdecouple.models.gpt import rotated
 
 pytestmark = pytest.mark.usefixtures("module_x64")
-KINDS = pytest.mark.parametrize("kind", nets.marked(token_nets.NETS, ("gpt",)))
+KINDS = pytest.mark.parametrize("kind", nets.marked(token_nets.NETS, ("gpt", "reversible")))
 DOCUMENTS = [0, 3, 4, 5, 0, 6, 7, 0]
 """Two of them, and padding."""
 
@@ -117,6 +117,7 @@ def test_half_precision_and_cuts():
     [
         ("gpt", {"heads": 3}, "hidden is 8: a multiple of 6"),
         ("gpt", {"heads": 8}, "hidden is 8: a multiple of 16"),
+        ("gpt", {"heads": 4, "reversible": True}, "hidden is 8: a multiple of 16"),
         ("gpt", {"positions": "none"}, "positions is 'none': allowed are rope, learned"),
         ("gpt", {"feed_forward": -1}, "feed_forward is -1"),
         ("lstm_lm", {"depth": 0}, "depth is 0"),
