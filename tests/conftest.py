@@ -2,6 +2,7 @@
 
 import gc
 import importlib
+import itertools
 import os
 import secrets
 from importlib.metadata import version
@@ -27,12 +28,15 @@ gc.set_threshold(100_000, 20, 100)  # tracing makes many small objects: a sixth 
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+_FILES = itertools.count(1)
+
 
 @pytest.fixture(autouse=True, scope="module")
-def _compiled_functions_stay_in_their_file():
-    """Else all of them would lie in memory."""
+def _compiled_functions_are_forgotten():
+    """Else all of them would lie in memory; not behind every file, which would compile all anew."""
     yield
-    jax.clear_caches()
+    if next(_FILES) % 10 == 0:
+        jax.clear_caches()
 
 
 @pytest.fixture
@@ -53,9 +57,11 @@ def module_x64():
 def optimized():
     """Compilation as users have it, for a whole file."""
     before = jax.config.read("jax_disable_most_optimizations")
+    jax.clear_caches()  # these do not know about the option
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session", autouse=True)
